@@ -1,0 +1,129 @@
+#include "partition.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+namespace zeroopt {
+namespace {
+
+constexpr int64_t kMaxNumel = std::numeric_limits<int64_t>::max() / 16; // times the widest dtype it still fits 64 bits
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_arguments(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment,
+                     int64_t bucket_bytes) {
+  require(world_size >= 1, "world_size must be at least 1, got " + std::to_string(world_size));
+  require(alignment >= 1, "alignment must be at least 1, got " + std::to_string(alignment));
+  require(bucket_bytes >= 1, "bucket_bytes must be at least 1, got " + std::to_string(bucket_bytes));
+  require(alignment <= kMaxNumel / world_size, "world_size * alignment is beyond 64 bits");
+  int64_t total = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const ParamSpec& p = params[i];
+    const std::string name = "parameter " + std::to_string(i);
+    require(p.numel >= 0, name + ": numel must not be negative, got " + std::to_string(p.numel));
+    require(p.kind >= 0, name + ": kind must not be negative, got " + std::to_string(p.kind));
+    require(p.item_bytes >= 1 && p.item_bytes <= 16,
+            name + ": item_bytes must be 1 to 16, got " + std::to_string(p.item_bytes));
+    require(p.numel <= kMaxNumel - alignment - total, name + ": the sum of all sizes is beyond 64 bits");
+    total += p.numel + alignment;
+  }
+}
+
+} // namespace
+
+Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment, int64_t bucket_bytes)
+    : world_size_(world_size), alignment_(alignment) {
+  check_arguments(params, world_size, alignment, bucket_bytes);
+
+  std::map<int64_t, BucketPlan> open; // one bucket being filled for each kind
+  auto close = [&](BucketPlan& bucket) {
+    const int64_t end = bucket.offsets.back() + bucket.numels.back();
+    bucket.padded_numel = round_up(std::max<int64_t>(end, 1), world_size * alignment);
+    buckets_.push_back(std::move(bucket));
+  };
+
+  for (int64_t i = static_cast<int64_t>(params.size()) - 1; i >= 0; --i) {
+    const ParamSpec& p = params[i];
+    auto found = open.find(p.kind);
+    int64_t offset = 0;
+    if (found != open.end()) {
+      offset = round_up(found->second.offsets.back() + found->second.numels.back(), alignment);
+      if ((offset + p.numel) > bucket_bytes / p.item_bytes) {
+        close(found->second);
+        open.erase(found);
+        found = open.end();
+        offset = 0;
+      }
+    }
+    if (found == open.end()) found = open.emplace(p.kind, BucketPlan{p.kind, 0, {}, {}, {}}).first;
+    found->second.params.push_back(i);
+    found->second.offsets.push_back(offset);
+    found->second.numels.push_back(p.numel);
+  }
+  for (auto& [kind, bucket] : open) close(bucket);
+
+  // The last parameter of a bucket is the one whose gradient comes last: smaller index, later gradient.
+  std::sort(buckets_.begin(), buckets_.end(),
+            [](const BucketPlan& a, const BucketPlan& b) { return a.params.back() > b.params.back(); });
+  verify(params);
+}
+
+int64_t Plan::shard_numel(int64_t bucket) const {
+  return bucket_at(bucket).padded_numel / world_size_;
+}
+
+std::vector<Segment> Plan::segments(int64_t bucket, int64_t begin, int64_t end) const {
+  const BucketPlan& b = bucket_at(bucket);
+  require(0 <= begin && begin <= end && end <= b.padded_numel,
+          "range [" + std::to_string(begin) + ", " + std::to_string(end) + ") is not within bucket " +
+              std::to_string(bucket) + " of " + std::to_string(b.padded_numel) + " elements");
+  // Start at the last parameter whose offset is not beyond `begin`; earlier ones end before it.
+  auto first = std::upper_bound(b.offsets.begin(), b.offsets.end(), begin);
+  size_t i = first == b.offsets.begin() ? 0 : static_cast<size_t>(first - b.offsets.begin()) - 1;
+  std::vector<Segment> result;
+  for (; i < b.params.size() && b.offsets[i] < end; ++i) {
+    const int64_t from = std::max(begin, b.offsets[i]);
+    const int64_t to = std::min(end, b.offsets[i] + b.numels[i]);
+    if (from < to) result.push_back(Segment{b.params[i], from - b.offsets[i], from - begin, to - from});
+  }
+  return result;
+}
+
+const BucketPlan& Plan::bucket_at(int64_t bucket) const {
+  require(0 <= bucket && bucket < static_cast<int64_t>(buckets_.size()),
+          "there is no bucket " + std::to_string(bucket) + "; the plan has " + std::to_string(buckets_.size()));
+  return buckets_[bucket];
+}
+
+// The layout carries other people's weights, so it checks itself each time it is made: it costs microseconds.
+void Plan::verify(const std::vector<ParamSpec>& params) const {
+  auto hold = [](bool condition, const char* what) {
+    if (!condition) throw std::logic_error(std::string("zeroopt planner broke its own rule: ") + what);
+  };
+  std::vector<bool> placed(params.size(), false);
+  for (const BucketPlan& b : buckets_) {
+    hold(b.padded_numel % (world_size_ * alignment_) == 0, "slices are equal multiples of the alignment");
+    int64_t end = 0;
+    for (size_t i = 0; i < b.params.size(); ++i) {
+      const ParamSpec& p = params[b.params[i]];
+      hold(!placed[b.params[i]], "a parameter is placed once");
+      placed[b.params[i]] = true;
+      hold(p.kind == b.kind && p.numel == b.numels[i], "a bucket holds whole parameters of one kind");
+      hold(b.offsets[i] >= end && b.offsets[i] % alignment_ == 0, "parameters are aligned and do not overlap");
+      end = b.offsets[i] + b.numels[i];
+    }
+    hold(end <= b.padded_numel, "parameters lie within their bucket");
+  }
+  hold(std::find(placed.begin(), placed.end(), false) == placed.end(), "every parameter is placed");
+}
+
+} // namespace zeroopt

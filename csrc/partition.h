@@ -1,0 +1,72 @@
+// Bucket and shard planning: which parameter lies where in which bucket, and which rank owns which slice.
+//
+// A plan is pure integers. It is the same on every rank, for it is computed from the same list of parameters.
+//
+//   parameters, last one first      w5   b4      w4        b3  w3   ...
+//   bucket 0                      | w5 . b4 . w4      :pad |
+//   its slices (world_size = 4)   |  0   |  1   |  2  |  3 |      rank r owns slice r of every bucket
+//
+// Every parameter starts at a multiple of `alignment`, lies in one bucket in one piece, and every bucket is padded so that
+// its slices are equally long multiples of `alignment`. The gaps (.) and the padding belong to no parameter.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace zeroopt {
+
+/// What the planner needs to know of one parameter.
+struct ParamSpec {
+  int64_t numel;      ///< elements, >= 0
+  int64_t kind;       ///< parameters share a bucket only with parameters of the same kind (dtype and device), >= 0
+  int64_t item_bytes; ///< bytes an element, > 0; the same for all parameters of a kind
+};
+
+/// One bucket: parameters side by side in flat storage.
+struct BucketPlan {
+  int64_t kind;
+  int64_t padded_numel;         ///< a multiple of world_size * alignment
+  std::vector<int64_t> params;  ///< indices into the list of parameters, by rising offset
+  std::vector<int64_t> offsets; ///< first element of each parameter in the bucket
+  std::vector<int64_t> numels;  ///< elements of each parameter
+};
+
+/// The part of one parameter that lies in a range of a bucket.
+struct Segment {
+  int64_t param;  ///< index into the list of parameters
+  int64_t start;  ///< first element of the parameter that is in the range
+  int64_t offset; ///< where it lies, counted from the beginning of the range
+  int64_t numel;  ///< > 0
+};
+
+class Plan {
+public:
+  /// Fills buckets with the parameters in reverse order, the order in which backward yields their gradients.
+  ///
+  /// A bucket is closed when the next parameter would take it beyond bucket_bytes; a parameter larger than that has a
+  /// bucket of its own. Buckets are ordered by the parameter that completes them.
+  ///
+  /// @throws std::invalid_argument for a negative size, a world_size or alignment below 1, or sizes beyond 64 bits.
+  Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment, int64_t bucket_bytes);
+
+  const std::vector<BucketPlan>& buckets() const { return buckets_; }
+  int64_t world_size() const { return world_size_; }
+  int64_t alignment() const { return alignment_; }
+
+  /// Elements of one rank's slice of a bucket.
+  int64_t shard_numel(int64_t bucket) const;
+
+  /// The segments in elements [begin, end) of a bucket, by rising offset. Empty parameters have none.
+  /// @throws std::invalid_argument when the bucket or the range does not exist.
+  std::vector<Segment> segments(int64_t bucket, int64_t begin, int64_t end) const;
+
+private:
+  void verify(const std::vector<ParamSpec>& params) const;
+  const BucketPlan& bucket_at(int64_t bucket) const;
+
+  int64_t world_size_;
+  int64_t alignment_;
+  std::vector<BucketPlan> buckets_;
+};
+
+} // namespace zeroopt
