@@ -1,0 +1,114 @@
+"""Training with zeroopt gives what DistributedDataParallel gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training import MODELS, OPTIMIZERS, train_all, train_step_by_step
+from worker_pool import RunOnRanks
+
+STAGES = (0, 1, 2)
+# Largest difference after one step, in units of the last place of a tensor's largest element.
+EXACT = 0
+FUSED_ULPS = 4
+# Beyond two ranks the sum over ranks depends on its order, and Gloo's differs from ours.
+SUM_ORDER_ULPS = 64
+
+History = list[list[Tensor]]
+
+
+def assert_same(results: list[list[History]], ulps: int) -> None:
+    """On every rank, all variants follow the first one: bit for bit for 0 ulps."""
+    for rank, variants in enumerate(results):
+        expected = variants[0]
+        for number, history in enumerate(variants[1:], start=1):
+            for step, (want, got) in enumerate(zip(expected, history, strict=True)):
+                for a, b in zip(want, got, strict=True):
+                    assert_close(a, b, ulps, f"rank {rank}, variant {number}, step {step}")
+
+
+def assert_close(want: Tensor, got: Tensor, ulps: int, where: str) -> None:
+    if torch.equal(want, got):
+        return
+    largest = want.abs().max()
+    ulp = torch.nextafter(largest, largest * 2) - largest
+    difference = (want - got).abs().max() / ulp
+    assert difference <= ulps, f"{where}: differs by {difference:.1f} ulp, {ulps} allowed"
+
+
+def assert_ranks_agree(results: list[list[History]]) -> None:
+    """Parameters are equal on all ranks (buffers, which follow the parameters, may differ as under DDP)."""
+    for variant in range(len(results[0])):
+        last = [rank[variant][-1] for rank in results]
+        for other in last[1:]:
+            floats = [(a, b) for a, b in zip(last[0], other, strict=True)]
+            assert all(torch.equal(a, b) for a, b in floats)
+
+
+def variants(**options: Any) -> list[dict[str, Any] | None]:
+    return [None, *({"stage": stage, **options} for stage in STAGES)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_own_step_follows_ddp_bit_for_bit(run_on_ranks: RunOnRanks, optimizer: str) -> None:
+    for model in ("mlp", "lm"):
+        results = run_on_ranks(2, train_all, model, optimizer, variants(fused=False), groups=2)
+        assert_same(results, EXACT)
+        assert_ranks_agree(results)
+
+
+def test_convolutions_and_batch_norm_follow_ddp_bit_for_bit(run_on_ranks: RunOnRanks) -> None:
+    assert_same(run_on_ranks(2, train_all, "conv", "adamw", variants(fused=False)), EXACT)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_amsgrad", "adam", "adam_maximize", "sgd", "sgd_momentum", "sgd_nesterov"])
+def test_fused_step_follows_ddp(run_on_ranks: RunOnRanks, world_size: int, model: str, optimizer: str) -> None:
+    results = run_on_ranks(world_size, train_step_by_step, model, optimizer, variants(fused=True), groups=2)
+    assert_same(results, FUSED_ULPS)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum", "rmsprop"])
+def test_more_ranks_follow_ddp(run_on_ranks: RunOnRanks, world_size: int, model: str, optimizer: str) -> None:
+    results = run_on_ranks(world_size, train_step_by_step, model, optimizer, variants(), groups=3)
+    assert_same(results, SUM_ORDER_ULPS)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum", "rmsprop"])
+def test_stages_bucket_sizes_and_overlap_do_not_change_a_bit(
+    run_on_ranks: RunOnRanks, world_size: int, optimizer: str
+) -> None:
+    same = [
+        {"stage": stage, "bucket_mb": bucket_mb, "overlap": overlap}
+        for stage in STAGES
+        for bucket_mb, overlap in ((25.0, True), (0.002, True), (0.0001, False))
+    ]
+    for model in MODELS:
+        assert_same(run_on_ranks(world_size, train_all, model, optimizer, same), EXACT)
+
+
+def test_torch_transport_follows_ddp(run_on_ranks: RunOnRanks) -> None:
+    results = run_on_ranks(2, train_all, "mlp", "adamw", variants(fused=False, transport="torch"))
+    assert_same(results, EXACT)
+    assert_same(run_on_ranks(3, train_step_by_step, "lm", "adamw", variants(transport="torch")), SUM_ORDER_ULPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_follow_ddp_bit_for_bit(run_on_ranks: RunOnRanks, dtype: torch.dtype) -> None:
+    assert_same(run_on_ranks(2, train_cast, dtype), EXACT)
+
+
+def train_cast(dtype: torch.dtype) -> list[History]:
+    """Plain training of a model that is in another dtype altogether."""
+    torch.set_default_dtype(dtype)
+    try:
+        return train_all("lm", "adamw", variants())
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,0 +1,40 @@
+"""ZeRO stages 1 and 2 for PyTorch: shard the state of any element-wise torch optimizer with one line.
+
+    model, optimizer = zeroopt.wrap(model, optimizer)
+
+The files in reading order: wrap, inspect, elementwise, agreement, config, bucket, gradient_store, collectives/, grad_hooks,
+step, fused_rules, shard_state, optimizer, module. Kernels: csrc/, checked and called through ops.
+"""
+
+import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP runtime that torch brought
+
+from . import ops
+from ._C import build_info
+from .errors import (
+    ConfigError,
+    KernelUnavailableError,
+    NotSupportedError,
+    RankMismatchError,
+    StateError,
+    ZeroOptError,
+)
+from .module import ZeroDataParallel
+from .optimizer import ZeroOptimizer
+from .wrap import wrap
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "ConfigError",
+    "KernelUnavailableError",
+    "NotSupportedError",
+    "RankMismatchError",
+    "StateError",
+    "ZeroDataParallel",
+    "ZeroOptError",
+    "ZeroOptimizer",
+    "__version__",
+    "build_info",
+    "ops",
+    "wrap",
+]

@@ -1,0 +1,42 @@
+"""Rank 0's tensors for everyone: parameters when wrapping, buffers before a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Broadcaster:
+    """Sends tensors of the first rank of a process group to its other ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._source = dist.get_global_rank(group, 0)
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors with those of rank 0. Collective: all ranks pass the same shapes and dtypes.
+
+        Tensors of one dtype travel together, since small messages cost more than the copy.
+        """
+        by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for alike in by_dtype.values():
+            self._broadcast_together(alike)
+
+    def _broadcast_together(self, tensors: Sequence[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.broadcast(flat, self._source, group=self._group)
+        if self._group.rank() == 0:
+            return
+        for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(piece.view(tensor.shape))
+
+    @torch.no_grad()
+    def broadcast_flat(self, tensor: Tensor) -> None:
+        """Overwrite one contiguous tensor in place. Collective."""
+        dist.broadcast(tensor, self._source, group=self._group)

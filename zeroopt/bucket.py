@@ -1,0 +1,154 @@
+"""Flat storage: the parameters of a bucket are views of one buffer, and so are the pieces of them that this rank owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+
+# Elements to which parameters and slices are aligned: a cache line and more in every dtype, so that kernels and matrix
+# multiplications start where vector loads are cheapest.
+ALIGNMENT = 32
+
+
+@dataclass(eq=False)
+class ManagedParam:
+    """A parameter that zeroopt trains: what its name is, and where it lies.
+
+    Attributes:
+        index: position among the managed parameters, in the order of `model.named_parameters()`.
+        group: position of its param_group in the optimizer.
+        position: position in the optimizer, counted over all groups, as in a torch optimizer's state dict.
+    """
+
+    name: str
+    param: nn.Parameter
+    index: int
+    group: int
+    position: int
+    offset: int = field(default=-1, init=False)
+    shape: torch.Size = field(init=False)
+    stride: tuple[int, ...] = field(init=False)
+    numel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shape = self.param.shape
+        self.stride = self.param.stride()
+        self.numel = self.param.numel()
+
+    def view_in(self, full: Tensor) -> Tensor:
+        """The parameter's shape (and memory format) over its range of a flat buffer of its bucket."""
+        return full.as_strided(self.shape, self.stride, full.storage_offset() + self.offset)
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """Elements of a tensor of the parameter's shape in the order in which they lie in the bucket, 1-D."""
+        if value.stride() != self.stride:
+            value = torch.empty_strided(self.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
+        return value.as_strided((self.numel,), (1,))
+
+
+@dataclass(eq=False)
+class Segment:
+    """The part of a parameter that this rank steps.
+
+    Attributes:
+        start: first element of the parameter that is in the segment.
+        offset: first element of the own range of the bucket that is in the segment.
+        shard: 1-D view of the flat parameters, the leaf that an optimizer steps.
+    """
+
+    owner: ManagedParam
+    start: int
+    offset: int
+    numel: int
+    shard: nn.Parameter
+
+
+class Bucket:
+    """Parameters of one dtype side by side in one flat buffer, cut into one slice a rank.
+
+    Making one moves the parameters into it: the values stay, `param.data` becomes a view.
+
+    Attributes:
+        flat_param: [padded_numel], all parameters; the gaps between them are zero.
+        own_range: the elements of the bucket that this rank steps; its slice, or all of the bucket in stage 0.
+        own_param: view of `flat_param` over the own range.
+        segments: the pieces of parameters in the own range.
+    """
+
+    def __init__(
+        self, index: int, layout: _C.BucketPlan, params: Sequence[ManagedParam], own_range: tuple[int, int]
+    ) -> None:
+        self.index = index
+        self.padded_numel = layout.padded_numel
+        self.params = [params[i] for i in layout.params]
+        self.dtype = self.params[0].param.dtype
+        self.device = self.params[0].param.device
+        for managed, offset in zip(self.params, layout.offsets, strict=True):
+            managed.offset = offset
+        self.flat_param = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
+        for managed in self.params:
+            view = managed.view_in(self.flat_param)
+            view.copy_(managed.param.data)
+            managed.param.data = view
+
+        self.own_range = own_range
+        self.own_param = self.within_own_range(self.flat_param)
+        self.segments: list[Segment] = []
+
+    def cut_segments(self, pieces: Sequence[_C.Segment], params: Sequence[ManagedParam]) -> None:
+        """Make the segments of the own range, as planned."""
+        for piece in pieces:
+            shard = nn.Parameter(self.own_param[piece.offset : piece.offset + piece.numel])
+            self.segments.append(Segment(params[piece.param], piece.start, piece.offset, piece.numel, shard))
+
+    @property
+    def name(self) -> str:
+        """How messages call the bucket."""
+        return f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
+
+    def within_own_range(self, full: Tensor) -> Tensor:
+        """The own range of a flat buffer of this bucket, a view."""
+        return full[self.own_range[0] : self.own_range[1]]
+
+    def zero_gaps(self, full: Tensor) -> None:
+        """Clear what lies between and behind the parameters in a buffer that has been used for another bucket."""
+        end = 0
+        for managed in self.params:
+            if managed.offset > end:
+                full[end : managed.offset].zero_()
+            end = managed.offset + managed.numel
+        full[end:].zero_()
+
+
+def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int) -> _C.Plan:
+    """Plan buckets for parameters in the model's order; those of one dtype and device share buckets."""
+    kinds: dict[tuple[torch.dtype, torch.device], int] = {}
+    kind_of = [kinds.setdefault((p.param.dtype, p.param.device), len(kinds)) for p in params]
+    return _C.Plan(
+        [p.numel for p in params],
+        kind_of,
+        [p.param.element_size() for p in params],
+        world_size,
+        ALIGNMENT,
+        bucket_bytes,
+    )
+
+
+def make_buckets(
+    params: Sequence[ManagedParam], rank: int, world_size: int, bucket_bytes: int, *, shard_state: bool
+) -> list[Bucket]:
+    """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time."""
+    plan = make_plan(params, world_size, bucket_bytes)
+    buckets = []
+    for index, layout in enumerate(plan.buckets):
+        shard_numel = plan.shard_numel(index)
+        own_range = (rank * shard_numel, (rank + 1) * shard_numel) if shard_state else (0, layout.padded_numel)
+        bucket = Bucket(index, layout, params, own_range)
+        bucket.cut_segments(plan.segments(index, *own_range), params)
+        buckets.append(bucket)
+    return buckets

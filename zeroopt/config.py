@@ -1,0 +1,122 @@
+"""The options of `zeroopt.wrap`, checked once and frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .errors import ConfigError, NotSupportedError
+
+Fused = bool | Literal["auto"]
+
+TRANSPORTS = ("auto", "torch", "pairwise", "shm")
+MASTER_WEIGHTS = ("float32", "remainder", "none")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one rank keeps of every bucket. This is all in which the stages differ."""
+
+    shard_state: bool
+    """Optimizer state covers this rank's slice of a bucket rather than the whole bucket."""
+    shard_gradient: bool
+    """Only this rank's slice of the reduced gradient is kept; the full buffer goes back to a pool after its reduce."""
+
+
+PLACEMENTS = {
+    0: Placement(shard_state=False, shard_gradient=False),
+    1: Placement(shard_state=True, shard_gradient=False),
+    2: Placement(shard_state=True, shard_gradient=True),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Checked options; see `zeroopt.wrap` for what each means."""
+
+    stage: int
+    bucket_mb: float
+    fused: Fused
+    transport: str
+    overlap: bool
+    broadcast_buffers: bool
+    sync_module_states: bool
+
+    @property
+    def placement(self) -> Placement:
+        return PLACEMENTS[self.stage]
+
+    @property
+    def bucket_bytes(self) -> int:
+        return max(1, int(self.bucket_mb * 2**20))
+
+    def describe(self) -> list[str]:
+        """One line for each option on which all ranks have to agree."""
+        return [f"option {name}={getattr(self, name)!r}" for name in sorted(vars(self))]
+
+
+def check_config(
+    *,
+    stage: int,
+    bucket_mb: float,
+    fused: Fused,
+    transport: str,
+    overlap: bool,
+    broadcast_buffers: bool,
+    sync_module_states: bool,
+    **later: Any,
+) -> Config:
+    """Return the checked options.
+
+    Raises:
+        ConfigError: a value that no release would take.
+        NotSupportedError: a value of the fixed API that this release cannot honour yet.
+    """
+    _check_one_of("stage", stage, tuple(PLACEMENTS))
+    _check_one_of("transport", transport, TRANSPORTS)
+    _check_one_of("fused", fused, (True, False, "auto"))
+    if not isinstance(bucket_mb, (int, float)) or isinstance(bucket_mb, bool) or not 0 < bucket_mb < float("inf"):
+        raise ConfigError(f"expected bucket_mb to be a positive number of MiB, got {bucket_mb!r}")
+    for name, value in (
+        ("overlap", overlap),
+        ("broadcast_buffers", broadcast_buffers),
+        ("sync_module_states", sync_module_states),
+    ):
+        _check_one_of(name, value, (True, False))
+    if transport == "shm":
+        raise NotSupportedError("transport='shm' is not supported yet; use 'auto', 'pairwise' or 'torch'")
+    _check_later_options(**later)
+    return Config(int(stage), float(bucket_mb), fused, transport, overlap, broadcast_buffers, sync_module_states)
+
+
+def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
+        choices = ", ".join(repr(option) for option in allowed)
+        raise ConfigError(f"expected {name} to be one of {choices}, got {value!r}")
+
+
+def _check_later_options(
+    *,
+    param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    master_weights: str,
+    state_dtype: torch.dtype,
+    max_grad_norm: float | None,
+    share_parameters: bool,
+    average_every: int | None,
+) -> None:
+    _check_one_of("master_weights", master_weights, MASTER_WEIGHTS)
+    # Name, value given, value that means "as without it".
+    for name, value, neutral in (
+        ("param_dtype", param_dtype, None),
+        ("reduce_dtype", reduce_dtype, None),
+        ("master_weights", master_weights, "float32"),
+        ("state_dtype", state_dtype, torch.float32),
+        ("max_grad_norm", max_grad_norm, None),
+        ("share_parameters", share_parameters, False),
+        ("average_every", average_every, None),
+    ):
+        if value != neutral:
+            raise NotSupportedError(f"{name}={value!r} is not supported yet; leave it at {neutral!r}")

@@ -1,0 +1,249 @@
+"""From autograd to reduced gradients: hooks fill buckets, and full buckets start to travel while backward goes on.
+
+A parameter's hook copies its gradient, scaled by 1/world_size, into its bucket and frees it. The last one in completes the
+bucket. Buckets start to travel in the order of their index on every rank, whatever the order in which they were completed,
+so that all ranks start the same collectives in the same order. When backward ends, what has not arrived on this rank (a
+parameter that this rank did not use) counts as zero, and the remaining buckets start.
+
+Which parameters had a gradient on any rank is agreed with one small all-reduce a backward: those without stay untouched by
+the step, as under DistributedDataParallel with find_unused_parameters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _C, ops
+from .bucket import Bucket, ManagedParam
+from .collectives import PendingCollective, Transport
+from .config import Placement
+from .errors import StateError
+from .gradient_store import BufferPool, GradientStore
+
+# Buckets that travel at the same time. One is not enough to keep the wire busy while the next is summed; more only cost memory.
+MAX_IN_FLIGHT = 2
+
+
+class GradientReducer:
+    """Fills, starts and finishes the gradient buckets of one wrapped model.
+
+    Attributes:
+        sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
+        has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
+        stores: the gradients of each bucket.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[ManagedParam],
+        buckets: Sequence[Bucket],
+        transport: Transport,
+        group: dist.ProcessGroup,
+        placement: Placement,
+        *,
+        overlap: bool,
+    ) -> None:
+        self.sync = True
+        self.has_local_gradients = False
+        pool = BufferPool()
+        self.stores = [GradientStore(bucket, placement, pool) for bucket in buckets]
+        self._params = params
+        self._buckets = buckets
+        self._transport = transport
+        self._group = group
+        self._placement = placement
+        self._overlap = overlap
+        self._scale = 1.0 / transport.world_size
+        self._addresses = [managed.param.data_ptr() for managed in params]
+
+        self._running = False  # between the first hook of a backward and its end
+        self._arrived = bytearray(len(params))  # 1: its gradient is in the bucket, for this backward
+        self._missing = [len(bucket.params) for bucket in buckets]
+        self._next = 0  # the bucket that starts next
+        self._in_flight: deque[tuple[int, PendingCollective]] = deque()
+        self._gathers: list[PendingCollective] = []
+        self._pending_flags: list[tuple[Tensor, dist.Work | None]] = []
+        self._used = torch.zeros(len(params), dtype=torch.uint8)
+        for bucket in buckets:
+            for managed in bucket.params:
+                hook = partial(self._on_gradient, managed, bucket.index)
+                managed.param.register_post_accumulate_grad_hook(hook)
+
+    @property
+    def used(self) -> Tensor:
+        """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
+        return self._used
+
+    def finish(self) -> None:
+        """Wait until every gradient that has been produced is reduced. Collective when a backward has run."""
+        while self._in_flight:
+            self._finish_oldest()
+        for gather in self._gathers:
+            gather.finish()
+        self._gathers.clear()
+        for flags, work in self._pending_flags:
+            if work is not None:
+                work.wait()
+            self._used |= flags.cpu()
+        self._pending_flags.clear()
+
+    def discard(self) -> None:
+        """Forget all gradients, reduced and local."""
+        self.finish()
+        for store in self.stores:
+            store.discard()
+        self._used.zero_()
+        self.has_local_gradients = False
+
+    def zero(self) -> None:
+        """Set all reduced gradients to zero; parameters that had one count as having one still."""
+        self.finish()
+        for store in self.stores:
+            store.reduced.zero_()
+        self.has_local_gradients = False
+
+    def take_visible(self) -> Tensor:
+        """Stage 0: what `param.grad` says holds, for the user may have cleared, replaced or edited it.
+
+        Returns:
+            uint8 [number of parameters], 1 where there is a gradient.
+        """
+        flags = bytearray(len(self._params))
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            assert store.full is not None
+            for managed in bucket.params:
+                grad = managed.param.grad
+                if grad is None:
+                    continue
+                flags[managed.index] = 1
+                view = managed.view_in(store.full)
+                if grad.data_ptr() != view.data_ptr():
+                    view.copy_(grad)
+        return torch.frombuffer(flags, dtype=torch.uint8)
+
+    def check_storage(self) -> None:
+        """Raise StateError when a parameter no longer lies in its bucket."""
+        for managed, address in zip(self._params, self._addresses, strict=True):
+            if managed.param.data_ptr() != address:
+                raise StateError(
+                    f"parameter {managed.name!r} no longer lies in zeroopt's storage: the model was moved, cast or "
+                    f"given new data after zeroopt.wrap (it is now {managed.param.dtype} on {managed.param.device}). "
+                    "Move and cast the model first, then wrap it; to load values use load_state_dict or copy_"
+                )
+
+    # The hook runs once a parameter and backward, between two kernels of the user's: it does as little as it can.
+    def _on_gradient(self, managed: ManagedParam, bucket: int, param: Tensor) -> None:
+        if not self.sync:
+            self.has_local_gradients = True
+            return
+        if not self._running:
+            self._begin()
+        if self._arrived[managed.index]:
+            raise StateError(
+                f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, "
+                "the wrapped model cannot go on: make a new one"
+            )
+        self._pack(managed, self.stores[bucket].open())
+        self._missing[bucket] -= 1
+        if self._missing[bucket] == 0 and self._overlap:
+            self._start_complete()
+
+    def _begin(self) -> None:
+        self.check_storage()
+        self._running = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[no-untyped-call]
+
+    def _pack(self, managed: ManagedParam, full: Tensor) -> None:
+        """Move a gradient into its bucket."""
+        param = managed.param
+        grad = param.grad
+        assert grad is not None
+        if grad.layout is not torch.strided:
+            raise StateError(
+                f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
+                "build its embedding with sparse=False"
+            )
+        if grad.is_cpu and grad.stride() == managed.stride:
+            code = ops.DTYPE_CODES[grad.dtype]
+            address = full.data_ptr() + managed.offset * full.element_size()
+            numel, threads = managed.numel, torch.get_num_threads()
+            _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self._scale, threads)
+        else:
+            view = managed.view_in(full)
+            view.copy_(grad)
+            ops.pack(view, view, scale=self._scale)
+        # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
+        param.grad = None if self._placement.shard_state else managed.view_in(full)
+        self._arrived[managed.index] = 1
+
+    def _start_complete(self) -> None:
+        while self._next < len(self._buckets) and self._missing[self._next] == 0:
+            self._start(self._next)
+            self._next += 1
+
+    def _start(self, bucket: int) -> None:
+        while len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._finish_oldest()
+        store = self.stores[bucket]
+        full = store.open()
+        out = store.reduced if self._placement.shard_gradient else self._transport.own_slice(full)
+        self._in_flight.append((bucket, self._transport.start_reduce_scatter(full, out, store.base)))
+
+    def _finish_oldest(self) -> None:
+        bucket, pending = self._in_flight.popleft()
+        pending.finish()
+        store = self.stores[bucket]
+        if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
+            assert store.full is not None
+            self._gathers.append(self._transport.start_all_gather(store.full))
+        store.close()
+
+    def _end(self) -> None:
+        """Autograd calls this when backward is through."""
+        for bucket in range(self._next, len(self._buckets)):
+            if self._missing[bucket]:
+                self._fill_missing(bucket)
+            self._start(bucket)
+        self._agree_on_used()
+        self._arrived = bytearray(len(self._params))
+        self._missing = [len(bucket.params) for bucket in self._buckets]
+        self._next = 0
+        self._running = False
+        self.has_local_gradients = False
+        if not self._placement.shard_state:
+            self.finish()
+            self._show_gradients()
+
+    def _fill_missing(self, bucket: int) -> None:
+        """A parameter without a gradient in this backward counts as zero, unless no_sync() has left it one."""
+        full = self.stores[bucket].open()
+        for managed in self._buckets[bucket].params:
+            if self._arrived[managed.index]:
+                continue
+            if managed.param.grad is not None:
+                self._pack(managed, full)
+            else:
+                full[managed.offset : managed.offset + managed.numel].zero_()
+
+    def _agree_on_used(self) -> None:
+        device = self._buckets[0].device
+        flags = torch.frombuffer(self._arrived, dtype=torch.uint8).to(device)
+        work = None
+        if self._transport.world_size > 1:
+            work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending_flags.append((flags, work))
+
+    def _show_gradients(self) -> None:
+        """Stage 0: a parameter that another rank used has a gradient here as well."""
+        used = self._used.tolist()
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            for managed in bucket.params:
+                if managed.param.grad is None and used[managed.index]:
+                    assert store.full is not None
+                    managed.param.grad = managed.view_in(store.full)

@@ -1,0 +1,146 @@
+"""What `zeroopt.wrap` looks at before it changes anything: the model, the optimizer, and whether they fit together."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import _C
+from .bucket import ManagedParam
+from .elementwise import check_elementwise
+from .errors import ConfigError, KernelUnavailableError, NotSupportedError
+
+_log = logging.getLogger("zeroopt")
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Models and optimizers that went into zeroopt.wrap or came out of it; a second time would cut shards once more.
+_wrapped: weakref.WeakSet[nn.Module | torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def mark_wrapped(*objects: nn.Module | torch.optim.Optimizer) -> None:
+    """Remember models and optimizers that must not be wrapped (again)."""
+    _wrapped.update(objects)
+
+
+def inspect(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ManagedParam]:
+    """The parameters that zeroopt will train, in the model's order. Changes nothing, and is not collective.
+
+    Those are the optimizer's parameters that require gradients now.
+
+    Raises:
+        ConfigError: model, optimizer and parameters do not fit together or cannot be trained.
+        NotSupportedError: something this release cannot train yet.
+    """
+    _check_types(model, optimizer)
+    names = {param: name for name, param in model.named_parameters()}
+    params = _managed_params(names, optimizer)
+    for managed in params:
+        _check_param(managed)
+    _check_devices(params)
+    _check_storage(params)
+    _check_sparse(model)
+    check_elementwise(optimizer)
+    _warn_untrained(names, params)
+    return params
+
+
+def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel):
+        raise ConfigError("expected a plain module, got a DistributedDataParallel; wrap the module inside it instead")
+    if model in _wrapped:
+        raise ConfigError("this model is already wrapped; call zeroopt.wrap once for each model")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"expected optimizer to be a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+    if optimizer in _wrapped:
+        raise ConfigError("this optimizer is already wrapped; call zeroopt.wrap once for each optimizer")
+
+
+def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optimizer) -> list[ManagedParam]:
+    places: dict[Tensor, tuple[int, int]] = {}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if param not in names:
+                raise ConfigError(
+                    f"parameter {len(places)} of the optimizer (group {group_index}, shape {list(param.shape)}) is not a "
+                    "parameter of the model; build the optimizer on model.parameters() of the model that is wrapped"
+                )
+            places[param] = (group_index, len(places))
+    if not places:
+        raise ConfigError("the optimizer has no parameters; build it on model.parameters()")
+    managed = []
+    for param, name in names.items():
+        if param in places and param.requires_grad:
+            managed.append(ManagedParam(name, param, len(managed), *places[param]))
+    if not managed:
+        raise ConfigError("no parameter of the optimizer requires gradients: there is nothing to train")
+    return managed
+
+
+def _check_param(managed: ManagedParam) -> None:
+    name, param = managed.name, managed.param
+    if param.is_meta:
+        raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")
+    if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        raise ConfigError(f"parameter {name!r} is not initialised yet; run the model once before wrapping")
+    if type(param.data) is not Tensor:
+        raise NotSupportedError(f"parameter {name!r} is a {type(param.data).__name__}; only plain tensors are supported")
+    if param.layout is not torch.strided or param.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(map(str, SUPPORTED_DTYPES))
+        raise NotSupportedError(f"parameter {name!r} is {param.layout} {param.dtype}; supported are dense {supported}")
+    # torch keeps the strides of a dense tensor for one like it, and no others.
+    if torch.empty_like(param, device="meta").stride() != param.stride():
+        raise ConfigError(f"parameter {name!r} has gaps or overlaps in memory; make its data contiguous()")
+
+
+def _check_devices(params: Sequence[ManagedParam]) -> None:
+    devices = {managed.param.device: managed.name for managed in params}
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise NotSupportedError(f"all parameters of a rank must be on one device, got {places}")
+    device = params[0].param.device
+    if device.type not in ("cpu", "cuda"):
+        raise NotSupportedError(f"expected parameters on cpu or cuda, got {device}")
+    if device.type == "cuda" and not _C.build_info()["cuda"]:
+        raise KernelUnavailableError(
+            "the parameters are on a CUDA device, but zeroopt was built without CUDA: reinstall it where nvcc is found, "
+            "with ZEROOPT_CUDA=on to be told why if that fails"
+        )
+
+
+def _check_storage(params: Sequence[ManagedParam]) -> None:
+    """Two parameters in the same memory would come apart when they move into buckets."""
+    extents = sorted((m.param.data_ptr(), m.numel * m.param.element_size(), m.name) for m in params if m.numel)
+    for (start, size, name), (next_start, _, next_name) in zip(extents, extents[1:], strict=False):
+        if start + size > next_start:
+            raise ConfigError(
+                f"parameters {name!r} and {next_name!r} share memory; to tie them, assign the same Parameter object "
+                "to both modules"
+            )
+
+
+def _check_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise NotSupportedError(
+                f"module {name!r} yields sparse gradients, which buckets cannot hold; build it with sparse=False"
+            )
+
+
+def _warn_untrained(names: dict[nn.Parameter, str], params: Sequence[ManagedParam]) -> None:
+    managed = {m.param for m in params}
+    left = [name for param, name in names.items() if param.requires_grad and param not in managed]
+    if left:
+        _log.warning(
+            "%d parameters require gradients but are not in the optimizer; zeroopt neither reduces nor steps them: %s%s",
+            len(left),
+            ", ".join(left[:5]),
+            ", …" if len(left) > 5 else "",
+        )

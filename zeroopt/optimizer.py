@@ -1,0 +1,261 @@
+"""The optimizer that `zeroopt.wrap` returns."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bucket import Bucket, ManagedParam, Segment
+from .collectives import Transport
+from .config import Config
+from .errors import NotSupportedError, StateError
+from .grad_hooks import GradientReducer
+from .shard_state import ParamState, cut_state, pack_state, unpack_state
+from .step import ShardStepper
+
+_FORMAT = 1
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose state, and whose work, is split over the ranks of a process group.
+
+    `step()` has three phases: finish the reduces of the gradients; step this rank's slice of every bucket, and start to
+    gather each bucket as soon as its slice is done; wait for the gathers. (ZeRO: Rajbhandari et al., 2020,
+    arXiv:1910.02054.)
+
+    `param_groups` is the wrapped optimizer's own list of its own dicts, so options set through either object, or by a
+    scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped.
+
+    `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 it is None after backward: the mean
+    exists only in slices, each on the rank that owns it.
+
+    Made by `zeroopt.wrap`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        params: Sequence[ManagedParam],
+        buckets: Sequence[Bucket],
+        reducer: GradientReducer,
+        transport: Transport,
+    ) -> None:
+        self._module = module
+        self._inner = optimizer
+        self._config = config
+        self._params = params
+        self._buckets = buckets
+        self._reducer = reducer
+        self._transport = transport
+        self._ready = False  # torch's constructor hands its groups to add_param_group
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._ready = True
+        self.param_groups = optimizer.param_groups
+        self._take_over_hooks()
+        self._import_state()
+        self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config.fused)
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage: 0, 1 or 2."""
+        return self._config.stage
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters. Collective: every rank of the process group must call it.
+
+        Args:
+            closure: recomputes the loss, with backward; called once, before the step.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            StateError: the parameters were moved, or gradients of a backward under `no_sync()` were never reduced.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = self._finish_reduces()
+        gathers = [self._transport.start_all_gather(bucket.flat_param) for bucket in self._step_buckets(active)]
+        for gather in gathers:
+            gather.finish()
+        self._note_step_for_schedulers()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients: those in `param.grad` and the reduced ones of this step. Not collective.
+
+        Args:
+            set_to_none: False leaves gradients of zero, with which parameters that had a gradient are still stepped.
+        """
+        if set_to_none:
+            self._reducer.discard()
+        else:
+            self._reducer.zero()
+        super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shard of the state. Not collective, and works before the first step.
+
+        Returns:
+            A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
+            this rank, and under "zeroopt" the layout that says of which elements. Save one on every rank.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        segments = list(self._segments())
+        state, layout = pack_state(self._inner.state, segments, self._params)
+        result: dict[str, Any] = {
+            "state": state,
+            "param_groups": self._pack_groups(),
+            "zeroopt": {"format": _FORMAT, **self._identity(), **layout},
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict()` gave on this rank, or the whole state dict of the plain torch optimizer.
+
+        Not collective, but every rank has to load its own.
+
+        Raises:
+            StateError: the state belongs to other parameters, another rank, world size, stage or bucket size, or its
+                groups are of other sizes. Nothing has been changed.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, dict(state_dict))
+            state_dict = state_dict if changed is None else changed
+        layout = state_dict.get("zeroopt")
+        self._check_groups(state_dict["param_groups"])
+        if layout is not None:
+            self._check_identity(layout)
+        state = unpack_state(state_dict["state"], layout, self._segments())
+        self._inner.state.clear()
+        self._inner.state.update(state)
+        self._stepper.adopt_state()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not supported yet after wrapping: the buckets are planned when `zeroopt.wrap` is called."""
+        if self._ready:
+            raise NotSupportedError("add_param_group after zeroopt.wrap is not supported yet; add all groups before")
+        # The groups are checked and complete already; going through torch's method would only copy their lists.
+        self.param_groups.append(param_group)
+
+    @property
+    def state(self) -> dict[Tensor, ParamState]:  # type: ignore[override]
+        """State by model parameter: 1-D tensors over the part of the parameter that this rank owns (ranks that own none
+        of a parameter have no entry for it). A new dict of the live tensors."""
+        inner = self._inner.state
+        return {s.owner.param: inner[s.shard] for s in self._segments() if s.shard in inner}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        # torch's constructor sets an empty state; the wrapped optimizer keeps the real one.
+        assert not self._ready, "the state of a ZeroOptimizer is replaced through load_state_dict"
+
+    def __repr__(self) -> str:
+        where = f"stage={self.stage}, rank={self._transport.rank}, world_size={self._transport.world_size}"
+        return f"ZeroOptimizer({where}, transport={self._transport.name}, {self._inner!r})"
+
+    def _finish_reduces(self) -> Tensor:
+        """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
+        self._reducer.check_storage()
+        if self._reducer.has_local_gradients:
+            raise StateError(
+                "the last backward ran under no_sync(), so its gradients were never reduced; run the last backward before "
+                "step() outside of no_sync(), or call zero_grad() to drop them"
+            )
+        self._reducer.finish()
+        active = self._reducer.used if self._config.placement.shard_state else self._reducer.take_visible()
+        if not active.all():
+            self._check_replaced()
+        return active
+
+    def _step_buckets(self, active: Tensor) -> Iterator[Bucket]:
+        """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""
+        flags = active.tolist()
+        for bucket in self._stepper.step(active):
+            if self._config.placement.shard_state and any(flags[managed.index] for managed in bucket.params):
+                yield bucket
+
+    def _segments(self) -> Iterator[Segment]:
+        for bucket in self._buckets:
+            yield from bucket.segments
+
+    def _check_replaced(self) -> None:
+        """A parameter without a gradient may be one that the model no longer has."""
+        present = set(self._module.parameters())
+        for managed in self._params:
+            if managed.param not in present:
+                raise StateError(
+                    f"parameter {managed.name!r} is no longer part of the model: a module was replaced after "
+                    "zeroopt.wrap. Change the model first, then wrap it"
+                )
+
+    def _take_over_hooks(self) -> None:
+        """Step hooks registered on the wrapped optimizer fire on this one, once a step."""
+        inner = self._inner
+        self._optimizer_step_pre_hooks = inner._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = inner._optimizer_step_post_hooks
+        inner._optimizer_step_pre_hooks = OrderedDict()
+        inner._optimizer_step_post_hooks = OrderedDict()
+
+    def _import_state(self) -> None:
+        """State that the optimizer had before it was wrapped: keep this rank's part of it."""
+        state = self._inner.state
+        own = {segment.shard: cut_state(state[segment.owner.param], segment) for segment in self._segments()
+               if segment.owner.param in state}
+        for managed in self._params:
+            state.pop(managed.param, None)
+        state.update(own)
+
+    def _note_step_for_schedulers(self) -> None:
+        """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""
+        if hasattr(self._inner.step, "_wrapped_by_lr_sched"):
+            self._inner._opt_called = True  # type: ignore[attr-defined]
+
+    def _identity(self) -> dict[str, int]:
+        return {"stage": self.stage, "rank": self._transport.rank, "world_size": self._transport.world_size}
+
+    def _pack_groups(self) -> list[dict[str, Any]]:
+        packed, first = [], 0
+        for group in self.param_groups:
+            options = {name: _copy(value) for name, value in group.items() if name != "params"}
+            packed.append({**options, "params": list(range(first, first + len(group["params"])))})
+            first += len(group["params"])
+        return packed
+
+    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        mine = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in saved]
+        if mine != theirs:
+            raise StateError(f"expected param_groups of {mine} parameters, the state dict has {theirs}")
+
+    def _check_identity(self, layout: Mapping[str, Any]) -> None:
+        if layout["format"] != _FORMAT:
+            raise StateError(f"expected a state dict of format {_FORMAT}, got {layout['format']}; update zeroopt")
+        for name, value in self._identity().items():
+            if layout[name] != value:
+                raise StateError(
+                    f"the state dict was saved with {name}={layout[name]}, this optimizer has {name}={value}; loading "
+                    "shards into another layout is not supported yet"
+                )
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,100 @@
+"""Optimizer state by parameter and by shard: cutting whole state to this rank's pieces, and writing pieces out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .bucket import ManagedParam, Segment
+from .errors import StateError
+
+# A state entry of a parameter, as torch keeps it: "exp_avg" -> tensor, "step" -> 0-dim tensor, …
+ParamState = dict[str, Any]
+
+
+def cut_state(state: Mapping[str, Any], segment: Segment) -> ParamState:
+    """The part of a whole parameter's state that belongs to a segment, copied.
+
+    Tensors of the parameter's shape are cut; all else (step counts, scalars) is taken as it is.
+    """
+    return {name: _cut(value, name, segment) for name, value in state.items()}
+
+
+def _cut(value: Any, name: str, segment: Segment) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    owner = segment.owner
+    # The step count of a 0-dim parameter has the parameter's shape too.
+    if name == "step" or value.shape != owner.shape:
+        return value.clone()
+    flat = owner.flatten(value.to(owner.param.device))
+    return flat[segment.start : segment.start + segment.numel].clone()
+
+
+def pack_state(
+    state: Mapping[Tensor, ParamState], segments: Iterable[Segment], params: Iterable[ManagedParam]
+) -> tuple[dict[int, ParamState], dict[str, Any]]:
+    """State of this rank's segments by position in the optimizer, and the layout that says what they are pieces of."""
+    packed: dict[int, ParamState] = {}
+    ranges: dict[int, list[int]] = {}
+    for segment in segments:
+        position = segment.owner.position
+        ranges[position] = [segment.start, segment.start + segment.numel]
+        if segment.shard in state:
+            packed[position] = dict(state[segment.shard])
+    layout = {
+        "ranges": dict(sorted(ranges.items())),
+        "shapes": {p.position: list(p.shape) for p in sorted(params, key=lambda p: p.position)},
+        "names": {p.position: p.name for p in sorted(params, key=lambda p: p.position)},
+    }
+    return dict(sorted(packed.items())), layout
+
+
+def unpack_state(
+    packed: Mapping[int, Mapping[str, Any]], layout: Mapping[str, Any] | None, segments: Iterable[Segment]
+) -> dict[Tensor, ParamState]:
+    """The inverse of `pack_state`; without a layout, `packed` is the state dict of a plain torch optimizer.
+
+    Raises:
+        StateError: the state belongs to other shapes or to another cut. Nothing has been changed.
+    """
+    result: dict[Tensor, ParamState] = {}
+    for segment in segments:
+        position = segment.owner.position
+        if layout is not None:
+            _check_cut(layout, segment)
+        if position not in packed:
+            continue
+        entry = packed[position]
+        if layout is None:
+            _check_whole(entry, segment.owner)
+            result[segment.shard] = cut_state(entry, segment)
+        else:
+            result[segment.shard] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+    return result
+
+
+def _check_cut(layout: Mapping[str, Any], segment: Segment) -> None:
+    owner = segment.owner
+    shape = layout["shapes"].get(owner.position)
+    if shape is None or list(shape) != list(owner.shape):
+        raise StateError(f"the state dict has shape {shape} for parameter {owner.name!r} of shape {list(owner.shape)}")
+    expected = [segment.start, segment.start + segment.numel]
+    saved = layout["ranges"].get(owner.position)
+    if saved is None or list(saved) != expected:
+        raise StateError(
+            f"the state dict holds elements {saved} of parameter {owner.name!r}, but this rank owns {expected}: "
+            "it was saved with another stage, bucket_mb or set of parameters; wrap with the options it was saved with"
+        )
+
+
+def _check_whole(entry: Mapping[str, Any], owner: ManagedParam) -> None:
+    for name, value in entry.items():
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape != owner.shape:
+            raise StateError(
+                f"the state dict has {name!r} of shape {list(value.shape)} for parameter {owner.name!r} "
+                f"of shape {list(owner.shape)}"
+            )
+

@@ -1,0 +1,185 @@
+"""`zeroopt.wrap`: check everything, agree with the other ranks, then move the model into buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import _C
+from .agreement import agree
+from .broadcast import Broadcaster
+from .bucket import Bucket, ManagedParam, make_buckets
+from .collectives import Transport, select_transport
+from .config import Config, Fused, check_config
+from .errors import ConfigError, StateError, ZeroOptError
+from .grad_hooks import GradientReducer
+from .inspect import inspect, mark_wrapped
+from .module import ZeroDataParallel
+from .optimizer import ZeroOptimizer
+from .step import check_fused
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stage: int = 2,
+    process_group: dist.ProcessGroup | None = None,
+    bucket_mb: float = 25.0,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    master_weights: str = "float32",
+    state_dtype: torch.dtype = torch.float32,
+    max_grad_norm: float | None = None,
+    fused: Fused = "auto",
+    transport: str = "auto",
+    overlap: bool = True,
+    broadcast_buffers: bool = True,
+    sync_module_states: bool = True,
+    share_parameters: bool = False,
+    average_every: int | None = None,
+) -> tuple[ZeroDataParallel, ZeroOptimizer]:
+    """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
+
+    Collective: every rank of the process group must call it, with the same model, optimizer and options. The training
+    loop stays as it is: `loss = model(x); loss.backward(); optimizer.step(); optimizer.zero_grad()`.
+
+    The model's parameters stay the same objects; their data moves into flat buckets, one bucket at a time. Cast and move
+    the model first, and build the optimizer on its parameters.
+
+    Args:
+        model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device.
+        optimizer: an element-wise torch optimizer on the model's parameters. State that it already has is kept.
+        stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
+            the gradients.
+        process_group: the ranks to train with; the default group when None.
+        bucket_mb: size of a bucket in MiB. A larger parameter has a bucket of its own.
+        fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam and SGD in
+            float32) and with the optimizer's own `step` otherwise; True insists on the kernel, False on the own step.
+        transport: "pairwise" (Gloo), "torch" (the backend's own collectives), or "auto" to choose by backend and device.
+        overlap: reduce gradients while backward runs; False waits for its end.
+        broadcast_buffers: before a forward with gradients, all ranks take over the buffers of rank 0.
+        sync_module_states: all ranks start from the parameters and buffers of rank 0.
+        param_dtype, reduce_dtype, master_weights, state_dtype, max_grad_norm, share_parameters, average_every: reserved;
+            only their defaults are supported so far.
+
+    Returns:
+        The model and the optimizer to train with.
+
+    Raises:
+        ConfigError: bad options, or a model and an optimizer that do not fit together. Nothing has been changed.
+        NotSupportedError: options, parameters or optimizers that this release cannot train. Nothing has been changed.
+        RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
+            been changed.
+        StateError: there is no process group, or this rank is not in it.
+    """
+    group = _resolve_group(process_group)
+    problem: ZeroOptError | None = None
+    lines: list[str] = []
+    params: list[ManagedParam] = []
+    try:
+        config = check_config(
+            stage=stage,
+            bucket_mb=bucket_mb,
+            fused=fused,
+            transport=transport,
+            overlap=overlap,
+            broadcast_buffers=broadcast_buffers,
+            sync_module_states=sync_module_states,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            max_grad_norm=max_grad_norm,
+            share_parameters=share_parameters,
+            average_every=average_every,
+        )
+        params = inspect(model, optimizer)
+        check_fused(optimizer, params, config.fused)
+        mover = select_transport(config.transport, group, params[0].param.device)
+        lines = _describe(config, model, optimizer, params)
+    except ZeroOptError as error:
+        problem = error
+    agree(group, _agreement_device(group), lines, problem)
+    return _wrap_checked(model, optimizer, config, params, mover, group)
+
+
+def _wrap_checked(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    params: Sequence[ManagedParam],
+    transport: Transport,
+    group: dist.ProcessGroup,
+) -> tuple[ZeroDataParallel, ZeroOptimizer]:
+    placement = config.placement
+    buckets = make_buckets(
+        params, transport.rank, transport.world_size, config.bucket_bytes, shard_state=placement.shard_state
+    )
+    broadcaster = Broadcaster(group) if transport.world_size > 1 else None
+    if broadcaster is not None and config.sync_module_states:
+        _sync_states(model, params, buckets, broadcaster)
+    reducer = GradientReducer(params, buckets, transport, group, placement, overlap=config.overlap)
+    has_buffers = next(model.buffers(), None) is not None
+    wrapped_model = ZeroDataParallel(
+        model, reducer, broadcaster if config.broadcast_buffers and has_buffers else None
+    )
+    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, transport)
+    mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
+    return wrapped_model, wrapped_optimizer
+
+
+def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise StateError(
+            "zeroopt.wrap needs a process group: call torch.distributed.init_process_group first (and start the script "
+            "with torchrun, also for a single process)"
+        )
+    group = dist.group.WORLD if process_group is None else process_group
+    if not isinstance(group, dist.ProcessGroup):
+        raise StateError(
+            f"expected process_group to be a torch.distributed.ProcessGroup that this rank is in, got {group!r}"
+        )
+    return group
+
+
+def _agreement_device(group: dist.ProcessGroup) -> torch.device:
+    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+
+def _describe(
+    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
+) -> list[str]:
+    """What all ranks have to have in common, one fact a line."""
+    lines = [f"zeroopt {_C.build_info()['version']}", *config.describe()]
+    for managed in params:
+        what = f"shape {list(managed.shape)}, {managed.param.dtype}, strides {list(managed.stride)}"
+        lines.append(f"parameter {managed.name!r} of {what}, in param_group {managed.group}")
+    lines += [f"buffer {name!r} of shape {list(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
+    lines.append(f"optimizer {type(optimizer).__name__}")
+    for number, group in enumerate(optimizer.param_groups):
+        options = ", ".join(f"{key}={_plain(group[key])}" for key in sorted(group) if key not in ("params", "param_names"))
+        lines.append(f"param_group {number} with {options}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    """An option as text that is the same on every rank: no addresses of objects."""
+    if isinstance(value, torch.Tensor):
+        return repr(value.tolist())
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_plain, value))})"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+
+def _sync_states(
+    model: nn.Module, params: Sequence[ManagedParam], buckets: Sequence[Bucket], broadcaster: Broadcaster
+) -> None:
+    for bucket in buckets:
+        broadcaster.broadcast_flat(bucket.flat_param)
+    managed = {m.param for m in params}
+    rest = [p.data for p in model.parameters() if p not in managed]
+    broadcaster.broadcast([*rest, *model.buffers()])
