@@ -9,10 +9,10 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 
-from .errors import RankMismatchError, ZeroOptError
+from .errors import RankMismatchError
 
 
-def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: ZeroOptError | None) -> None:
+def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> None:
     """Return when every rank called with the same lines and without a problem; else raise on every rank.
 
     Collective: every rank of the group must call it. Usually it costs one small all-reduce; the lines themselves travel
@@ -23,7 +23,7 @@ def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], 
         problem: what is wrong on this rank alone, if anything is.
 
     Raises:
-        ZeroOptError: this rank's own problem.
+        Exception: this rank's own problem, as it is.
         RankMismatchError: another rank has a problem, or the first difference between two ranks; the same text everywhere.
     """
     if not _differs(group, device, lines, problem):
@@ -37,7 +37,7 @@ def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], 
 
 
 def _differs(
-    group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: ZeroOptError | None
+    group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None
 ) -> bool:
     """Whether any rank has other lines or a problem: the largest and the smallest digest over all ranks differ."""
     digest = hashlib.sha256("\n".join(lines).encode()).digest()

@@ -156,6 +156,8 @@ class GradientReducer:
 
     def _begin(self) -> None:
         self.check_storage()
+        while self._in_flight:  # left by the backward before: its buckets are about to be filled again
+            self._finish_oldest()
         self._running = True
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[no-untyped-call]
 

@@ -40,8 +40,6 @@ def inspect(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ManagedP
     _check_types(model, optimizer)
     names = {param: name for name, param in model.named_parameters()}
     params = _managed_params(names, optimizer)
-    for managed in params:
-        _check_param(managed)
     _check_devices(params)
     _check_storage(params)
     _check_sparse(model)
@@ -78,18 +76,18 @@ def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optim
     managed = []
     for param, name in names.items():
         if param in places and param.requires_grad:
+            _check_param(name, param)
             managed.append(ManagedParam(name, param, len(managed), *places[param]))
     if not managed:
         raise ConfigError("no parameter of the optimizer requires gradients: there is nothing to train")
     return managed
 
 
-def _check_param(managed: ManagedParam) -> None:
-    name, param = managed.name, managed.param
-    if param.is_meta:
-        raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")
+def _check_param(name: str, param: nn.Parameter) -> None:
     if isinstance(param, nn.parameter.UninitializedTensorMixin):
         raise ConfigError(f"parameter {name!r} is not initialised yet; run the model once before wrapping")
+    if param.is_meta:
+        raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")
     if type(param.data) is not Tensor:
         raise NotSupportedError(f"parameter {name!r} is a {type(param.data).__name__}; only plain tensors are supported")
     if param.layout is not torch.strided or param.dtype not in SUPPORTED_DTYPES:
@@ -117,12 +115,12 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
 
 def _check_storage(params: Sequence[ManagedParam]) -> None:
     """Two parameters in the same memory would come apart when they move into buckets."""
-    extents = sorted((m.param.data_ptr(), m.numel * m.param.element_size(), m.name) for m in params if m.numel)
-    for (start, size, name), (next_start, _, next_name) in zip(extents, extents[1:], strict=False):
-        if start + size > next_start:
+    by_address = sorted((m for m in params if m.numel), key=lambda m: m.param.data_ptr())
+    for one, next_one in zip(by_address, by_address[1:], strict=False):
+        if one.param.data_ptr() + one.param.nbytes > next_one.param.data_ptr():
             raise ConfigError(
-                f"parameters {name!r} and {next_name!r} share memory; to tie them, assign the same Parameter object "
-                "to both modules"
+                f"parameters {one.name!r} and {next_one.name!r} share memory; to tie them, assign the same Parameter "
+                "object to both modules"
             )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .bucket import Bucket, ManagedParam, Segment
 from .config import Fused
-from .errors import ConfigError
+from .errors import ConfigError, StateError
 from .fused_rules import FUSED_DTYPES, FusedRule, fused_optimizers, rule_for
 from .gradient_store import GradientStore
 from .shard_state import ParamState
@@ -98,7 +98,7 @@ class ShardStepper:
     def _refuse_direct_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if not self._stepping:
             name = type(optimizer).__name__
-            raise ConfigError(
+            raise StateError(
                 f"this {name} was wrapped by zeroopt.wrap and no longer sees the gradients; "
                 "call step() on the optimizer that zeroopt.wrap returned"
             )

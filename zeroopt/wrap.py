@@ -15,7 +15,7 @@ from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets
 from .collectives import Transport, select_transport
 from .config import Config, Fused, check_config
-from .errors import ConfigError, StateError, ZeroOptError
+from .errors import StateError
 from .grad_hooks import GradientReducer
 from .inspect import inspect, mark_wrapped
 from .module import ZeroDataParallel
@@ -77,7 +77,7 @@ def wrap(
         StateError: there is no process group, or this rank is not in it.
     """
     group = _resolve_group(process_group)
-    problem: ZeroOptError | None = None
+    problem: Exception | None = None
     lines: list[str] = []
     params: list[ManagedParam] = []
     try:
@@ -101,7 +101,7 @@ def wrap(
         check_fused(optimizer, params, config.fused)
         mover = select_transport(config.transport, group, params[0].param.device)
         lines = _describe(config, model, optimizer, params)
-    except ZeroOptError as error:
+    except Exception as error:  # whatever it is, the other ranks have to hear of it, or they would wait for this one
         problem = error
     agree(group, _agreement_device(group), lines, problem)
     return _wrap_checked(model, optimizer, config, params, mover, group)

@@ -1,0 +1,266 @@
+"""Gradients from autograd to their sum over ranks: accumulation, no_sync, unused parameters, what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snapshot
+from worker_pool import RunOnRanks
+
+import zeroopt
+
+STAGES = (0, 1, 2)
+Options = dict[str, Any] | None
+
+
+def accumulate(options: Options, micro_batches: int, no_sync: bool) -> list[Tensor]:
+    """Two steps of several backward passes each."""
+    net = build("lm")
+    model, optimizer = prepare(net, optimizer_for("adamw", net), options)
+    for step in range(2):
+        for micro in range(micro_batches):
+            last = micro == micro_batches - 1
+            with model.no_sync() if no_sync and not last else nullcontext():  # type: ignore[operator]
+                (loss_of(model(batch("lm", 10 * step + micro))) / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net)
+
+
+def accumulate_all(variants: list[Options], no_sync: bool) -> list[list[Tensor]]:
+    return [accumulate(options, 3, no_sync) for options in variants]
+
+
+@pytest.mark.parametrize("no_sync", [True, False])
+@pytest.mark.parametrize("bucket_mb", [25.0, 0.001])
+def test_accumulation_follows_ddp(run_on_ranks: RunOnRanks, no_sync: bool, bucket_mb: float) -> None:
+    variants = [None, *({"stage": s, "fused": False, "bucket_mb": bucket_mb} for s in STAGES)]
+    for rank in run_on_ranks(2, accumulate_all, variants, no_sync):
+        for history in rank[1:]:
+            for want, got in zip(rank[0], history, strict=True):
+                if no_sync:
+                    assert torch.equal(want, got)
+                else:  # the sum of several backward passes is rounded in another order, and Adam divides by it
+                    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(rank[2], rank[3], strict=True)), "stages 1 and 2 differ"
+
+
+class Branches(nn.Module):
+    """Which branches run depends on the rank; one never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(5, 5)
+        self.even, self.odd, self.idle, self.never = (nn.Linear(5, 5) for _ in range(4))
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        x = self.trunk(x)
+        x = self.even(x) if dist.get_rank() % 2 == 0 else self.odd(x)
+        return x if step == 1 else self.idle(x)
+
+
+def train_branches(options: Options, transport_bucket_mb: float) -> list[Tensor]:
+    torch.manual_seed(0)
+    net = Branches()
+    # Weight decay and momentum move a parameter whose gradient is zero, but not one that has none.
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    model: nn.Module
+    if options is None:
+        model = DistributedDataParallel(net, find_unused_parameters=True)
+    else:
+        model, optimizer = zeroopt.wrap(net, optimizer, bucket_mb=transport_bucket_mb, **options)
+    for step in range(4):
+        x = torch.randn(3, 5, generator=torch.Generator().manual_seed(step * 10 + dist.get_rank()))
+        loss_of(model(x, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net)
+
+
+def train_branches_all(bucket_mb: float) -> list[list[Tensor]]:
+    variants: list[Options] = [None, *({"stage": s, "fused": f} for s in STAGES for f in (False, True))]
+    return [train_branches(options, bucket_mb) for options in variants]
+
+
+@pytest.mark.parametrize("bucket_mb", [25.0, 0.0001])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_unused_parameters_follow_ddp(run_on_ranks: RunOnRanks, world_size: int, bucket_mb: float) -> None:
+    for rank in run_on_ranks(world_size, train_branches_all, bucket_mb):
+        for history in rank[1:]:
+            for want, got in zip(rank[0], history, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def gradients_after_backward(stage: int) -> tuple[list[Tensor | None], list[Tensor]]:
+    """What param.grad shows, and the mean gradient that DDP computes."""
+    net, reference = build("mlp"), build("mlp")
+    model, _ = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage)
+    loss_of(model(batch("mlp", 0))).backward()
+    ddp = DistributedDataParallel(reference)
+    loss_of(ddp(batch("mlp", 0))).backward()
+    shown = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    return shown, [p.grad.clone() for p in reference.parameters() if p.grad is not None]
+
+
+def test_param_grad_by_stage(run_on_ranks: RunOnRanks) -> None:
+    for shown, expected in run_on_ranks(2, gradients_after_backward, 0):
+        assert len(shown) == len(expected)
+        assert all(g is not None and torch.equal(g, e) for g, e in zip(shown, expected, strict=True))
+    for stage in (1, 2):
+        for shown, _ in run_on_ranks(2, gradients_after_backward, stage):
+            assert shown == [None] * len(shown)
+
+
+def edit_gradients(wrapped: bool) -> list[Tensor]:
+    """Stage 0 steps what the user leaves in param.grad: edited in place, replaced, removed."""
+    net = build("mlp")
+    model, optimizer = prepare(net, optimizer_for("adamw", net), {"stage": 0, "fused": False} if wrapped else None)
+    for step in range(2):
+        loss_of(model(batch("mlp", step))).backward()
+        params = list(net.parameters())
+        torch.nn.utils.clip_grad_norm_(params, 0.1)
+        params[0].grad = torch.ones_like(params[0])
+        params[1].grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net)
+
+
+def test_stage_0_steps_the_visible_gradients(run_on_ranks: RunOnRanks) -> None:
+    plain, wrapped = run_on_ranks(2, edit_gradients, False), run_on_ranks(2, edit_gradients, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], wrapped[0], strict=True))
+
+
+def clear(how: str, stage: int) -> list[Tensor]:
+    """A backward whose gradients are thrown away, by one of the ways to do so, then one that counts."""
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage)
+    ways: dict[str, Callable[[], None]] = {
+        "nothing to clear": lambda: None,
+        "optimizer": optimizer.zero_grad,
+        "model": model.zero_grad,
+        "zeros": lambda: optimizer.zero_grad(set_to_none=False),
+        "model zeros": lambda: model.zero_grad(set_to_none=False),
+    }
+    if how != "nothing to clear":
+        loss_of(model(batch("mlp", 1))).backward()
+        with model.no_sync():
+            loss_of(model(batch("mlp", 2))).backward()
+    ways[how]()
+    loss_of(model(batch("mlp", 0))).backward()
+    optimizer.step()
+    return snapshot(net)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", ["optimizer", "model", "zeros", "model zeros"])
+def test_zero_grad_forgets_all_gradients(run_on_ranks: RunOnRanks, how: str, stage: int) -> None:
+    expected = run_on_ranks(2, clear, "nothing to clear", stage)
+    for rank, cleared in enumerate(run_on_ranks(2, clear, how, stage)):
+        assert all(torch.equal(a, b) for a, b in zip(expected[rank], cleared, strict=True))
+
+
+def zero_gradients_still_step(stage: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Momentum goes on under a gradient of zero, as with a plain optimizer."""
+    plain, net = build("mlp"), build("mlp")
+    plain_optimizer = optimizer_for("sgd_momentum", plain)
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd_momentum", net), stage=stage, fused=False)
+    for one_model, one_optimizer in ((plain, plain_optimizer), (model, optimizer)):
+        loss_of(one_model(torch.ones(2, 7))).backward()
+        one_optimizer.step()
+        one_optimizer.zero_grad(set_to_none=False)
+        one_optimizer.step()
+    return snapshot(plain), snapshot(net)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_without_none_keeps_zeros(run_on_ranks: RunOnRanks, stage: int) -> None:
+    for plain, wrapped in run_on_ranks(2, zero_gradients_still_step, stage):
+        assert all(torch.equal(a, b) for a, b in zip(plain, wrapped, strict=True))
+
+
+def go_wrong(how: str) -> str:
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+    try:
+        if how == "cast":
+            net.double()
+            model(batch("mlp", 0).double()).sum().backward()
+        elif how == "moved before step":
+            loss_of(model(batch("mlp", 0))).backward()
+            net.scale.data = net.scale.data.clone()
+            optimizer.step()
+        elif how == "replaced":
+            net.layers[0] = nn.Linear(7, 33)
+            loss_of(model(batch("mlp", 0))).backward()
+            optimizer.step()
+        elif how == "only no_sync":
+            with model.no_sync():
+                loss_of(model(batch("mlp", 0))).backward()
+            optimizer.step()
+        elif how == "inner step":
+            optimizer._inner.step()
+        elif how == "sparse":
+            weight = net.layers[0].weight
+            index = torch.zeros(1, dtype=torch.int64)
+            nn.functional.embedding(index, weight, sparse=True).sum().backward()
+    except zeroopt.ZeroOptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("cast", "StateError: parameter 'scale' no longer lies in zeroopt's storage"),
+        ("moved before step", "StateError: parameter 'scale' no longer lies in zeroopt's storage"),
+        ("replaced", "StateError: parameter 'layers.0.weight' is no longer part of the model"),
+        ("only no_sync", "StateError: the last backward ran under no_sync()"),
+        ("inner step", "StateError: this AdamW was wrapped by zeroopt.wrap"),
+        ("sparse", "StateError: parameter 'layers.0.weight' has a sparse gradient"),
+    ],
+)
+def test_mistakes_are_named(run_on_ranks: RunOnRanks, how: str, expected: str) -> None:
+    for message in run_on_ranks(2, go_wrong, how):
+        assert message.startswith(expected), message
+
+
+def grad_buffers_in_use() -> tuple[int, int, int]:
+    """Full gradient buffers that stage 2 holds: after backward, after the step, and how many buckets there are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), stage=2, bucket_mb=0.02)
+    pools = {id(store._pool): store._pool for store in model._reducer.stores}
+    assert len(pools) == 1
+    (pool,) = pools.values()
+    model(torch.randn(2, 64)).sum().backward()
+    borrowed = sum(store.full is not None for store in model._reducer.stores)
+    optimizer.step()
+    return borrowed, len(pool._free), len(model._reducer.stores)
+
+
+def test_stage_2_keeps_few_full_buffers(run_on_ranks: RunOnRanks) -> None:
+    for borrowed, pooled, buckets in run_on_ranks(2, grad_buffers_in_use):
+        assert buckets == 20
+        assert borrowed <= 2
+        assert pooled <= 3
+
+
+def models_twice() -> bool:
+    """All models of the parity tests can be wrapped next to each other."""
+    wrapped = [zeroopt.wrap(net, optimizer_for("adamw", net)) for net in map(build, MODELS)]
+    for name, (model, optimizer) in zip(MODELS, wrapped, strict=True):
+        loss_of(model(batch(name, 0))).backward()
+        optimizer.step()
+    return True
+
+
+def test_several_wrapped_models(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, models_twice) == [True, True]
