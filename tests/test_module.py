@@ -1,0 +1,96 @@
+"""ZeroDataParallel looks like the model inside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from training import MODELS, batch, build, loss_of, optimizer_for
+from worker_pool import RunOnRanks
+
+import zeroopt
+
+
+def names_and_state() -> bool:
+    net = build("conv")
+    expected = {k: v.clone() for k, v in net.state_dict().items()}
+    model, _ = zeroopt.wrap(net, optimizer_for("adamw", net))
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in net.named_parameters()]
+    assert [n for n, _ in model.named_buffers()] == [n for n, _ in net.named_buffers()]
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    assert model.module is net and model.head is net.head
+    with pytest.raises(AttributeError):
+        _ = model.no_such_thing
+
+    addresses = [p.data_ptr() for p in model.parameters()]
+    other = {k: v + 1 for k, v in expected.items()}
+    assert model.load_state_dict(other).missing_keys == []
+    assert [p.data_ptr() for p in net.parameters()] == addresses
+    assert all(torch.equal(v, other[k]) for k, v in net.state_dict().items())
+    with pytest.raises(zeroopt.ConfigError, match="assign=True"):
+        model.load_state_dict(other, assign=True)
+    with pytest.raises(zeroopt.NotSupportedError, match="join"):
+        model.join()
+    assert not model.eval().module.training
+    return True
+
+
+def test_names_and_state_are_the_models_own(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, names_and_state) == [True, True]
+
+
+def memory_formats() -> tuple[bool, bool]:
+    net = build("conv")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+    loss_of(model(batch("conv", 0))).backward()
+    optimizer.step()
+    weight = net.body[0].weight
+    return weight.is_contiguous(memory_format=torch.channels_last), weight.is_contiguous()
+
+
+def test_memory_format_survives(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, memory_formats) == [(True, False)] * 2
+
+
+def buffers_after(broadcast: bool, mode: str) -> Tensor:
+    """Batch-norm statistics after a forward of ranks that saw different data before."""
+    net = build("conv")
+    model, _ = zeroopt.wrap(net, optimizer_for("adamw", net), broadcast_buffers=broadcast)
+    model(batch("conv", 0))  # statistics part
+    if mode == "no_grad":
+        model.eval()
+        if dist.get_rank() == 0:  # not collective without gradients
+            with torch.no_grad():
+                model(batch("conv", 1))
+    elif mode == "no_sync":
+        model.eval()
+        with model.no_sync():
+            model(batch("conv", 1))
+    else:
+        model.eval()
+        model(batch("conv", 1))
+    return net.body[1].running_mean.clone()
+
+
+@pytest.mark.parametrize(
+    ("broadcast", "mode", "equal"),
+    [(True, "grad", True), (False, "grad", False), (True, "no_grad", False), (True, "no_sync", False)],
+)
+def test_broadcast_buffers(run_on_ranks: RunOnRanks, broadcast: bool, mode: str, equal: bool) -> None:
+    first, second = run_on_ranks(2, buffers_after, broadcast, mode)
+    assert torch.equal(first, second) is equal
+
+
+def integer_buffers() -> int:
+    net = MODELS["conv"]()
+    net.body[1].num_batches_tracked += 5 * dist.get_rank()
+    model, _ = zeroopt.wrap(net, optimizer_for("adamw", net), sync_module_states=False)
+    model.eval()
+    model(batch("conv", 0))
+    return int(net.body[1].num_batches_tracked)
+
+
+def test_buffers_of_all_dtypes_are_broadcast(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(3, integer_buffers) == [0, 0, 0]
