@@ -12,15 +12,18 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 LENGTHS = [0, 1, 7, 15, 16, 17, 31, 33, 63, 65, 200, 1025, 300_007]
 THREADS = [1, 2, 3, 5]
 ITEM_BYTES = [4, 8, 2, 2]  # by dtype code
 REDUCE_CODES = [(0, 0), (1, 1), (2, 2), (3, 3), (2, 0), (3, 0), (0, 2), (0, 3)]
-Array = np.ndarray
+Array = NDArray[Any]
 
 
 def load_module(path: str) -> ModuleType:
@@ -78,7 +81,7 @@ def step_digest(kernel: Callable[..., None], num_arrays: int, groups: list[list[
     rng = np.random.default_rng(numel)
     arrays = [np.abs(rng.standard_normal(numel + 1)).astype(np.float32) for _ in range(num_arrays)]
     cuts = [0, *sorted(rng.integers(0, numel + 1, 5).tolist()), numel]
-    rows = [[a + 1, b - a, i % len(groups)] for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)) if a < b]
+    rows = [[a + 1, b - a, i % len(groups)] for i, (a, b) in enumerate(pairwise(cuts)) if a < b]
     table = np.array(rows, np.int64).reshape(-1, 3)
     hyper = np.array(groups, np.float64)
     active = np.ones(len(rows), np.uint8)
@@ -86,7 +89,8 @@ def step_digest(kernel: Callable[..., None], num_arrays: int, groups: list[list[
     def run(threads: int) -> list[Array]:
         state = [array.copy() for array in arrays]
         steps = np.arange(len(rows), dtype=np.float32)
-        pointers = [array.ctypes.data for array in (*state, table, active, steps)]
+        operands: list[Array] = [*state, table, active, steps]
+        pointers = [array.ctypes.data for array in operands]
         kernel(*pointers, len(rows), hyper.ctypes.data, threads)
         return [*state, steps]
 
@@ -103,7 +107,9 @@ def all_digests(module: ModuleType) -> dict[str, str]:
                 digests[f"pack {src} {dst} {numel}"] = pack_digest(module, src, dst, numel)
         for src, dst in REDUCE_CODES:
             for num_slices in (1, 2, 3):
-                digests[f"reduce {num_slices} x {src} {dst} {numel}"] = reduce_digest(module, src, dst, numel, num_slices)
+                digests[f"reduce {num_slices} x {src} {dst} {numel}"] = reduce_digest(
+                    module, src, dst, numel, num_slices
+                )
         digests[f"adamw {numel}"] = step_digest(module.adamw, 5, adamw, numel)
         digests[f"sgd {numel}"] = step_digest(module.sgd, 3, sgd, numel)
     return digests

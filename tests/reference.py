@@ -28,7 +28,11 @@ def reduce(slices: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None = N
 
 
 def _each_segment(
-    segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor, step_segment: Callable[[slice, float, list[float]], None]
+    segments: Tensor,
+    active: Tensor,
+    steps: Tensor,
+    groups: Tensor,
+    step_segment: Callable[[slice, float, list[float]], None],
 ) -> Tensor:
     """Call step_segment(range, number of the step, hyper-parameters) for the active segments; return the steps after."""
     steps = steps.clone()
@@ -39,7 +43,9 @@ def _each_segment(
     return steps
 
 
-def adamw(arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor) -> dict[str, Tensor]:
+def adamw(
+    arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor
+) -> dict[str, Tensor]:
     """One step over float64 copies of param, grad, exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq."""
     new = {name: array.double().clone() for name, array in arrays.items()}
 
@@ -64,7 +70,9 @@ def adamw(arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Te
     return new
 
 
-def sgd(arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor) -> dict[str, Tensor]:
+def sgd(
+    arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor
+) -> dict[str, Tensor]:
     """One step over float64 copies of param, grad and, with momentum, momentum_buffer."""
     new = {name: array.double().clone() for name, array in arrays.items()}
 

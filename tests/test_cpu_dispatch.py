@@ -62,7 +62,9 @@ def test_unknown_instruction_set_fails_the_import(isa: str) -> None:
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
 @pytest.mark.skipif("avx2" not in ISAS, reason="this build has generic kernels only")
 def test_wide_instructions_stay_in_their_namespaces() -> None:
-    dump = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True, check=True)
+    dump = subprocess.run(
+        ["objdump", "-dC", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True, check=True
+    )
     found = {"ymm": 0, "zmm": 0}
     function = ""
     for line in dump.stdout.splitlines():

@@ -61,9 +61,9 @@ def arrays(names: Sequence[str], numel: int, seed: int = 0, shift: int = 0) -> d
     """Random float32 arrays that begin `shift` elements after an aligned address; second moments are positive."""
     generator = torch.Generator().manual_seed(seed)
     made = {name: torch.randn(numel + shift, generator=generator)[shift:] for name in names}
-    for name in made:
+    for name, array in made.items():
         if name.endswith("_sq"):
-            made[name].abs_()
+            array.abs_()
     return made
 
 
@@ -271,7 +271,9 @@ class TestAdamW:
 
     def test_every_length_and_start(self) -> None:
         for numel in LENGTHS:
-            check_one_step(ops.adamw, reference.adamw, ADAMW_ARRAYS, adamw_row(amsgrad=numel % 2), numel, shift=numel % 7)
+            check_one_step(
+                ops.adamw, reference.adamw, ADAMW_ARRAYS, adamw_row(amsgrad=numel % 2), numel, shift=numel % 7
+            )
 
     def test_segments_groups_and_steps_are_independent(self) -> None:
         groups = [adamw_row(), adamw_row(lr=0.1, decoupled=0), adamw_row(amsgrad=1, maximize=1)]
@@ -408,7 +410,8 @@ class TestTables:
         table = tables([[0, 100, 0], [128, 100, 0]], [adamw_row()])
         ops.adamw(**one, **table)
         table["steps"].zero_()
-        ops.adamw(**two, **{**table, "segments": ops.SegmentTable.check(table["segments"])})
+        checked = ops.SegmentTable.check(table.pop("segments"))
+        ops.adamw(**two, segments=checked, **table)
         assert torch.equal(one["param"], two["param"])
 
     @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -81,7 +82,7 @@ def test_buckets_are_as_full_as_they_may_be(inputs: tuple[list[int], list[int], 
     for bucket in make_plan(*inputs).buckets:
         by_kind.setdefault(bucket.kind, []).append((bucket.params, bucket.offsets[-1] + bucket.numels[-1]))
     for kind, buckets in by_kind.items():
-        for (_, end), (params, _) in zip(buckets, buckets[1:], strict=False):
+        for (_, end), (params, _) in pairwise(buckets):
             offset = -(-end // alignment) * alignment
             assert (offset + numels[params[0]]) * ITEM_BYTES[kind] > bucket_bytes
 

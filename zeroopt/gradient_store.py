@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import storage
 from .bucket import Bucket
 from .config import Placement
 
@@ -32,14 +33,13 @@ class BufferPool:
         else:
             if self._free:  # make room: the one taken now serves smaller buckets too
                 self._free.pop()
-            raw = torch.empty(num_bytes, dtype=torch.uint8, device=bucket.device)
+            raw = storage.zeros(num_bytes, torch.uint8, bucket.device)
         full = raw[:num_bytes].view(bucket.dtype)
         bucket.zero_gaps(full)
         return full
 
     def give_back(self, full: Tensor) -> None:
-        storage = full.untyped_storage()
-        self._free.append(torch.empty(0, dtype=torch.uint8, device=full.device).set_(storage))
+        self._free.append(torch.empty(0, dtype=torch.uint8, device=full.device).set_(full.untyped_storage()))
 
 
 class GradientStore:
@@ -60,11 +60,10 @@ class GradientStore:
         self.base: Tensor | None = None
         self.full: Tensor | None = None
         self.reduced: Tensor
-        like = {"dtype": bucket.dtype, "device": bucket.device}
         if placement.shard_gradient:
-            self.reduced = torch.zeros(bucket.own_param.numel(), **like)  # type: ignore[arg-type]
+            self.reduced = storage.zeros(bucket.own_param.numel(), bucket.dtype, bucket.device)
         else:
-            self.full = torch.zeros(bucket.padded_numel, **like)  # type: ignore[arg-type]
+            self.full = storage.zeros(bucket.padded_numel, bucket.dtype, bucket.device)
             self.reduced = bucket.within_own_range(self.full)
         self._open = False
 

@@ -1,0 +1,35 @@
+"""What a measurement ran on."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def describe_machine() -> dict[str, str | int]:
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "zeroopt": zeroopt_build(),
+    }
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def zeroopt_build() -> str:
+    """What `python -m zeroopt env` says: version, instruction sets, CUDA."""
+    answer = subprocess.run([sys.executable, "-m", "zeroopt", "env"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip()

@@ -1,0 +1,211 @@
+// zeroopt._C: the kernels and the planner as Python functions. Addresses, sizes, dtype codes and streams are plain
+// integers (address 0: null); zeroopt/ops.py checks them. The GIL is released while a kernel computes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_config.h"
+#include "common/errors.h"
+#include "cpu/isa.h"
+#include "kernels.h"
+#include "partition.h"
+
+namespace py = pybind11;
+
+namespace zeroopt {
+namespace {
+
+using Address = uintptr_t;
+using GilReleased = py::call_guard<py::gil_scoped_release>;
+
+template <class T> T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype(int code) {
+  if (code < 0 || code >= cpu::kNumDTypes)
+    throw std::invalid_argument("there is no dtype code " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+AdamWTensors adamw_tensors(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq) {
+  return {pointer<float>(param), pointer<const float>(grad), pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
+          pointer<float>(max_exp_avg_sq)};
+}
+
+SgdTensors sgd_tensors(Address param, Address grad, Address momentum_buffer) {
+  return {pointer<float>(param), pointer<const float>(grad), pointer<float>(momentum_buffer)};
+}
+
+SegmentTable segment_table(Address rows, Address active, Address steps, int64_t count) {
+  return {pointer<const SegmentRow>(rows), pointer<const uint8_t>(active), pointer<float>(steps), count};
+}
+
+void bind_cpu_kernels(py::module_& m) {
+  m.def(
+      "pack",
+      [](Address src, int src_dtype, Address dst, int dst_dtype, int64_t numel, double scale, int num_threads) {
+        cpu::pack(pointer<const void>(src), dtype(src_dtype), pointer<void>(dst), dtype(dst_dtype), numel, scale,
+                  num_threads);
+      },
+      py::arg("src"), py::arg("src_dtype"), py::arg("dst"), py::arg("dst_dtype"), py::arg("numel"), py::arg("scale"),
+      py::arg("num_threads"), GilReleased());
+  m.def(
+      "reduce",
+      [](const std::vector<Address>& slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,
+         int num_threads) {
+        std::vector<const void*> pointers;
+        for (Address slice : slices)
+          pointers.push_back(pointer<const void>(slice));
+        cpu::reduce(pointers.data(), static_cast<int64_t>(pointers.size()), dtype(slice_dtype),
+                    pointer<const void>(base), pointer<void>(out), dtype(out_dtype), numel, num_threads);
+      },
+      py::arg("slices"), py::arg("slice_dtype"), py::arg("base"), py::arg("out"), py::arg("out_dtype"),
+      py::arg("numel"), py::arg("num_threads"), GilReleased());
+  m.def(
+      "adamw",
+      [](Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address rows,
+         Address active, Address steps, int64_t count, Address groups, int num_threads) {
+        cpu::adamw(adamw_tensors(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq),
+                   segment_table(rows, active, steps, count), pointer<const AdamWGroup>(groups), num_threads);
+      },
+      py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"),
+      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("num_threads"),
+      GilReleased());
+  m.def(
+      "sgd",
+      [](Address param, Address grad, Address momentum_buffer, Address rows, Address active, Address steps,
+         int64_t count, Address groups, int num_threads) {
+        cpu::sgd(sgd_tensors(param, grad, momentum_buffer), segment_table(rows, active, steps, count),
+                 pointer<const SgdGroup>(groups), num_threads);
+      },
+      py::arg("param"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("rows"), py::arg("active"),
+      py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("num_threads"), GilReleased());
+}
+
+void bind_cuda_kernels(py::module_& m) {
+  m.def(
+      "cuda_pack",
+      [](Address src, int src_dtype, Address dst, int dst_dtype, int64_t numel, double scale, Address stream) {
+        cuda::pack(pointer<const void>(src), dtype(src_dtype), pointer<void>(dst), dtype(dst_dtype), numel, scale,
+                   pointer<void>(stream));
+      },
+      py::arg("src"), py::arg("src_dtype"), py::arg("dst"), py::arg("dst_dtype"), py::arg("numel"), py::arg("scale"),
+      py::arg("stream"), GilReleased());
+  m.def(
+      "cuda_reduce",
+      [](Address slices, int64_t num_slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,
+         Address stream) {
+        cuda::reduce(pointer<const void* const>(slices), num_slices, dtype(slice_dtype), pointer<const void>(base),
+                     pointer<void>(out), dtype(out_dtype), numel, pointer<void>(stream));
+      },
+      py::arg("slices"), py::arg("num_slices"), py::arg("slice_dtype"), py::arg("base"), py::arg("out"),
+      py::arg("out_dtype"), py::arg("numel"), py::arg("stream"), GilReleased());
+  m.def("cuda_adamw_workspace_bytes", &cuda::adamw_workspace_bytes, py::arg("num_segments"));
+  m.def(
+      "cuda_adamw",
+      [](Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address rows,
+         Address active, Address steps, int64_t count, Address groups, int64_t total_numel, Address workspace,
+         Address stream) {
+        cuda::adamw(adamw_tensors(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq),
+                    segment_table(rows, active, steps, count), pointer<const AdamWGroup>(groups), total_numel,
+                    pointer<void>(workspace), pointer<void>(stream));
+      },
+      py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"),
+      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("total_numel"),
+      py::arg("workspace"), py::arg("stream"), GilReleased());
+  m.def("cuda_sgd_workspace_bytes", &cuda::sgd_workspace_bytes, py::arg("num_segments"));
+  m.def(
+      "cuda_sgd",
+      [](Address param, Address grad, Address momentum_buffer, Address rows, Address active, Address steps,
+         int64_t count, Address groups, int64_t total_numel, Address workspace, Address stream) {
+        cuda::sgd(sgd_tensors(param, grad, momentum_buffer), segment_table(rows, active, steps, count),
+                  pointer<const SgdGroup>(groups), total_numel, pointer<void>(workspace), pointer<void>(stream));
+      },
+      py::arg("param"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("rows"), py::arg("active"),
+      py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("total_numel"), py::arg("workspace"),
+      py::arg("stream"), GilReleased());
+}
+
+std::vector<ParamSpec> param_specs(const std::vector<int64_t>& numels, const std::vector<int64_t>& kinds,
+                                   const std::vector<int64_t>& item_bytes) {
+  if (kinds.size() != numels.size() || item_bytes.size() != numels.size()) {
+    throw std::invalid_argument("expected numels, kinds and item_bytes of one length, got " +
+                                std::to_string(numels.size()) + ", " + std::to_string(kinds.size()) + " and " +
+                                std::to_string(item_bytes.size()));
+  }
+  std::vector<ParamSpec> params;
+  for (size_t i = 0; i < numels.size(); ++i)
+    params.push_back({numels[i], kinds[i], item_bytes[i]});
+  return params;
+}
+
+void bind_planner(py::module_& m) {
+  py::class_<BucketPlan>(m, "BucketPlan")
+      .def_readonly("kind", &BucketPlan::kind)
+      .def_readonly("padded_numel", &BucketPlan::padded_numel)
+      .def_readonly("params", &BucketPlan::params)
+      .def_readonly("offsets", &BucketPlan::offsets)
+      .def_readonly("numels", &BucketPlan::numels);
+  py::class_<Segment>(m, "Segment")
+      .def_readonly("param", &Segment::param)
+      .def_readonly("start", &Segment::start)
+      .def_readonly("offset", &Segment::offset)
+      .def_readonly("numel", &Segment::numel);
+  py::class_<Plan>(m, "Plan")
+      .def(py::init([](const std::vector<int64_t>& numels, const std::vector<int64_t>& kinds,
+                       const std::vector<int64_t>& item_bytes, int64_t world_size, int64_t alignment,
+                       int64_t bucket_bytes) {
+             return Plan(param_specs(numels, kinds, item_bytes), world_size, alignment, bucket_bytes);
+           }),
+           py::arg("numels"), py::arg("kinds"), py::arg("item_bytes"), py::arg("world_size"), py::arg("alignment"),
+           py::arg("bucket_bytes"))
+      .def_property_readonly("buckets", &Plan::buckets)
+      .def_property_readonly("world_size", &Plan::world_size)
+      .def_property_readonly("alignment", &Plan::alignment)
+      .def("shard_numel", &Plan::shard_numel, py::arg("bucket"))
+      .def("segments", &Plan::segments, py::arg("bucket"), py::arg("begin"), py::arg("end"));
+}
+
+py::dict build_info() {
+  py::list isas;
+  for (const cpu::Isa& isa : cpu::compiled_isas())
+    isas.append(isa.name);
+  py::dict facts;
+  facts["version"] = ZEROOPT_VERSION;
+  facts["compiler"] = ZEROOPT_COMPILER;
+  facts["flags"] = ZEROOPT_FLAGS;
+  facts["cuda"] = ZEROOPT_WITH_CUDA != 0;
+  facts["cuda_version"] = ZEROOPT_CUDA_VERSION;
+  facts["cuda_archs"] = py::str(ZEROOPT_CUDA_ARCHS).attr("split")();
+#ifdef _OPENMP
+  facts["openmp"] = true;
+#else
+  facts["openmp"] = false;
+#endif
+  facts["isas"] = isas;
+  facts["isa"] = cpu::isa().name;
+  return facts;
+}
+
+// Looked up when it is needed: the module itself can be imported without the package and without torch.
+void translate_errors(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const KernelUnavailable& unavailable) {
+    py::set_error(py::module_::import("zeroopt.errors").attr("KernelUnavailableError"), unavailable.what());
+  }
+}
+
+} // namespace
+} // namespace zeroopt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels and planner of zeroopt. Call them through zeroopt.ops, which checks its arguments.";
+  zeroopt::cpu::isa(); // a bad ZEROOPT_CPU_ISA fails the import rather than the first step
+  py::register_local_exception_translator(&zeroopt::translate_errors);
+  zeroopt::bind_cpu_kernels(m);
+  zeroopt::bind_cuda_kernels(m);
+  zeroopt::bind_planner(m);
+  m.def("build_info", &zeroopt::build_info);
+  m.def("cpu_isa", [] { return zeroopt::cpu::isa().name; });
+}

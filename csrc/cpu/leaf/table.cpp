@@ -1,0 +1,7 @@
+#include "cpu/leaf/table.h"
+
+namespace zeroopt::cpu::ZEROOPT_ISA {
+
+const LeafTable leaf_table = {&pack_table, &reduce_table, adamw, sgd};
+
+} // namespace zeroopt::cpu::ZEROOPT_ISA

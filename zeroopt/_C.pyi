@@ -1,0 +1,124 @@
+"""Compiled kernels and planner. Addresses, sizes, dtype codes and streams are plain integers, and nothing is checked.
+
+`csrc/kernels.h` states the contract of every kernel. Call them through `zeroopt.ops`, which checks its arguments.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    flags: str
+    cuda: bool
+    cuda_version: str
+    cuda_archs: list[str]
+    openmp: bool
+    isas: list[str]
+    isa: str
+
+class BucketPlan:
+    @property
+    def kind(self) -> int: ...
+    @property
+    def padded_numel(self) -> int: ...
+    @property
+    def params(self) -> list[int]: ...
+    @property
+    def offsets(self) -> list[int]: ...
+    @property
+    def numels(self) -> list[int]: ...
+
+class Segment:
+    @property
+    def param(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+
+class Plan:
+    def __init__(
+        self,
+        numels: Sequence[int],
+        kinds: Sequence[int],
+        item_bytes: Sequence[int],
+        world_size: int,
+        alignment: int,
+        bucket_bytes: int,
+    ) -> None: ...
+    @property
+    def buckets(self) -> list[BucketPlan]: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    def shard_numel(self, bucket: int) -> int: ...
+    def segments(self, bucket: int, begin: int, end: int) -> list[Segment]: ...
+
+def build_info() -> BuildInfo: ...
+def cpu_isa() -> str: ...
+def pack(src: int, src_dtype: int, dst: int, dst_dtype: int, numel: int, scale: float, num_threads: int) -> None: ...
+def reduce(
+    slices: Sequence[int], slice_dtype: int, base: int, out: int, out_dtype: int, numel: int, num_threads: int
+) -> None: ...
+def adamw(
+    param: int,
+    grad: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    max_exp_avg_sq: int,
+    rows: int,
+    active: int,
+    steps: int,
+    count: int,
+    groups: int,
+    num_threads: int,
+) -> None: ...
+def sgd(
+    param: int,
+    grad: int,
+    momentum_buffer: int,
+    rows: int,
+    active: int,
+    steps: int,
+    count: int,
+    groups: int,
+    num_threads: int,
+) -> None: ...
+def cuda_pack(src: int, src_dtype: int, dst: int, dst_dtype: int, numel: int, scale: float, stream: int) -> None: ...
+def cuda_reduce(
+    slices: int, num_slices: int, slice_dtype: int, base: int, out: int, out_dtype: int, numel: int, stream: int
+) -> None: ...
+def cuda_adamw_workspace_bytes(num_segments: int) -> int: ...
+def cuda_adamw(
+    param: int,
+    grad: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    max_exp_avg_sq: int,
+    rows: int,
+    active: int,
+    steps: int,
+    count: int,
+    groups: int,
+    total_numel: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
+def cuda_sgd_workspace_bytes(num_segments: int) -> int: ...
+def cuda_sgd(
+    param: int,
+    grad: int,
+    momentum_buffer: int,
+    rows: int,
+    active: int,
+    steps: int,
+    count: int,
+    groups: int,
+    total_numel: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
