@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import _C, storage
+from . import _C
 
 # Elements to which parameters and slices are aligned: a cache line and more in every dtype, so that kernels and matrix
 # multiplications start where vector loads are cheapest.
@@ -90,7 +90,7 @@ class Bucket:
         self.device = self.params[0].param.device
         for managed, offset in zip(self.params, layout.offsets, strict=True):
             managed.offset = offset
-        self.flat_param = storage.zeros(self.padded_numel, self.dtype, self.device)
+        self.flat_param = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
         for managed in self.params:
             view = managed.view_in(self.flat_param)
             view.copy_(managed.param.data)

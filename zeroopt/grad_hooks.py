@@ -26,8 +26,9 @@ from .config import Placement
 from .errors import StateError
 from .gradient_store import BufferPool, GradientStore
 
-# Buckets that travel at the same time. One is not enough to keep the wire busy while the next is summed; more only cost memory.
-MAX_IN_FLIGHT = 2
+# Buckets that travel at the same time, while the next one fills. More of them were not faster, and each costs a buffer of
+# the bucket's size and memory for what it receives.
+MAX_IN_FLIGHT = 1
 
 
 class GradientReducer:

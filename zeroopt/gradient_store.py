@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import storage
 from .bucket import Bucket
 from .config import Placement
 
@@ -33,7 +32,7 @@ class BufferPool:
         else:
             if self._free:  # make room: the one taken now serves smaller buckets too
                 self._free.pop()
-            raw = storage.zeros(num_bytes, torch.uint8, bucket.device)
+            raw = torch.empty(num_bytes, dtype=torch.uint8, device=bucket.device)
         full = raw[:num_bytes].view(bucket.dtype)
         bucket.zero_gaps(full)
         return full
@@ -61,9 +60,9 @@ class GradientStore:
         self.full: Tensor | None = None
         self.reduced: Tensor
         if placement.shard_gradient:
-            self.reduced = storage.zeros(bucket.own_param.numel(), bucket.dtype, bucket.device)
+            self.reduced = torch.zeros_like(bucket.own_param)
         else:
-            self.full = storage.zeros(bucket.padded_numel, bucket.dtype, bucket.device)
+            self.full = torch.zeros_like(bucket.flat_param)
             self.reduced = bucket.within_own_range(self.full)
         self._open = False
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import storage
 from .bucket import Bucket, ManagedParam, Segment
 from .config import Fused
 from .errors import ConfigError, StateError
@@ -166,8 +165,7 @@ class FusedBucket:
 
     def _view(self, name: str, segment: Segment) -> Tensor:
         if name not in self._state:
-            own = self.bucket.own_param
-            self._state[name] = storage.zeros(own.numel(), own.dtype, own.device)
+            self._state[name] = torch.zeros_like(self.bucket.own_param)
         return self._state[name][segment.offset : segment.offset + segment.numel]
 
 

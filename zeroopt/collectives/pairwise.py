@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops, storage
+from .. import ops
 from .base import PendingCollective, Transport, slice_of
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
@@ -73,7 +73,7 @@ class StagingPool:
                 return self._free.pop(i)
         if self._free:  # too small for this bucket: replace it rather than keep both
             self._free.pop()
-        return storage.zeros(num_bytes, torch.uint8, torch.device("cpu"))
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def give_back(self, buffer: Tensor) -> None:
         self._free.append(buffer)
