@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -116,7 +118,7 @@ def test_traffic_is_that_of_one_all_reduce(run_on_ranks: RunOnRanks, world_size:
 @settings(deadline=None)
 def test_staging_pool_keeps_what_was_in_use_at_once(sizes: list[int]) -> None:
     pool = StagingPool()
-    for first, second in zip(sizes, sizes[1:], strict=False):
+    for first, second in pairwise(sizes):
         a, b = pool.take(first), pool.take(second)
         assert a.numel() >= first and b.numel() >= second and a.data_ptr() != b.data_ptr()
         pool.give_back(a)

@@ -60,7 +60,9 @@ def peak_bytes_without_heap_holes(stage: int) -> int:
 def test_peak_memory_follows_the_formula(stage: int, world_size: int) -> None:
     formula = formula_bytes(stage, world_size)
     for peak in run_fresh(world_size, peak_bytes_without_heap_holes, stage):
-        print(f"stage {stage}, {world_size} ranks: {peak / NUM_PARAMS:.2f} bytes a parameter, {formula / NUM_PARAMS:.2f}")
+        print(
+            f"stage {stage}, {world_size} ranks: {peak / NUM_PARAMS:.2f} bytes a parameter, {formula / NUM_PARAMS:.2f}"
+        )
         assert 0.99 * formula <= peak <= formula + BOUNDED_BYTES
 
 

@@ -126,12 +126,14 @@ def test_state_is_split_over_ranks(run_on_ranks: RunOnRanks, stage: int, fused: 
         for name, entries in layout.items():
             assert [key for key, _, _ in entries] == ["step", "exp_avg", "exp_avg_sq"]
             assert entries[0][1] == []
-            assert entries[1] [2] == entries[2][2]
+            assert entries[1][2] == entries[2][2]
             owned[name] += entries[1][2]
     assert owned == {name: n * (3 if stage == 0 else 1) for name, n in numel.items()}
 
 
-def resume(optimizer_name: str, options: dict[str, Any], load_options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def resume(
+    optimizer_name: str, options: dict[str, Any], load_options: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Four steps at once, and two steps, a save through a file, a new model and optimizer, and two more."""
     straight = train("lm", optimizer_name, options, steps=4, groups=2)[-1]
 

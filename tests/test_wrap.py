@@ -205,9 +205,7 @@ def wrap_differently(difference: str) -> str:
         ("option", ["rank 0 has [option stage=2], rank 1 has [option stage=1]"]),
     ],
 )
-def test_ranks_that_differ_raise_the_same_error(
-    run_on_ranks: RunOnRanks, difference: str, expected: list[str]
-) -> None:
+def test_ranks_that_differ_raise_the_same_error(run_on_ranks: RunOnRanks, difference: str, expected: list[str]) -> None:
     messages = run_on_ranks(3, wrap_differently, difference)
     assert messages[0].startswith("RankMismatchError: ")
     assert messages == [messages[0]] * 3

@@ -132,7 +132,7 @@ def _answer(payload: bytes) -> bytes:
     try:
         function, args, kwargs = pickle.loads(payload)
         return pickle.dumps(function(*args, **kwargs))
-    except BaseException as error:  # SystemExit too is an answer: the worker lives on
+    except BaseException as error:  # noqa: BLE001  SystemExit too is an answer: the worker lives on
         return pickle.dumps(Failure(RankError(type(error).__name__, str(error)), traceback.format_exc()))
 
 

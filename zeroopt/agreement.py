@@ -36,9 +36,7 @@ def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], 
     raise RankMismatchError(_first_difference(everyone))
 
 
-def _differs(
-    group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None
-) -> bool:
+def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:
     """Whether any rank has other lines or a problem: the largest and the smallest digest over all ranks differ."""
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     words = [int.from_bytes(digest[i : i + 6], "big") for i in range(0, 30, 6)]  # positive in 64 bits

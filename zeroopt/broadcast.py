@@ -33,7 +33,7 @@ class Broadcaster:
         dist.broadcast(flat, self._source, group=self._group)
         if self._group.rank() == 0:
             return
-        for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, piece in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view(tensor.shape))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def _step_whole_and_cut(optimizer: torch.optim.Optimizer, group: int) -> tuple[T
     start = torch.randn(_SHAPE, generator=generator)
     grads = [torch.randn(_SHAPE, generator=generator) for _ in range(_STEPS)]
     whole = [nn.Parameter(start.clone())]
-    pieces = [nn.Parameter(start.flatten()[a:b].clone()) for a, b in zip(_CUTS, _CUTS[1:], strict=False)]
+    pieces = [nn.Parameter(start.flatten()[a:b].clone()) for a, b in pairwise(_CUTS)]
     for params in (whole, pieces):
         probe = _copy_with(optimizer, group, params)
         for grad in grads:
@@ -61,7 +62,7 @@ def _step_whole_and_cut(optimizer: torch.optim.Optimizer, group: int) -> tuple[T
 
 
 def _parts(grad: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
-    flat = grad.flatten().split([p.numel() for p in params])
+    flat = torch.split(grad.flatten(), [p.numel() for p in params])
     return [part.clone().view(param.shape) for part, param in zip(flat, params, strict=True)]
 
 

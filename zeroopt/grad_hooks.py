@@ -74,7 +74,7 @@ class GradientReducer:
         for bucket in buckets:
             for managed in bucket.params:
                 hook = partial(self._on_gradient, managed, bucket.index)
-                managed.param.register_post_accumulate_grad_hook(hook)
+                managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     @property
     def used(self) -> Tensor:
@@ -160,7 +160,7 @@ class GradientReducer:
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
         self._running = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[no-untyped-call]
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _pack(self, managed: ManagedParam, full: Tensor) -> None:
         """Move a gradient into its bucket."""

@@ -1,8 +1,8 @@
 """Where the gradients of a bucket lie: while backward fills them in, while they travel, and after their reduce.
 
-    stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is a view of it
-    stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
-    stage 2   a full buffer borrowed from a pool until the reduce-scatter is done; the sum goes to a buffer of one slice
+stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is a view of it
+stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
+stage 2   a full buffer borrowed from a pool until the reduce-scatter is done; the sum goes to a buffer of one slice
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optim
             places[param] = (group_index, len(places))
     if not places:
         raise ConfigError("the optimizer has no parameters; build it on model.parameters()")
-    managed = []
+    managed: list[ManagedParam] = []
     for param, name in names.items():
         if param in places and param.requires_grad:
             _check_param(name, param)
@@ -84,12 +85,14 @@ def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optim
 
 
 def _check_param(name: str, param: nn.Parameter) -> None:
-    if isinstance(param, nn.parameter.UninitializedTensorMixin):
+    if isinstance(param, nn.UninitializedParameter):
         raise ConfigError(f"parameter {name!r} is not initialised yet; run the model once before wrapping")
     if param.is_meta:
         raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")
     if type(param.data) is not Tensor:
-        raise NotSupportedError(f"parameter {name!r} is a {type(param.data).__name__}; only plain tensors are supported")
+        raise NotSupportedError(
+            f"parameter {name!r} is a {type(param.data).__name__}; only plain tensors are supported"
+        )
     if param.layout is not torch.strided or param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(map(str, SUPPORTED_DTYPES))
         raise NotSupportedError(f"parameter {name!r} is {param.layout} {param.dtype}; supported are dense {supported}")
@@ -116,7 +119,7 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
 def _check_storage(params: Sequence[ManagedParam]) -> None:
     """Two parameters in the same memory would come apart when they move into buckets."""
     by_address = sorted((m for m in params if m.numel), key=lambda m: m.param.data_ptr())
-    for one, next_one in zip(by_address, by_address[1:], strict=False):
+    for one, next_one in pairwise(by_address):
         if one.param.data_ptr() + one.param.nbytes > next_one.param.data_ptr():
             raise ConfigError(
                 f"parameters {one.name!r} and {next_one.name!r} share memory; to tie them, assign the same Parameter "

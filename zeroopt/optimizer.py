@@ -156,8 +156,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # The groups are checked and complete already; going through torch's method would only copy their lists.
         self.param_groups.append(param_group)
 
-    @property
-    def state(self) -> dict[Tensor, ParamState]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, ParamState]:
         """State by model parameter: 1-D tensors over the part of the parameter that this rank owns (ranks that own none
         of a parameter have no entry for it). A new dict of the live tensors."""
         inner = self._inner.state
@@ -218,8 +218,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _import_state(self) -> None:
         """State that the optimizer had before it was wrapped: keep this rank's part of it."""
         state = self._inner.state
-        own = {segment.shard: cut_state(state[segment.owner.param], segment) for segment in self._segments()
-               if segment.owner.param in state}
+        own: dict[Tensor, ParamState] = {
+            segment.shard: cut_state(state[segment.owner.param], segment)
+            for segment in self._segments()
+            if segment.owner.param in state
+        }
         for managed in self._params:
             state.pop(managed.param, None)
         state.update(own)

@@ -97,4 +97,3 @@ def _check_whole(entry: Mapping[str, Any], owner: ManagedParam) -> None:
                 f"the state dict has {name!r} of shape {list(value.shape)} for parameter {owner.name!r} "
                 f"of shape {list(owner.shape)}"
             )
-

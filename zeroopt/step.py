@@ -107,9 +107,7 @@ class ShardStepper:
 class FusedBucket:
     """State of one bucket's own range in the flat form that a fused kernel takes."""
 
-    def __init__(
-        self, bucket: Bucket, store: GradientStore, rule: FusedRule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, bucket: Bucket, store: GradientStore, rule: FusedRule, optimizer: torch.optim.Optimizer) -> None:
         self.bucket = bucket
         self._store = store
         self._rule = rule
@@ -167,7 +165,6 @@ class FusedBucket:
         if name not in self._state:
             self._state[name] = torch.zeros_like(self.bucket.own_param)
         return self._state[name][segment.offset : segment.offset + segment.numel]
-
 
 
 def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam], fused: Fused) -> None:

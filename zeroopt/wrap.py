@@ -101,7 +101,8 @@ def wrap(
         check_fused(optimizer, params, config.fused)
         mover = select_transport(config.transport, group, params[0].param.device)
         lines = _describe(config, model, optimizer, params)
-    except Exception as error:  # whatever it is, the other ranks have to hear of it, or they would wait for this one
+    # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
+    except Exception as error:  # noqa: BLE001
         problem = error
     agree(group, _agreement_device(group), lines, problem)
     return _wrap_checked(model, optimizer, config, params, mover, group)
@@ -124,9 +125,7 @@ def _wrap_checked(
         _sync_states(model, params, buckets, broadcaster)
     reducer = GradientReducer(params, buckets, transport, group, placement, overlap=config.overlap)
     has_buffers = next(model.buffers(), None) is not None
-    wrapped_model = ZeroDataParallel(
-        model, reducer, broadcaster if config.broadcast_buffers and has_buffers else None
-    )
+    wrapped_model = ZeroDataParallel(model, reducer, broadcaster if config.broadcast_buffers and has_buffers else None)
     wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, transport)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
     return wrapped_model, wrapped_optimizer
@@ -161,7 +160,9 @@ def _describe(
     lines += [f"buffer {name!r} of shape {list(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
     lines.append(f"optimizer {type(optimizer).__name__}")
     for number, group in enumerate(optimizer.param_groups):
-        options = ", ".join(f"{key}={_plain(group[key])}" for key in sorted(group) if key not in ("params", "param_names"))
+        options = ", ".join(
+            f"{key}={_plain(group[key])}" for key in sorted(group) if key not in ("params", "param_names")
+        )
         lines.append(f"param_group {number} with {options}")
     return lines
 
