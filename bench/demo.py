@@ -220,7 +220,7 @@ def draw_losses(axes: Axes, results: list[Result]) -> None:
     """Each curve thinner than the one below it, so that all can be seen where they coincide."""
     for i, result in enumerate(results):
         axes.plot(result.training_loss, label=result.name, linewidth=2 * (len(results) - i) - 1, color=f"C{i}")
-    axes.set_title("training loss: the curves lie on each other")
+    axes.set_title("training loss")
     axes.set_xlabel("step")
     axes.legend()
 
@@ -251,7 +251,7 @@ def judge_losses(results: list[Result], console: Console) -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="how often every method runs")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a process")
     parser.add_argument("--layers", type=int, default=2)

@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 
 
-def describe_machine() -> dict[str, str | int]:
+def describe_machine() -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "zeroopt": zeroopt_build(),
     }
@@ -29,7 +27,7 @@ def cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def zeroopt_build() -> str:
-    """What `python -m zeroopt env` says: version, instruction sets, CUDA."""
+def zeroopt_build() -> list[str]:
+    """The lines of `python -m zeroopt env`: version, compiler, instruction sets, CUDA."""
     answer = subprocess.run([sys.executable, "-m", "zeroopt", "env"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip()
+    return answer.stdout.splitlines()

@@ -224,7 +224,7 @@ def main() -> None:
         results = train(args, device)
         if dist.get_rank() == 0:
             report_results(args, results)
-        time.sleep(0.1)  # Gloo's threads let go of the last tensors meanwhile: during exit, that would abort the process
+        time.sleep(0.1)  # Gloo's threads let go of the last tensors: during exit, that would abort the process
     finally:
         dist.destroy_process_group()
 

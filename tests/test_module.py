@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,6 +42,23 @@ def names_and_state() -> bool:
 
 def test_names_and_state_are_the_models_own(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, names_and_state) == [True, True]
+
+
+def forget_everything() -> list[bool]:
+    """Whether the model, its parameters' storage and the reducer are freed with the last reference to them."""
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+    loss_of(model(batch("mlp", 0))).backward()
+    optimizer.step()
+    bucket = model._reducer._buckets[0]
+    watched = [weakref.ref(o) for o in (net, net.scale, model, optimizer, model._reducer, bucket.flat_param)]
+    del net, model, optimizer, bucket
+    gc.collect()
+    return [ref() is None for ref in watched]
+
+
+def test_nothing_is_kept_alive(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, forget_everything) == [[True] * 6] * 2
 
 
 def memory_formats() -> tuple[bool, bool]:

@@ -163,7 +163,7 @@ class TestPack:
 
 class TestReduce:
     @pytest.mark.parametrize(("slice_dtype", "out_dtype"), REDUCE_PAIRS, ids=str)
-    @pytest.mark.parametrize("num_slices", [1, 2, 3, 5])
+    @pytest.mark.parametrize("num_slices", [1, 2, 3, 4, 5, 8])
     @pytest.mark.parametrize("with_base", [False, True])
     def test_equals_the_reference(
         self, slice_dtype: torch.dtype, out_dtype: torch.dtype, num_slices: int, with_base: bool
@@ -175,7 +175,7 @@ class TestReduce:
             ops.reduce(slices, out, base=base)
             assert same_bits(out, reference.reduce(slices, out_dtype, base)), numel
 
-    @pytest.mark.parametrize("num_slices", [1, 2, 3])
+    @pytest.mark.parametrize("num_slices", [1, 2, 8])
     def test_out_may_be_base_or_a_slice(self, num_slices: int) -> None:
         slices = [torch.randn(2500) for _ in range(num_slices)]
         base = torch.randn(2500)

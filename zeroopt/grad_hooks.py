@@ -11,6 +11,7 @@ the step, as under DistributedDataParallel with find_unused_parameters.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -29,6 +30,16 @@ from .gradient_store import BufferPool, GradientStore
 # Buckets that travel at the same time, while the next one fills. More of them were not faster, and each costs a buffer of
 # the bucket's size and memory for what it receives.
 MAX_IN_FLIGHT = 1
+
+
+def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -> None:
+    """The hook of one parameter. It runs between two kernels of the user's, so it does as little as it can.
+
+    Autograd keeps it where the garbage collector does not look, so it must not keep parameters or the reducer alive.
+    """
+    owner = reducer()
+    if owner is not None:
+        owner.take_up(index)
 
 
 class GradientReducer:
@@ -71,9 +82,11 @@ class GradientReducer:
         self._gathers: list[PendingCollective] = []
         self._pending_flags: list[tuple[Tensor, dist.Work | None]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
+        self._bucket_of = [0] * len(params)
         for bucket in buckets:
             for managed in bucket.params:
-                hook = partial(self._on_gradient, managed, bucket.index)
+                self._bucket_of[managed.index] = bucket.index
+                hook = partial(_on_gradient, weakref.ref(self), managed.index)
                 managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     @property
@@ -138,14 +151,15 @@ class GradientReducer:
                     "Move and cast the model first, then wrap it; to load values use load_state_dict or copy_"
                 )
 
-    # The hook runs once a parameter and backward, between two kernels of the user's: it does as little as it can.
-    def _on_gradient(self, managed: ManagedParam, bucket: int, param: Tensor) -> None:
+    def take_up(self, index: int) -> None:
+        """A parameter's gradient is complete in `param.grad`, for this backward."""
         if not self.sync:
             self.has_local_gradients = True
             return
         if not self._running:
             self._begin()
-        if self._arrived[managed.index]:
+        managed, bucket = self._params[index], self._bucket_of[index]
+        if self._arrived[index]:
             raise StateError(
                 f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, "
                 "the wrapped model cannot go on: make a new one"
