@@ -76,8 +76,8 @@ void sgd(const SgdTensors& tensors, const SegmentTable& segments, const SgdGroup
 
 } // namespace cpu
 
-/// The same kernels on a CUDA device. Every pointer, those of the tables too, is device memory; `stream` is a cudaStream_t.
-/// They launch and return: no allocation, no synchronisation. A failed launch throws std::runtime_error.
+/// The same kernels on a CUDA device. Every pointer, those of the tables too, is device memory; `stream` is a
+/// cudaStream_t. They launch and return: no allocation, no synchronisation. A failed launch throws std::runtime_error.
 namespace cuda {
 
 void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t numel, double scale, void* stream);

@@ -69,7 +69,8 @@ Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t ali
     found->second.offsets.push_back(offset);
     found->second.numels.push_back(p.numel);
   }
-  for (auto& [kind, bucket] : open) close(bucket);
+  for (auto& [kind, bucket] : open)
+    close(bucket);
 
   // The last parameter of a bucket is the one whose gradient comes last: smaller index, later gradient.
   std::sort(buckets_.begin(), buckets_.end(),

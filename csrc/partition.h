@@ -6,8 +6,8 @@
 //   bucket 0                      | w5 . b4 . w4      :pad |
 //   its slices (world_size = 4)   |  0   |  1   |  2  |  3 |      rank r owns slice r of every bucket
 //
-// Every parameter starts at a multiple of `alignment`, lies in one bucket in one piece, and every bucket is padded so that
-// its slices are equally long multiples of `alignment`. The gaps (.) and the padding belong to no parameter.
+// Every parameter starts at a multiple of `alignment`, lies in one bucket in one piece, and every bucket is padded so
+// that its slices are equally long multiples of `alignment`. The gaps (.) and the padding belong to no parameter.
 #pragma once
 
 #include <cstdint>

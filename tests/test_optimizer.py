@@ -283,6 +283,35 @@ def test_state_of_another_model_is_refused(run_on_ranks: RunOnRanks) -> None:
         assert message.startswith("the state dict has 'exp_avg' of shape [2, 3] for parameter")
 
 
+def switch_options(wrapped: bool) -> list[Tensor]:
+    """Momentum and amsgrad that are turned on after some steps, and weight decay that changes."""
+    history = []
+    for name, change in (
+        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
+        ("adamw", {"amsgrad": True, "weight_decay": 0.0}),
+    ):
+        net = build("mlp")
+        options = {"stage": 2, "fused": True} if wrapped else None
+        model, optimizer = prepare(net, optimizer_for(name, net), options)
+        for step in range(6):
+            if step == 2:
+                optimizer.param_groups[0].update(change)
+                for entry in optimizer.state.values():  # torch's AdamW expects this when amsgrad comes late
+                    if "exp_avg_sq" in entry and not wrapped:
+                        entry["max_exp_avg_sq"] = torch.zeros_like(entry["exp_avg_sq"])
+            loss_of(model(batch("mlp", step))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        history += snapshot(net)
+    return history
+
+
+def test_options_that_change_between_steps(run_on_ranks: RunOnRanks) -> None:
+    plain, wrapped = run_on_ranks(2, switch_options, False)[0], run_on_ranks(2, switch_options, True)[0]
+    for want, got in zip(plain, wrapped, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def add_group_late() -> str:
     net = build("mlp")
     _, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))

@@ -148,6 +148,8 @@ class NormalisedSgd(torch.optim.Optimizer):
     ],
 )
 def test_refusals(run_on_ranks: RunOnRanks, case: str, expected: str) -> None:
+    if case in ("adafactor", "muon") and not hasattr(torch.optim, case.capitalize()):
+        pytest.skip(f"this torch has no {case.capitalize()}")
     for message in run_on_ranks(2, wrap_case, case):
         assert message.startswith(expected), message
 

@@ -67,7 +67,7 @@ def _parts(grad: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
 
 
 def _copy_with(optimizer: torch.optim.Optimizer, group: int, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and options over other parameters, without state and hooks."""
+    """An optimizer of the same class and options over other parameters, without hooks."""
     probe: torch.optim.Optimizer = object.__new__(type(optimizer))
     own = {p: p for g in optimizer.param_groups for p in g["params"]}
     memo: dict[int, Any] = {id(p): p for p in own}  # references to parameters stay references
@@ -81,5 +81,27 @@ def _copy_with(optimizer: torch.optim.Optimizer, group: int, params: list[nn.Par
     # A warm-up may have set lr to 0, with which all rules look alike; capturable steps want a device.
     options.update({k: v for k, v in (("lr", _LR), ("capturable", False)) if k in options})
     probe.param_groups = [{**options, "params": params}]
-    probe.state = defaultdict(dict)
+    probe.state = defaultdict(dict, {param: _state_like(optimizer, group, param) for param in params})
     return probe
+
+
+def _state_like(optimizer: torch.optim.Optimizer, group: int, param: nn.Parameter) -> dict[str, Any]:
+    """State for a probe's parameter. Some optimizers make it in their constructor and count on it: take it from there."""
+    state = optimizer.state
+    # 0-dim parameters show least of what is kept for each element.
+    models = sorted(optimizer.param_groups[group]["params"], key=lambda p: p.dim(), reverse=True)
+    model = next((p for p in models if state.get(p) and p.numel()), None)
+    if model is None:
+        return {}
+    return {
+        name: torch.full_like(param, value.flatten()[0].item())
+        if is_per_element(name, value, model)
+        else copy.deepcopy(value)
+        for name, value in state[model].items()
+    }
+
+
+def is_per_element(name: str, value: Any, param: Tensor) -> bool:
+    """Whether an entry of a parameter's state holds one value for each of its elements, as moments do."""
+    # The step count of a 0-dim parameter has the parameter's shape too.
+    return isinstance(value, Tensor) and name != "step" and value.shape == param.shape

@@ -39,7 +39,7 @@ class FusedRule(ABC):
         grad: Tensor,
         state: dict[str, Tensor],
         *,
-        segments: Tensor,
+        segments: ops.SegmentTable,
         active: Tensor,
         steps: Tensor,
         groups: Tensor,
@@ -66,7 +66,7 @@ class AdamWRule(FusedRule):
     def names_in_use(self, group: ParamGroup) -> tuple[str, ...]:
         return self.state_names if group["amsgrad"] else self.state_names[:2]
 
-    def launch(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], **tables: Tensor) -> None:
+    def launch(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], **tables: Any) -> None:
         max_exp_avg_sq = state.get("max_exp_avg_sq")
         ops.adamw(param, grad, state["exp_avg"], state["exp_avg_sq"], max_exp_avg_sq=max_exp_avg_sq, **tables)
 
@@ -84,7 +84,7 @@ class SgdRule(FusedRule):
     def names_in_use(self, group: ParamGroup) -> tuple[str, ...]:
         return self.state_names if group["momentum"] else ()
 
-    def launch(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], **tables: Tensor) -> None:
+    def launch(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], **tables: Any) -> None:
         ops.sgd(param, grad, state.get("momentum_buffer"), **tables)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .bucket import ManagedParam, Segment
+from .elementwise import is_per_element
 from .errors import StateError
 
 # A state entry of a parameter, as torch keeps it: "exp_avg" -> tensor, "step" -> 0-dim tensor, …
@@ -26,8 +27,7 @@ def _cut(value: Any, name: str, segment: Segment) -> Any:
     if not isinstance(value, Tensor):
         return value
     owner = segment.owner
-    # The step count of a 0-dim parameter has the parameter's shape too.
-    if name == "step" or value.shape != owner.shape:
+    if not is_per_element(name, value, owner.param):
         return value.clone()
     flat = owner.flatten(value.to(owner.param.device))
     return flat[segment.start : segment.start + segment.numel].clone()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from . import ops
 from .bucket import Bucket, ManagedParam, Segment
 from .config import Fused
 from .errors import ConfigError, StateError
@@ -112,10 +113,10 @@ class FusedBucket:
         self._store = store
         self._rule = rule
         self._optimizer = optimizer
-        rows = [[s.offset, s.numel, s.owner.group] for s in bucket.segments]
-        self._segments = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        rows = torch.tensor([[s.offset, s.numel, s.owner.group] for s in bucket.segments], dtype=torch.int64)
+        self._segments = ops.SegmentTable.check(rows.view(-1, 3).to(bucket.device))
         self._owners = torch.tensor([s.owner.index for s in bucket.segments], dtype=torch.int64)
-        self._steps = torch.zeros(len(bucket.segments))
+        self._steps = torch.zeros(len(bucket.segments), device=bucket.device)
         self._state: dict[str, Tensor] = {}
         self._names: list[tuple[str, ...] | None] = [None] * len(bucket.segments)
         for i, segment in enumerate(bucket.segments):
@@ -137,14 +138,16 @@ class FusedBucket:
             self._store.reduced,
             self._state,
             segments=self._segments,
-            active=mask,
+            active=mask.to(self.bucket.device),
             steps=self._steps,
-            groups=groups,
+            groups=groups.to(self.bucket.device),
         )
 
     def _expose(self, i: int, names: tuple[str, ...]) -> None:
         """Show a segment's state in the optimizer's `state`, as views, once the segment has any."""
         self._names[i] = names
+        if not self._rule.has_step:  # then it only says whether the state has begun
+            self._steps[i] = 0
         segment = self.bucket.segments[i]
         entry: ParamState = {name: self._view(name, segment) for name in names}
         if self._rule.has_step:
@@ -157,9 +160,8 @@ class FusedBucket:
         names = tuple(name for name in self._rule.state_names if isinstance(entry.get(name), Tensor))
         for name in names:
             self._view(name, segment).copy_(entry[name])
-        # Without a step count of torch's, it only says whether there has been a first step.
-        self._steps[i] = float(entry["step"]) if self._rule.has_step else float(bool(names))
         self._expose(i, names)
+        self._steps[i] = float(entry["step"]) if self._rule.has_step else float(bool(names))
 
     def _view(self, name: str, segment: Segment) -> Tensor:
         if name not in self._state:
