@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -141,11 +142,13 @@ def test_stage_0_steps_the_visible_gradients(run_on_ranks: RunOnRanks) -> None:
 def clear(how: str, stage: int) -> list[Tensor]:
     """A backward whose gradients are thrown away, by one of the ways to do so, then one that counts."""
     net = build("mlp")
-    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage)
+    inner = optimizer_for("sgd", net)
+    model, optimizer = zeroopt.wrap(net, inner, stage=stage)
     ways: dict[str, Callable[[], None]] = {
         "nothing to clear": lambda: None,
         "optimizer": optimizer.zero_grad,
         "model": model.zero_grad,
+        "wrapped optimizer": inner.zero_grad,
         "zeros": lambda: optimizer.zero_grad(set_to_none=False),
         "model zeros": lambda: model.zero_grad(set_to_none=False),
     }
@@ -160,7 +163,7 @@ def clear(how: str, stage: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("how", ["optimizer", "model", "zeros", "model zeros"])
+@pytest.mark.parametrize("how", ["optimizer", "model", "wrapped optimizer", "zeros", "model zeros"])
 def test_zero_grad_forgets_all_gradients(run_on_ranks: RunOnRanks, how: str, stage: int) -> None:
     expected = run_on_ranks(2, clear, "nothing to clear", stage)
     for rank, cleared in enumerate(run_on_ranks(2, clear, how, stage)):
@@ -188,6 +191,8 @@ def test_zero_grad_without_none_keeps_zeros(run_on_ranks: RunOnRanks, stage: int
 
 def go_wrong(how: str) -> str:
     net = build("mlp")
+    if how == "unfrozen":
+        net.layers[0].weight.requires_grad_(False)
     model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
     try:
         if how == "cast":
@@ -205,6 +210,23 @@ def go_wrong(how: str) -> str:
             with model.no_sync():
                 loss_of(model(batch("mlp", 0))).backward()
             optimizer.step()
+        elif how == "unfrozen":
+            net.layers[0].weight.requires_grad_(True)
+            loss_of(model(batch("mlp", 0))).backward()
+            optimizer.step()
+        elif how == "backward raised":
+            net.layers[0].weight.register_hook(fail)
+            with suppress(ZeroDivisionError):
+                loss_of(model(batch("mlp", 0))).backward()
+            optimizer.step()
+        elif how == "step between":
+            loss = loss_of(model(batch("mlp", 0)))
+            loss.backward(retain_graph=True)
+            optimizer.step()
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                return str(error)
         elif how == "inner step":
             optimizer._inner.step()
         elif how == "sparse":
@@ -216,9 +238,19 @@ def go_wrong(how: str) -> str:
     return "no error"
 
 
+def fail(grad: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
+        ("unfrozen", "StateError: parameter 'layers.0.weight' was frozen when zeroopt.wrap was called"),
+        ("backward raised", "StateError: the last backward did not come to its end"),
+        (
+            "step between",
+            "one of the variables needed for gradient computation has been modified by an inplace operation",
+        ),
         ("cast", "StateError: parameter 'scale' no longer lies in zeroopt's storage"),
         ("moved before step", "StateError: parameter 'scale' no longer lies in zeroopt's storage"),
         ("replaced", "StateError: parameter 'layers.0.weight' is no longer part of the model"),
@@ -251,6 +283,38 @@ def test_stage_2_keeps_few_full_buffers(run_on_ranks: RunOnRanks) -> None:
         assert buckets == 20
         assert borrowed <= 1
         assert pooled <= 2
+
+
+def forget_a_reduce_in_flight() -> list[Tensor]:
+    """A backward without a step, whose model is dropped, must not disturb what the group does next."""
+    for _ in range(3):
+        net = build("lm")
+        model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+        loss_of(model(batch("lm", 0))).backward()
+        del net, model, optimizer
+        gc.collect()
+    net = build("lm")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+    loss_of(model(batch("lm", 0))).backward()
+    optimizer.step()
+    return snapshot(net)
+
+
+def test_a_model_may_be_dropped_after_backward(run_on_ranks: RunOnRanks) -> None:
+    first, second = run_on_ranks(2, forget_a_reduce_in_flight)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def buffers_without_overlap() -> int:
+    """Full buffers that stage 2 holds when nothing overlaps."""
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    model, _ = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.02, overlap=False)
+    model(torch.randn(2, 64)).sum().backward()
+    return len(model._reducer.stores[0]._pool._free)
+
+
+def test_without_overlap_one_buffer_is_enough(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, buffers_without_overlap) == [1, 1]
 
 
 def models_twice() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -36,6 +38,10 @@ def names_and_state() -> bool:
         model.load_state_dict(other, assign=True)
     with pytest.raises(zeroopt.NotSupportedError, match="join"):
         model.join()
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(zeroopt.NotSupportedError, match=r"\.module"):
+            copied(model)
+    assert torch.equal(copy.deepcopy(net).head.weight, net.head.weight)
     assert not model.eval().module.training
     return True
 

@@ -293,7 +293,9 @@ class TestAdamW:
         assert state["param"].isnan().tolist() == [False, False, True, False]
 
     def test_refuses_amsgrad_without_its_array(self) -> None:
-        with pytest.raises(ConfigError, match="max_exp_avg_sq to be a tensor, for a group has amsgrad"):
+        with pytest.raises(
+            ConfigError, match="max_exp_avg_sq to be a tensor, for the group of an active segment has amsgrad"
+        ):
             ops.adamw(**arrays(ADAMW_ARRAYS[:4], 8), **tables([[0, 8, 0]], [adamw_row(amsgrad=1)]))
 
 
@@ -353,7 +355,9 @@ class TestSgd:
         torch.testing.assert_close(state["param"].double(), expected["param"], rtol=3e-7, atol=3e-7)
 
     def test_refuses_momentum_without_its_array(self) -> None:
-        with pytest.raises(ConfigError, match="momentum_buffer to be a tensor, for a group has momentum"):
+        with pytest.raises(
+            ConfigError, match="momentum_buffer to be a tensor, for the group of an active segment has momentum"
+        ):
             ops.sgd(**arrays(SGD_ARRAYS[:2], 8), momentum_buffer=None, **tables([[0, 8, 0]], [sgd_row()]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from typing import Any
@@ -257,11 +258,58 @@ def build_input() -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("wrap_late", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
-def test_state_of_a_plain_optimizer_is_taken_over(run_on_ranks: RunOnRanks, wrap_late: bool, stage: int) -> None:
-    for want, got in run_on_ranks(2, carry_on_from_torch, {"stage": stage, "fused": False}, wrap_late):
-        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+def test_state_of_a_plain_optimizer_is_taken_over(
+    run_on_ranks: RunOnRanks, wrap_late: bool, stage: int, fused: bool
+) -> None:
+    for want, got in run_on_ranks(2, carry_on_from_torch, {"stage": stage, "fused": fused}, wrap_late):
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
+
+
+def load_into_bfloat16() -> dict[str, torch.dtype]:
+    """A float32 state dict in a bfloat16 model: moments take the parameter's dtype, as in torch, and the step works."""
+    plain = build("mlp")
+    plain_optimizer = optimizer_for("adamw", plain)
+    loss_of(plain(torch.ones(2, 7))).backward()
+    plain_optimizer.step()
+    net = build("mlp").bfloat16()
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+    optimizer.load_state_dict(plain_optimizer.state_dict())
+    model(torch.ones(2, 7, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    return {name: value.dtype for name, value in next(iter(optimizer.state.values())).items()}
+
+
+def test_loaded_moments_take_the_parameters_dtype(run_on_ranks: RunOnRanks) -> None:
+    expected = {"step": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
+    assert run_on_ranks(2, load_into_bfloat16) == [expected] * 2
+
+
+def train_unlike_groups(name: str, wrapped: bool) -> list[Tensor]:
+    """Groups of which only one has momentum or amsgrad, so large that a rank owns segments of one group alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    option = {"sgd": {"momentum": 0.9}, "adamw": {"amsgrad": True}}[name]
+    groups: list[dict[str, Any]] = [{"params": net[0].parameters()}, {"params": net[1].parameters(), **option}]
+    inner: torch.optim.Optimizer
+    inner = torch.optim.SGD(groups, lr=0.1) if name == "sgd" else torch.optim.AdamW(groups)
+    model, optimizer = prepare(net, inner, {"fused": True} if wrapped else None)
+    for step in range(3):
+        loss_of(model(torch.randn(4, 64, generator=torch.Generator().manual_seed(step)))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_groups_with_unlike_options(run_on_ranks: RunOnRanks, name: str) -> None:
+    plain = run_on_ranks(2, train_unlike_groups, name, False)[0]
+    for rank in run_on_ranks(2, train_unlike_groups, name, True):
+        for want, got in zip(plain, rank, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def wrong_shapes_from_torch() -> str:
@@ -286,18 +334,19 @@ def test_state_of_another_model_is_refused(run_on_ranks: RunOnRanks) -> None:
 def switch_options(wrapped: bool) -> list[Tensor]:
     """Momentum and amsgrad that are turned on after some steps, and weight decay that changes."""
     history = []
-    for name, change in (
-        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
-        ("adamw", {"amsgrad": True, "weight_decay": 0.0}),
-    ):
+    plan: dict[str, dict[int, dict[str, float]]] = {
+        "sgd": {2: {"momentum": 0.9, "dampening": 0.5}, 4: {"momentum": 0.0}, 5: {"momentum": 0.8}},
+        "adamw": {2: {"amsgrad": True, "weight_decay": 0.0}},
+    }
+    for name, changes in plan.items():
         net = build("mlp")
         options = {"stage": 2, "fused": True} if wrapped else None
         model, optimizer = prepare(net, optimizer_for(name, net), options)
         for step in range(6):
-            if step == 2:
-                optimizer.param_groups[0].update(change)
+            if step in changes:
+                optimizer.param_groups[0].update(changes[step])
                 for entry in optimizer.state.values():  # torch's AdamW expects this when amsgrad comes late
-                    if "exp_avg_sq" in entry and not wrapped:
+                    if "exp_avg_sq" in entry and step == 2 and not wrapped:
                         entry["max_exp_avg_sq"] = torch.zeros_like(entry["exp_avg_sq"])
             loss_of(model(batch("mlp", step))).backward()
             optimizer.step()
@@ -314,9 +363,21 @@ def test_options_that_change_between_steps(run_on_ranks: RunOnRanks) -> None:
 
 def add_group_late() -> str:
     net = build("mlp")
-    _, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
-    with pytest.raises(zeroopt.NotSupportedError, match="add_param_group"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    inner = optimizer_for("adamw", net)
+    _, optimizer = zeroopt.wrap(net, inner)
+    for late in (optimizer, inner):
+        with pytest.raises(zeroopt.NotSupportedError, match="add_param_group"):
+            late.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    for call in (
+        lambda: optimizer.clip_grad_norm_(1.0),
+        lambda: optimizer.grad_norm,
+        lambda: optimizer.full_grad(net.scale),
+        optimizer.full_state_dict,
+        optimizer.consolidate_state_dict,
+        lambda: copy.deepcopy(optimizer),
+    ):
+        with pytest.raises(zeroopt.NotSupportedError):
+            call()
     return repr(optimizer)
 
 

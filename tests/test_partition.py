@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from itertools import pairwise
 
 import pytest
@@ -122,20 +121,19 @@ def test_empty_parameters_have_a_place_and_no_segment() -> None:
 
 
 def test_large_plan() -> None:
-    """17 billion elements in 10,000 tensors over 10,000 ranks: no overflow, and in well under a second."""
+    """17 billion elements in 10,000 tensors over 10,000 ranks: no overflow, and nothing lost."""
     random.seed(0)
     numels = [random.randrange(1, 3_400_000) for _ in range(10_000)]
-    start = time.perf_counter()
     plan = Plan(numels, [0] * len(numels), [4] * len(numels), 10_000, 64, 25 << 20)
-    assert time.perf_counter() - start < 1
     assert 16e9 < sum(numels) < 18e9
     assert sum(bucket.padded_numel for bucket in plan.buckets) >= sum(numels)
-    owned = 0
-    for index in range(len(plan.buckets)):
+    for index, bucket in enumerate(plan.buckets):
         shard = plan.shard_numel(index)
         for rank in (0, 4_999, 9_999):
-            owned += sum(segment.numel for segment in plan.segments(index, rank * shard, (rank + 1) * shard))
-    assert owned <= 3 * sum(plan.shard_numel(index) for index in range(len(plan.buckets)))
+            begin, end = rank * shard, (rank + 1) * shard
+            ends = [offset + numel for offset, numel in zip(bucket.offsets, bucket.numels, strict=True)]
+            overlaps = [max(0, min(end, e) - max(begin, o)) for o, e in zip(bucket.offsets, ends, strict=True)]
+            assert sum(segment.numel for segment in plan.segments(index, begin, end)) == sum(overlaps)
 
 
 def test_one_parameter_beyond_32_bits() -> None:

@@ -173,6 +173,8 @@ def wrap_differently(difference: str) -> str:
         model = model.double()
     elif difference == "fewer" and odd:
         model = nn.Sequential(model[0])
+    elif difference == "frozen" and odd:
+        model.extra = nn.Linear(3, 3).requires_grad_(False)
     elif difference == "buffer" and odd:
         model.register_buffer("count", torch.zeros(3))
     if difference == "class" and odd:
@@ -200,6 +202,10 @@ def wrap_differently(difference: str) -> str:
         ("name", ["rank 0 has [parameter '0.weight'", "rank 1 has [parameter 'a.weight'"]),
         ("dtype", ["torch.float32", "torch.float64"]),
         ("fewer", ["rank 0 has [parameter '2.weight'", "rank 1 has [optimizer AdamW]"]),
+        (
+            "frozen",
+            ["rank 1 has [parameter 'extra.weight' of shape [3, 3], torch.float32, which zeroopt does not train]"],
+        ),
         ("buffer", ["rank 1 has [buffer 'count' of shape [3], torch.float32]"]),
         ("class", ["rank 0 has [optimizer AdamW], rank 1 has [optimizer SGD]"]),
         ("lr", ["lr=0.2", "lr=0.1"]),
@@ -219,6 +225,25 @@ def test_a_problem_on_one_rank_reaches_all(run_on_ranks: RunOnRanks) -> None:
     assert messages[1].startswith("ConfigError: the optimizer has no parameters")
     for other in (messages[0], messages[2]):
         assert other.startswith("RankMismatchError: zeroopt.wrap failed on rank 1: the optimizer has no parameters")
+
+
+def wrap_after_a_refusal() -> list[torch.Tensor]:
+    """A wrap that failed on one rank alone leaves the group fit for the next."""
+    model, optimizer = linear()
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["params"] = []
+    with pytest.raises(zeroopt.ZeroOptError):
+        zeroopt.wrap(model, optimizer)
+    net = build("mlp")
+    wrapped, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
+    loss_of(wrapped(torch.ones(2, 7))).backward()
+    optimizer.step()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def test_a_refused_wrap_can_be_tried_again(run_on_ranks: RunOnRanks) -> None:
+    first, second = run_on_ranks(2, wrap_after_a_refusal)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def ranks_start_apart(sync: bool) -> list[torch.Tensor]:

@@ -2,8 +2,7 @@
 
     model, optimizer = zeroopt.wrap(model, optimizer)
 
-The files in reading order: wrap, inspect, elementwise, agreement, config, bucket, gradient_store, collectives/, grad_hooks,
-step, fused_rules, shard_state, optimizer, module. Kernels: csrc/, checked and called through ops.
+CONTRIBUTING.md lists the files in reading order.
 """
 
 import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP runtime that torch brought

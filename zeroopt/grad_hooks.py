@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _C, ops
 from .bucket import Bucket, ManagedParam
-from .collectives import PendingCollective, Transport
+from .collectives import PendingCollective, Transport, abandon
 from .config import Placement
 from .errors import StateError
 from .gradient_store import BufferPool, GradientStore
@@ -83,6 +83,8 @@ class GradientReducer:
         self._pending_flags: list[tuple[Tensor, dist.Work | None]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
         self._bucket_of = [0] * len(params)
+        # A backward without a step may be the last that is heard of this model; see `abandon`.
+        weakref.finalize(self, abandon, self._in_flight, self._gathers, self._pending_flags).atexit = False
         for bucket in buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
@@ -95,7 +97,16 @@ class GradientReducer:
         return self._used
 
     def finish(self) -> None:
-        """Wait until every gradient that has been produced is reduced. Collective when a backward has run."""
+        """Wait until every gradient that has been produced is reduced. Collective when a backward has run.
+
+        Raises:
+            StateError: the last backward raised before it was through.
+        """
+        if self._running:
+            raise StateError(
+                "the last backward did not come to its end, so the ranks no longer agree on what has been reduced; start "
+                "the job again from a checkpoint"
+            )
         while self._in_flight:
             self._finish_oldest()
         for gather in self._gathers:
@@ -161,12 +172,12 @@ class GradientReducer:
         managed, bucket = self._params[index], self._bucket_of[index]
         if self._arrived[index]:
             raise StateError(
-                f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, "
-                "the wrapped model cannot go on: make a new one"
+                f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
+                "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
             )
         self._pack(managed, self.stores[bucket].open())
         self._missing[bucket] -= 1
-        if self._missing[bucket] == 0 and self._overlap:
+        if self._missing[bucket] == 0:
             self._start_complete()
 
     def _begin(self) -> None:
@@ -211,6 +222,8 @@ class GradientReducer:
         full = store.open()
         out = store.reduced if self._placement.shard_gradient else self._transport.own_slice(full)
         self._in_flight.append((bucket, self._transport.start_reduce_scatter(full, out, store.base)))
+        if not self._overlap:
+            self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         bucket, pending = self._in_flight.popleft()

@@ -89,6 +89,11 @@ class ZeroDataParallel(nn.Module):
         """`module.named_buffers()`."""
         return self.module.named_buffers(prefix, recurse, remove_duplicate)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise NotSupportedError(
+            "a ZeroDataParallel cannot be copied or pickled; copy or save the model in .module, or its state_dict()"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -167,20 +167,20 @@ def adamw(
         steps: float32 ``[n]``, steps taken so far; raised by one for active segments.
         groups: float64 ``[m, 8]`` rows of (lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize), flags
             as 0 or 1. decoupled is AdamW's weight decay, otherwise it is Adam's.
-        max_exp_avg_sq: as exp_avg_sq, for groups with amsgrad.
+        max_exp_avg_sq: as exp_avg_sq, when the group of an active segment has amsgrad.
 
     All tensors are on one device.
 
     Raises:
-        ConfigError: a dtype, shape, layout or device does not fit, arrays or segments overlap, or a group has amsgrad
-            and there is no max_exp_avg_sq.
+        ConfigError: a dtype, shape, layout or device does not fit, arrays or segments overlap, or there is no
+            max_exp_avg_sq and one is needed.
     """
     arrays = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if max_exp_avg_sq is not None:
         arrays["max_exp_avg_sq"] = max_exp_avg_sq
     table = _check_step(arrays, segments, active, steps, groups, _ADAMW_COLUMNS)
     if max_exp_avg_sq is None:
-        _check_unused("max_exp_avg_sq", groups, _ADAMW_AMSGRAD, "amsgrad")
+        _check_unused("max_exp_avg_sq", table, active, groups, _ADAMW_AMSGRAD, "amsgrad")
 
     addresses = (
         param.data_ptr(),
@@ -217,23 +217,23 @@ def sgd(
     Args:
         param: float32, 1-D, contiguous; updated in place.
         grad: likewise, only read.
-        momentum_buffer: likewise, updated in place; the first step of a segment overwrites it. None when no group has
-            momentum.
+        momentum_buffer: likewise, updated in place; the first step of a segment overwrites it. None when no group of an
+            active segment has momentum.
         segments, active, steps: as for `adamw`.
         groups: float64 ``[m, 6]`` rows of (lr, momentum, dampening, weight_decay, nesterov, maximize), flags as 0 or 1.
 
     All tensors are on one device.
 
     Raises:
-        ConfigError: a dtype, shape, layout or device does not fit, arrays or segments overlap, or a group has momentum
-            and there is no momentum_buffer.
+        ConfigError: a dtype, shape, layout or device does not fit, arrays or segments overlap, or there is no
+            momentum_buffer and one is needed.
     """
     arrays = {"param": param, "grad": grad}
     if momentum_buffer is not None:
         arrays["momentum_buffer"] = momentum_buffer
     table = _check_step(arrays, segments, active, steps, groups, _SGD_COLUMNS)
     if momentum_buffer is None:
-        _check_unused("momentum_buffer", groups, _SGD_MOMENTUM, "momentum")
+        _check_unused("momentum_buffer", table, active, groups, _SGD_MOMENTUM, "momentum")
 
     addresses = (
         param.data_ptr(),
@@ -352,10 +352,13 @@ def _check_table(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
     _check_device(name, tensor, param)
 
 
-def _check_unused(array: str, groups: Tensor, column: int, option: str) -> None:
-    # Reading groups on a CUDA device would wait for it; there the kernel goes on as if the option were off.
-    if groups.is_cpu and groups.numpy()[:, column].any():
-        raise ConfigError(f"expected {array} to be a tensor, for a group has {option}, got None")
+def _check_unused(array: str, table: SegmentTable, active: Tensor, groups: Tensor, column: int, option: str) -> None:
+    # Reading tables on a CUDA device would wait for it; there the kernel goes on as if the option were off.
+    if not groups.is_cpu:
+        return
+    stepped = table.rows.numpy()[active.numpy() != 0, 2]
+    if groups.numpy()[stepped, column].any():
+        raise ConfigError(f"expected {array} to be a tensor, for the group of an active segment has {option}, got None")
 
 
 def _stream(tensor: Tensor) -> int:

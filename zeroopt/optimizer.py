@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped.
 
     `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 it is None after backward: the mean
-    exists only in slices, each on the rank that owns it.
+    exists only in slices, each on the rank that owns it, and only `zero_grad` of this object, of the wrapped optimizer or
+    of the wrapped model clears it.
 
     Made by `zeroopt.wrap`.
     """
@@ -57,7 +59,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
         self.param_groups = optimizer.param_groups
+        self._frozen = self._find_frozen()
         self._take_over_hooks()
+        self._take_over_methods()
         self._import_state()
         self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config.fused)
 
@@ -77,7 +81,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            StateError: the parameters were moved, or gradients of a backward under `no_sync()` were never reduced.
+            StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
+                reduced, or the last backward raised.
         """
         loss = None
         if closure is not None:
@@ -87,6 +92,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         gathers = [self._transport.start_all_gather(bucket.flat_param) for bucket in self._step_buckets(active)]
         for gather in gathers:
             gather.finish()
+        self._note_changes(active)
         self._note_step_for_schedulers()
         return loss
 
@@ -156,17 +162,44 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # The groups are checked and complete already; going through torch's method would only copy their lists.
         self.param_groups.append(param_group)
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Not supported yet."""
+        raise NotSupportedError(
+            "clip_grad_norm_ is not supported yet; in stage 0, torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm) "
+            "does it"
+        )
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Not supported yet."""
+        raise NotSupportedError("grad_norm is not supported yet; in stage 0, take the norms of param.grad")
+
+    def full_grad(self, param: Tensor) -> Tensor:
+        """Not supported yet."""
+        raise NotSupportedError("full_grad is not supported yet; in stage 0, param.grad is the whole gradient")
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Not supported yet."""
+        raise NotSupportedError("full_state_dict is not supported yet; save state_dict() on every rank")
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Not supported yet."""
+        raise NotSupportedError("consolidate_state_dict is not supported yet; save state_dict() on every rank")
+
     @property  # type: ignore[override]
-    def state(self) -> dict[Tensor, ParamState]:
+    def state(self) -> Mapping[Tensor, ParamState]:
         """State by model parameter: 1-D tensors over the part of the parameter that this rank owns (ranks that own none
-        of a parameter have no entry for it). A new dict of the live tensors."""
+        of a parameter have no entry for it). The tensors are live, the mapping is read-only."""
         inner = self._inner.state
-        return {s.owner.param: inner[s.shard] for s in self._segments() if s.shard in inner}
+        return MappingProxyType({s.owner.param: inner[s.shard] for s in self._segments() if s.shard in inner})
 
     @state.setter
     def state(self, value: Any) -> None:
         # torch's constructor sets an empty state; the wrapped optimizer keeps the real one.
         assert not self._ready, "the state of a ZeroOptimizer is replaced through load_state_dict"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise NotSupportedError("a ZeroOptimizer cannot be copied or pickled; save and load its state_dict()")
 
     def __repr__(self) -> str:
         where = f"stage={self.stage}, rank={self._transport.rank}, world_size={self._transport.world_size}"
@@ -175,6 +208,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _finish_reduces(self) -> Tensor:
         """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
         self._reducer.check_storage()
+        self._check_frozen()
         if self._reducer.has_local_gradients:
             raise StateError(
                 "the last backward ran under no_sync(), so its gradients were never reduced; run the last backward before "
@@ -206,6 +240,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     f"parameter {managed.name!r} is no longer part of the model: a module was replaced after "
                     "zeroopt.wrap. Change the model first, then wrap it"
                 )
+
+    def _find_frozen(self) -> list[tuple[str, Tensor]]:
+        managed = {m.param for m in self._params}
+        own = {p for group in self.param_groups for p in group["params"]}
+        return [(name, p) for name, p in self._module.named_parameters() if p in own and p not in managed]
+
+    def _check_frozen(self) -> None:
+        """A parameter that did not require gradients when it was wrapped is in no bucket."""
+        for name, param in self._frozen:
+            if param.grad is not None:
+                raise StateError(
+                    f"parameter {name!r} was frozen when zeroopt.wrap was called and now has a gradient, which is not "
+                    "supported yet; set requires_grad before wrapping"
+                )
+
+    def _note_changes(self, active: Tensor) -> None:
+        """Kernels and transports write behind autograd's back; tell it, so that it can refuse a backward through a graph
+        that was recorded before the step."""
+        for managed, flag in zip(self._params, active.tolist(), strict=True):
+            if flag:
+                torch.autograd.graph.increment_version(managed.param)
+
+    def _take_over_methods(self) -> None:
+        """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one."""
+        self._inner.zero_grad = self.zero_grad  # type: ignore[method-assign]
+        self._inner.add_param_group = self.add_param_group  # type: ignore[method-assign]
 
     def _take_over_hooks(self) -> None:
         """Step hooks registered on the wrapped optimizer fire on this one, once a step."""

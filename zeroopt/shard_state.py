@@ -18,7 +18,8 @@ ParamState = dict[str, Any]
 def cut_state(state: Mapping[str, Any], segment: Segment) -> ParamState:
     """The part of a whole parameter's state that belongs to a segment, copied.
 
-    Tensors of the parameter's shape are cut; all else (step counts, scalars) is taken as it is.
+    Tensors of the parameter's shape are cut and take the parameter's dtype and device, as torch does when it loads state;
+    all else (step counts, scalars) is taken as it is.
     """
     return {name: _cut(value, name, segment) for name, value in state.items()}
 
@@ -29,8 +30,8 @@ def _cut(value: Any, name: str, segment: Segment) -> Any:
     owner = segment.owner
     if not is_per_element(name, value, owner.param):
         return value.clone()
-    flat = owner.flatten(value.to(owner.param.device))
-    return flat[segment.start : segment.start + segment.numel].clone()
+    piece = owner.flatten(value)[segment.start : segment.start + segment.numel]
+    return piece.to(segment.shard.device, owner.param.dtype if piece.is_floating_point() else None, copy=True)
 
 
 def pack_state(
@@ -72,8 +73,13 @@ def unpack_state(
             _check_whole(entry, segment.owner)
             result[segment.shard] = cut_state(entry, segment)
         else:
-            result[segment.shard] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+            result[segment.shard] = {k: _copy_to(v, segment.shard) for k, v in entry.items()}
     return result
+
+
+def _copy_to(value: Any, shard: Tensor) -> Any:
+    # A step count stays where torch keeps it, on the CPU.
+    return value.to(shard.device if value.dim() else value.device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _check_cut(layout: Mapping[str, Any], segment: Segment) -> None:

@@ -119,6 +119,7 @@ class FusedBucket:
         self._steps = torch.zeros(len(bucket.segments), device=bucket.device)
         self._state: dict[str, Tensor] = {}
         self._names: list[tuple[str, ...] | None] = [None] * len(bucket.segments)
+        self._begun = [False] * len(bucket.segments)  # whether a segment ever had state
         for i, segment in enumerate(bucket.segments):
             if segment.shard in optimizer.state:
                 self._adopt(i, segment, optimizer.state[segment.shard])
@@ -146,8 +147,9 @@ class FusedBucket:
     def _expose(self, i: int, names: tuple[str, ...]) -> None:
         """Show a segment's state in the optimizer's `state`, as views, once the segment has any."""
         self._names[i] = names
-        if not self._rule.has_step:  # then it only says whether the state has begun
-            self._steps[i] = 0
+        if names and not self._begun[i] and not self._rule.has_step:
+            self._steps[i] = 0  # SGD's state begins when momentum is turned on, not at its first step
+        self._begun[i] |= bool(names)
         segment = self.bucket.segments[i]
         entry: ParamState = {name: self._view(name, segment) for name in names}
         if self._rule.has_step:

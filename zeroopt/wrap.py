@@ -60,7 +60,7 @@ def wrap(
         fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam and SGD in
             float32) and with the optimizer's own `step` otherwise; True insists on the kernel, False on the own step.
         transport: "pairwise" (Gloo), "torch" (the backend's own collectives), or "auto" to choose by backend and device.
-        overlap: reduce gradients while backward runs; False waits for its end.
+        overlap: let a bucket travel while backward fills the next; False waits for each.
         broadcast_buffers: before a forward with gradients, all ranks take over the buffers of rank 0.
         sync_module_states: all ranks start from the parameters and buffers of rank 0.
         param_dtype, reduce_dtype, master_weights, state_dtype, max_grad_norm, share_parameters, average_every: reserved;
@@ -99,13 +99,13 @@ def wrap(
         )
         params = inspect(model, optimizer)
         check_fused(optimizer, params, config.fused)
-        mover = select_transport(config.transport, group, params[0].param.device)
+        transport_kind = select_transport(config.transport, group, params[0].param.device)
         lines = _describe(config, model, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
     agree(group, _agreement_device(group), lines, problem)
-    return _wrap_checked(model, optimizer, config, params, mover, group)
+    return _wrap_checked(model, optimizer, config, params, transport_kind(group), group)
 
 
 def _wrap_checked(
@@ -157,6 +157,12 @@ def _describe(
     for managed in params:
         what = f"shape {list(managed.shape)}, {managed.param.dtype}, strides {list(managed.stride)}"
         lines.append(f"parameter {managed.name!r} of {what}, in param_group {managed.group}")
+    managed_params = {managed.param for managed in params}
+    for name, param in model.named_parameters():
+        if param not in managed_params:
+            lines.append(
+                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}, which zeroopt does not train"
+            )
     lines += [f"buffer {name!r} of shape {list(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
     lines.append(f"optimizer {type(optimizer).__name__}")
     for number, group in enumerate(optimizer.param_groups):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +16,16 @@ class PendingCollective(Protocol):
         """Block until the result is there and the buffers belong to the caller again. Call it once."""
 
 
+# Collectives that nobody will finish. Gloo breaks the connection of a message that is freed before it has arrived, and with
+# it the process group, so what was started must outlive the model that it was started for.
+_abandoned: list[object] = []
+
+
+def abandon(*pending: Collection[object]) -> None:
+    """Keep started collectives, and the buffers that they use, for as long as the process lives."""
+    _abandoned.extend(collection for collection in pending if collection)
+
+
 class Transport(ABC):
     """Moves flat buckets between the ranks of one process group.
 
@@ -23,7 +34,7 @@ class Transport(ABC):
 
     Attributes:
         rank, world_size: this process within the group.
-        sent_bytes: what this rank has handed to the network so far.
+        sent_bytes: what this rank has sent of slices of buckets, by the transport's own count.
     """
 
     name: str

@@ -7,6 +7,7 @@ the result does not depend on who was faster.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,12 @@ from .. import ops
 from .base import PendingCollective, Transport, slice_of
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
-# of the way of a user's own send and recv on the same group, and are used again long after a message was delivered.
+# of the way of a user's own send and recv on the same group, and are used again long after a message was delivered. Each
+# transport has its own, since the backward passes of two models may run in another order on another rank.
 _FIRST_TAG = 1 << 24
-_NUM_TAGS = 1 << 20
+_NUM_TAGS = 1 << 16
+_NUM_TRANSPORTS = 1 << 8
+_transports_of_group: Counter[str] = Counter()
 
 
 class PairwiseTransport(Transport):
@@ -30,6 +34,8 @@ class PairwiseTransport(Transport):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
         self._group = group
+        self._first_tag = _FIRST_TAG + _transports_of_group[group.group_name] % _NUM_TRANSPORTS * _NUM_TAGS
+        _transports_of_group[group.group_name] += 1
         self._started = 0
         self._staging = StagingPool()
         # Starting with the next rank spreads the first messages over all peers.
@@ -50,7 +56,7 @@ class PairwiseTransport(Transport):
         return _PendingExchange(self._exchange(outgoing, incoming))
 
     def _exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[dist.Work]:
-        tag = _FIRST_TAG + self._started % _NUM_TAGS
+        tag = self._first_tag + self._started % _NUM_TAGS
         self._started += 1
         works = []
         for peer in self._peers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -12,8 +14,12 @@ from .single import SingleTransport
 from .torch_native import TorchTransport
 
 
-def select_transport(name: str, group: dist.ProcessGroup, device: torch.device) -> Transport:
-    """The transport called `name`; "auto" takes pairwise for Gloo on the CPU and torch's own collectives elsewhere.
+def select_transport(
+    name: str, group: dist.ProcessGroup, device: torch.device
+) -> Callable[[dist.ProcessGroup], Transport]:
+    """The kind of transport called `name`; "auto" takes pairwise for Gloo on the CPU and torch's own collectives elsewhere.
+
+    Making one is left to the caller, since all ranks have to make the same ones on a group in the same order.
 
     Raises:
         ConfigError: the transport cannot serve that backend or device.
@@ -25,10 +31,10 @@ def select_transport(name: str, group: dist.ProcessGroup, device: torch.device) 
             f"{backend_of(group, device)}; use transport='auto'"
         )
     if group.size() == 1:
-        return SingleTransport()
+        return SingleTransport
     if name == "pairwise" or (name == "auto" and pairwise_works):
-        return PairwiseTransport(group)
-    return TorchTransport(group)
+        return PairwiseTransport
+    return TorchTransport
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:

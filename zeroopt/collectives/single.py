@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
@@ -13,8 +14,8 @@ class SingleTransport(Transport):
 
     name = "single"
 
-    def __init__(self) -> None:
-        super().__init__(rank=0, world_size=1)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, base: Tensor | None = None) -> PendingCollective:
         if base is not None or out.data_ptr() != full.data_ptr():

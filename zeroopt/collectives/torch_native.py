@@ -16,7 +16,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class TorchTransport(Transport):
-    """Hands every bucket to the process group's backend as it is."""
+    """Hands every bucket to the process group's backend as it is.
+
+    `sent_bytes` counts what a ring sends, (N-1)/N of a bucket; a backend that emulates a collective sends more.
+    """
 
     name = "torch"
 
