@@ -1,7 +1,8 @@
 # The CUDA kernels, or their stand-ins that raise. Sets ZEROOPT_WITH_CUDA, ZEROOPT_CUDA_SOURCES and ZEROOPT_CUDA_ARCHS.
 #
 # ZEROOPT_CUDA (environment or -D): auto compiles them when there is a CUDA compiler, on demands one, off does without.
-# Architectures: CMAKE_CUDA_ARCHITECTURES or CUDAARCHS in CMake's notation, else TORCH_CUDA_ARCH_LIST, else the default.
+# Architectures: CMAKE_CUDA_ARCHITECTURES (-D or environment) or CUDAARCHS in CMake's notation, else TORCH_CUDA_ARCH_LIST,
+# else the default.
 set(ZEROOPT_WITH_CUDA 0)
 set(ZEROOPT_CUDA_ARCHS "")
 set(ZEROOPT_CUDA_SOURCES csrc/cuda/unavailable.cpp)
@@ -71,6 +72,8 @@ endif()
 
 if(DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(ZEROOPT_CUDA_ARCHS "${CMAKE_CUDA_ARCHITECTURES}")
+elseif(DEFINED ENV{CMAKE_CUDA_ARCHITECTURES})
+  set(ZEROOPT_CUDA_ARCHS "$ENV{CMAKE_CUDA_ARCHITECTURES}")
 elseif(DEFINED ENV{CUDAARCHS})
   set(ZEROOPT_CUDA_ARCHS "$ENV{CUDAARCHS}")
 elseif(DEFINED ENV{TORCH_CUDA_ARCH_LIST})

@@ -17,7 +17,8 @@ from .config import Placement
 class BufferPool:
     """Full gradient buffers that buckets of stage 2 borrow.
 
-    It holds as many buffers as were ever borrowed at once: a few, since only a few buckets travel at a time.
+    It holds as many buffers as were ever borrowed at once: two, for one bucket travels while the next fills, unless gradients
+    arrive in another order than the buckets are planned for.
     """
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ class ZeroDataParallel(nn.Module):
         raise NotSupportedError("join() is not supported yet; give every rank the same number of batches")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, the reduced ones too, as the optimizer's `zero_grad` does. Not collective."""
+        """Clear all gradients, the reduced ones too, as the optimizer's `zero_grad` does."""
         if set_to_none:
             self._reducer.discard()
         else:

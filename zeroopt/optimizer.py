@@ -97,7 +97,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients: those in `param.grad` and the reduced ones of this step. Not collective.
+        """Clear all gradients: those in `param.grad` and the reduced ones of this step.
+
+        Not collective, but it waits for reduces that are still on their way.
 
         Args:
             set_to_none: False leaves gradients of zero, with which parameters that had a gradient are still stepped.
