@@ -8,12 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .bucket import Bucket, ManagedParam, Segment
 from .collectives import Transport
 from .config import Config
 from .errors import NotSupportedError, StateError
+from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
 from .shard_state import ParamState, cut_state, pack_state, unpack_state
 from .step import ShardStepper
@@ -47,6 +49,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         buckets: Sequence[Bucket],
         reducer: GradientReducer,
         transport: Transport,
+        group: dist.ProcessGroup,
     ) -> None:
         self._module = module
         self._inner = optimizer
@@ -55,6 +58,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._buckets = buckets
         self._reducer = reducer
         self._transport = transport
+        self._group = group
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
@@ -165,16 +169,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.param_groups.append(param_group)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Not supported yet."""
-        raise NotSupportedError(
-            "clip_grad_norm_ is not supported yet; in stage 0, torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm) "
-            "does it"
-        )
+        """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
+
+        Does under every stage what `torch.nn.utils.clip_grad_norm_` does for the averaged gradients of
+        DistributedDataParallel (which sees none in stages 1 and 2). Call it between backward and step. Collective: every
+        rank of the process group must call it.
+
+        Args:
+            norm_type: p of the p-norm, positive; `float("inf")` for the largest element.
+
+        Returns:
+            The norm before clipping, a 0-dim float32 tensor, the same on all ranks.
+
+        Raises:
+            ConfigError: `norm_type` is not positive.
+            StateError: as `step`.
+        """
+        self._finish_reduces()
+        if not self._config.placement.shard_state:
+            params = [managed.param for managed in self._params]
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type).float()
+        return clip_shards(self._reducer.stores, self._group, max_norm, norm_type)
 
     @property
     def grad_norm(self) -> Tensor:
         """Not supported yet."""
-        raise NotSupportedError("grad_norm is not supported yet; in stage 0, take the norms of param.grad")
+        raise NotSupportedError("grad_norm is not supported yet; clip_grad_norm_ returns the norm")
 
     def full_grad(self, param: Tensor) -> Tensor:
         """Not supported yet."""

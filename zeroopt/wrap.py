@@ -126,7 +126,7 @@ def _wrap_checked(
     reducer = GradientReducer(params, buckets, transport, group, placement, overlap=config.overlap)
     has_buffers = next(model.buffers(), None) is not None
     wrapped_model = ZeroDataParallel(model, reducer, broadcaster if config.broadcast_buffers and has_buffers else None)
-    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, transport)
+    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, transport, group)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
     return wrapped_model, wrapped_optimizer
 
