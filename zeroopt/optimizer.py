@@ -176,6 +176,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rank of the process group must call it.
 
         Args:
+            max_norm: the largest norm to leave; gradients of a smaller one stay as they are.
             norm_type: p of the p-norm, positive; `float("inf")` for the largest element.
 
         Returns:
@@ -234,7 +235,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._reducer.has_local_gradients:
             raise StateError(
                 "the last backward ran under no_sync(), so its gradients were never reduced; run the last backward before "
-                "step() outside of no_sync(), or call zero_grad() to drop them"
+                "step() or clip_grad_norm_() outside of no_sync(), or call zero_grad() to drop them"
             )
         self._reducer.finish()
         active = self._reducer.used if self._config.placement.shard_state else self._reducer.take_visible()

@@ -45,10 +45,11 @@ def pack_state(
         ranges[position] = [segment.start, segment.start + segment.numel]
         if segment.shard in state:
             packed[position] = dict(state[segment.shard])
+    by_position = sorted(params, key=lambda p: p.position)
     layout = {
         "ranges": dict(sorted(ranges.items())),
-        "shapes": {p.position: list(p.shape) for p in sorted(params, key=lambda p: p.position)},
-        "names": {p.position: p.name for p in sorted(params, key=lambda p: p.position)},
+        "shapes": {p.position: list(p.shape) for p in by_position},
+        "names": {p.position: p.name for p in by_position},
     }
     return dict(sorted(packed.items())), layout
 
