@@ -1,4 +1,4 @@
-// zeroopt._C: the kernels and the planner as Python functions. Addresses, sizes, dtype codes and streams are plain
+// zeroopt._C: the kernels, the planner and the board of the shm transport, for Python. Addresses, sizes, dtype codes and streams are plain
 // integers (address 0: null); zeroopt/ops.py checks them. The GIL is released while a kernel computes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,6 +6,8 @@
 #include "build_config.h"
 #include "common/errors.h"
 #include "cpu/isa.h"
+#include "cpu/shm_board.h"
+#include "cpu/shm_mapping.h"
 #include "kernels.h"
 #include "partition.h"
 
@@ -166,6 +168,41 @@ void bind_planner(py::module_& m) {
       .def("segments", &Plan::segments, py::arg("bucket"), py::arg("begin"), py::arg("end"));
 }
 
+void bind_shared_memory(py::module_& m) {
+  py::class_<Ticket>(m, "Ticket")
+      .def(py::init([](int64_t kind, int64_t bytes, int64_t buffer) {
+             return Ticket{kind, bytes, buffer};
+           }),
+           py::arg("kind"), py::arg("bytes"), py::arg("buffer"))
+      .def_readonly("kind", &Ticket::kind)
+      .def_readonly("bytes", &Ticket::bytes)
+      .def_readonly("buffer", &Ticket::buffer);
+  py::class_<ShmBoard> board(m, "ShmBoard");
+  board
+      .def(py::init([](Address memory, int64_t rank, int64_t world_size) {
+             return ShmBoard(pointer<void>(memory), rank, world_size);
+           }),
+           py::arg("memory"), py::arg("rank"), py::arg("world_size"))
+      .def_static("bytes", &ShmBoard::bytes, py::arg("world_size"))
+      .def("post", &ShmBoard::post, py::arg("ticket"))
+      .def("mark_read", &ShmBoard::mark_read, py::arg("count"))
+      .def("leave", &ShmBoard::leave)
+      .def("wait", &ShmBoard::wait, py::arg("posted_count"), py::arg("read_count"), py::arg("seconds"), GilReleased())
+      .def("posted", &ShmBoard::posted)
+      .def("read", &ShmBoard::read)
+      .def("left", &ShmBoard::left)
+      .def("ticket", &ShmBoard::ticket, py::arg("rank"), py::arg("number"));
+  board.attr("CAPACITY") = ShmBoard::kCapacity;
+  board.attr("NEVER") = ShmBoard::kNever;
+  py::class_<SharedMapping>(m, "SharedMapping", py::buffer_protocol())
+      .def(py::init<int, int64_t>(), py::arg("fd"), py::arg("num_bytes"))
+      .def_buffer([](SharedMapping& mapping) {
+        return py::buffer_info(static_cast<uint8_t*>(mapping.address()), static_cast<py::ssize_t>(mapping.bytes()));
+      });
+  m.def("hold_rank_lock", &hold_rank_lock, py::arg("fd"), py::arg("rank"));
+  m.def("rank_lock_is_held", &rank_lock_is_held, py::arg("fd"), py::arg("rank"));
+}
+
 py::dict build_info() {
   py::list isas;
   for (const cpu::Isa& isa : cpu::compiled_isas())
@@ -206,6 +243,7 @@ PYBIND11_MODULE(_C, m) {
   zeroopt::bind_cpu_kernels(m);
   zeroopt::bind_cuda_kernels(m);
   zeroopt::bind_planner(m);
+  zeroopt::bind_shared_memory(m);
   m.def("build_info", &zeroopt::build_info);
   m.def("cpu_isa", [] { return zeroopt::cpu::isa().name; });
 }

@@ -1,4 +1,4 @@
-"""A small GPT: pre-norm blocks, causal attention, tied embedding. Nothing in it knows how it is trained."""
+"""A small GPT: pre-norm blocks, causal attention. Nothing in it knows how it is trained."""
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Maps tokens and the tokens that follow them to the mean cross-entropy."""
+    """Maps tokens and the tokens that follow them to the mean cross-entropy. `tied`: logits use the token embedding."""
 
-    def __init__(self, vocabulary: int, context: int, layers: int, width: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, context: int, layers: int, width: int, heads: int, *, tied: bool = True
+    ) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.final_norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token_embedding.weight
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -47,5 +52,4 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.final_norm(self.blocks(x))
-        logits = F.linear(x, self.token_embedding.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())

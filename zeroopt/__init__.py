@@ -10,6 +10,7 @@ import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP r
 from . import ops
 from ._C import build_info
 from .errors import (
+    CollectiveError,
     ConfigError,
     KernelUnavailableError,
     NotSupportedError,
@@ -24,6 +25,7 @@ from .wrap import wrap
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "CollectiveError",
     "ConfigError",
     "KernelUnavailableError",
     "NotSupportedError",

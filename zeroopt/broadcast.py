@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_TAG = 1 << 23  # out of the way of a user's own messages on the same group
+
 
 class Broadcaster:
     """Sends tensors of the first rank of a process group to its other ranks."""
@@ -35,6 +37,17 @@ class Broadcaster:
             return
         for tensor, piece in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view(tensor.shape))
+
+    @torch.no_grad()
+    def broadcast_among(self, tensor: Tensor, ranks: Sequence[int]) -> None:
+        """Overwrite one contiguous tensor in place on some ranks of the group, the first of which is rank 0. Only they call
+        it, or all do: for the others it does nothing."""
+        rank = self._group.rank()
+        if rank == 0:
+            for work in [self._group.send([tensor], other, _TAG) for other in ranks[1:]]:
+                work.wait()
+        elif rank in ranks:
+            self._group.recv([tensor], 0, _TAG).wait()
 
     @torch.no_grad()
     def broadcast_flat(self, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from .collectives import Transport
 
 # Elements to which parameters and slices are aligned: a cache line and more in every dtype, so that kernels and matrix
 # multiplications start where vector loads are cheapest.
@@ -74,6 +75,7 @@ class Bucket:
     Making one moves the parameters into it: the values stay, `param.data` becomes a view.
 
     Attributes:
+        name: how messages call the bucket.
         flat_param: [padded_numel], all parameters; the gaps between them are zero.
         own_range: the elements of the bucket that this rank steps; its slice, or all of the bucket in stage 0.
         own_param: view of `flat_param` over the own range.
@@ -81,7 +83,14 @@ class Bucket:
     """
 
     def __init__(
-        self, index: int, layout: _C.BucketPlan, params: Sequence[ManagedParam], own_range: tuple[int, int]
+        self,
+        index: int,
+        layout: _C.BucketPlan,
+        params: Sequence[ManagedParam],
+        own_range: tuple[int, int],
+        transport: Transport,
+        *,
+        shared: bool,
     ) -> None:
         self.index = index
         self.padded_numel = layout.padded_numel
@@ -90,10 +99,12 @@ class Bucket:
         self.device = self.params[0].param.device
         for managed, offset in zip(self.params, layout.offsets, strict=True):
             managed.offset = offset
-        self.flat_param = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
+        self.name = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
+        self.flat_param = transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared)
         for managed in self.params:
             view = managed.view_in(self.flat_param)
-            view.copy_(managed.param.data)
+            if transport.writes_parameters or not shared:
+                view.copy_(managed.param.data)
             managed.param.data = view
 
         self.own_range = own_range
@@ -105,11 +116,6 @@ class Bucket:
         for piece in pieces:
             shard = nn.Parameter(self.own_param[piece.offset : piece.offset + piece.numel])
             self.segments.append(Segment(params[piece.param], piece.start, piece.offset, piece.numel, shard))
-
-    @property
-    def name(self) -> str:
-        """How messages call the bucket."""
-        return f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
 
     def within_own_range(self, full: Tensor) -> Tensor:
         """The own range of a flat buffer of this bucket, a view."""
@@ -140,15 +146,18 @@ def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int
 
 
 def make_buckets(
-    params: Sequence[ManagedParam], rank: int, world_size: int, bucket_bytes: int, *, shard_state: bool
+    params: Sequence[ManagedParam], transport: Transport, bucket_bytes: int, *, shard_state: bool, shared: bool
 ) -> list[Bucket]:
-    """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time."""
-    plan = make_plan(params, world_size, bucket_bytes)
+    """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
+
+    Collective. With `shared`, the ranks of a host get the same buckets, with the values of the first of them.
+    """
+    plan = make_plan(params, transport.world_size, bucket_bytes)
     buckets = []
     for index, layout in enumerate(plan.buckets):
-        shard_numel = plan.shard_numel(index)
-        own_range = (rank * shard_numel, (rank + 1) * shard_numel) if shard_state else (0, layout.padded_numel)
-        bucket = Bucket(index, layout, params, own_range)
+        begin = transport.slice_index * plan.shard_numel(index)
+        own_range = (begin, begin + plan.shard_numel(index)) if shard_state else (0, layout.padded_numel)
+        bucket = Bucket(index, layout, params, own_range, transport, shared=shared)
         bucket.cut_segments(plan.segments(index, *own_range), params)
         buckets.append(bucket)
     return buckets

@@ -43,6 +43,9 @@ class Config:
     overlap: bool
     broadcast_buffers: bool
     sync_module_states: bool
+    share_parameters: bool
+    reduce_dtype: torch.dtype | None
+    bucket_buffers: int
 
     @property
     def placement(self) -> Placement:
@@ -66,6 +69,9 @@ def check_config(
     overlap: bool,
     broadcast_buffers: bool,
     sync_module_states: bool,
+    share_parameters: bool,
+    reduce_dtype: torch.dtype | None,
+    bucket_buffers: int,
     **later: Any,
 ) -> Config:
     """Return the checked options.
@@ -83,12 +89,33 @@ def check_config(
         ("overlap", overlap),
         ("broadcast_buffers", broadcast_buffers),
         ("sync_module_states", sync_module_states),
+        ("share_parameters", share_parameters),
     ):
         _check_one_of(name, value, (True, False))
-    if transport == "shm":
-        raise NotSupportedError("transport='shm' is not supported yet; use 'auto', 'pairwise' or 'torch'")
+    if not isinstance(bucket_buffers, int) or isinstance(bucket_buffers, bool) or bucket_buffers < 1:
+        raise ConfigError(f"expected bucket_buffers to be a positive number of buffers, got {bucket_buffers!r}")
+    if share_parameters and stage == 0:
+        raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
+    _check_reduce_dtype(reduce_dtype, stage)
     _check_later_options(**later)
-    return Config(int(stage), float(bucket_mb), fused, transport, overlap, broadcast_buffers, sync_module_states)
+    return Config(
+        int(stage),
+        float(bucket_mb),
+        fused,
+        transport,
+        overlap,
+        broadcast_buffers,
+        sync_module_states,
+        share_parameters,
+        reduce_dtype,
+        bucket_buffers,
+    )
+
+
+def _check_reduce_dtype(reduce_dtype: torch.dtype | None, stage: int) -> None:
+    _check_one_of("reduce_dtype", reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
+    if reduce_dtype is not None and stage == 0:
+        raise NotSupportedError("reduce_dtype is supported in stages 1 and 2; leave it at None in stage 0")
 
 
 def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -100,22 +127,18 @@ def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None
 def _check_later_options(
     *,
     param_dtype: torch.dtype | None,
-    reduce_dtype: torch.dtype | None,
     master_weights: str,
     state_dtype: torch.dtype,
     max_grad_norm: float | None,
-    share_parameters: bool,
     average_every: int | None,
 ) -> None:
     _check_one_of("master_weights", master_weights, MASTER_WEIGHTS)
     # Name, value given, value that means "as without it".
     for name, value, neutral in (
         ("param_dtype", param_dtype, None),
-        ("reduce_dtype", reduce_dtype, None),
         ("master_weights", master_weights, "float32"),
         ("state_dtype", state_dtype, torch.float32),
         ("max_grad_norm", max_grad_norm, None),
-        ("share_parameters", share_parameters, False),
         ("average_every", average_every, None),
     ):
         if value != neutral:

@@ -23,3 +23,7 @@ class StateError(ZeroOptError, RuntimeError):
 
 class KernelUnavailableError(ZeroOptError, RuntimeError):
     """Raised when a kernel is called that this build of ``zeroopt._C`` does not contain."""
+
+
+class CollectiveError(ZeroOptError, RuntimeError):
+    """Raised when a collective cannot come to its end: a rank died, stopped, gave up or does something else."""

@@ -5,7 +5,7 @@ bucket. Buckets start to travel in the order of their index on every rank, whate
 so that all ranks start the same collectives in the same order. When backward ends, what has not arrived on this rank (a
 parameter that this rank did not use) counts as zero, and the remaining buckets start.
 
-Which parameters had a gradient on any rank is agreed with one small all-reduce a backward: those without stay untouched by
+Which parameters had a gradient on any rank is agreed with one small collective a backward: those without stay untouched by
 the step, as under DistributedDataParallel with find_unused_parameters.
 """
 
@@ -17,19 +17,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import _C, ops
 from .bucket import Bucket, ManagedParam
-from .collectives import PendingCollective, Transport, abandon
+from .collectives import PendingCollective, Transport
 from .config import Placement
 from .errors import StateError
 from .gradient_store import BufferPool, GradientStore
-
-# Buckets that travel at the same time, while the next one fills. More of them were not faster, and each costs a buffer of
-# the bucket's size and memory for what it receives.
-MAX_IN_FLIGHT = 1
 
 
 def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -> None:
@@ -56,35 +51,39 @@ class GradientReducer:
         params: Sequence[ManagedParam],
         buckets: Sequence[Bucket],
         transport: Transport,
-        group: dist.ProcessGroup,
         placement: Placement,
         *,
         overlap: bool,
+        bucket_buffers: int,
+        reduce_dtype: torch.dtype | None,
     ) -> None:
         self.sync = True
         self.has_local_gradients = False
-        pool = BufferPool()
-        self.stores = [GradientStore(bucket, placement, pool) for bucket in buckets]
+        self._pool = BufferPool(buckets, reduce_dtype, transport, bucket_buffers) if placement.shard_gradient else None
+        self.stores = [GradientStore(bucket, placement, reduce_dtype, transport, self._pool) for bucket in buckets]
         self._params = params
         self._buckets = buckets
         self._transport = transport
-        self._group = group
         self._placement = placement
-        self._overlap = overlap
+        # Buckets that travel while another one fills. Stage 0 has to wait for its reduces in any case, to gather them.
+        bounded = transport.needs_staging or not placement.shard_state
+        self._max_in_flight = 0 if not overlap else max(1, bucket_buffers - 1) if bounded else len(buckets)
         self._scale = 1.0 / transport.world_size
         self._addresses = [managed.param.data_ptr() for managed in params]
 
         self._running = False  # between the first hook of a backward and its end
-        self._arrived = bytearray(len(params))  # 1: its gradient is in the bucket, for this backward
+        self._arrived = bytearray(len(params))  # 1: its gradient has come, for this backward
+        self._packed = bytearray(len(params))  # 1: and lies in the bucket; until then in param.grad
         self._missing = [len(bucket.params) for bucket in buckets]
         self._next = 0  # the bucket that starts next
-        self._in_flight: deque[tuple[int, PendingCollective]] = deque()
+        self._in_flight: deque[GradientStore] = deque()  # in the order of their start
+        self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
         self._gathers: list[PendingCollective] = []
-        self._pending_flags: list[tuple[Tensor, dist.Work | None]] = []
+        self._flags = transport.allocate(len(params), torch.uint8, buckets[0].device)
+        self._flags_before: PendingCollective | None = None
+        self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
         self._bucket_of = [0] * len(params)
-        # A backward without a step may be the last that is heard of this model; see `abandon`.
-        weakref.finalize(self, abandon, self._in_flight, self._gathers, self._pending_flags).atexit = False
         for bucket in buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
@@ -101,20 +100,22 @@ class GradientReducer:
 
         Raises:
             StateError: the last backward raised before it was through.
+            CollectiveError: another rank did not do its part.
         """
         if self._running:
+            self._transport.give_up("its backward raised")
             raise StateError(
                 "the last backward did not come to its end, so the ranks no longer agree on what has been reduced; start "
                 "the job again from a checkpoint"
             )
         while self._in_flight:
             self._finish_oldest()
+        self._transport.flush()
         for gather in self._gathers:
             gather.finish()
         self._gathers.clear()
-        for flags, work in self._pending_flags:
-            if work is not None:
-                work.wait()
+        for flags, pending in self._pending_flags:
+            pending.finish()
             self._used |= flags.cpu()
         self._pending_flags.clear()
 
@@ -130,7 +131,7 @@ class GradientReducer:
         """Set all reduced gradients to zero; parameters that had one count as having one still."""
         self.finish()
         for store in self.stores:
-            store.reduced.zero_()
+            store.zero()
         self.has_local_gradients = False
 
     def take_visible(self) -> Tensor:
@@ -175,7 +176,10 @@ class GradientReducer:
                 f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
                 "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
             )
-        self._pack(managed, self.stores[bucket].open())
+        self._arrived[index] = 1
+        full = self._open(bucket)
+        if full is not None:
+            self._pack(managed, full)
         self._missing[bucket] -= 1
         if self._missing[bucket] == 0:
             self._start_complete()
@@ -186,6 +190,26 @@ class GradientReducer:
             self._finish_oldest()
         self._running = True
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _open(self, bucket: int) -> Tensor | None:
+        """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn.
+
+        The last free buffer is for the bucket that starts next, since no other one can start before it and become free.
+        """
+        store, next_store = self.stores[bucket], self.stores[self._next]
+        if self._pool is None or store.is_open:
+            return store.open()
+        if store is next_store:
+            while self._pool.num_free == 0:
+                self._reclaim_oldest()
+        elif self._pool.num_free <= (0 if next_store.is_open else 1):
+            return None
+        return store.open()
+
+    def _reclaim_oldest(self) -> None:
+        if not self._lent:
+            self._finish_oldest()
+        self._lent.popleft().reclaim()
 
     def _pack(self, managed: ManagedParam, full: Tensor) -> None:
         """Move a gradient into its bucket."""
@@ -208,66 +232,68 @@ class GradientReducer:
             ops.pack(view, view, scale=self._scale)
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
         param.grad = None if self._placement.shard_state else managed.view_in(full)
-        self._arrived[managed.index] = 1
+        self._packed[managed.index] = 1
 
     def _start_complete(self) -> None:
         while self._next < len(self._buckets) and self._missing[self._next] == 0:
-            self._start(self._next)
-            self._next += 1
+            self._start_next()
+        self._transport.progress()
 
-    def _start(self, bucket: int) -> None:
-        while len(self._in_flight) >= MAX_IN_FLIGHT:
+    def _start_next(self) -> None:
+        """Let the next bucket travel, once it is full: with what has not been packed so far, and zeros for the rest."""
+        bucket, store = self._buckets[self._next], self.stores[self._next]
+        full = self._open(bucket.index)
+        assert full is not None
+        for managed in bucket.params:
+            if self._packed[managed.index]:
+                continue
+            if (
+                managed.param.grad is not None
+            ):  # it had no buffer when it came, or was left by a backward under no_sync()
+                self._pack(managed, full)
+            else:
+                full[managed.offset : managed.offset + managed.numel].zero_()
+        while self._in_flight and len(self._in_flight) >= self._max_in_flight:
             self._finish_oldest()
-        store = self.stores[bucket]
-        full = store.open()
-        out = store.reduced if self._placement.shard_gradient else self._transport.own_slice(full)
-        self._in_flight.append((bucket, self._transport.start_reduce_scatter(full, out, store.base)))
-        if not self._overlap:
+        store.start_reduce(self._transport)
+        self._in_flight.append(store)
+        self._next += 1
+        if self._max_in_flight == 0:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        bucket, pending = self._in_flight.popleft()
-        pending.finish()
-        store = self.stores[bucket]
+        store = self._in_flight.popleft()
+        store.finish()
         if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
-            self._gathers.append(self._transport.start_all_gather(store.full))
-        store.close()
+            self._gathers.append(self._transport.start_all_gather(store.full, label=store.label))
+        if self._pool is not None:
+            self._lent.append(store)
 
     def _end(self) -> None:
         """Autograd calls this when backward is through."""
-        for bucket in range(self._next, len(self._buckets)):
-            if self._missing[bucket]:
-                self._fill_missing(bucket)
-            self._start(bucket)
+        while self._next < len(self._buckets):
+            self._start_next()
         self._agree_on_used()
         self._arrived = bytearray(len(self._params))
+        self._packed = bytearray(len(self._params))
         self._missing = [len(bucket.params) for bucket in self._buckets]
         self._next = 0
         self._running = False
         self.has_local_gradients = False
+        self._transport.progress()
         if not self._placement.shard_state:
             self.finish()
             self._show_gradients()
 
-    def _fill_missing(self, bucket: int) -> None:
-        """A parameter without a gradient in this backward counts as zero, unless no_sync() has left it one."""
-        full = self.stores[bucket].open()
-        for managed in self._buckets[bucket].params:
-            if self._arrived[managed.index]:
-                continue
-            if managed.param.grad is not None:
-                self._pack(managed, full)
-            else:
-                full[managed.offset : managed.offset + managed.numel].zero_()
-
     def _agree_on_used(self) -> None:
-        device = self._buckets[0].device
-        flags = torch.frombuffer(self._arrived, dtype=torch.uint8).to(device)
-        work = None
-        if self._transport.world_size > 1:
-            work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending_flags.append((flags, work))
+        if self._flags_before is not None:
+            self._flags_before.finish()
+            self._flags_before.wait_until_read()
+        self._flags.copy_(torch.frombuffer(self._packed, dtype=torch.uint8))
+        agreed = torch.empty_like(self._flags)
+        self._flags_before = self._transport.start_max(self._flags, agreed, label="used parameters")
+        self._pending_flags.append((agreed, self._flags_before))
 
     def _show_gradients(self) -> None:
         """Stage 0: a parameter that another rank used has a gradient here as well."""

@@ -2,96 +2,139 @@
 
 stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is a view of it
 stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
-stage 2   a full buffer borrowed from a pool until the reduce-scatter is done; the sum goes to a buffer of one slice
+stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice
+
+Full buffers have the dtype of what travels (`reduce_dtype`), sums that of the parameters. Where the two differ, stage 1 keeps
+its sum apart as stage 2 does.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .bucket import Bucket
+from .collectives import PendingCollective, Transport
 from .config import Placement
 
 
 class BufferPool:
-    """Full gradient buffers that buckets of stage 2 borrow.
+    """The full gradient buffers that buckets of stage 2 share; there are `count` and never more."""
 
-    It holds as many buffers as were ever borrowed at once: two, for one bucket travels while the next fills, unless gradients
-    arrive in another order than the buckets are planned for.
-    """
+    def __init__(self, buckets: Sequence[Bucket], dtype: torch.dtype | None, transport: Transport, count: int) -> None:
+        num_bytes = max(bucket.padded_numel * (dtype or bucket.dtype).itemsize for bucket in buckets)
+        self._free = [transport.allocate(num_bytes, torch.uint8, buckets[0].device) for _ in range(count)]
+        self._by_address = {raw.data_ptr(): raw for raw in self._free}
 
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
 
-    def borrow(self, bucket: Bucket) -> Tensor:
-        """A buffer of the bucket's size and dtype, zero wherever no parameter lies."""
-        num_bytes = bucket.padded_numel * bucket.dtype.itemsize
-        fitting = [i for i, raw in enumerate(self._free) if raw.numel() >= num_bytes and raw.device == bucket.device]
-        if fitting:
-            raw = self._free.pop(fitting[0])
-        else:
-            if self._free:  # make room: the one taken now serves smaller buckets too
-                self._free.pop()
-            raw = torch.empty(num_bytes, dtype=torch.uint8, device=bucket.device)
-        full = raw[:num_bytes].view(bucket.dtype)
+    def borrow(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        """A buffer of the bucket's size, zero wherever no parameter lies."""
+        full = self._free.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
         bucket.zero_gaps(full)
         return full
 
     def give_back(self, full: Tensor) -> None:
-        self._free.append(torch.empty(0, dtype=torch.uint8, device=full.device).set_(full.untyped_storage()))
+        # At the front: of buffers that are used in turn, more would be resident.
+        self._free.insert(0, self._by_address[full.data_ptr()])
 
 
 class GradientStore:
     """The gradients of one bucket on this rank.
 
     Attributes:
-        full: [padded_numel] while backward fills it; None when stage 2 has handed it back.
+        full: [padded_numel] while backward fills it and while it travels; None when stage 2 has handed it back.
         reduced: [own range], the sum over ranks, valid while `holds_sum`.
         base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
+        label: how messages call the bucket.
+        norm: a partial norm of `reduced`, as far as somebody has asked for it; see `grad_clip`.
+        is_open: backward fills it.
+        is_reducing: its reduce has started, and nobody has waited for it yet.
     """
 
-    def __init__(self, bucket: Bucket, placement: Placement, pool: BufferPool) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        placement: Placement,
+        reduce_dtype: torch.dtype | None,
+        transport: Transport,
+        pool: BufferPool | None,
+    ) -> None:
         self._bucket = bucket
+        self.label = bucket.name
         self._pool = pool
-        self._shard_gradient = placement.shard_gradient
-        self._shard_state = placement.shard_state
+        self._dtype = reduce_dtype or bucket.dtype
+        self._sums_apart = placement.shard_gradient or self._dtype is not bucket.dtype
+        self._accumulates = placement.shard_state  # in stage 0, autograd itself adds to param.grad, a view of `full`
+        self._pending: PendingCollective | None = None
         self.holds_sum = False
+        self.is_open = False
+        self.is_reducing = False
+        self.norm: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None
+        if pool is None:
+            self.full = transport.allocate(bucket.padded_numel, self._dtype, bucket.device)
         self.reduced: Tensor
-        if placement.shard_gradient:
+        if self._sums_apart:
             self.reduced = torch.zeros_like(bucket.own_param)
         else:
-            self.full = torch.zeros_like(bucket.flat_param)
+            assert self.full is not None
             self.reduced = bucket.within_own_range(self.full)
-        self._open = False
 
     def open(self) -> Tensor:
         """The full buffer for the gradients of one backward pass. What was summed before is kept aside as `base`."""
-        if self._open:
-            assert self.full is not None
-            return self.full
-        self._open = True
-        if self._shard_gradient:
-            self.full = self._pool.borrow(self._bucket)
-            self.base = self.reduced if self.holds_sum else None
-        elif self._shard_state:
-            self.base = self.reduced.clone() if self.holds_sum else None
-        # Stage 0 has no base: autograd itself adds to param.grad, which is a view of the full buffer.
+        if not self.is_open:
+            self.finish()
+            self.reclaim()
+            self.is_open = True
+            if self._pool is not None:
+                self.full = self._pool.borrow(self._bucket, self._dtype)
+            if self._accumulates and self.holds_sum:
+                self.base = self.reduced if self._sums_apart else self.reduced.clone()
         assert self.full is not None
         return self.full
 
-    def close(self) -> None:
-        """The reduce is done: `reduced` holds the sum, and a borrowed buffer goes back."""
-        if self._shard_gradient:
+    def start_reduce(self, transport: Transport) -> None:
+        """Let the full buffer travel."""
+        assert self.full is not None
+        out = self.reduced if self._sums_apart else transport.own_slice(self.full)
+        self._pending = transport.start_reduce_scatter(self.full, out, self.base, label=self.label)
+        self.is_open = False
+        self.is_reducing = True
+        self.holds_sum = False
+        self.norm = None
+
+    def finish(self) -> None:
+        """Wait until `reduced` holds the sum."""
+        if self.is_reducing:
+            assert self._pending is not None
+            self._pending.finish()
+            self.is_reducing = False
+            self.base = None
+            self.holds_sum = True
+
+    def reclaim(self) -> None:
+        """After `finish`: wait until no rank reads the full buffer any more; a borrowed one goes back."""
+        if self._pending is None:
+            return
+        self._pending.wait_until_read()
+        self._pending = None
+        if self._pool is not None:
             assert self.full is not None
             self._pool.give_back(self.full)
             self.full = None
-        self.base = None
-        self.holds_sum = True
-        self._open = False
 
     def discard(self) -> None:
         """Forget the sum; the next backward starts a new one."""
         self.holds_sum = False
+        self.norm = None
+
+    def zero(self) -> None:
+        """Set the sum to zero."""
+        self.reduced.zero_()
+        self.norm = None

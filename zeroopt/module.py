@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .broadcast import Broadcaster
+from .collectives import Transport
 from .errors import ConfigError, NotSupportedError
 from .grad_hooks import GradientReducer
+from .param_gather import ParamGathers
 
 
 class ZeroDataParallel(nn.Module):
@@ -24,10 +26,22 @@ class ZeroDataParallel(nn.Module):
     Made by `zeroopt.wrap`.
     """
 
-    def __init__(self, module: nn.Module, reducer: GradientReducer, broadcaster: Broadcaster | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        reducer: GradientReducer,
+        gathers: ParamGathers,
+        transport: Transport,
+        broadcaster: Broadcaster | None,
+        *,
+        shared: bool,
+    ) -> None:
         super().__init__()
         self.module = module
         self._reducer = reducer
+        self._gathers = gathers
+        self._transport = transport
+        self._shared = shared
         self._broadcaster = broadcaster
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +65,21 @@ class ZeroDataParallel(nn.Module):
         finally:
             self._reducer.sync = before
 
+    @contextmanager
+    def write_parameters(self) -> Iterator[bool]:
+        """Change parameters in place, other than by the step: `with model.write_parameters() as mine: if mine: ...`.
+
+        Collective: every rank of the process group must enter and leave it. It yields whether this rank is to write, which
+        is True on every rank unless parameters are shared; of the ranks that share a copy, one writes, and the others wait.
+        No rank may use the parameters within the context for anything else.
+        """
+        self._gathers.finish_all()
+        self._transport.barrier()
+        try:
+            yield self._transport.writes_parameters or not self._shared
+        finally:
+            self._transport.barrier()
+
     def join(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported yet: uneven numbers of batches a rank."""
         raise NotSupportedError("join() is not supported yet; give every rank the same number of batches")
@@ -70,12 +99,17 @@ class ZeroDataParallel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """`module.load_state_dict()`, which copies the values into zeroopt's storage.
 
+        Collective where parameters are shared: one rank of each host writes them, once, and every rank loads its buffers.
+
         Raises:
             ConfigError: `assign=True`, which would put the parameters elsewhere.
         """
         if assign:
             raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
-        return self.module.load_state_dict(state_dict, strict=strict)
+        if not self._shared:
+            return self.module.load_state_dict(state_dict, strict=strict)
+        with self.write_parameters() as mine, nullcontext() if mine else self._gathers.read_only():
+            return self.module.load_state_dict(state_dict, strict=strict)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

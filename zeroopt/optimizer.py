@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .bucket import Bucket, ManagedParam, Segment
@@ -17,6 +16,7 @@ from .config import Config
 from .errors import NotSupportedError, StateError
 from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
+from .param_gather import ParamGathers
 from .shard_state import ParamState, cut_state, pack_state, unpack_state
 from .step import ShardStepper
 
@@ -26,9 +26,12 @@ _FORMAT = 1
 class ZeroOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state, and whose work, is split over the ranks of a process group.
 
-    `step()` has three phases: finish the reduces of the gradients; step this rank's slice of every bucket, and start to
-    gather each bucket as soon as its slice is done; wait for the gathers. (ZeRO: Rajbhandari et al., 2020,
-    arXiv:1910.02054.)
+    `step()` has three phases: finish the reduces of the gradients; step this rank's slice of every bucket, those first that
+    the next forward needs first, and start to gather each bucket as soon as its slice is done; return. A parameter's first
+    use, in the next forward or elsewhere, waits for its bucket. (ZeRO: Rajbhandari et al., 2020, arXiv:1910.02054.)
+
+    What was taken from a parameter before the step (a view, `.data`, a `state_dict()` of the model) shares its memory and is
+    not waited for: use a parameter itself first, or wrap with `overlap=False`, with which `step()` waits for everything.
 
     `param_groups` is the wrapped optimizer's own list of its own dicts, so options set through either object, or by a
     scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped.
@@ -48,8 +51,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         params: Sequence[ManagedParam],
         buckets: Sequence[Bucket],
         reducer: GradientReducer,
+        gathers: ParamGathers,
         transport: Transport,
-        group: dist.ProcessGroup,
     ) -> None:
         self._module = module
         self._inner = optimizer
@@ -57,8 +60,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._params = params
         self._buckets = buckets
         self._reducer = reducer
+        self._gathers = gathers
         self._transport = transport
-        self._group = group
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
@@ -92,11 +95,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_ready()
+        self._gathers.finish_all()
+        # From here on this rank reads no parameters, until it gets the new ones.
+        everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
-        gathers = [self._transport.start_all_gather(bucket.flat_param) for bucket in self._step_buckets(active)]
-        for gather in gathers:
-            gather.finish()
         self._note_changes(active)
+        if self._config.share_parameters:  # stepping writes what the other ranks read
+            everyone_came.finish()
+        for bucket in self._step_buckets(active):
+            everyone_came.finish()
+            self._gathers.start(bucket)
+        everyone_came.finish()
+        self._gathers.let_go()
         self._note_step_for_schedulers()
         return loss
 
@@ -186,11 +197,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: `norm_type` is not positive.
             StateError: as `step`.
         """
+        self._check_ready()
         self._finish_reduces()
         if not self._config.placement.shard_state:
             params = [managed.param for managed in self._params]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type).float()
-        return clip_shards(self._reducer.stores, self._group, max_norm, norm_type)
+        return clip_shards(self._reducer.stores, self._transport, max_norm, norm_type)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -230,6 +242,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _finish_reduces(self) -> Tensor:
         """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
+        self._reducer.finish()
+        active = self._reducer.used if self._config.placement.shard_state else self._reducer.take_visible()
+        if not active.all():
+            self._check_replaced()
+        return active
+
+    def _check_ready(self) -> None:
+        """Raise StateError before anything is changed."""
         self._reducer.check_storage()
         self._check_frozen()
         if self._reducer.has_local_gradients:
@@ -237,11 +257,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "the last backward ran under no_sync(), so its gradients were never reduced; run the last backward before "
                 "step() or clip_grad_norm_() outside of no_sync(), or call zero_grad() to drop them"
             )
-        self._reducer.finish()
-        active = self._reducer.used if self._config.placement.shard_state else self._reducer.take_visible()
-        if not active.all():
-            self._check_replaced()
-        return active
 
     def _step_buckets(self, active: Tensor) -> Iterator[Bucket]:
         """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""

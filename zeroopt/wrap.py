@@ -13,13 +13,14 @@ from . import _C
 from .agreement import agree
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets
-from .collectives import Transport, select_transport
+from .collectives import Transport, check_transport, connect_transport
 from .config import Config, Fused, check_config
 from .errors import StateError
 from .grad_hooks import GradientReducer
 from .inspect import inspect, mark_wrapped
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
+from .param_gather import ParamGathers
 from .step import check_fused
 
 
@@ -41,6 +42,8 @@ def wrap(
     sync_module_states: bool = True,
     share_parameters: bool = False,
     average_every: int | None = None,
+    *,
+    bucket_buffers: int = 2,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -59,12 +62,20 @@ def wrap(
         bucket_mb: size of a bucket in MiB. A larger parameter has a bucket of its own.
         fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam and SGD in
             float32) and with the optimizer's own `step` otherwise; True insists on the kernel, False on the own step.
-        transport: "pairwise" (Gloo), "torch" (the backend's own collectives), or "auto" to choose by backend and device.
+        transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
+            collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the
+            first two.
         overlap: let a bucket travel while backward fills the next; False waits for each.
         broadcast_buffers: before a forward with gradients, all ranks take over the buffers of rank 0.
         sync_module_states: all ranks start from the parameters and buffers of rank 0.
-        param_dtype, reduce_dtype, master_weights, state_dtype, max_grad_norm, share_parameters, average_every: reserved;
-            only their defaults are supported so far.
+        share_parameters: CPU ranks of one host keep one copy of the parameters for all of them, in shared memory (stages 1
+            and 2). An in-place change that every rank makes then happens once a rank on the same memory: make it under
+            `ZeroDataParallel.write_parameters`. Without `sync_module_states`, each host starts from its first rank's.
+        reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
+            the parameters. Stages 1 and 2.
+        bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
+        param_dtype, master_weights, state_dtype, max_grad_norm, average_every: reserved; only their defaults are supported
+            so far.
 
     Returns:
         The model and the optimizer to train with.
@@ -75,6 +86,7 @@ def wrap(
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
             been changed.
         StateError: there is no process group, or this rank is not in it.
+        CollectiveError: a rank died or stopped meanwhile.
     """
     group = _resolve_group(process_group)
     problem: Exception | None = None
@@ -95,17 +107,20 @@ def wrap(
             state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
             share_parameters=share_parameters,
+            bucket_buffers=bucket_buffers,
             average_every=average_every,
         )
         params = inspect(model, optimizer)
         check_fused(optimizer, params, config.fused)
-        transport_kind = select_transport(config.transport, group, params[0].param.device)
+        check_transport(config.transport, group, params[0].param.device)
         lines = _describe(config, model, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
     agree(group, _agreement_device(group), lines, problem)
-    return _wrap_checked(model, optimizer, config, params, transport_kind(group), group)
+    device = params[0].param.device
+    connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
+    return _wrap_checked(model, optimizer, config, params, connected, group)
 
 
 def _wrap_checked(
@@ -118,15 +133,38 @@ def _wrap_checked(
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     placement = config.placement
     buckets = make_buckets(
-        params, transport.rank, transport.world_size, config.bucket_bytes, shard_state=placement.shard_state
+        params,
+        transport,
+        config.bucket_bytes,
+        shard_state=placement.shard_state,
+        shared=config.share_parameters,
     )
     broadcaster = Broadcaster(group) if transport.world_size > 1 else None
     if broadcaster is not None and config.sync_module_states:
-        _sync_states(model, params, buckets, broadcaster)
-    reducer = GradientReducer(params, buckets, transport, group, placement, overlap=config.overlap)
+        writers = transport.writers if config.share_parameters else None
+        _sync_states(model, params, buckets, broadcaster, writers)
+    if config.share_parameters:
+        transport.barrier()  # the writers are through
+    reducer = GradientReducer(
+        params,
+        buckets,
+        transport,
+        placement,
+        overlap=config.overlap,
+        bucket_buffers=config.bucket_buffers,
+        reduce_dtype=config.reduce_dtype,
+    )
+    gathers = ParamGathers(model, buckets, transport, lazy=config.overlap)
     has_buffers = next(model.buffers(), None) is not None
-    wrapped_model = ZeroDataParallel(model, reducer, broadcaster if config.broadcast_buffers and has_buffers else None)
-    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, transport, group)
+    wrapped_model = ZeroDataParallel(
+        model,
+        reducer,
+        gathers,
+        transport,
+        broadcaster if config.broadcast_buffers and has_buffers else None,
+        shared=config.share_parameters,
+    )
+    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
     return wrapped_model, wrapped_optimizer
 
@@ -183,10 +221,17 @@ def _plain(value: Any) -> str:
 
 
 def _sync_states(
-    model: nn.Module, params: Sequence[ManagedParam], buckets: Sequence[Bucket], broadcaster: Broadcaster
+    model: nn.Module,
+    params: Sequence[ManagedParam],
+    buckets: Sequence[Bucket],
+    broadcaster: Broadcaster,
+    writers: Sequence[int] | None,
 ) -> None:
     for bucket in buckets:
-        broadcaster.broadcast_flat(bucket.flat_param)
+        if writers is None:
+            broadcaster.broadcast_flat(bucket.flat_param)
+        else:
+            broadcaster.broadcast_among(bucket.flat_param, writers)
     managed = {m.param for m in params}
     rest = [p.data for p in model.parameters() if p not in managed]
     broadcaster.broadcast([*rest, *model.buffers()])

@@ -1,6 +1,6 @@
 """Transports: how a bucket's slices get from rank to rank."""
 
-from .base import PendingCollective, Transport, abandon
-from .select import select_transport
+from .base import PendingCollective, Transport
+from .select import check_transport, connect_transport
 
-__all__ = ["PendingCollective", "Transport", "abandon", "select_transport"]
+__all__ = ["PendingCollective", "Transport", "check_transport", "connect_transport"]

@@ -1,69 +1,189 @@
-"""What every transport offers: the two collectives that ZeRO needs, on one flat bucket."""
+"""What every transport offers: the collectives that ZeRO needs, on flat buckets."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import ClassVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import CollectiveError
 
-class PendingCollective(Protocol):
+
+class PendingCollective(ABC):
     """A collective that has been started."""
 
+    @abstractmethod
     def finish(self) -> None:
-        """Block until the result is there and the buffers belong to the caller again. Call it once."""
+        """Block until the result is there. Calling it again does nothing.
+
+        Raises:
+            CollectiveError: a rank did not do its part: it died, gave up, or the group's timeout went by.
+        """
+
+    def wait_until_read(self) -> None:
+        """After `finish`: block until this rank's input may be overwritten, for no other rank still reads it.
+
+        Raises:
+            CollectiveError: as `finish`.
+        """
 
 
-# Collectives that nobody will finish. Gloo breaks the connection of a message that is freed before it has arrived, and with
-# it the process group, so what was started must outlive the model that it was started for.
-_abandoned: list[object] = []
+class Done(PendingCollective):
+    """A collective that had nothing to wait for."""
+
+    def finish(self) -> None:
+        pass
 
 
-def abandon(*pending: Collection[object]) -> None:
-    """Keep started collectives, and the buffers that they use, for as long as the process lives."""
-    _abandoned.extend(collection for collection in pending if collection)
+class PendingWork(PendingCollective):
+    """What torch.distributed has been told to do.
+
+    Args:
+        what: transport and collective, for messages.
+        works: by the rank that it needs; None: by all.
+        keep: tensors that it reads or writes.
+    """
+
+    # Gloo breaks the connection of a message that is freed before it has arrived, and with it the process group. So what
+    # nobody finishes, because a model was dropped or a rank failed, stays here.
+    _unfinished: ClassVar[set[PendingWork]] = set()
+
+    def __init__(self, what: str, works: Sequence[tuple[int | None, dist.Work]], keep: Collection[object]) -> None:
+        self._what = what
+        self._works = works
+        self._keep = keep
+        self._unfinished.add(self)
+
+    def finish(self) -> None:
+        missing: dict[int | None, str] = {}
+        for rank, work in self._works:
+            try:
+                work.wait()
+            except (
+                RuntimeError
+            ) as error:  # the backend's own message says whether it was a timeout or a lost connection
+                missing.setdefault(rank, str(error))
+        if missing:
+            names = ", ".join("other ranks" if rank is None else f"rank {rank}" for rank in missing)
+            reasons = "; ".join(dict.fromkeys(missing.values()))
+            raise CollectiveError(f"{self._what}: failed for want of {names}: {reasons}")
+        self._unfinished.discard(self)
+        self._works = ()
+        self._keep = ()
 
 
 class Transport(ABC):
     """Moves flat buckets between the ranks of one process group.
 
-    Every call is collective: all ranks of the group start the same collectives on buckets of the same size in the same
-    order. They may be finished in any order.
+    Every method that starts something, `allocate` and `barrier` are collective: all ranks of the group make the same calls,
+    on buffers of the same size, in the same order. What has been started may be finished in any order. `label` names the
+    bucket in messages.
 
     Attributes:
         rank, world_size: this process within the group.
-        sent_bytes: what this rank has sent of slices of buckets, by the transport's own count.
+        slice_index: which slice of every bucket this rank owns, a permutation of the ranks.
+        needs_staging: a reduce-scatter on its way takes memory of its own, up to the size of its bucket.
+        shares_parameters: whether `allocate(shared=True)` is possible.
+        writers: ranks of the group that write parameters for all ranks that share them; the first is rank 0.
+        sent_bytes: what this rank has sent of buckets over the network, by the transport's own count.
     """
 
     name: str
+    needs_staging = True
+    shares_parameters = False
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = group.rank()
+        self.world_size = group.size()
+        self.slice_index = self.rank
+        self.writers: Sequence[int] = range(self.world_size)
         self.sent_bytes = 0
+
+    @property
+    def writes_parameters(self) -> bool:
+        """Whether this rank is one of the `writers`."""
+        return self._group.rank() in self.writers
 
     def own_slice(self, full: Tensor) -> Tensor:
         """This rank's slice of a bucket, a view."""
-        return slice_of(full, self.rank, self.world_size)
+        return slice_of(full, self.slice_index, self.world_size)
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
+        """Zeros, 1-D, in memory that the transport can work on; the collectives take these buffers and views from their
+        first element on, and nothing else.
+
+        Args:
+            shared: the ranks of one host get the same memory. Only where `shares_parameters` is true.
+        """
+        assert not shared or self.shares_parameters
+        if device.type != "cpu":
+            return torch.zeros(numel, dtype=dtype, device=device)
+        # Pages of their own, which take memory only when they are first used; torch.zeros writes them.
+        pages = mmap(-1, max(1, numel) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=dtype)[:numel]
 
     @abstractmethod
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, base: Tensor | None = None) -> PendingCollective:
+    def start_reduce_scatter(
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+    ) -> PendingCollective:
         """Start `out = base + sum over ranks of this rank's slice of full`.
 
         Args:
-            full: 1-D, `world_size` equally long slices. It must not change until the collective is finished.
-            out: 1-D, as long as a slice and of its dtype. It may be the own slice of `full`.
+            full: 1-D, `world_size` equally long slices. It must not change until it has been read.
+            out: 1-D, as long as a slice; of the same dtype (then it may be the own slice of `full`), or float32 for slices
+                of 16 bits.
             base: None, or a tensor like `out`. It may be `out`.
         """
 
     @abstractmethod
-    def start_all_gather(self, full: Tensor) -> PendingCollective:
-        """Start filling the slices of `full` that other ranks own from those ranks, in place."""
+    def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
+        """Start filling the slices of `full` that other ranks own from those ranks, in place.
+
+        No rank may still use those slices: see `start_rendezvous`. Once every rank has started it and called `flush`, it
+        comes to its end whatever the other ranks do meanwhile. Until this rank has finished it, it must not write its own
+        slice.
+        """
+
+    def start_rendezvous(self, label: str) -> PendingCollective:
+        """Start waiting until all ranks have come here too, where others write into this rank's buffers (`start_all_gather`).
+        Until it is finished, nobody has."""
+        return Done()
+
+    def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
+        """Start `out = max over ranks of flags`, element by element. uint8, 1-D; `flags` comes from `allocate` and must not
+        change until it has been read."""
+        out.copy_(flags)
+        work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return PendingWork(f"transport {self.name}, max of {label}", [(None, work)], (out,))
+
+    def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
+        """The 0-dim tensors of all ranks, float32 or float64: [world_size], by rank."""
+        values = [torch.empty_like(value) for _ in range(self.world_size)]
+        work = dist.all_gather(values, value, group=self._group, async_op=True)
+        PendingWork(f"transport {self.name}, gather of {label}", [(None, work)], (value, values)).finish()
+        return torch.stack(values)
+
+    def progress(self) -> None:
+        """Do what can be done for started collectives without waiting for anyone."""
+
+    def flush(self) -> None:
+        """Return when the other ranks need nothing more of this one for the all-gathers that it has started."""
+
+    def barrier(self) -> None:
+        """Return when all ranks have called it."""
+        dist.barrier(group=self._group)
+
+    def give_up(self, reason: str) -> None:
+        """Tell the other ranks, as far as the transport can, that this one will not do its part. Not collective."""
 
 
-def slice_of(full: Tensor, rank: int, world_size: int) -> Tensor:
-    """Slice `rank` of the `world_size` slices of a bucket, a view."""
-    numel = full.numel() // world_size
-    return full.narrow(0, rank * numel, numel)
+def slice_of(full: Tensor, index: int, num_slices: int) -> Tensor:
+    """Slice `index` of the `num_slices` slices of a bucket, a view."""
+    numel = full.numel() // num_slices
+    return full.narrow(0, index * numel, numel)

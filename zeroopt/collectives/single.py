@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from .base import PendingCollective, Transport
+from .base import Done, PendingCollective, Transport
 
 
 class SingleTransport(Transport):
     """Reduces and gathers at once, without a process group's help."""
 
     name = "single"
+    needs_staging = False
+    shares_parameters = True
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group.rank(), group.size())
-
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, base: Tensor | None = None) -> PendingCollective:
+    def start_reduce_scatter(
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+    ) -> PendingCollective:
         if base is not None or out.data_ptr() != full.data_ptr():
             ops.reduce([full], out, base=base)
-        return _Done()
+        return Done()
 
-    def start_all_gather(self, full: Tensor) -> PendingCollective:
-        return _Done()
+    def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
+        return Done()
 
+    def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
+        out.copy_(flags)
+        return Done()
 
-class _Done:
-    def finish(self) -> None:
+    def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
+        return value.reshape(1)
+
+    def barrier(self) -> None:
         pass

@@ -1,14 +1,17 @@
-"""torch.distributed's own reduce-scatter and all-gather, for backends that have real ones (NCCL)."""
+"""torch.distributed's own reduce-scatter and all-gather, for backends that have real ones (NCCL).
+
+They run on a communication stream, behind an event on the stream that filled the bucket, and whoever finishes one makes its
+own stream wait for an event: the host waits for nothing. On the CPU, streams and events are empty shells, and waiting for
+the backend is what blocks.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import PendingCollective, Transport
+from .base import PendingCollective, PendingWork, Transport
 
 # torch 2.13 renamed both and warns when the former names are called.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -23,42 +26,68 @@ class TorchTransport(Transport):
 
     name = "torch"
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group.rank(), group.size())
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(group)
+        self._device_module = torch.get_device_module(device)
+        self._stream = self._device_module.Stream()
 
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, base: Tensor | None = None) -> PendingCollective:
-        # The sum has a place of its own when it is added to an earlier one.
-        total = out if base is None else torch.empty_like(out)
-        work = _reduce_scatter(total, full, group=self._group, async_op=True)
+    def start_reduce_scatter(
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+    ) -> PendingCollective:
+        self._let_stream_wait()
+        with self._device_module.stream(self._stream):
+            # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
+            apart = base is not None or out.dtype is not full.dtype
+            total = torch.empty_like(out, dtype=full.dtype) if apart else out
+            work = _reduce_scatter(total, full, group=self._group, async_op=True)
         self._count(full)
-        return _PendingReduce(work, total, out, base)
+        pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(None, work)], (full, out))
+        return _StreamCollective(self, pending, (total, base, out) if apart else None)
 
-    def start_all_gather(self, full: Tensor) -> PendingCollective:
-        work = _all_gather(full, self.own_slice(full), group=self._group, async_op=True)
+    def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
+        self._let_stream_wait()
+        with self._device_module.stream(self._stream):
+            work = _all_gather(full, self.own_slice(full), group=self._group, async_op=True)
         self._count(full)
-        return _PendingGather(work)
+        pending = PendingWork(f"transport torch, all-gather of {label}", [(None, work)], (full,))
+        return _StreamCollective(self, pending, None)
+
+    def finish_on_stream(self, pending: PendingWork, to_add: tuple[Tensor, Tensor | None, Tensor] | None) -> None:
+        """Queue what follows a collective on the communication stream, and let the current stream wait for it."""
+        with self._device_module.stream(self._stream):
+            pending.finish()
+            if to_add is not None:
+                total, base, out = to_add
+                if base is None:
+                    out.copy_(total)
+                else:
+                    torch.add(base, total, out=out)
+            done = self._device_module.Event()
+            done.record(self._stream)
+        done.wait(self._device_module.current_stream())
+
+    def _let_stream_wait(self) -> None:
+        filled = self._device_module.Event()
+        filled.record(self._device_module.current_stream())
+        filled.wait(self._stream)
 
     def _count(self, full: Tensor) -> None:
         self.sent_bytes += full.nbytes // self.world_size * (self.world_size - 1)
 
 
-@dataclass
-class _PendingGather:
-    work: dist.Work
+class _StreamCollective(PendingCollective):
+    """Keeps its tensors until it is finished: from then on the current stream, on which their memory may be given to
+    others, waits for the communication stream."""
+
+    def __init__(
+        self, transport: TorchTransport, pending: PendingWork, to_add: tuple[Tensor, Tensor | None, Tensor] | None
+    ) -> None:
+        self._transport: TorchTransport | None = transport
+        self._pending = pending
+        self._to_add = to_add
 
     def finish(self) -> None:
-        self.work.wait()
-
-
-@dataclass
-class _PendingReduce:
-    work: dist.Work
-    total: Tensor
-    out: Tensor
-    base: Tensor | None
-
-    def finish(self) -> None:
-        self.work.wait()
-        if self.base is not None:
-            torch.add(self.base, self.total, out=self.out)
+        if self._transport is None:
+            return
+        self._transport.finish_on_stream(self._pending, self._to_add)
+        self._transport = self._to_add = None

@@ -1,0 +1,221 @@
+"""Step time of zeroopt's transports against DistributedDataParallel and against a run without communication.
+
+    python -m bench.steps --world-size 2
+
+All methods live side by side in the same processes and take turns, a few steps at a time, so that a busy moment of the
+machine favours none of them. Every method trains its own copy of a GPT with AdamW in float32. Prints a table; --out writes
+the figures as JSON.
+
+The bound is what a step would take if communication were free: forward and backward of the run without communication, and
+its optimizer's time divided by the number of ranks.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import zeroopt
+from bench.machine import describe_machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from gpt import GPT  # noqa: E402
+
+VOCABULARY = 8192
+LOCAL = "no communication"
+DDP = "DDP"
+Wrapped = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:
+    return model, optimizer
+
+
+def ddp(model: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
+
+
+def zero(**options: Any) -> Callable[[nn.Module, torch.optim.Optimizer], Wrapped]:
+    return lambda model, optimizer: zeroopt.wrap(model, optimizer, **options)
+
+
+METHODS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Wrapped]] = {
+    LOCAL: alone,
+    DDP: ddp,
+    "stage 1": zero(stage=1),
+    "stage 2": zero(stage=2),
+    "stage 2, share_parameters": zero(stage=2, share_parameters=True),
+    "stage 2, pairwise": zero(stage=2, transport="pairwise"),
+}
+
+
+@dataclass
+class Contestant:
+    """One method's model, and what its steps took on this rank."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step_s: list[float] = field(default_factory=list)
+    optimizer_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    def run(self, tokens: Tensor, targets: Tensor, steps: int) -> None:
+        for _ in range(steps):
+            cpu, start = time.process_time(), time.perf_counter()
+            self.model(tokens, targets).backward()
+            stepping = time.perf_counter()
+            self.optimizer.step()
+            end = time.perf_counter()
+            self.optimizer.zero_grad()
+            self.optimizer_s.append(end - stepping)
+            self.step_s.append(time.perf_counter() - start)
+            self.cpu_s.append(time.process_time() - cpu)
+
+    def forget(self) -> None:
+        for figures in (self.step_s, self.optimizer_s, self.cpu_s):
+            figures.clear()
+
+
+def work(args: argparse.Namespace) -> None:
+    """What every rank does."""
+    torch.set_num_threads(args.threads)
+    dist.init_process_group("gloo")
+    contestants = {name: enter(name, args) for name in args.methods}
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(VOCABULARY, (1, args.tokens + 1), generator=generator)
+    for round_number in range(args.rounds + 1):
+        for contestant in contestants.values():
+            dist.barrier()
+            contestant.run(tokens[:, :-1], tokens[:, 1:], args.steps)
+            if round_number == 0:  # buffers are made in the first steps
+                contestant.forget()
+    parameters = sum(p.numel() for p in next(iter(contestants.values())).model.parameters())
+    figures = {name: vars(contestant) for name, contestant in contestants.items()}
+    mine = {name: {k: f[k] for k in ("step_s", "optimizer_s", "cpu_s")} for name, f in figures.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        args.figures.write_text(json.dumps({"parameters": parameters, "ranks": everyone}))
+    dist.barrier()
+    time.sleep(0.1)  # Gloo's threads let go of the last tensors
+    dist.destroy_process_group()
+
+
+def enter(name: str, args: argparse.Namespace) -> Contestant:
+    torch.manual_seed(0)
+    net = GPT(VOCABULARY, args.tokens, args.layers, args.width, args.width // 64, tied=False)
+    return Contestant(*METHODS[name](net, torch.optim.AdamW(net.parameters(), fused=True)))
+
+
+@dataclass
+class Figures:
+    """One method's medians over steps: seconds, the mean over ranks; CPU seconds, the sum over ranks."""
+
+    step_s: float
+    optimizer_s: float
+    cpu_s: float
+
+
+def summarize(ranks: list[dict[str, dict[str, list[float]]]]) -> dict[str, Figures]:
+    results = {}
+    for name in ranks[0]:
+        medians = [{key: statistics.median(values) for key, values in rank[name].items()} for rank in ranks]
+        results[name] = Figures(
+            statistics.fmean(m["step_s"] for m in medians),
+            statistics.fmean(m["optimizer_s"] for m in medians),
+            sum(m["cpu_s"] for m in medians),
+        )
+    return results
+
+
+def bound_s(local: Figures, world_size: int) -> float:
+    return local.step_s - local.optimizer_s * (1 - 1 / world_size)
+
+
+def make_table(results: dict[str, Figures], parameters: int, args: argparse.Namespace) -> Table:
+    table = Table(
+        title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank", box=box.SIMPLE
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("step\nms", "of DDP's", "of the\nbound", "CPU s\na step", "of DDP's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    bound = bound_s(results[LOCAL], args.world_size) if LOCAL in results else None
+    baseline = results.get(DDP)
+    if bound is not None:
+        ratio = "" if baseline is None else f"{bound / baseline.step_s:.2f}"
+        table.add_row("(the bound)", f"{1e3 * bound:.0f}", ratio, "1.00", "", "")
+    for name, figures in results.items():
+        table.add_row(
+            name,
+            f"{1e3 * figures.step_s:.0f}",
+            "" if baseline is None else f"{figures.step_s / baseline.step_s:.2f}",
+            "" if bound is None else f"{figures.step_s / bound:.2f}",
+            f"{figures.cpu_s:.2f}",
+            "" if baseline is None else f"{figures.cpu_s / baseline.cpu_s:.2f}",
+        )
+    return table
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.figures:
+        work(args)
+        return 0
+    figures_path = Path(f"/tmp/zeroopt-steps-{os.getpid()}.json")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"),
+        *("-m", "bench.steps", *sys.argv[1:], f"--figures={figures_path}"),
+    ]
+    try:
+        outcome = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, check=False)
+        if outcome.returncode:
+            return outcome.returncode
+        figures = json.loads(figures_path.read_text())
+    finally:
+        figures_path.unlink(missing_ok=True)
+    results = summarize(figures["ranks"])
+    Console().print(make_table(results, figures["parameters"], args))
+    if args.out:
+        report = {
+            "command": " ".join(["python", "-m", "bench.steps", *sys.argv[1:]]),
+            "machine": describe_machine(),
+            "parameters": figures["parameters"],
+            "results": {name: vars(value) for name, value in results.items()},
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=8, help="turns of every method, after one that does not count")
+    parser.add_argument("--steps", type=int, default=4, help="steps a turn")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens a rank and step")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+#include "cpu/shm_board.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+namespace zeroopt {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+static_assert(std::atomic<int64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free,
+              "locks inside atomics would not be shared between processes");
+
+// Peers are usually microseconds apart or milliseconds; in the second case another rank may need this core.
+constexpr auto kSpin = std::chrono::microseconds(5);
+
+/// Sleeps while *word is `value`, at most for `duration`. May return early.
+void sleep_on(std::atomic<uint32_t>& word, uint32_t value, Clock::duration duration) {
+#ifdef __linux__
+  const auto nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count();
+  const timespec timeout = {static_cast<time_t>(nanoseconds / 1000000000), static_cast<long>(nanoseconds % 1000000000)};
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, value, &timeout, nullptr, 0);
+#else
+  if (word.load() == value) std::this_thread::sleep_for(std::min<Clock::duration>(duration, std::chrono::microseconds(50)));
+#endif
+}
+
+void wake_all(std::atomic<uint32_t>& word) {
+#ifdef __linux__
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  static_cast<void>(word);
+#endif
+}
+
+} // namespace
+
+struct alignas(64) ShmBoard::Head {
+  std::atomic<uint32_t> bell;
+  std::atomic<uint32_t> sleepers; // stays too high when a sleeper is killed, which costs others a system call
+};
+
+struct alignas(64) ShmBoard::Lane {
+  std::atomic<int64_t> posted;
+  std::atomic<int64_t> read;
+  std::atomic<uint32_t> left;
+  Ticket tickets[kCapacity]; // that of number n at n % kCapacity
+};
+
+int64_t ShmBoard::bytes(int64_t world_size) {
+  return static_cast<int64_t>(sizeof(Head)) + world_size * static_cast<int64_t>(sizeof(Lane));
+}
+
+// Zeroed memory is a valid board: atomics of integers are the integers.
+ShmBoard::ShmBoard(void* memory, int64_t rank, int64_t world_size)
+    : head_(static_cast<Head*>(memory)), lanes_(reinterpret_cast<Lane*>(static_cast<char*>(memory) + sizeof(Head))),
+      rank_(rank), world_size_(world_size) {
+  if (rank < 0 || rank >= world_size) throw std::invalid_argument("expected a rank below world_size");
+}
+
+int64_t ShmBoard::post(const Ticket& ticket) {
+  const int64_t number = lane(rank_).posted.load(std::memory_order_relaxed);
+  for (int64_t peer = 0; peer < world_size_; ++peer)
+    if (lane(peer).read.load(std::memory_order_acquire) <= number - kCapacity)
+      throw std::logic_error("ShmBoard::post: a ticket that is still to be read would be overwritten");
+  lane(rank_).tickets[number % kCapacity] = ticket;
+  lane(rank_).posted.store(number + 1, std::memory_order_release);
+  ring();
+  return number;
+}
+
+void ShmBoard::mark_read(int64_t count) {
+  lane(rank_).read.store(count, std::memory_order_release);
+  ring();
+}
+
+void ShmBoard::leave() {
+  lane(rank_).left.store(1, std::memory_order_release);
+  ring();
+}
+
+ShmBoard::Progress ShmBoard::progress(int64_t posted_count, int64_t read_count) const {
+  bool all_posted = true, all_read = true, lost = false;
+  for (int64_t peer = 0; peer < world_size_; ++peer) {
+    // Asked before the counters: what a rank did before it left counts.
+    const bool left = lane(peer).left.load(std::memory_order_acquire) != 0;
+    const bool has_posted = lane(peer).posted.load(std::memory_order_acquire) >= posted_count;
+    const bool has_read = lane(peer).read.load(std::memory_order_acquire) >= read_count;
+    all_posted = all_posted && has_posted;
+    all_read = all_read && has_read;
+    lost = lost || (left && !has_posted && !has_read);
+  }
+  if (all_posted || all_read) return Progress::made;
+  return lost ? Progress::impossible : Progress::missing;
+}
+
+bool ShmBoard::wait(int64_t posted_count, int64_t read_count, double seconds) {
+  const auto begin = Clock::now();
+  const auto end = begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  auto now = begin;
+  do {
+    const Progress state = progress(posted_count, read_count);
+    if (state != Progress::missing) return state == Progress::made;
+    now = Clock::now();
+  } while (now < std::min(end, begin + kSpin));
+
+  while (now < end) {
+    head_->sleepers.fetch_add(1); // sequentially consistent with `ring`: one of the two sees the other
+    const uint32_t bell = head_->bell.load();
+    const Progress state = progress(posted_count, read_count);
+    if (state == Progress::missing) sleep_on(head_->bell, bell, end - now);
+    head_->sleepers.fetch_sub(1);
+    if (state != Progress::missing) return state == Progress::made;
+    now = Clock::now();
+  }
+  return false;
+}
+
+void ShmBoard::ring() {
+  head_->bell.fetch_add(1);
+  if (head_->sleepers.load() != 0) wake_all(head_->bell);
+}
+
+std::vector<int64_t> ShmBoard::posted() const {
+  std::vector<int64_t> counts;
+  for (int64_t peer = 0; peer < world_size_; ++peer)
+    counts.push_back(lane(peer).posted.load(std::memory_order_acquire));
+  return counts;
+}
+
+std::vector<int64_t> ShmBoard::read() const {
+  std::vector<int64_t> counts;
+  for (int64_t peer = 0; peer < world_size_; ++peer)
+    counts.push_back(lane(peer).read.load(std::memory_order_acquire));
+  return counts;
+}
+
+std::vector<bool> ShmBoard::left() const {
+  std::vector<bool> flags;
+  for (int64_t peer = 0; peer < world_size_; ++peer)
+    flags.push_back(lane(peer).left.load(std::memory_order_acquire) != 0);
+  return flags;
+}
+
+Ticket ShmBoard::ticket(int64_t rank, int64_t number) const {
+  return lane(rank).tickets[number % kCapacity];
+}
+
+ShmBoard::Lane& ShmBoard::lane(int64_t rank) const {
+  return lanes_[rank];
+}
+
+namespace {
+
+struct flock byte_lock(int64_t rank) {
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = rank;
+  lock.l_len = 1;
+  return lock;
+}
+
+} // namespace
+
+void hold_rank_lock(int fd, int64_t rank) {
+  struct flock lock = byte_lock(rank);
+  if (fcntl(fd, F_SETLK, &lock) != 0) throw std::system_error(errno, std::generic_category(), "cannot lock shared memory");
+}
+
+bool rank_lock_is_held(int fd, int64_t rank) {
+  struct flock lock = byte_lock(rank);
+  if (fcntl(fd, F_GETLK, &lock) != 0) throw std::system_error(errno, std::generic_category(), "cannot query a lock");
+  return lock.l_type != F_UNLCK;
+}
+
+} // namespace zeroopt

@@ -1,0 +1,17 @@
+"""How long the ranks of a process group wait for one another."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """The timeout that the group was made with, or torch's default where a backend does not tell."""
+    options = getattr(group._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", default_pg_timeout)
+    assert isinstance(timeout, timedelta)
+    return timeout

@@ -1,0 +1,182 @@
+"""Several hosts with as many ranks each: shared memory within a host, messages between hosts.
+
+Of N = H hosts x L ranks, local rank l of host h owns slice l * H + h of every bucket:
+
+    bucket          |  local rank 0's block   |  local rank 1's block   |      (L = 2)
+    slices          | host 0 | host 1 | host 2 | host 0 | host 1 | host 2 |     (H = 3)
+
+reduce-scatter   Each rank sums its local rank's block over the ranks of its host, then the ranks with the same local rank
+                 exchange the block's slices between hosts and sum again.
+all-gather       The other way round: slices between hosts, then blocks within the host. A rank waits for the first part in
+                 `flush`, for its host's other ranks depend on what it has received.
+
+So (H-1)/H of a bucket leaves each host once, whatever the number of its ranks. Where L is a power of two, the sums are, bit
+for bit, those of a single host: `ops.reduce` adds in a binary tree over ranks, of which a host's ranks are a branch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .base import PendingCollective, Transport
+from .pairwise import PairwiseTransport, StagingPool
+from .shm import PendingRead, ShmTransport
+
+# Buckets whose gather between hosts goes on while the next ones are stepped.
+_GATHERS_BETWEEN_HOSTS = 2
+
+
+class HybridTransport(Transport):
+    """Two transports, one in the other.
+
+    Args:
+        hosts: the group's ranks by host, as many on each.
+
+    Raises:
+        SharedMemoryError: on all ranks, when one of them cannot share memory with its peers.
+    """
+
+    name = "hybrid"
+    shares_parameters = True
+
+    def __init__(self, group: dist.ProcessGroup, hosts: Sequence[Sequence[int]]) -> None:
+        super().__init__(group)
+        host = next(i for i, ranks in enumerate(hosts) if self.rank in ranks)
+        self._local = ShmTransport(group, hosts[host])
+        same_local_rank = [ranks[self._local.rank] for ranks in hosts]
+        # Two of them, for messages are numbered in the order of their start, and ranks may start the reduce of one bucket
+        # before or after the gather of another.
+        self._between_hosts = PairwiseTransport(group, same_local_rank)
+        self._gathers_between_hosts = PairwiseTransport(group, same_local_rank)
+        self.slice_index = self._local.rank * len(hosts) + host
+        self.writers = [ranks[0] for ranks in hosts]
+        self._blocks = StagingPool()
+        self._reduces: deque[_HybridReduce] = deque()  # those that have not gone beyond this host
+        self._gathers: deque[_HybridGather] = deque()  # those that this host's other ranks cannot see yet
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._between_hosts.sent_bytes + self._gathers_between_hosts.sent_bytes
+
+    @sent_bytes.setter
+    def sent_bytes(self, value: int) -> None:
+        assert value == 0, "the base class's constructor sets it"
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
+        return self._local.allocate(numel, dtype, device, shared=shared)
+
+    def start_reduce_scatter(
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+    ) -> PendingCollective:
+        num_bytes = full.nbytes // self._local.world_size
+        block = self._blocks.take(num_bytes)
+        summed = block[:num_bytes].view(full.dtype)
+        within_host = self._local.start_reduce_scatter(full, summed, label=label)
+
+        def start_between_hosts() -> PendingCollective:
+            return self._between_hosts.start_reduce_scatter(summed, out, base, label=label)
+
+        pending = _HybridReduce(self, within_host, start_between_hosts, lambda: self._blocks.give_back(block))
+        self._reduces.append(pending)
+        return pending
+
+    def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
+        block = self._local.own_slice(full)
+        between_hosts = self._gathers_between_hosts.start_all_gather(block, label=label)
+        pending = _HybridGather(self, between_hosts, lambda: self._local.start_all_gather(full, label=label))
+        self._gathers.append(pending)
+        while len(self._gathers) > _GATHERS_BETWEEN_HOSTS:
+            self._gathers.popleft().pass_on()
+        return pending
+
+    def flush(self) -> None:
+        while self._gathers:
+            self._gathers.popleft().pass_on()
+
+    def start_rendezvous(self, label: str) -> PendingCollective:
+        self.flush()
+        return self._local.start_rendezvous(label)
+
+    def progress(self) -> None:
+        self._local.progress()
+        while self._reduces and self._reduces[0].is_summed_within_host:
+            self._reduces.popleft().go_between_hosts()
+
+    def start_through(self, pending: _HybridReduce) -> None:
+        """Take all reduces up to this one beyond the host, in their order."""
+        while not pending.is_between_hosts:
+            self._reduces.popleft().go_between_hosts()
+
+    def give_up(self, reason: str) -> None:
+        self._local.give_up(reason)
+
+
+class _HybridReduce(PendingCollective):
+    """First within the host, then between hosts."""
+
+    def __init__(
+        self,
+        transport: HybridTransport,
+        within_host: PendingRead,
+        start_between_hosts: Callable[[], PendingCollective],
+        give_back: Callable[[], None],
+    ) -> None:
+        self._transport = transport
+        self._within_host = within_host
+        self._start_between_hosts = start_between_hosts
+        self._give_back: Callable[[], None] | None = give_back
+        self._between_hosts: PendingCollective | None = None
+
+    @property
+    def is_summed_within_host(self) -> bool:
+        return self._within_host.is_read
+
+    @property
+    def is_between_hosts(self) -> bool:
+        return self._between_hosts is not None
+
+    def go_between_hosts(self) -> None:
+        self._within_host.finish()
+        self._between_hosts = self._start_between_hosts()
+
+    def finish(self) -> None:
+        self._transport.start_through(self)
+        assert self._between_hosts is not None
+        self._between_hosts.finish()
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
+
+    def wait_until_read(self) -> None:
+        self._within_host.wait_until_read()
+
+
+class _HybridGather(PendingCollective):
+    """First between hosts, then within the host. The second part is started when the first has arrived."""
+
+    def __init__(
+        self,
+        transport: HybridTransport,
+        between_hosts: PendingCollective,
+        start_within_host: Callable[[], PendingCollective],
+    ) -> None:
+        self._transport = transport
+        self._between_hosts = between_hosts
+        self._start_within_host = start_within_host
+        self._within_host: PendingCollective | None = None
+
+    def pass_on(self) -> None:
+        """Wait for the messages of other hosts and hand them to this host's ranks."""
+        self._between_hosts.finish()
+        self._within_host = self._start_within_host()
+
+    def finish(self) -> None:
+        if self._within_host is None:
+            self._transport.flush()
+        assert self._within_host is not None
+        self._within_host.finish()

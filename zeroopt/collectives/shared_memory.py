@@ -1,0 +1,115 @@
+"""Memory that the ranks of one host share.
+
+It is anonymous (memfd_create), so it has no name that anyone could guess or that could be left behind, whatever ends a
+process, and the size of /dev/shm does not limit it. A peer opens it through /proc, which the kernel allows to processes of
+the same user (and to root) in the same PID namespace. Once all have mapped it, the descriptors are closed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _C
+from ..errors import CollectiveError
+
+
+class SharedMemoryError(CollectiveError):
+    """Raised on every rank of a group when one of them could not share memory; says which one, and why."""
+
+
+class OpenMemory:
+    """Anonymous memory of this process that peers may open by its `address`.
+
+    Attributes:
+        fd: its descriptor.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("shared memory without a name (memfd_create) exists on Linux only")
+        self.fd = os.memfd_create("zeroopt", os.MFD_CLOEXEC)
+        os.fchmod(self.fd, 0o600)
+        os.ftruncate(self.fd, num_bytes)
+
+    @property
+    def address(self) -> list[int]:
+        """Where a peer finds it, and the device and inode by which it knows that it found the right one."""
+        status = os.fstat(self.fd)
+        return [os.getpid(), self.fd, status.st_dev, status.st_ino]
+
+
+def open_peer_memory(address: Sequence[int]) -> int:
+    """A descriptor of the memory that another process has put at an address."""
+    pid, fd, device, inode = address
+    path = f"/proc/{pid}/fd/{fd}"
+    opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    status = os.fstat(opened)
+    if (status.st_dev, status.st_ino) != (device, inode):
+        os.close(opened)
+        raise OSError(f"{path} is another file than the one that rank has shared")
+    return opened
+
+
+def map_together(
+    group: dist.ProcessGroup, members: Sequence[int], num_bytes: int, *, one_for_all: bool = False
+) -> tuple[list[Tensor], int]:
+    """Map zeroed memory of every member, or of the first member alone, into all members.
+
+    Collective over the whole group; each rank names the members of its own host.
+
+    Returns:
+        uint8 [num_bytes] by member (all the same with `one_for_all`), and an open descriptor of the first member's.
+
+    Raises:
+        SharedMemoryError: it failed on some rank of the group.
+    """
+    owners = members[:1] if one_for_all else members
+    mine: OpenMemory | None = None
+    opened: dict[int, int] = {}
+    mapped: list[Tensor] = []
+    problem: str | None = None
+    try:
+        if group.rank() in owners:
+            mine = OpenMemory(num_bytes)
+            opened[group.rank()] = mine.fd
+    except OSError as error:
+        problem = f"rank {group.rank()} cannot make shared memory: {error}"
+    addresses = _gather(group, [0, 0, 0, 0] if mine is None else mine.address)
+    try:
+        if all(addresses[owner][0] for owner in owners):  # else the one without memory says why
+            for owner in owners:
+                if owner not in opened:
+                    opened[owner] = open_peer_memory(addresses[owner])
+                mapped.append(torch.frombuffer(_C.SharedMapping(opened[owner], num_bytes), dtype=torch.uint8))
+    except (OSError, RuntimeError) as error:
+        problem = f"rank {group.rank()} cannot map the memory of rank {owner}: {error}"
+    reason = first_problem(group, problem)  # also keeps descriptors open until all have mapped them
+    for owner, descriptor in opened.items():
+        if reason is not None or owner != owners[0]:
+            os.close(descriptor)
+    if reason is not None:
+        raise SharedMemoryError(reason)
+    return (mapped * len(members) if one_for_all else mapped), opened[owners[0]]
+
+
+def first_problem(group: dist.ProcessGroup, problem: str | None) -> str | None:
+    """The problem of the first rank that has one, on all ranks. Collective."""
+    failed = torch.tensor(problem is not None, dtype=torch.int64)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed:
+        return None
+    problems: list[str | None] = [None] * group.size()
+    dist.all_gather_object(problems, problem, group=group)
+    return next(p for p in problems if p is not None)
+
+
+def _gather(group: dist.ProcessGroup, values: list[int]) -> list[list[int]]:
+    mine = torch.tensor(values, dtype=torch.int64)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    return [one.tolist() for one in everyone]

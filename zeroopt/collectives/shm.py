@@ -1,0 +1,313 @@
+"""The transport of ranks on one host: buckets lie in shared memory, and each rank reads what it needs where it lies.
+
+reduce-scatter   A rank posts that its bucket is full. Once all have, each sums its own slice straight from its peers'
+                 buckets. Nobody waits until a buffer is needed again, or the sum is.
+all-gather       A rank writes its slice into its peers' buckets, one copy, and posts that it has. With one bucket for all
+                 ranks (`shared`), there is nothing to write.
+
+No bytes go through sockets, and there is no thread or process besides the ranks: what a rank can do without waiting, it does
+when it starts or is asked for `progress`. A rank that blocks sleeps on a futex. See csrc/cpu/shm_board.h for how ranks tell
+each other how far they are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _C, ops
+from ..errors import CollectiveError
+from .base import PendingCollective, Transport, slice_of
+from .group_timeout import group_timeout
+from .shared_memory import map_together
+
+# How often a blocked rank looks whether its peers are alive, and lets Python handle signals.
+_CHECK_SECONDS = 0.1
+
+CPU = torch.device("cpu")
+
+
+class Kind(IntEnum):
+    """What a ticket on the board stands for."""
+
+    REDUCE_SCATTER = 0
+    ALL_GATHER = 1
+    MAX = 2
+    SCALAR = 3
+    RENDEZVOUS = 4
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBuffer:
+    """One buffer of every rank, all of the same size.
+
+    Attributes:
+        number: position in the order of allocation, the same on all ranks.
+        of_rank: uint8, 1-D, by rank.
+        shared: all ranks have the same memory.
+    """
+
+    number: int
+    of_rank: list[Tensor]
+    shared: bool
+
+    def like(self, tensor: Tensor, rank: int) -> Tensor:
+        """What lies in a rank's buffer where `tensor` lies in this rank's, from the first element on."""
+        return self.of_rank[rank][: tensor.nbytes].view(tensor.dtype)
+
+
+class ShmTransport(Transport):
+    """Works on buckets in memory that all members share.
+
+    Making one is collective over the whole group, and so is `allocate`; everything else is among the members.
+
+    Args:
+        members: the ranks of the group that are on this host. `rank` and `world_size` are counted among them.
+
+    Raises:
+        SharedMemoryError: on all ranks, when one of them cannot share memory with its peers.
+    """
+
+    name = "shm"
+    needs_staging = False
+    shares_parameters = True
+
+    def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
+        super().__init__(group)
+        self._members = list(members)
+        self.rank = self.slice_index = self._members.index(group.rank())
+        self.world_size = len(self._members)
+        self.writers = self._members[:1]
+        self._timeout = group_timeout(group, CPU).total_seconds()
+        self._buffers: list[SharedBuffer] = []
+        self._by_address: dict[int, SharedBuffer] = {}
+
+        (memory, *_), self._descriptor = map_together(
+            group, self._members, _C.ShmBoard.bytes(self.world_size), one_for_all=True
+        )
+        _C.hold_rank_lock(self._descriptor, self.rank)  # tells peers for as long as this process lives
+        self._board_memory = memory
+        self._board = _C.ShmBoard(memory.data_ptr(), self.rank, self.world_size)
+        self._posted = 0
+        self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
+        self._scalar = self.allocate(1, torch.float64, CPU)
+        self._scalar_before: PendingCollective | None = None
+        weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
+        assert device.type == "cpu"
+        num_bytes = max(1, numel) * dtype.itemsize
+        of_rank, descriptor = map_together(self._group, self._members, num_bytes, one_for_all=shared)
+        os.close(descriptor)
+        buffer = SharedBuffer(len(self._buffers), of_rank, shared)
+        self._buffers.append(buffer)
+        own = of_rank[self.rank]
+        self._by_address[own.data_ptr()] = buffer
+        return own.view(dtype)[:numel]
+
+    def start_reduce_scatter(
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+    ) -> PendingRead:
+        def add_slices(buckets: list[Tensor]) -> None:
+            slices = [slice_of(bucket, self.slice_index, self.world_size) for bucket in buckets]
+            ops.reduce(slices, out, base=base)
+
+        return self._start_reading(Kind.REDUCE_SCATTER, full, add_slices, label)
+
+    def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
+        buffer = self._buffer_of(full)
+        if not buffer.shared:
+            own = self.own_slice(full)
+            for peer in self._peers():
+                self.own_slice(buffer.like(full, peer)).copy_(own)
+        return _Arrival(self, self._post(Kind.ALL_GATHER, full, label), label)
+
+    def start_rendezvous(self, label: str) -> PendingCollective:
+        return self._start_reading(Kind.RENDEZVOUS, None, lambda _: None, label)
+
+    def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
+        def take_largest(of_rank: list[Tensor]) -> None:
+            torch.amax(torch.stack(of_rank), dim=0, out=out)
+
+        return self._start_reading(Kind.MAX, flags, take_largest, label)
+
+    def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
+        if self._scalar_before is not None:
+            self._scalar_before.wait_until_read()
+        self._scalar.copy_(value)
+        values: list[Tensor] = []
+        self._scalar_before = self._start_reading(
+            Kind.SCALAR, self._scalar, lambda of_rank: values.extend(one.clone() for one in of_rank), label
+        )
+        self._scalar_before.finish()
+        return torch.cat(values).to(value.dtype)
+
+    def progress(self) -> None:
+        while self._unread and self._board.wait(self._unread[0].number + 1, _C.ShmBoard.NEVER, 0.0):
+            self._read_first()
+
+    def barrier(self) -> None:
+        self.start_rendezvous("barrier").finish()
+
+    def give_up(self, reason: str) -> None:
+        self._board.leave()
+
+    def wait_until_posted(self, number: int, kind: Kind, label: str) -> None:
+        """Block until all members have posted a ticket."""
+        self._wait(number + 1, _C.ShmBoard.NEVER, kind, label)
+
+    def has_read(self, number: int) -> bool:
+        """Whether this rank has read all that it needs for a ticket."""
+        return not self._unread or self._unread[0].number > number
+
+    def read_through(self, number: int) -> None:
+        """Read everything up to a ticket."""
+        while self._unread and self._unread[0].number <= number:
+            first = self._unread[0]
+            self.wait_until_posted(first.number, first.kind, first.label)
+            self._read_first()
+
+    def wait_until_read(self, number: int, kind: Kind, label: str) -> None:
+        """Block until all members have read a ticket, and meanwhile read what can be read: they may wait for that."""
+        while min(self._board.read()) <= number:
+            next_posted = self._unread[0].number + 1 if self._unread else _C.ShmBoard.NEVER
+            self._wait(next_posted, number + 1, kind, label)
+            self.progress()
+
+    def _start_reading(
+        self, kind: Kind, tensor: Tensor | None, read: Callable[[list[Tensor]], None], label: str
+    ) -> PendingRead:
+        pending = PendingRead(self, self._post(kind, tensor, label), kind, tensor, read, label)
+        self._unread.append(pending)
+        return pending
+
+    def _post(self, kind: Kind, tensor: Tensor | None, label: str) -> int:
+        buffer, num_bytes = (-1, 0) if tensor is None else (self._buffer_of(tensor).number, tensor.nbytes)
+        self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
+        number = self._board.post(_C.Ticket(kind, num_bytes, buffer))
+        self._posted = number + 1
+        if kind is Kind.ALL_GATHER and not self._unread:
+            self._board.mark_read(self._posted)  # there is nothing to read for it
+        return number
+
+    def _read_first(self) -> None:
+        first = self._unread[0]
+        tickets = [self._board.ticket(rank, first.number) for rank in range(self.world_size)]
+        self._check_alike(tickets, first)
+        if first.tensor is None:
+            first.read([])
+        else:
+            first.read([self._buffers[t.buffer].like(first.tensor, rank) for rank, t in enumerate(tickets)])
+        self._unread.popleft()
+        self._board.mark_read(self._unread[0].number if self._unread else self._posted)
+
+    def _wait(self, posted_count: int, read_count: int, kind: Kind, label: str) -> None:
+        """Block until all have posted, or read, so many tickets."""
+        deadline = time.monotonic() + self._timeout
+        while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
+            counts = zip(self._board.posted(), self._board.read(), strict=True)
+            missing = [
+                rank for rank, (posted, read) in enumerate(counts) if posted < posted_count and read < read_count
+            ]
+            lost = [rank for rank in missing if self._board.left()[rank] or not self._is_alive(rank)]
+            if lost or time.monotonic() > deadline:
+                self._board.leave()
+                raise CollectiveError(
+                    f"transport shm, {kind} of {label}: rank {self._members[self.rank]} waits in vain for "
+                    + "; ".join(self._describe(rank) for rank in missing)
+                )
+
+    def _describe(self, rank: int) -> str:
+        name = f"rank {self._members[rank]}"
+        if not self._is_alive(rank):
+            return f"{name}, whose process has ended"
+        if self._board.left()[rank]:
+            return f"{name}, which gave up or dropped its model"
+        return (
+            f"{name}, which has not come within the group's timeout of {self._timeout:g} s: stopped, busy or diverged"
+        )
+
+    def _is_alive(self, rank: int) -> bool:
+        return rank == self.rank or _C.rank_lock_is_held(self._descriptor, rank)
+
+    def _check_alike(self, tickets: list[_C.Ticket], mine: PendingRead) -> None:
+        own = tickets[self.rank]
+        for rank, ticket in enumerate(tickets):
+            if (ticket.kind, ticket.bytes) != (own.kind, own.bytes):
+                self._board.leave()
+                raise CollectiveError(
+                    f"transport shm: the ranks have diverged: rank {self._members[self.rank]} is at the {mine.kind} of "
+                    f"{mine.label} ({own.bytes} bytes), rank {self._members[rank]} at a {Kind(ticket.kind)} of "
+                    f"{ticket.bytes} bytes. All ranks must call forward, backward and step in the same order"
+                )
+
+    def _buffer_of(self, tensor: Tensor) -> SharedBuffer:
+        buffer = self._by_address.get(tensor.data_ptr())
+        assert buffer is not None, "the shm transport works on buffers from its allocate() only"
+        return buffer
+
+    def _peers(self) -> list[int]:
+        # Starting with the next rank spreads the first copies over all peers.
+        return [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+
+
+class PendingRead(PendingCollective):
+    """A collective for which this rank reads its peers' buffers once all have posted their ticket."""
+
+    def __init__(
+        self,
+        transport: ShmTransport,
+        number: int,
+        kind: Kind,
+        tensor: Tensor | None,
+        read: Callable[[list[Tensor]], None],
+        label: str,
+    ) -> None:
+        self._transport = transport
+        self.number = number
+        self.kind = kind
+        self.tensor = tensor
+        self.read = read
+        self.label = label
+
+    @property
+    def is_read(self) -> bool:
+        """Whether this rank is through with it."""
+        return self._transport.has_read(self.number)
+
+    def finish(self) -> None:
+        self._transport.read_through(self.number)
+
+    def wait_until_read(self) -> None:
+        self._transport.wait_until_read(self.number, self.kind, self.label)
+
+
+class _Arrival(PendingCollective):
+    """An all-gather: what peers write into this rank's bucket is there when they have posted."""
+
+    def __init__(self, transport: ShmTransport, number: int, label: str) -> None:
+        self._transport = transport
+        self._number = number
+        self._label = label
+
+    def finish(self) -> None:
+        self._transport.wait_until_posted(self._number, Kind.ALL_GATHER, self._label)
+
+
+def _leave(pid: int, board: _C.ShmBoard, memory: Tensor, descriptor: int) -> None:
+    """When the transport is dropped. `memory` is what the board lies in."""
+    if os.getpid() == pid:  # a forked child drops its copy too
+        board.leave()
+        os.close(descriptor)
