@@ -62,7 +62,11 @@ namespace cpu {
 /// Packing a gradient into its bucket, and unpacking, with the roles exchanged. bytes: sizeof(src) + sizeof(dst).
 void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t numel, double scale, int num_threads);
 
-/// out[i] = cast(base[i] + (slices[0][i] + slices[1][i] + ...)), summed in float32 (float64 for float64) in that order.
+/// out[i] = cast(base[i] + (slices[0][i] + slices[1][i] + ...)), summed in float32 (float64 for float64) as a tree: the
+/// sum of n > 1 slices is that of the first p plus that of the others, p the largest power of two below n. So six are
+/// ((s0 + s1) + (s2 + s3)) + (s4 + s5). Groups of 2, 4, 8... slices may be summed first, and then their uncast sums,
+/// with the same bits. This is pairwise summation, whose error grows with log n only: N. J. Higham, "The accuracy of
+/// floating point summation", SIAM J. Sci. Comput. 14(4), 1993.
 /// base: null, or dtype and size of out. out may be base or one of the slices (then of its dtype).
 /// bytes: num_slices * sizeof(slice) + sizeof(out) * (base ? 2 : 1).
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,

@@ -106,7 +106,7 @@ def all_digests(module: ModuleType) -> dict[str, str]:
             for dst in range(4):
                 digests[f"pack {src} {dst} {numel}"] = pack_digest(module, src, dst, numel)
         for src, dst in REDUCE_CODES:
-            for num_slices in (1, 2, 8):
+            for num_slices in (1, 2, 3, 4, 8, 13):
                 digests[f"reduce {num_slices} x {src} {dst} {numel}"] = reduce_digest(
                     module, src, dst, numel, num_slices
                 )

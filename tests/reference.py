@@ -19,12 +19,17 @@ def pack(src: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def reduce(slices: Sequence[Tensor], dtype: torch.dtype, base: Tensor | None = None) -> Tensor:
-    """Sums in order, kept in float32 (float64 for float64) and cast once."""
+    """The tree over the slices, kept in float32 (float64 for float64) and cast once."""
     compute = torch.float64 if dtype is torch.float64 else torch.float32
-    total = slices[0].to(compute)
-    for piece in slices[1:]:
-        total = total + piece.to(compute)
+    total = _tree_sum([piece.to(compute) for piece in slices])
     return (total if base is None else base.to(compute) + total).to(dtype)
+
+
+def _tree_sum(values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    left = max(2**k for k in range(len(values)) if 2**k < len(values))
+    return _tree_sum(values[:left]) + _tree_sum(values[left:])
 
 
 def _each_segment(

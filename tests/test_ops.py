@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from zeroopt import ops
@@ -17,6 +19,7 @@ DTYPES = list(ops.DTYPE_CODES)
 HALVES = [torch.bfloat16, torch.float16]
 REDUCE_PAIRS = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in HALVES] + [(torch.float32, d) for d in HALVES]
 LENGTHS = [*range(70), 127, 128, 129, 199, 200]
+BIG = 2.0**24
 SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-45, 6e-8, 65519.0, 65520.0, 3.4e38]
 
 ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": 1}
@@ -163,28 +166,82 @@ class TestPack:
 
 class TestReduce:
     @pytest.mark.parametrize(("slice_dtype", "out_dtype"), REDUCE_PAIRS, ids=str)
-    @pytest.mark.parametrize("num_slices", [1, 2, 3, 4, 5, 8])
+    @pytest.mark.parametrize("num_slices", [*range(1, 18), 33, 100])
     @pytest.mark.parametrize("with_base", [False, True])
     def test_equals_the_reference(
         self, slice_dtype: torch.dtype, out_dtype: torch.dtype, num_slices: int, with_base: bool
     ) -> None:
-        for numel in [*LENGTHS, 1023, 1024, 1025, 3000]:
+        for numel in [*LENGTHS, 1023, 1024, 1025, 5000] if num_slices < 6 else [0, 1, 33, 5000]:
             slices = [random_bits(slice_dtype, numel, seed=k) for k in range(num_slices)]
             base = random_bits(out_dtype, numel, seed=99) if with_base else None
             out = torch.empty(numel, dtype=out_dtype)
             ops.reduce(slices, out, base=base)
             assert same_bits(out, reference.reduce(slices, out_dtype, base)), numel
 
-    @pytest.mark.parametrize("num_slices", [1, 2, 8])
-    def test_out_may_be_base_or_a_slice(self, num_slices: int) -> None:
-        slices = [torch.randn(2500) for _ in range(num_slices)]
-        base = torch.randn(2500)
-        expected = reference.reduce(slices, torch.float32, base)
-        into_base, into_last = base.clone(), [s.clone() for s in slices]
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("num_slices", [*range(1, 18), 33, 100])
+    def test_rounds_as_the_reference(self, num_slices: int, dtype: torch.dtype) -> None:
+        """Numbers of like size, of which another order would give another sum."""
+        slices = list(torch.randn(num_slices, 5000, dtype=dtype, generator=torch.Generator().manual_seed(num_slices)))
+        out = torch.empty(5000, dtype=dtype)
+        ops.reduce(slices, out)
+        assert same_bits(out, reference.reduce(slices, dtype))
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([1, BIG], BIG),
+            ([BIG, 1, 1], BIG),
+            ([BIG, 0, 1, 1], BIG + 2),
+            ([BIG, 0, 0, 0, 1], BIG),
+            ([BIG, 0, 0, 0, 1, 1], BIG + 2),
+            ([BIG, 0, 0, 1, 1, 0], BIG),
+            ([BIG, 0, 0, 0, 1, 0, 1], BIG + 2),
+            ([BIG, 0, 0, 0, 0, 0, 0, 1, 1], BIG),
+        ],
+        ids=str,
+    )
+    def test_order(self, values: list[float], expected: float) -> None:
+        """BIG + 1 is rounded to BIG, so two ones count only where they are added to each other first."""
+        out = torch.empty(1)
+        ops.reduce([torch.tensor([float(value)]) for value in values], out)
+        assert out.item() == expected
+
+    @given(
+        hosts=st.integers(1, 9),
+        ranks=st.sampled_from([1, 2, 4, 8, 16]),
+        numel=st.integers(1, 3000),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 2**32),
+    )
+    @settings(max_examples=50, deadline=None)
+    def test_hosts_may_sum_first(self, hosts: int, ranks: int, numel: int, dtype: torch.dtype, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        slices = list(torch.randn(hosts * ranks, numel, dtype=torch.float64, generator=generator).to(dtype))
+        of_hosts = list(torch.empty(hosts, numel, dtype=torch.float64 if dtype is torch.float64 else torch.float32))
+        for host, of_host in enumerate(of_hosts):
+            ops.reduce(slices[host * ranks : (host + 1) * ranks], of_host)
+        at_once, over_hosts = torch.empty(2, numel, dtype=dtype)
+        ops.reduce(slices, at_once)
+        ops.reduce(of_hosts, over_hosts)
+        assert same_bits(at_once, over_hosts)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("num_slices", [1, 2, 3, 4, 5, 8, 12, 33])
+    def test_out_may_be_base_or_a_slice(self, num_slices: int, dtype: torch.dtype) -> None:
+        slices = [torch.randn(5000).to(dtype) for _ in range(num_slices)]
+        base = torch.randn(5000).to(dtype)
+        expected = reference.reduce(slices, dtype, base)
+        into_base = base.clone()
         ops.reduce(slices, into_base, base=into_base)
-        ops.reduce(into_last, into_last[-1], base=base)
         assert same_bits(into_base, expected)
-        assert same_bits(into_last[-1], expected)
+        for index in {0, num_slices // 2, num_slices - 1}:
+            copies = [piece.clone() for piece in slices]
+            ops.reduce(copies, copies[index], base=base)
+            assert same_bits(copies[index], expected)
+            same = copies[index] = slices[index].clone()
+            ops.reduce(copies, same, base=same)
+            assert same_bits(same, reference.reduce(slices, dtype, slices[index]))
 
     def test_sums_in_float32(self) -> None:
         slices = [torch.tensor([256.0], dtype=torch.bfloat16)] + [torch.ones(1, dtype=torch.bfloat16)] * 8

@@ -97,10 +97,12 @@ def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
 
 
 def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None) -> None:
-    """``out = base + (slices[0] + slices[1] + ...)``, summed in that order. Not collective.
+    """``out = base + (slices[0] + slices[1] + ...)``, the sum taken as a fixed tree. Not collective.
 
-    Sums are kept in float32 (float64 for float64) and cast once, at the end. On CUDA the addresses of the slices are
-    copied to the device in every call, which a CUDA graph must not capture.
+    n > 1 slices are summed as the first p plus the others, p the largest power of two below n. So groups of 2, 4, 8...
+    slices may be summed first, and then their sums, with the same bits. Sums are kept in float32 (float64 for float64)
+    and cast once, at the end. On CUDA the addresses of the slices are copied to the device in every call, which a CUDA
+    graph must not capture.
 
     Args:
         slices: at least one 1-D contiguous tensor, all of one size and one dtype.

@@ -10,9 +10,10 @@ void launch(const void* const* slices, int64_t num_slices, const void* base, voi
             cudaStream_t stream) {
   constexpr int N = ReduceShape<Slice, Out>::vector_numel;
   const int64_t blocks = num_vectors(numel, N, N) / kThreads + 1;
-  reduce_kernel<Slice, Out><<<grid_size(blocks, "reduce"), kThreads, 0, stream>>>(
-      reinterpret_cast<const Slice* const*>(slices), num_slices, static_cast<const Out*>(base), static_cast<Out*>(out),
-      numel);
+  const auto kernel = num_slices > kGroup ? reduce_kernel<Slice, Out, true> : reduce_kernel<Slice, Out, false>;
+  kernel<<<grid_size(blocks, "reduce"), kThreads, 0, stream>>>(reinterpret_cast<const Slice* const*>(slices),
+                                                               num_slices, static_cast<const Out*>(base),
+                                                               static_cast<Out*>(out), numel);
   check(cudaGetLastError(), "reduce");
 }
 

@@ -1,4 +1,4 @@
-// reduce: the sum of slices in order. bytes: num_slices * sizeof(slice) + sizeof(out) * (base ? 2 : 1).
+// reduce: the sum of slices as a binary tree. bytes: num_slices * sizeof(slice) + sizeof(out) * (base ? 2 : 1).
 #pragma once
 
 #include "common/dtype.h"
@@ -6,51 +6,100 @@
 
 namespace zeroopt::cuda {
 
+constexpr int kGroup = 8;   // slices that are summed in registers, a power of two
+constexpr int kLevels = 28; // partial sums of 1, 2, 4, ... groups that can wait: enough for 2^31 slices
+
 template <class Slice, class Out> struct ReduceShape {
   /// Elements of a vector: 16 bytes of the narrower type, so that both sides are whole 16-byte words.
   static constexpr int vector_numel = kVectorBytes / (sizeof(Slice) < sizeof(Out) ? sizeof(Slice) : sizeof(Out));
 };
 
-/// Elements [first, first + N) at once; all arrays have a 16-byte boundary at `first`.
-template <class Slice, class Out, int N>
-ZEROOPT_DEVICE void reduce_vector(const Slice* const* slices, int64_t num_slices, const Out* base, Out* out,
-                                  int64_t first) {
-  typename Compute<Slice, Out>::type sum[N];
-  const Vector<Slice, N> first_slice = load_vector<Slice, N>(slices[0] + first);
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    sum[k] = load(first_slice.items[k]);
-  for (int64_t s = 1; s < num_slices; ++s) {
-    const Vector<Slice, N> slice = load_vector<Slice, N>(slices[s] + first);
+/// N elements of an array as the type that they are computed in. For N > 1 the array has a 16-byte boundary there.
+template <class T, class Value, int N> ZEROOPT_DEVICE void load_values(const T* array, Value (&values)[N]) {
+  if constexpr (N == 1) {
+    values[0] = load(*array);
+  } else {
+    const Vector<T, N> vector = load_vector<T, N>(array);
 #pragma unroll
     for (int k = 0; k < N; ++k)
-      sum[k] += load(slice.items[k]);
+      values[k] = load(vector.items[k]);
   }
-  if (base != nullptr) {
-    const Vector<Out, N> start = load_vector<Out, N>(base + first);
-#pragma unroll
-    for (int k = 0; k < N; ++k)
-      sum[k] = load(start.items[k]) + sum[k];
-  }
-  Vector<Out, N> result;
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    store(result.items[k], sum[k]);
-  store_vector(out + first, result);
 }
 
-template <class Slice, class Out>
-ZEROOPT_DEVICE void reduce_element(const Slice* const* slices, int64_t num_slices, const Out* base, Out* out,
-                                   int64_t i) {
-  typename Compute<Slice, Out>::type sum = load(slices[0][i]);
-  for (int64_t s = 1; s < num_slices; ++s)
-    sum += load(slices[s][i]);
-  if (base != nullptr) sum = load(base[i]) + sum;
-  store(out[i], sum);
+template <class T, class Value, int N> ZEROOPT_DEVICE void store_values(T* array, const Value (&values)[N]) {
+  if constexpr (N == 1) {
+    store(*array, values[0]);
+  } else {
+    Vector<T, N> vector;
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      store(vector.items[k], values[k]);
+    store_vector(array, vector);
+  }
+}
+
+template <class Value, int N> ZEROOPT_DEVICE void add_values(Value (&sum)[N], const Value (&values)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    sum[k] += values[k];
+}
+
+/// The sum of the first `width` slices, or of all where there are fewer, in registers. All threads branch alike.
+template <int width, class Slice, class Value, int N>
+ZEROOPT_DEVICE void sum_group(const Slice* const* slices, int64_t num_slices, int64_t first, Value (&sum)[N]) {
+  if constexpr (width == 1) {
+    load_values(slices[0] + first, sum);
+  } else {
+    constexpr int half = width / 2;
+    sum_group<half>(slices, num_slices, first, sum);
+    if (num_slices <= half) return;
+    Value right[N];
+    sum_group<half>(slices + half, num_slices - half, first, right);
+    add_values(sum, right);
+  }
+}
+
+/// The sum of any number of slices, in local memory: groups are added up as a binary counter carries.
+template <class Slice, class Value, int N>
+ZEROOPT_DEVICE void sum_groups(const Slice* const* slices, int64_t num_slices, int64_t first, Value (&sum)[N]) {
+  Value waiting[kLevels][N];
+  int level = 0;
+  for (int64_t group = 0; num_slices > kGroup; ++group) {
+    sum_group<kGroup>(slices, kGroup, first, sum);
+    for (int64_t carry = group; carry & 1; carry >>= 1)
+      add_values(sum, waiting[--level]);
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      waiting[level][k] = sum[k];
+    ++level;
+    slices += kGroup;
+    num_slices -= kGroup;
+  }
+  sum_group<kGroup>(slices, num_slices, first, sum);
+  while (level > 0)
+    add_values(sum, waiting[--level]);
+}
+
+/// Elements [first, first + N) at once.
+template <int N, bool many, class Slice, class Out>
+ZEROOPT_DEVICE void reduce_elements(const Slice* const* slices, int64_t num_slices, const Out* base, Out* out,
+                                    int64_t first) {
+  typename Compute<Slice, Out>::type sum[N];
+  if constexpr (many)
+    sum_groups(slices, num_slices, first, sum);
+  else
+    sum_group<kGroup>(slices, num_slices, first, sum);
+  if (base != nullptr) {
+    typename Compute<Slice, Out>::type start[N];
+    load_values(base + first, start);
+    add_values(sum, start);
+  }
+  store_values(out + first, sum);
 }
 
 /// out may be base or a slice, so nothing is read through the read-only cache.
-template <class Slice, class Out>
+/// many: there may be more than kGroup slices. Without it the kernel takes no local memory.
+template <class Slice, class Out, bool many>
 __global__ void reduce_kernel(const Slice* const* slices, int64_t num_slices, const Out* base, Out* out,
                               int64_t numel) {
   constexpr int N = ReduceShape<Slice, Out>::vector_numel;
@@ -63,10 +112,10 @@ __global__ void reduce_kernel(const Slice* const* slices, int64_t num_slices, co
   for (int64_t v = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += stride) {
     const int64_t first = v * N - ahead;
     if (aligned && first >= 0 && first + N <= numel) {
-      reduce_vector<Slice, Out, N>(slices, num_slices, base, out, first);
+      reduce_elements<N, many>(slices, num_slices, base, out, first);
     } else {
       for (int64_t i = first < 0 ? 0 : first; i < first + N && i < numel; ++i) {
-        reduce_element(slices, num_slices, base, out, i);
+        reduce_elements<1, many>(slices, num_slices, base, out, i);
       }
     }
   }

@@ -1,4 +1,4 @@
-// reduce: the sum of slices in order. bytes: num_slices * sizeof(slice) + sizeof(out) * (base ? 2 : 1).
+// reduce: the sum of slices as a binary tree. bytes: num_slices * sizeof(slice) + sizeof(out) * (base ? 2 : 1).
 #include "cpu/leaf/table.h"
 
 #include "common/dtype.h"
@@ -6,69 +6,85 @@
 namespace zeroopt::cpu::ZEROOPT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048; // accumulators; they stay in the first level cache
-constexpr int64_t kGroup = 3;    // slices read side by side with the sum so far: few enough streams to prefetch
+constexpr int64_t kGroup = 4;    // slices read side by side, a power of two: few enough streams to prefetch
+constexpr int64_t kBlock = 2048; // elements of a partial sum; the few there are stay in the cache
 
-/// dest[i] = cast(base[i] + (start[i] + slices[0][first + i] + ... + slices[count - 1][first + i])), in that order.
-/// dest may be start or base; base may be null.
-template <int count, class Slice, class Start, class Dest>
-void add_slices(const Start* start, const void* const* slices, int64_t first, const Dest* base, Dest* dest,
+/// The tree over elements i of `count` slices, at most kGroup.
+template <int count, class Slice> ZEROOPT_INLINE auto sum_element(const Slice* const* slices, int64_t i) {
+  constexpr int left = count > 2 ? 2 : 1;
+  if constexpr (count == 1)
+    return load(slices[0][i]);
+  else
+    return sum_element<left>(slices, i) + sum_element<count - left>(slices + left, i);
+}
+
+/// dest[i] = cast(base[i] + (left[i] + tree over slices[...][first + i])). base and left may be null. dest may be base
+/// or one of the slices.
+template <int count, class Slice, class Value, class Dest>
+void add_slices(const Value* left, const void* const* slices, int64_t first, const Dest* base, Dest* dest,
                 int64_t numel) {
-  const Slice* from[count > 0 ? count : 1] = {};
+  const Slice* from[count];
   for (int k = 0; k < count; ++k)
     from[k] = static_cast<const Slice*>(slices[k]) + first;
-  auto sum = [start, &from](int64_t i) {
-    auto value = static_cast<typename Compute<Start, Slice>::type>(load(start[i]));
-    for (int k = 0; k < count; ++k)
-      value += load(from[k][i]);
-    return value;
+  auto add = [base, dest, numel](auto sum) {
+    if (base == nullptr) {
+      ZEROOPT_VECTORIZE
+      for (int64_t i = 0; i < numel; ++i)
+        store(dest[i], sum(i));
+    } else {
+      ZEROOPT_VECTORIZE
+      for (int64_t i = 0; i < numel; ++i)
+        store(dest[i], load(base[i]) + sum(i));
+    }
   };
-  if (base == nullptr) {
-    ZEROOPT_VECTORIZE
-    for (int64_t i = 0; i < numel; ++i)
-      store(dest[i], sum(i));
-  } else {
-    ZEROOPT_VECTORIZE
-    for (int64_t i = 0; i < numel; ++i)
-      store(dest[i], load(base[i]) + sum(i));
+  if (left == nullptr)
+    add([&from](int64_t i) { return sum_element<count>(from, i); });
+  else
+    add([&from, left](int64_t i) { return left[i] + sum_element<count>(from, i); });
+}
+
+/// The same for a count from 1 to kGroup.
+template <class Slice, class Value, class Dest>
+void add_group(const Value* left, const void* const* slices, int64_t count, int64_t first, const Dest* base, Dest* dest,
+               int64_t numel) {
+  switch (count) {
+  case 1:
+    return add_slices<1, Slice>(left, slices, first, base, dest, numel);
+  case 2:
+    return add_slices<2, Slice>(left, slices, first, base, dest, numel);
+  case 3:
+    return add_slices<3, Slice>(left, slices, first, base, dest, numel);
+  default:
+    return add_slices<kGroup, Slice>(left, slices, first, base, dest, numel);
   }
 }
 
-/// The same for a count from 0 to kGroup.
-template <class Slice, class Start, class Dest>
-void add_group(const Start* start, const void* const* slices, int64_t count, int64_t first, const Dest* base,
-               Dest* dest, int64_t numel) {
-  switch (count) {
-  case 0:
-    return add_slices<0, Slice>(start, slices, first, base, dest, numel);
-  case 1:
-    return add_slices<1, Slice>(start, slices, first, base, dest, numel);
-  case 2:
-    return add_slices<2, Slice>(start, slices, first, base, dest, numel);
-  default:
-    return add_slices<kGroup, Slice>(start, slices, first, base, dest, numel);
-  }
+/// dest[i] = cast(base[i] + tree over slices[...][first + i]) for any count, a block at most when it is above kGroup.
+/// base may be null. dest may be base or one of the slices: it is written to when every slice has been read.
+template <class Slice, class Value, class Dest>
+void add_tree(const void* const* slices, int64_t count, int64_t first, const Dest* base, Dest* dest, int64_t numel) {
+  constexpr Value* none = nullptr;
+  if (count <= kGroup) return add_group<Slice>(none, slices, count, first, base, dest, numel);
+  int64_t split = kGroup;
+  while (2 * split < count)
+    split *= 2;
+  alignas(64) Value left[kBlock];
+  add_tree<Slice, Value>(slices, split, first, none, left, numel);
+  if (count - split <= kGroup) return add_group<Slice>(left, slices + split, count - split, first, base, dest, numel);
+  alignas(64) Value right[kBlock];
+  add_tree<Slice, Value>(slices + split, count - split, first, none, right, numel);
+  const void* rest = right;
+  add_slices<1, Value>(left, &rest, 0, base, dest, numel);
 }
 
 template <class Slice, class Out>
 void reduce(const void* const* slices, int64_t num_slices, const void* base, void* out, int64_t begin, int64_t end) {
-  using Value = typename Compute<Slice, Out>::type;
-  constexpr Value* none = nullptr;
-  alignas(64) Value sum[kBlock];
-  const int64_t last = num_slices > 1 ? (num_slices - 2) / kGroup * kGroup + 1 : 1; // first slice of the last group
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t numel = end - i < kBlock ? end - i : kBlock;
-    const Slice* start = static_cast<const Slice*>(slices[0]) + i;
+  const int64_t block = num_slices <= kGroup ? end - begin : kBlock;
+  for (int64_t i = begin; i < end; i += block) {
+    const int64_t numel = end - i < block ? end - i : block;
     const Out* base_block = base == nullptr ? nullptr : static_cast<const Out*>(base) + i;
-    Out* out_block = static_cast<Out*>(out) + i;
-    if (last == 1) {
-      add_group<Slice>(start, slices + 1, num_slices - 1, i, base_block, out_block, numel);
-      continue;
-    }
-    add_group<Slice>(start, slices + 1, kGroup, i, none, sum, numel);
-    for (int64_t k = 1 + kGroup; k < last; k += kGroup)
-      add_group<Slice>(sum, slices + k, kGroup, i, none, sum, numel);
-    add_group<Slice>(sum, slices + last, num_slices - last, i, base_block, out_block, numel);
+    add_tree<Slice, typename Compute<Slice, Out>::type>(slices, num_slices, i, base_block, static_cast<Out*>(out) + i,
+                                                        numel);
   }
 }
 
