@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,39 @@ def peak_rss_bytes() -> int:
 def reset_peak_rss() -> None:
     """Let `peak_rss_bytes` start again from what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+@dataclass
+class Peak:
+    """The most memory above the level at the start."""
+
+    num_bytes: int = 0
+
+
+@contextmanager
+def peak_pss() -> Iterator[Peak]:
+    """Sample this process's memory meanwhile; of pages that several processes map, each has its part."""
+    peak, before, done = Peak(), pss_bytes(), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak.num_bytes = max(peak.num_bytes, pss_bytes() - before)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()
+
+
+def pss_bytes() -> int:
+    """Memory of this process that is resident now; a page that n processes map counts for a part of n."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no Pss in /proc/self/smaps_rollup")
 
 
 def loopback_bytes() -> int:

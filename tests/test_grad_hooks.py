@@ -265,25 +265,39 @@ def test_mistakes_are_named(run_on_ranks: RunOnRanks, how: str, expected: str) -
         assert message.startswith(expected), message
 
 
-def grad_buffers_in_use() -> tuple[int, int, int]:
-    """Full gradient buffers that stage 2 holds: after backward, after the step, and how many buckets there are."""
+def most_buffers_in_use(order: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Full gradient buffers that stage 2 has lent at once, and gradients that had to wait for one in `param.grad`."""
     torch.manual_seed(0)
-    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
-    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), stage=2, bucket_mb=0.02)
-    pools = {id(store._pool): store._pool for store in model._reducer.stores}
-    assert len(pools) == 1
-    (pool,) = pools.values()
-    model(torch.randn(2, 64)).sum().backward()
-    borrowed = sum(store.full is not None for store in model._reducer.stores)
-    optimizer.step()
-    return borrowed, len(pool._free), len(model._reducer.stores)
+    net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(12)))
+    model, _ = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), stage=2, bucket_mb=0.01, **options)
+    reducer = model._reducer
+    lent, waiting = [], []
+
+    def count(_: Tensor) -> None:
+        lent.append(sum(store.full is not None for store in reducer.stores))
+        waiting.append(sum(param.grad is not None for param in net.parameters()))
+
+    for param in net.parameters():
+        param.register_post_accumulate_grad_hook(count)
+    x = torch.randn(2, 64)
+    if order == "as planned":
+        model(x).sum().backward()
+    else:  # gradients arrive in the order of the modules, the reverse of the plan
+        sum(layer(x).sum() for layer in reversed(net)).backward()
+    return max(lent), max(waiting)
 
 
-def test_stage_2_keeps_few_full_buffers(run_on_ranks: RunOnRanks) -> None:
-    for borrowed, pooled, buckets in run_on_ranks(2, grad_buffers_in_use):
-        assert buckets == 20
-        assert borrowed <= 1
-        assert pooled <= 2
+@pytest.mark.parametrize("transport", ["shm", "pairwise"])
+@pytest.mark.parametrize(("options", "buffers"), [({}, 2), ({"bucket_buffers": 4}, 4), ({"overlap": False}, 1)])
+def test_stage_2_lends_a_bounded_number_of_buffers(
+    run_on_ranks: RunOnRanks, transport: str, options: dict[str, Any], buffers: int
+) -> None:
+    for lent, waiting in run_on_ranks(2, most_buffers_in_use, "as planned", {"transport": transport, **options}):
+        assert lent <= buffers
+        assert waiting <= 1
+    for lent, waiting in run_on_ranks(2, most_buffers_in_use, "reverse", {"transport": transport, **options}):
+        assert lent <= buffers
+        assert waiting >= 12 - buffers - 1
 
 
 def forget_a_reduce_in_flight() -> list[Tensor]:
@@ -306,18 +320,6 @@ def forget_a_reduce_in_flight() -> list[Tensor]:
 def test_a_model_may_be_dropped_after_backward(run_on_ranks: RunOnRanks) -> None:
     first, second = run_on_ranks(2, forget_a_reduce_in_flight)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def buffers_without_overlap() -> int:
-    """Full buffers that stage 2 holds when nothing overlaps."""
-    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
-    model, _ = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.02, overlap=False)
-    model(torch.randn(2, 64)).sum().backward()
-    return len(model._reducer.stores[0]._pool._free)
-
-
-def test_without_overlap_one_buffer_is_enough(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(2, buffers_without_overlap) == [1, 1]
 
 
 def models_twice() -> bool:

@@ -382,4 +382,4 @@ def add_group_late() -> str:
 
 def test_add_param_group_and_repr(run_on_ranks: RunOnRanks) -> None:
     for rank, text in enumerate(run_on_ranks(2, add_group_late)):
-        assert text.startswith(f"ZeroOptimizer(stage=2, rank={rank}, world_size=2, transport=pairwise, AdamW")
+        assert text.startswith(f"ZeroOptimizer(stage=2, rank={rank}, world_size=2, transport=shm, AdamW")

@@ -117,6 +117,11 @@ class Bucket:
             shard = nn.Parameter(self.own_param[piece.offset : piece.offset + piece.numel])
             self.segments.append(Segment(params[piece.param], piece.start, piece.offset, piece.numel, shard))
 
+    def let_go(self) -> None:
+        """Keep no part of the flat buffer any longer, so that it is freed when the last parameter has moved out of it."""
+        self.segments.clear()
+        self.flat_param = self.own_param = self.flat_param.new_empty(0)
+
     def within_own_range(self, full: Tensor) -> Tensor:
         """The own range of a flat buffer of this bucket, a view."""
         return full[self.own_range[0] : self.own_range[1]]
@@ -145,18 +150,31 @@ def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int
     )
 
 
+def own_segments(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state: bool) -> list[_C.Segment]:
+    """The planned segments of a bucket that this rank steps."""
+    return plan.segments(bucket, *_own_range(plan, bucket, transport, shard_state=shard_state))
+
+
+def _own_range(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state: bool) -> tuple[int, int]:
+    if not shard_state:
+        return 0, plan.buckets[bucket].padded_numel
+    begin = transport.slice_index * plan.shard_numel(bucket)
+    return begin, begin + plan.shard_numel(bucket)
+
+
 def make_buckets(
-    params: Sequence[ManagedParam], transport: Transport, bucket_bytes: int, *, shard_state: bool, shared: bool
+    plan: _C.Plan, params: Sequence[ManagedParam], transport: Transport, *, shard_state: bool, shared: bool
 ) -> list[Bucket]:
     """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
 
     Collective. With `shared`, the ranks of a host get the same buckets, with the values of the first of them.
+
+    Args:
+        params: those that the plan is for, in its order.
     """
-    plan = make_plan(params, transport.world_size, bucket_bytes)
     buckets = []
     for index, layout in enumerate(plan.buckets):
-        begin = transport.slice_index * plan.shard_numel(index)
-        own_range = (begin, begin + plan.shard_numel(index)) if shard_state else (0, layout.padded_numel)
+        own_range = _own_range(plan, index, transport, shard_state=shard_state)
         bucket = Bucket(index, layout, params, own_range, transport, shared=shared)
         bucket.cut_segments(plan.segments(index, *own_range), params)
         buckets.append(bucket)

@@ -26,26 +26,36 @@ def clip_shards(stores: Sequence[GradientStore], transport: Transport, max_norm:
     """
     if not norm_type > 0:
         raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
-    shards = [store.reduced for store in stores if store.holds_sum]
-    norm = _norm_over_ranks(shards, stores[0].reduced.device, transport, float(norm_type))
+    norm = _norm_over_ranks(stores, transport, float(norm_type))
     coefficient = (float(max_norm) / (norm + _EPSILON)).clamp(max=1.0)
-    for shard in shards:
-        shard.mul_(coefficient.to(shard.dtype))
+    if coefficient.is_cpu and coefficient == 1:
+        return norm.float()
+    for store in stores:
+        if store.holds_sum:
+            store.scale(coefficient)
     return norm.float()
 
 
-def _norm_over_ranks(shards: Sequence[Tensor], device: torch.device, transport: Transport, norm_type: float) -> Tensor:
-    """(sum over ranks of sum |g|^p)^(1/p), or the largest |g| for inf, in float64. Gaps between parameters are zero, and
-    so are the gradients of parameters that no rank used, so that whole shards can be taken."""
-    norms = [torch.linalg.vector_norm(shard, norm_type, dtype=_wide(shard)).double() for shard in shards]
+def note_norm(store: GradientStore, norm_type: float) -> Tensor:
+    """The norm of a bucket's reduced gradients on this rank, a 0-dim float64 tensor, computed once for each sum.
+
+    Gaps between parameters are zero, and so are the gradients of parameters that no rank used: whole shards can be taken.
+    """
+    if store.norm is None or store.norm[0] != norm_type:
+        wide = torch.float64 if store.reduced.dtype is torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(store.reduced, norm_type, dtype=wide)
+        store.norm = norm_type, norm.double()
+    return store.norm[1]
+
+
+def _norm_over_ranks(stores: Sequence[GradientStore], transport: Transport, norm_type: float) -> Tensor:
+    """(sum over ranks of sum |g|^p)^(1/p), or the largest |g| for inf, in float64."""
+    norms = [note_norm(store, norm_type) for store in stores if store.holds_sum]
+    device = stores[0].reduced.device
     local = (
         torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
     )
     local_sum = local if math.isinf(norm_type) else local.pow(norm_type)
-    by_rank = transport.gather_scalar(local_sum, label="gradient norms")
-    # Summed in rank order on every rank, so that all clip by the same coefficient, whatever the transport.
-    return by_rank.max() if math.isinf(norm_type) else by_rank.sum().pow(1.0 / norm_type)
-
-
-def _wide(shard: Tensor) -> torch.dtype:
-    return torch.float64 if shard.dtype is torch.float64 else torch.float32
+    by_slice = transport.gather_scalar(local_sum, label="gradient norms")
+    # Summed in the same order on every rank, so that all clip by the same coefficient, whatever the transport.
+    return by_slice.max() if math.isinf(norm_type) else by_slice.sum().pow(1.0 / norm_type)

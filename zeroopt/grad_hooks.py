@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import partial
 
 import torch
@@ -24,7 +24,11 @@ from .bucket import Bucket, ManagedParam
 from .collectives import PendingCollective, Transport
 from .config import Placement
 from .errors import StateError
+from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
+from .shard_state import ParamState
+
+_GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
 
 
 def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -> None:
@@ -44,6 +48,8 @@ class GradientReducer:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
         has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
+        norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
+        arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
 
     def __init__(
@@ -59,23 +65,18 @@ class GradientReducer:
     ) -> None:
         self.sync = True
         self.has_local_gradients = False
-        self._pool = BufferPool(buckets, reduce_dtype, transport, bucket_buffers) if placement.shard_gradient else None
-        self.stores = [GradientStore(bucket, placement, reduce_dtype, transport, self._pool) for bucket in buckets]
+        self.norm_type: float | None = None
+        self.arrivals: list[int] = []
         self._params = params
-        self._buckets = buckets
         self._transport = transport
         self._placement = placement
-        # Buckets that travel while another one fills. Stage 0 has to wait for its reduces in any case, to gather them.
-        bounded = transport.needs_staging or not placement.shard_state
-        self._max_in_flight = 0 if not overlap else max(1, bucket_buffers - 1) if bounded else len(buckets)
+        self._overlap = overlap
+        self._bucket_buffers = bucket_buffers
+        self._reduce_dtype = reduce_dtype
         self._scale = 1.0 / transport.world_size
-        self._addresses = [managed.param.data_ptr() for managed in params]
-
         self._running = False  # between the first hook of a backward and its end
         self._arrived = bytearray(len(params))  # 1: its gradient has come, for this backward
         self._packed = bytearray(len(params))  # 1: and lies in the bucket; until then in param.grad
-        self._missing = [len(bucket.params) for bucket in buckets]
-        self._next = 0  # the bucket that starts next
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
         self._gathers: list[PendingCollective] = []
@@ -83,12 +84,73 @@ class GradientReducer:
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
-        self._bucket_of = [0] * len(params)
+        for managed in params:
+            hook = partial(_on_gradient, weakref.ref(self), managed.index)
+            managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self.adopt(buckets)
+
+    def adopt(self, buckets: Sequence[Bucket]) -> None:
+        """Take up buckets in which the same parameters lie. Collective. No gradients are kept."""
+        assert not self._in_flight and not self._running
+        self._lent.clear()
+        self._pool = None
+        if self._placement.shard_gradient:
+            count = self._bucket_buffers if self._overlap else 1
+            self._pool = BufferPool(buckets, self._reduce_dtype, self._transport, count)
+        self._buckets = buckets
+        self.stores = [
+            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool)
+            for bucket in buckets
+        ]
+        # Buckets that travel while another one fills. Stage 0 has to wait for its reduces in any case, to gather them.
+        bounded = self._transport.needs_staging or not self._placement.shard_state
+        most = max(1, self._bucket_buffers - 1) if bounded else len(buckets)
+        self._max_in_flight = most if self._overlap else 0
+        self._addresses = [managed.param.data_ptr() for managed in self._params]
+        self._missing = [len(bucket.params) for bucket in buckets]
+        self._next = 0  # the bucket that starts next
+        self._bucket_of = [0] * len(self._params)
         for bucket in buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
-                hook = partial(_on_gradient, weakref.ref(self), managed.index)
-                managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
+        """Put the reduced gradients of this rank's segments into their state, to move with it."""
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            for segment in bucket.segments if store.holds_sum else ():
+                piece = store.reduced[segment.offset : segment.offset + segment.numel]
+                state.setdefault(segment.shard, {})[_GRADIENT] = piece
+
+    def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
+        """Take the gradients out of the state again."""
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            for segment in bucket.segments:
+                entry = state.get(segment.shard, {})
+                if _GRADIENT in entry:
+                    store.reduced[segment.offset : segment.offset + segment.numel].copy_(entry.pop(_GRADIENT))
+                    store.holds_sum = True
+                    if not entry:
+                        del state[segment.shard]
+        if not self._placement.shard_state:
+            self._show_moved_gradients()
+
+    def _show_moved_gradients(self) -> None:
+        """Stage 0: `param.grad` is in the new buffers."""
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            for managed in bucket.params:
+                if managed.param.grad is not None:
+                    assert store.full is not None
+                    view = managed.view_in(store.full)
+                    managed.param.grad = view.copy_(managed.param.grad)
+
+    def let_go(self) -> None:
+        """Free all buffers, before others are adopted."""
+        for store in self.stores:
+            store.let_go(self._transport)
+        if self._pool is not None:
+            self._pool.let_go(self._transport)
+        self.stores = []
+        self._pool = None
 
     @property
     def used(self) -> Tensor:
@@ -177,6 +239,7 @@ class GradientReducer:
                 "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
             )
         self._arrived[index] = 1
+        self.arrivals.append(index)
         full = self._open(bucket)
         if full is not None:
             self._pack(managed, full)
@@ -189,6 +252,7 @@ class GradientReducer:
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
         self._running = True
+        self.arrivals.clear()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _open(self, bucket: int) -> Tensor | None:
@@ -264,6 +328,8 @@ class GradientReducer:
     def _finish_oldest(self) -> None:
         store = self._in_flight.popleft()
         store.finish()
+        if self.norm_type is not None:
+            note_norm(store, self.norm_type)
         if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
             self._gathers.append(self._transport.start_all_gather(store.full, label=store.label))

@@ -42,6 +42,13 @@ class BufferPool:
         # At the front: of buffers that are used in turn, more would be resident.
         self._free.insert(0, self._by_address[full.data_ptr()])
 
+    def let_go(self, transport: Transport) -> None:
+        """Free all buffers. Those that are lent belong to reduces that this rank has finished."""
+        for raw in self._by_address.values():
+            transport.free(raw)
+        self._by_address.clear()
+        self._free.clear()
+
 
 class GradientStore:
     """The gradients of one bucket on this rank.
@@ -51,7 +58,7 @@ class GradientStore:
         reduced: [own range], the sum over ranks, valid while `holds_sum`.
         base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
         label: how messages call the bucket.
-        norm: a partial norm of `reduced`, as far as somebody has asked for it; see `grad_clip`.
+        norm: p and the p-norm of `reduced`, where somebody has asked for it; see `grad_clip`.
         is_open: backward fills it.
         is_reducing: its reduce has started, and nobody has waited for it yet.
     """
@@ -74,7 +81,7 @@ class GradientStore:
         self.holds_sum = False
         self.is_open = False
         self.is_reducing = False
-        self.norm: Tensor | None = None
+        self.norm: tuple[float, Tensor] | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None
         if pool is None:
@@ -129,6 +136,13 @@ class GradientStore:
             self._pool.give_back(self.full)
             self.full = None
 
+    def let_go(self, transport: Transport) -> None:
+        """Free the full buffer of stages 0 and 1."""
+        self.reclaim()
+        if self.full is not None:
+            transport.free(self.full)
+            self.full = None
+
     def discard(self) -> None:
         """Forget the sum; the next backward starts a new one."""
         self.holds_sum = False
@@ -137,4 +151,9 @@ class GradientStore:
     def zero(self) -> None:
         """Set the sum to zero."""
         self.reduced.zero_()
+        self.norm = None
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the sum by a 0-dim tensor."""
+        self.reduced.mul_(factor.to(self.reduced.dtype))
         self.norm = None

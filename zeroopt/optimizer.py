@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bucket import Bucket, ManagedParam, Segment
+from .bucket import Bucket, ManagedParam, Segment, make_buckets, make_plan, own_segments
 from .collectives import Transport
 from .config import Config
 from .errors import NotSupportedError, StateError
 from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
 from .param_gather import ParamGathers
-from .shard_state import ParamState, cut_state, pack_state, unpack_state
+from .replan import agree_on_order, in_order, is_grouped_alike, move_state
+from .shard_state import ParamState, check_cut, cut_state, pack_state, unpack_state
 from .step import ShardStepper
 
 _FORMAT = 1
@@ -71,6 +72,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_over_methods()
         self._import_state()
         self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config.fused)
+        # Indices of the parameters, in the order in which the plan takes them.
+        self._order = [managed.index for managed in reversed(params)]
+        self._may_replan = config.overlap and transport.world_size > 1
 
     @property
     def stage(self) -> int:
@@ -108,6 +112,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._gathers.start(bucket)
         everyone_came.finish()
         self._gathers.let_go()
+        self._replan_once(active)
         self._note_step_for_schedulers()
         return loss
 
@@ -139,7 +144,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         result: dict[str, Any] = {
             "state": state,
             "param_groups": self._pack_groups(),
-            "zeroopt": {"format": _FORMAT, **self._identity(), **layout},
+            "zeroopt": {"format": _FORMAT, **self._identity(), "order": list(self._order), **layout},
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
@@ -150,7 +155,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict()` gave on this rank, or the whole state dict of the plain torch optimizer.
 
-        Not collective, but every rank has to load its own.
+        Every rank has to load its own. Collective when the state was saved after buckets were planned anew (after the first
+        step) and this optimizer's have not been, or the other way round: its buckets then follow the saved ones.
 
         Raises:
             StateError: the state belongs to other parameters, another rank, world size, stage or bucket size, or its
@@ -163,6 +169,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._check_groups(state_dict["param_groups"])
         if layout is not None:
             self._check_identity(layout)
+            self._follow_order(layout)
         state = unpack_state(state_dict["state"], layout, self._segments())
         self._inner.state.clear()
         self._inner.state.update(state)
@@ -202,6 +209,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not self._config.placement.shard_state:
             params = [managed.param for managed in self._params]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type).float()
+        self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
         return clip_shards(self._reducer.stores, self._transport, max_norm, norm_type)
 
     @property
@@ -265,6 +273,41 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if self._config.placement.shard_state and any(flags[managed.index] for managed in bucket.params):
                 yield bucket
 
+    def _replan_once(self, active: Tensor) -> None:
+        """After the first step: plan the buckets in the order in which the gradients arrived. Collective."""
+        if self._may_replan and bool(active.any()):
+            self._may_replan = False
+            self._replan(agree_on_order(self._reducer.arrivals, self._params, self._transport.group))
+
+    def _replan(self, order: Sequence[int]) -> None:
+        """Move parameters, gradients and state into buckets for another order. Collective."""
+        ordered = in_order(self._params, order)
+        plan = make_plan(ordered, self._transport.world_size, self._config.bucket_bytes)
+        if is_grouped_alike(self._buckets, plan, ordered):
+            return
+        self._gathers.finish_all()
+        self._reducer.finish()
+        self._stepper.adopt_state()
+        shard_state = self._config.placement.shard_state
+        self._reducer.hand_over(self._inner.state)
+        moved = move_state(self._inner.state, self._buckets, plan, ordered, self._transport, shard_state=shard_state)
+        self._reducer.let_go()
+        for bucket in self._buckets:
+            self._transport.free(bucket.flat_param)
+            bucket.let_go()
+        shared = self._config.share_parameters
+        self._buckets = make_buckets(plan, ordered, self._transport, shard_state=shard_state, shared=shared)
+        for segment in self._segments():
+            if segment.owner.index in moved:
+                self._inner.state[segment.shard] = moved.pop(segment.owner.index)
+        if shared:
+            self._transport.barrier()  # the writers are through
+        self._reducer.adopt(self._buckets)
+        self._reducer.take_back(self._inner.state)
+        self._gathers.adopt(self._buckets)
+        self._stepper.adopt(self._buckets, self._reducer.stores)
+        self._order = list(order)
+
     def _segments(self) -> Iterator[Segment]:
         for bucket in self._buckets:
             yield from bucket.segments
@@ -292,6 +335,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     f"parameter {name!r} was frozen when zeroopt.wrap was called and now has a gradient, which is not "
                     "supported yet; set requires_grad before wrapping"
                 )
+
+    def _follow_order(self, layout: Mapping[str, Any]) -> None:
+        """Plan the buckets as they were when a state was saved. Collective when that changes them."""
+        order = list(layout["order"])
+        if sorted(order) != list(range(len(self._params))):
+            raise StateError(f"the state dict is of {len(order)} parameters, this optimizer has {len(self._params)}")
+        ordered = in_order(self._params, order)
+        plan = make_plan(ordered, self._transport.world_size, self._config.bucket_bytes)
+        for bucket in range(len(plan.buckets)):
+            for piece in own_segments(plan, bucket, self._transport, shard_state=self._config.placement.shard_state):
+                check_cut(layout, ordered[piece.param], piece.start, piece.numel)
+        if order != self._order:
+            self._may_replan = False
+            self._replan(order)
 
     def _note_changes(self, active: Tensor) -> None:
         """Kernels and transports write behind autograd's back; tell it, so that it can refuse a backward through a graph

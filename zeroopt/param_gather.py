@@ -88,12 +88,21 @@ class ParamGathers:
         self._transport = transport
         self._lazy = lazy and not _runs_compiled(module)
         self._pending: dict[int, PendingCollective] = {}
+        self._hooks: list[_ForwardHook] = []
+        if self._lazy:
+            self._hook_forwards(module, buckets)
+        self.adopt(buckets)
+
+    def adopt(self, buckets: Sequence[Bucket]) -> None:
+        """Take up buckets in which the same parameters lie."""
+        assert not self._pending
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._classes = [_arriving_class(bucket.index) for bucket in buckets]
         # A user's own class of parameters stays as it is.
         self._markable = [all(type(param) is nn.Parameter for param in params) for params in self._params]
-        if self._lazy:
-            self._hook_forwards(module, buckets)
+        bucket_of = {managed.param: bucket.index for bucket in buckets for managed in bucket.params}
+        for hook in self._hooks:
+            hook.buckets = sorted({bucket_of[param] for param in hook.params})
 
     def start(self, bucket: Bucket) -> None:
         """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`."""
@@ -143,26 +152,29 @@ class ParamGathers:
 
     def _hook_forwards(self, module: nn.Module, buckets: Sequence[Bucket]) -> None:
         """Some modules hand their parameters to compiled code, past `__torch_function__`."""
-        bucket_of = {managed.param: bucket.index for bucket in buckets for managed in bucket.params}
+        managed = {managed.param for bucket in buckets for managed in bucket.params}
         for submodule in module.modules():
-            needed = {bucket_of[param] for param in submodule.parameters(recurse=False) if param in bucket_of}
-            if needed:
-                submodule.register_forward_pre_hook(_ForwardHook(weakref.ref(self), sorted(needed)))
+            own = [param for param in submodule.parameters(recurse=False) if param in managed]
+            if own:
+                hook = _ForwardHook(weakref.ref(self), own)
+                self._hooks.append(hook)
+                submodule.register_forward_pre_hook(hook)
 
 
 class _ForwardHook:
-    """Waits for the buckets of a module's own parameters. Must not keep the model alive."""
+    """Waits for the buckets of a module's own parameters."""
 
-    def __init__(self, gathers: weakref.ref[ParamGathers], buckets: list[int]) -> None:
+    def __init__(self, gathers: weakref.ref[ParamGathers], params: list[nn.Parameter]) -> None:
         self._gathers = gathers
-        self._buckets = buckets
+        self.params = params
+        self.buckets: list[int] = []
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
         gathers = self._gathers()
         if gathers is not None:
-            for bucket in self._buckets:
+            for bucket in self.buckets:
                 gathers.finish(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -66,7 +66,7 @@ def unpack_state(
     for segment in segments:
         position = segment.owner.position
         if layout is not None:
-            _check_cut(layout, segment)
+            check_cut(layout, segment.owner, segment.start, segment.numel)
         if position not in packed:
             continue
         entry = packed[position]
@@ -83,12 +83,12 @@ def _copy_to(value: Any, shard: Tensor) -> Any:
     return value.to(shard.device if value.dim() else value.device, copy=True) if isinstance(value, Tensor) else value
 
 
-def _check_cut(layout: Mapping[str, Any], segment: Segment) -> None:
-    owner = segment.owner
+def check_cut(layout: Mapping[str, Any], owner: ManagedParam, start: int, numel: int) -> None:
+    """Raise StateError when a saved layout has other elements of a parameter than these."""
     shape = layout["shapes"].get(owner.position)
     if shape is None or list(shape) != list(owner.shape):
         raise StateError(f"the state dict has shape {shape} for parameter {owner.name!r} of shape {list(owner.shape)}")
-    expected = [segment.start, segment.start + segment.numel]
+    expected = [start, start + numel]
     saved = layout["ranges"].get(owner.position)
     if saved is None or list(saved) != expected:
         raise StateError(

@@ -32,13 +32,18 @@ class ShardStepper:
     ) -> None:
         self._optimizer = optimizer
         self._rule = rule_for(optimizer) if fused else None
+        self._fused: list[FusedBucket] = []
+        self._stepping = False
+        optimizer.register_step_pre_hook(self._refuse_direct_step)
+        self.adopt(buckets, stores)
+
+    def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
+        """Take up buckets in which the same parameters lie, and the optimizer's state for their segments."""
         has_kernel = {b.index: self._rule is not None and b.dtype in FUSED_DTYPES for b in buckets}
         pairs = list(zip(buckets, stores, strict=True))
         self._plain = [(b, s) for b, s in pairs if not has_kernel[b.index]]
         self._fused_pairs = [(b, s) for b, s in pairs if has_kernel[b.index]]
-        self._fused: list[FusedBucket] = []
-        self._stepping = False
-        optimizer.register_step_pre_hook(self._refuse_direct_step)
+        self.adopt_state()
 
     def adopt_state(self) -> None:
         """Take up the optimizer's state after it was replaced from outside."""

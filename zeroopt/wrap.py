@@ -12,7 +12,7 @@ from torch import nn
 from . import _C
 from .agreement import agree
 from .broadcast import Broadcaster
-from .bucket import Bucket, ManagedParam, make_buckets
+from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
 from .config import Config, Fused, check_config
 from .errors import StateError
@@ -132,13 +132,8 @@ def _wrap_checked(
     group: dist.ProcessGroup,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     placement = config.placement
-    buckets = make_buckets(
-        params,
-        transport,
-        config.bucket_bytes,
-        shard_state=placement.shard_state,
-        shared=config.share_parameters,
-    )
+    plan = make_plan(params, transport.world_size, config.bucket_bytes)
+    buckets = make_buckets(plan, params, transport, shard_state=placement.shard_state, shared=config.share_parameters)
     broadcaster = Broadcaster(group) if transport.world_size > 1 else None
     if broadcaster is not None and config.sync_module_states:
         writers = transport.writers if config.share_parameters else None

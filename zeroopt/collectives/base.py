@@ -85,6 +85,7 @@ class Transport(ABC):
     bucket in messages.
 
     Attributes:
+        group: the process group.
         rank, world_size: this process within the group.
         slice_index: which slice of every bucket this rank owns, a permutation of the ranks.
         needs_staging: a reduce-scatter on its way takes memory of its own, up to the size of its bucket.
@@ -98,7 +99,7 @@ class Transport(ABC):
     shares_parameters = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self.rank = group.rank()
         self.world_size = group.size()
         self.slice_index = self.rank
@@ -108,7 +109,7 @@ class Transport(ABC):
     @property
     def writes_parameters(self) -> bool:
         """Whether this rank is one of the `writers`."""
-        return self._group.rank() in self.writers
+        return self.group.rank() in self.writers
 
     def own_slice(self, full: Tensor) -> Tensor:
         """This rank's slice of a bucket, a view."""
@@ -127,6 +128,10 @@ class Transport(ABC):
         # Pages of their own, which take memory only when they are first used; torch.zeros writes them.
         pages = mmap(-1, max(1, numel) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=dtype)[:numel]
+
+    def free(self, buffer: Tensor) -> None:
+        """Forget a buffer from `allocate` that no collective uses any more; its memory goes with its last reference. Not
+        collective, but all ranks free the same buffers."""
 
     @abstractmethod
     def start_reduce_scatter(
@@ -159,13 +164,13 @@ class Transport(ABC):
         """Start `out = max over ranks of flags`, element by element. uint8, 1-D; `flags` comes from `allocate` and must not
         change until it has been read."""
         out.copy_(flags)
-        work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         return PendingWork(f"transport {self.name}, max of {label}", [(None, work)], (out,))
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
-        """The 0-dim tensors of all ranks, float32 or float64: [world_size], by rank."""
+        """The 0-dim tensors of all ranks, float32 or float64: [world_size], by the slice that a rank owns."""
         values = [torch.empty_like(value) for _ in range(self.world_size)]
-        work = dist.all_gather(values, value, group=self._group, async_op=True)
+        work = dist.all_gather(values, value, group=self.group, async_op=True)
         PendingWork(f"transport {self.name}, gather of {label}", [(None, work)], (value, values)).finish()
         return torch.stack(values)
 
@@ -177,7 +182,7 @@ class Transport(ABC):
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
-        dist.barrier(group=self._group)
+        dist.barrier(group=self.group)
 
     def give_up(self, reason: str) -> None:
         """Tell the other ranks, as far as the transport can, that this one will not do its part. Not collective."""

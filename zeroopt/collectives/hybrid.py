@@ -46,6 +46,7 @@ class HybridTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup, hosts: Sequence[Sequence[int]]) -> None:
         super().__init__(group)
+        self._hosts = hosts
         host = next(i for i, ranks in enumerate(hosts) if self.rank in ranks)
         self._local = ShmTransport(group, hosts[host])
         same_local_rank = [ranks[self._local.rank] for ranks in hosts]
@@ -70,6 +71,9 @@ class HybridTransport(Transport):
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         return self._local.allocate(numel, dtype, device, shared=shared)
 
+    def free(self, buffer: Tensor) -> None:
+        self._local.free(buffer)
+
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
     ) -> PendingCollective:
@@ -93,6 +97,13 @@ class HybridTransport(Transport):
         while len(self._gathers) > _GATHERS_BETWEEN_HOSTS:
             self._gathers.popleft().pass_on()
         return pending
+
+    def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
+        by_rank = super().gather_scalar(value, label=label)
+        by_host = zip(
+            *self._hosts, strict=True
+        )  # the ranks with local rank 0, host by host, then those with local rank 1
+        return by_rank[[rank for same_local_rank in by_host for rank in same_local_rank]]
 
     def flush(self) -> None:
         while self._gathers:

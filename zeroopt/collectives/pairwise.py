@@ -75,13 +75,13 @@ class PairwiseTransport(Transport):
     def receive(self, incoming: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start receiving from peers."""
         ranks = {peer: self._members[peer] for peer in incoming}
-        return [(ranks[peer], self._group.recv([tensor], ranks[peer], tag)) for peer, tensor in incoming.items()]
+        return [(ranks[peer], self.group.recv([tensor], ranks[peer], tag)) for peer, tensor in incoming.items()]
 
     def send(self, outgoing: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start sending to peers."""
         ranks = {peer: self._members[peer] for peer in outgoing}
         self.sent_bytes += sum(tensor.nbytes for tensor in outgoing.values())
-        return [(ranks[peer], self._group.send([tensor], ranks[peer], tag)) for peer, tensor in outgoing.items()]
+        return [(ranks[peer], self.group.send([tensor], ranks[peer], tag)) for peer, tensor in outgoing.items()]
 
 
 class _PairwiseReduce(PendingCollective):

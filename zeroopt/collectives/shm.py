@@ -91,7 +91,8 @@ class ShmTransport(Transport):
         self.world_size = len(self._members)
         self.writers = self._members[:1]
         self._timeout = group_timeout(group, CPU).total_seconds()
-        self._buffers: list[SharedBuffer] = []
+        self._buffers: dict[int, SharedBuffer] = {}
+        self._allocated = 0
         self._by_address: dict[int, SharedBuffer] = {}
 
         (memory, *_), self._descriptor = map_together(
@@ -109,13 +110,17 @@ class ShmTransport(Transport):
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         assert device.type == "cpu"
         num_bytes = max(1, numel) * dtype.itemsize
-        of_rank, descriptor = map_together(self._group, self._members, num_bytes, one_for_all=shared)
+        of_rank, descriptor = map_together(self.group, self._members, num_bytes, one_for_all=shared)
         os.close(descriptor)
-        buffer = SharedBuffer(len(self._buffers), of_rank, shared)
-        self._buffers.append(buffer)
+        buffer = SharedBuffer(self._allocated, of_rank, shared)
+        self._buffers[buffer.number] = buffer
+        self._allocated += 1
         own = of_rank[self.rank]
         self._by_address[own.data_ptr()] = buffer
         return own.view(dtype)[:numel]
+
+    def free(self, buffer: Tensor) -> None:
+        del self._buffers[self._by_address.pop(buffer.data_ptr()).number]
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"

@@ -39,7 +39,7 @@ class TorchTransport(Transport):
             # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
             apart = base is not None or out.dtype is not full.dtype
             total = torch.empty_like(out, dtype=full.dtype) if apart else out
-            work = _reduce_scatter(total, full, group=self._group, async_op=True)
+            work = _reduce_scatter(total, full, group=self.group, async_op=True)
         self._count(full)
         pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(None, work)], (full, out))
         return _StreamCollective(self, pending, (total, base, out) if apart else None)
@@ -47,7 +47,7 @@ class TorchTransport(Transport):
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         self._let_stream_wait()
         with self._device_module.stream(self._stream):
-            work = _all_gather(full, self.own_slice(full), group=self._group, async_op=True)
+            work = _all_gather(full, self.own_slice(full), group=self.group, async_op=True)
         self._count(full)
         pending = PendingWork(f"transport torch, all-gather of {label}", [(None, work)], (full,))
         return _StreamCollective(self, pending, None)

@@ -1,0 +1,127 @@
+"""Buckets in the order in which gradients arrive: planned once more, after the first step, as DistributedDataParallel does.
+
+The first plan takes the parameters in reverse order, which is only a guess at the order in which backward yields their
+gradients. Where it was wrong, a bucket waits for a gradient that comes late, and those behind it wait with it. What the
+ranks own changes with the plan, so their state moves: bucket by bucket, gathered in one scratch buffer from which each rank
+takes what is its own from now on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _C
+from .bucket import Bucket, ManagedParam, Segment, own_segments
+from .collectives import Transport
+from .elementwise import is_per_element
+from .shard_state import ParamState
+
+
+def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], group: dist.ProcessGroup) -> list[int]:
+    """Indices of the parameters as gradients arrived on rank 0; those that did not come last, in the order of the plan.
+
+    Collective.
+    """
+    came = set(arrivals)
+    late = [managed.index for managed in reversed(params) if managed.index not in came]
+    order = torch.tensor([*arrivals, *late], dtype=torch.int64, device=params[0].param.device)
+    dist.broadcast(order, dist.get_global_rank(group, 0), group=group)
+    return [int(index) for index in order.tolist()]
+
+
+def in_order(params: Sequence[ManagedParam], order: Sequence[int]) -> list[ManagedParam]:
+    """Parameters as the planner takes them, which goes through them from the last one on."""
+    return [params[index] for index in reversed(order)]
+
+
+def is_grouped_alike(buckets: Sequence[Bucket], plan: _C.Plan, ordered: Sequence[ManagedParam]) -> bool:
+    """Whether a plan puts the same parameters into the same buckets, in whatever order within a bucket."""
+    before = [{managed.index for managed in bucket.params} for bucket in buckets]
+    after = [{ordered[i].index for i in layout.params} for layout in plan.buckets]
+    return before == after
+
+
+def move_state(
+    state: MutableMapping[Tensor, ParamState],
+    buckets: Sequence[Bucket],
+    plan: _C.Plan,
+    ordered: Sequence[ManagedParam],
+    transport: Transport,
+    *,
+    shard_state: bool,
+) -> dict[int, ParamState]:
+    """Take all entries of the buckets' segments out of `state`, and return what this rank's segments of `plan` get instead,
+    by index of the parameter. Collective."""
+    known = _describe_together(state, buckets, transport.group)
+    pieces = [p for b in range(len(plan.buckets)) for p in own_segments(plan, b, transport, shard_state=shard_state)]
+    wanted = {ordered[piece.param].index: piece for piece in pieces}
+    moved: dict[int, ParamState] = {index: dict(known[index]) for index in wanted if index in known}
+    scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
+    scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
+    for bucket in buckets:
+        arrays = {n: v.dtype for m in bucket.params for n, v in known.get(m.index, {}).items() if isinstance(v, _Array)}
+        for name, dtype in sorted(arrays.items()):
+            full = scratch[: bucket.padded_numel * dtype.itemsize].view(dtype)
+            _gather_array(state, name, bucket, full, transport if shard_state else None)
+            for managed in bucket.params:
+                if isinstance(known.get(managed.index, {}).get(name), _Array) and managed.index in wanted:
+                    piece = wanted[managed.index]
+                    begin = managed.offset + piece.start
+                    moved[managed.index][name] = full[begin : begin + piece.numel].clone()
+        for segment in bucket.segments:
+            state.pop(segment.shard, None)
+    transport.free(scratch)
+    return moved
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Stands for a state tensor with an element for each of the parameter's."""
+
+    dtype: torch.dtype
+
+
+def _describe_together(
+    state: MutableMapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
+) -> dict[int, ParamState]:
+    """What state each parameter has, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
+    counts and the like, which an element-wise optimizer has alike for all parts."""
+    mine = {
+        segment.owner.index: {
+            name: _Array(value.dtype) if is_array(name, value, segment) else value
+            for name, value in state[segment.shard].items()
+        }
+        for bucket in buckets
+        for segment in bucket.segments
+        if segment.shard in state
+    }
+    everyone: list[dict[int, ParamState]] = [{}] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return {index: entry for one in everyone for index, entry in one.items()}
+
+
+def is_array(name: str, value: Any, segment: Segment) -> bool:
+    """Whether a state entry has an element for each of the segment's."""
+    return isinstance(value, Tensor) and is_per_element(name, value, segment.shard)
+
+
+def _gather_array(
+    state: MutableMapping[Tensor, ParamState], name: str, bucket: Bucket, full: Tensor, transport: Transport | None
+) -> None:
+    """Fill `full` with one array of a bucket's state, and take it out of `state`. No transport: this rank has all of it."""
+    own = bucket.within_own_range(full)
+    for segment in bucket.segments:
+        entry = state.get(segment.shard, {})
+        if is_array(name, entry.get(name), segment):
+            own[segment.offset : segment.offset + segment.numel].copy_(entry.pop(name))
+    if transport is not None:
+        transport.start_rendezvous("moving state").finish()  # all are through with the array before
+        gather = transport.start_all_gather(full, label=f"state of {bucket.name}")
+        transport.flush()
+        gather.finish()
