@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from training import MODELS, OPTIMIZERS, train_all, train_step_by_step
 from worker_pool import RunOnRanks
+
+import zeroopt
 
 STAGES = (0, 1, 2)
 # Largest difference after one step, in units of the last place of a tensor's largest element.
@@ -94,6 +97,41 @@ def test_stages_bucket_sizes_and_overlap_do_not_change_a_bit(
     ]
     for model in MODELS:
         assert_same(run_on_ranks(world_size, train_all, model, optimizer, same), EXACT)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "options", [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 2, "reduce_dtype": torch.bfloat16}]
+)
+def test_transports_do_not_change_a_bit(run_on_ranks: RunOnRanks, world_size: int, options: dict[str, Any]) -> None:
+    same = [{**options, "transport": transport, "bucket_mb": 0.004} for transport in ("pairwise", "shm")]
+    if options["stage"] > 0:
+        same.append({**options, "share_parameters": True, "bucket_buffers": 3, "bucket_mb": 0.002})
+    for model in MODELS:
+        assert_same(run_on_ranks(world_size, train_all, model, "adamw", same), EXACT)
+
+
+def step_with_wire_dtype(reduce_dtype: torch.dtype, stage: int) -> tuple[Tensor, Tensor]:
+    """One SGD step at a learning rate of 1, and this rank's gradient."""
+    weight = nn.Parameter(torch.zeros(1000))
+    net = nn.ParameterList([weight])
+    gradient = torch.randn(1000, generator=torch.Generator().manual_seed(dist.get_rank()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    _, wrapped = zeroopt.wrap(net, optimizer, stage=stage, reduce_dtype=reduce_dtype, fused=False)
+    (weight * gradient).sum().backward()
+    wrapped.step()
+    return weight.detach().clone(), gradient
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_reduce_dtype_rounds_what_travels_and_sums_in_float32(
+    run_on_ranks: RunOnRanks, dtype: torch.dtype, stage: int
+) -> None:
+    results = run_on_ranks(2, step_with_wire_dtype, dtype, stage)
+    travelled = [(gradient / 2).to(dtype).float() for _, gradient in results]
+    for weight, _ in results:
+        assert torch.equal(weight, -(travelled[0] + travelled[1]))
 
 
 def test_torch_transport_follows_ddp(run_on_ranks: RunOnRanks) -> None:

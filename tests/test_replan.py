@@ -89,7 +89,7 @@ def ranks_arrive_differently() -> list[str]:
     """Rank 1 uses the layers in another order; rank 0's counts."""
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-    model, optimizer = zeroopt.wrap(layers, torch.optim.AdamW(layers.parameters()), bucket_mb=0.001)
+    _, optimizer = zeroopt.wrap(layers, torch.optim.AdamW(layers.parameters()), bucket_mb=0.001)
     ordered = list(layers) if dist.get_rank() == 1 else [layers[2], layers[0], layers[3], layers[1]]
     for _ in range(2):
         x = torch.ones(2, 16)
