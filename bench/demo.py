@@ -1,5 +1,7 @@
 """Train the same model by DistributedDataParallel and by zeroopt at stages 0, 1 and 2, and compare.
 
+The last method is stage 2 with `share_parameters=True`: one copy of the weights for all ranks.
+
     python -m bench.demo
 
 Each run is `examples/train_gpt.py` under torchrun on this machine. The methods take turns, so that a busy moment of the
@@ -30,7 +32,13 @@ from rich.table import Table
 
 from bench.machine import describe_machine
 
-METHODS = {"ddp": "DDP", "zero0": "zeroopt stage 0", "zero1": "zeroopt stage 1", "zero2": "zeroopt stage 2"}
+METHODS = {
+    "ddp": "DDP",
+    "zero0": "zeroopt stage 0",
+    "zero1": "zeroopt stage 1",
+    "zero2": "zeroopt stage 2",
+    "zero2-shared": "zeroopt stage 2, shared",
+}
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_gpt.py"
 FINAL_STEPS = 10  # the final training loss is the mean of this many steps, for one step's batch is small
 LOSS_TOLERANCE = 0.01  # the fused kernel rounds its last bits differently, and training amplifies that
@@ -161,8 +169,8 @@ def summarize(outcomes: list[RunOutcome]) -> Result:
 def make_table(results: list[Result]) -> Table:
     baseline = results[0]
     caption = (
-        "loss: mean of the last steps. step: median time. peak: resident memory above the level before the model, "
-        "the larger of the ranks. sent: over the network stack, by a rank in a step."
+        "loss: mean of the last steps. step: median time. peak: memory of a rank above the level before the model; of shared "
+        "pages, a rank's part. sent: over the network stack, by a rank in a step."
     )
     table = Table(
         title=f"{baseline.parameters / 1e6:.1f} M parameters, float32, AdamW", caption=caption, box=box.SIMPLE

@@ -11,10 +11,7 @@ its optimizer's time divided by the number of ranks.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import zeroopt
-from bench.machine import describe_machine
+from bench.launch import run_ranks, write_figures, write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from gpt import GPT  # noqa: E402
+from gpt import GPT
 
 VOCABULARY = 8192
 LOCAL = "no communication"
@@ -110,7 +107,7 @@ def work(args: argparse.Namespace) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
-        args.figures.write_text(json.dumps({"parameters": parameters, "ranks": everyone}))
+        write_figures({"parameters": parameters, "ranks": everyone}, args.figures)
     dist.barrier()
     time.sleep(0.1)  # Gloo's threads let go of the last tensors
     dist.destroy_process_group()
@@ -149,7 +146,8 @@ def bound_s(local: Figures, world_size: int) -> float:
 
 def make_table(results: dict[str, Figures], parameters: int, args: argparse.Namespace) -> Table:
     table = Table(
-        title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank", box=box.SIMPLE
+        title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank",
+        box=box.SIMPLE,
     )
     table.add_column("method", no_wrap=True)
     for heading in ("step\nms", "of DDP's", "of the\nbound", "CPU s\na step", "of DDP's"):
@@ -176,29 +174,12 @@ def main() -> int:
     if args.figures:
         work(args)
         return 0
-    figures_path = Path(f"/tmp/zeroopt-steps-{os.getpid()}.json")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"),
-        *("-m", "bench.steps", *sys.argv[1:], f"--figures={figures_path}"),
-    ]
-    try:
-        outcome = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, check=False)
-        if outcome.returncode:
-            return outcome.returncode
-        figures = json.loads(figures_path.read_text())
-    finally:
-        figures_path.unlink(missing_ok=True)
+    figures = run_ranks("bench.steps", sys.argv[1:], args)
     results = summarize(figures["ranks"])
     Console().print(make_table(results, figures["parameters"], args))
     if args.out:
-        report = {
-            "command": " ".join(["python", "-m", "bench.steps", *sys.argv[1:]]),
-            "machine": describe_machine(),
-            "parameters": figures["parameters"],
-            "results": {name: vars(value) for name, value in results.items()},
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        figures_by_method = {name: vars(value) for name, value in results.items()}
+        write_report(args.out, "bench.steps", {"parameters": figures["parameters"], "results": figures_by_method})
     return 0
 
 

@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -37,6 +38,8 @@ def prepare(method: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         case "zero0" | "zero1" | "zero2":
             model, optimizer = zeroopt.wrap(model, optimizer, stage=int(method[-1]))
+        case "zero2-shared":
+            model, optimizer = zeroopt.wrap(model, optimizer, stage=2, share_parameters=True)
     return model, optimizer
 
 
@@ -106,6 +109,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     warmup = min(WARMUP_STEPS, args.steps - 1)
     for step in range(args.steps):
         if step == warmup:
+            memory.stop()
             sent_before = loopback_bytes()
         started = time.perf_counter()
         loss = model(*draw_batch(training_text, args, (args.seed * args.steps + step) * world_size + rank, device))
@@ -121,7 +125,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     sent = loopback_bytes() - sent_before
     alone = int(os.environ["LOCAL_WORLD_SIZE"]) == world_size and device.type == "cpu"
 
-    peak = memory.most_of_all_ranks()
+    peak = memory.mean_over_ranks()
     return {
         "method": args.method,
         "world_size": world_size,
@@ -144,27 +148,43 @@ def rehearse(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """The most memory this process has held at once, above what it holds now."""
+    """The most memory this process has held at once, above what it holds when it is watched first.
+
+    On Linux, pages that ranks share count in parts: what counts is the proportional set size, which only a sampling thread
+    can watch. It stops before anything is timed: by then, all buffers have been made.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.done = threading.Event()
+        self.sampler = threading.Thread(target=self.sample)
+        self.before = self.peak = self.held_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present VmRSS
-        self.before = self.peak_bytes()
+        else:
+            self.sampler.start()
 
-    def peak_bytes(self) -> int:
+    def sample(self) -> None:
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, self.held_bytes())
+
+    def held_bytes(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if Path("/proc/self/status").exists():
-            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+            return torch.cuda.memory_allocated(self.device)
+        if Path("/proc/self/smaps_rollup").exists():
+            return int(Path("/proc/self/smaps_rollup").read_text().split("Pss:")[1].split()[0]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def most_of_all_ranks(self) -> int:
-        most = torch.tensor(self.peak_bytes() - self.before, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+    def stop(self) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        elif self.sampler.is_alive():
+            self.done.set()
+            self.sampler.join()
+
+    def mean_over_ranks(self) -> int:
+        self.stop()
+        return int(mean_over_ranks([self.peak - self.before], self.device)[0])
 
 
 def loopback_bytes() -> int:
@@ -195,7 +215,7 @@ def report_results(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["ddp", "zero0", "zero1", "zero2"], default="zero2")
+    parser.add_argument("--method", choices=["ddp", "zero0", "zero1", "zero2", "zero2-shared"], default="zero2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
