@@ -11,6 +11,7 @@ function(zeroopt_add_isa name)
     csrc/cpu/leaf/table.cpp
     csrc/cpu/leaf/pack.cpp
     csrc/cpu/leaf/reduce.cpp
+    csrc/cpu/leaf/copy.cpp
     csrc/cpu/leaf/adamw.cpp
     csrc/cpu/leaf/sgd.cpp)
   zeroopt_target(leaf_${name})

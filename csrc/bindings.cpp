@@ -1,5 +1,6 @@
-// zeroopt._C: the kernels, the planner and the board of the shm transport, for Python. Addresses, sizes, dtype codes and streams are plain
-// integers (address 0: null); zeroopt/ops.py checks them. The GIL is released while a kernel computes.
+// zeroopt._C: the kernels, the planner and the board of the shm transport, for Python. Addresses, sizes, dtype codes
+// and streams are plain integers (address 0: null); zeroopt/ops.py checks them. The GIL is released while a kernel
+// computes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -63,6 +64,12 @@ void bind_cpu_kernels(py::module_& m) {
       },
       py::arg("slices"), py::arg("slice_dtype"), py::arg("base"), py::arg("out"), py::arg("out_dtype"),
       py::arg("numel"), py::arg("num_threads"), GilReleased());
+  m.def(
+      "copy",
+      [](Address src, Address dst, int64_t bytes, int num_threads) {
+        cpu::copy(pointer<const void>(src), pointer<void>(dst), bytes, num_threads);
+      },
+      py::arg("src"), py::arg("dst"), py::arg("bytes"), py::arg("num_threads"), GilReleased());
   m.def(
       "adamw",
       [](Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address rows,
@@ -170,9 +177,7 @@ void bind_planner(py::module_& m) {
 
 void bind_shared_memory(py::module_& m) {
   py::class_<Ticket>(m, "Ticket")
-      .def(py::init([](int64_t kind, int64_t bytes, int64_t buffer) {
-             return Ticket{kind, bytes, buffer};
-           }),
+      .def(py::init([](int64_t kind, int64_t bytes, int64_t buffer) { return Ticket{kind, bytes, buffer}; }),
            py::arg("kind"), py::arg("bytes"), py::arg("buffer"))
       .def_readonly("kind", &Ticket::kind)
       .def_readonly("bytes", &Ticket::bytes)

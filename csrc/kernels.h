@@ -72,6 +72,9 @@ void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t 
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,
             DType out_dtype, int64_t numel, int num_threads);
 
+/// memcpy for what nobody reads from this processor's cache soon: large copies go past it. bytes: 2 a byte.
+void copy(const void* src, void* dst, int64_t bytes, int num_threads);
+
 /// One AdamW or Adam step. The arrays do not overlap. bytes: 28 (36 with amsgrad).
 void adamw(const AdamWTensors& tensors, const SegmentTable& segments, const AdamWGroup* groups, int num_threads);
 

@@ -96,6 +96,23 @@ def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
         _C.cuda_pack(src.data_ptr(), src_code, dst.data_ptr(), dst_code, numel, scale, _stream(src))
 
 
+def copy(src: Tensor, dst: Tensor) -> None:
+    """``dst = src``, for what this processor does not read again soon: large copies go past its cache. CPU; not collective.
+
+    Args:
+        src: contiguous.
+        dst: as many bytes, contiguous; overwritten.
+
+    Raises:
+        ConfigError: a size, layout or device does not fit, or the two overlap.
+    """
+    _require(src.is_cpu and dst.is_cpu, f"expected src and dst on the CPU, got {src.device} and {dst.device}")
+    _require(src.is_contiguous() and dst.is_contiguous(), "expected src and dst to be contiguous")
+    _require(src.nbytes == dst.nbytes, f"expected dst to have {src.nbytes} bytes as src, got {dst.nbytes}")
+    _check_disjoint("src", src, "dst", dst)
+    _C.copy(src.data_ptr(), dst.data_ptr(), src.nbytes, torch.get_num_threads())
+
+
 def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None) -> None:
     """``out = base + (slices[0] + slices[1] + ...)``, the sum taken as a fixed tree. Not collective.
 

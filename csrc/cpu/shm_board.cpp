@@ -33,7 +33,8 @@ void sleep_on(std::atomic<uint32_t>& word, uint32_t value, Clock::duration durat
   const timespec timeout = {static_cast<time_t>(nanoseconds / 1000000000), static_cast<long>(nanoseconds % 1000000000)};
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, value, &timeout, nullptr, 0);
 #else
-  if (word.load() == value) std::this_thread::sleep_for(std::min<Clock::duration>(duration, std::chrono::microseconds(50)));
+  if (word.load() == value)
+    std::this_thread::sleep_for(std::min<Clock::duration>(duration, std::chrono::microseconds(50)));
 #endif
 }
 
@@ -177,7 +178,8 @@ struct flock byte_lock(int64_t rank) {
 
 void hold_rank_lock(int fd, int64_t rank) {
   struct flock lock = byte_lock(rank);
-  if (fcntl(fd, F_SETLK, &lock) != 0) throw std::system_error(errno, std::generic_category(), "cannot lock shared memory");
+  if (fcntl(fd, F_SETLK, &lock) != 0)
+    throw std::system_error(errno, std::generic_category(), "cannot lock shared memory");
 }
 
 bool rank_lock_is_held(int fd, int64_t rank) {

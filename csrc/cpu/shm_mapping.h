@@ -5,8 +5,8 @@
 
 namespace zeroopt {
 
-/// Maps the first bytes of an open file, for reading and writing. The descriptor may be closed afterwards: with thousands
-/// of buckets, each mapped from every peer, descriptors would run out (Python's mmap keeps them).
+/// Maps the first bytes of an open file, for reading and writing. The descriptor may be closed afterwards: with
+/// thousands of buckets, each mapped from every peer, descriptors would run out (Python's mmap keeps them).
 class SharedMapping {
 public:
   /// @throws std::system_error when the kernel refuses.

@@ -17,7 +17,8 @@ for bit, those of a single host: `ops.reduce` adds in a binary tree over ranks, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -90,8 +91,8 @@ class HybridTransport(Transport):
         return pending
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
-        block = self._local.own_slice(full)
-        between_hosts = self._gathers_between_hosts.start_all_gather(block, label=label)
+        with self.messages():
+            between_hosts = self._gathers_between_hosts.start_all_gather(self._local.own_slice(full), label=label)
         pending = _HybridGather(self, between_hosts, lambda: self._local.start_all_gather(full, label=label))
         self._gathers.append(pending)
         while len(self._gathers) > _GATHERS_BETWEEN_HOSTS:
@@ -126,6 +127,15 @@ class HybridTransport(Transport):
     def give_up(self, reason: str) -> None:
         self._local.give_up(reason)
 
+    @contextmanager
+    def messages(self) -> Iterator[None]:
+        """Where messages between hosts fail, this host's other ranks hear of it, for they depend on what should come."""
+        try:
+            yield
+        except RuntimeError:
+            self.give_up("a message failed")
+            raise
+
 
 class _HybridReduce(PendingCollective):
     """First within the host, then between hosts."""
@@ -153,12 +163,14 @@ class _HybridReduce(PendingCollective):
 
     def go_between_hosts(self) -> None:
         self._within_host.finish()
-        self._between_hosts = self._start_between_hosts()
+        with self._transport.messages():
+            self._between_hosts = self._start_between_hosts()
 
     def finish(self) -> None:
         self._transport.start_through(self)
         assert self._between_hosts is not None
-        self._between_hosts.finish()
+        with self._transport.messages():
+            self._between_hosts.finish()
         if self._give_back is not None:
             self._give_back()
             self._give_back = None
@@ -183,7 +195,8 @@ class _HybridGather(PendingCollective):
 
     def pass_on(self) -> None:
         """Wait for the messages of other hosts and hand them to this host's ranks."""
-        self._between_hosts.finish()
+        with self._transport.messages():
+            self._between_hosts.finish()
         self._within_host = self._start_within_host()
 
     def finish(self) -> None:

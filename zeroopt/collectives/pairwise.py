@@ -7,8 +7,9 @@ the result does not depend on who was faster.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,12 @@ _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
 _transports_of_group: Counter[str] = Counter()
 
-# Memory for slices that have arrived and wait for their sum. A bucket that needs more is received in rounds, which costs
-# overlap: the second round begins when the sum of the first is asked for.
+# Large slices go in several messages: while one is summed, the next arrives. Smaller ones cost more time than they save.
+MESSAGE_BYTES = 4 * 2**20
+# Memory for what has arrived and waits for its sum. A bucket that needs more than that receives the rest when its sum is
+# asked for, without overlap.
 STAGING_BYTES = 32 * 2**20
-_CHUNK_ALIGNMENT = 64  # elements
+_MESSAGE_ALIGNMENT = 64  # elements
 
 
 class PairwiseTransport(Transport):
@@ -59,9 +62,13 @@ class PairwiseTransport(Transport):
         return _PairwiseReduce(self, full, out, base, label)
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
-        tag = self.take_tags(1)
-        incoming = {peer: slice_of(full, peer, self.world_size) for peer in self.peers}
-        works = self.receive(incoming, tag) + self.send(dict.fromkeys(self.peers, self.own_slice(full)), tag)
+        numel = max(1, MESSAGE_BYTES // full.element_size())
+        parts = [torch.split(slice_of(full, rank, self.world_size), numel) for rank in range(self.world_size)]
+        tag = self.take_tags(len(parts[0]))
+        works = []
+        for number, own in enumerate(parts[self.slice_index]):
+            works += self.receive({peer: parts[peer][number] for peer in self.peers}, tag + number)
+            works += self.send(dict.fromkeys(self.peers, own), tag + number)
         return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
 
     def take_tags(self, count: int) -> int:
@@ -75,17 +82,38 @@ class PairwiseTransport(Transport):
     def receive(self, incoming: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start receiving from peers."""
         ranks = {peer: self._members[peer] for peer in incoming}
-        return [(ranks[peer], self.group.recv([tensor], ranks[peer], tag)) for peer, tensor in incoming.items()]
+        return [(ranks[peer], _start(self.group.recv, tensor, ranks[peer], tag)) for peer, tensor in incoming.items()]
 
     def send(self, outgoing: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start sending to peers."""
         ranks = {peer: self._members[peer] for peer in outgoing}
         self.sent_bytes += sum(tensor.nbytes for tensor in outgoing.values())
-        return [(ranks[peer], self.group.send([tensor], ranks[peer], tag)) for peer, tensor in outgoing.items()]
+        return [(ranks[peer], _start(self.group.send, tensor, ranks[peer], tag)) for peer, tensor in outgoing.items()]
+
+
+def _start(message: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, rank: int, tag: int) -> dist.Work:
+    try:
+        return message([tensor], rank, tag)
+    except RuntimeError as error:  # the connection has been broken before
+        return _NotStarted(error)
+
+
+class _NotStarted(dist.Work):
+    """A message that fails when it is waited for, as others do: those started beside it must be kept until then."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__()
+        self._error = error
+
+    def wait(self, timeout: timedelta = timedelta()) -> bool:
+        raise self._error
 
 
 class _PairwiseReduce(PendingCollective):
-    """A reduce-scatter in rounds, each of which receives a chunk of the own slice from every peer and sums it."""
+    """A reduce-scatter in parts: for each part of the own slice, a message from every peer, which are then summed.
+
+    Messages arrive in slots of the staging memory. When a part has been summed, its slot is free for a later one.
+    """
 
     def __init__(
         self, transport: PairwiseTransport, full: Tensor, out: Tensor, base: Tensor | None, label: str
@@ -94,55 +122,60 @@ class _PairwiseReduce(PendingCollective):
         self._what = f"transport {transport.name}, reduce-scatter of {label}"
         self._full, self._out, self._base = full, out, base
         self._done = False
-        num_peers = len(transport.peers)
-        fitting = STAGING_BYTES // (num_peers * full.element_size()) // _CHUNK_ALIGNMENT * _CHUNK_ALIGNMENT
-        self._chunk = min(out.numel(), max(fitting, _CHUNK_ALIGNMENT))
-        starts = range(0, out.numel(), self._chunk) if out.numel() else []
-        self._tag = transport.take_tags(len(starts))
-        self._staging = transport.staging.take(num_peers * self._chunk * full.element_size())
+        num_peers, item_bytes = len(transport.peers), full.element_size()
+        self._part_numel = _part_numel(out.numel(), num_peers, item_bytes)
+        self._num_parts = -(-out.numel() // self._part_numel)
+        self._slot_bytes = num_peers * self._part_numel * item_bytes
+        self._num_slots = min(self._num_parts, max(1, STAGING_BYTES // max(1, self._slot_bytes)))
+        self._staging = transport.staging.take(self._num_slots * self._slot_bytes)
+        self._tag = transport.take_tags(self._num_parts)
+        self._arriving = deque(self._receive(part) for part in range(self._num_slots))
         sends: list[tuple[int | None, dist.Work]] = []
-        for round_number, start in enumerate(starts):
+        for part in range(self._num_parts):
             outgoing = {
-                peer: self._chunk_of(slice_of(full, peer, transport.world_size), start) for peer in transport.peers
+                peer: self._part_of(slice_of(full, peer, transport.world_size), part) for peer in transport.peers
             }
-            sends += transport.send(outgoing, self._tag + round_number)
+            sends += transport.send(outgoing, self._tag + part)
         self._sends = PendingWork(self._what, sends, (full,))
-        self._rounds = list(enumerate(starts))
-        self._received = self._receive(*self._rounds[0]) if self._rounds else None
 
     def finish(self) -> None:
         if self._done:
             return
-        for number, start in self._rounds:
-            if number > 0:
-                self._received = self._receive(number, start)
-            assert self._received is not None
-            self._received.finish()
-            self._add(start)
+        for part in range(self._num_parts):
+            self._arriving.popleft().finish()
+            self._add(part)
+            if part + self._num_slots < self._num_parts:
+                self._arriving.append(self._receive(part + self._num_slots))
         self._sends.finish()
         self._transport.staging.give_back(self._staging)
         self._done = True
 
-    def _receive(self, number: int, start: int) -> PendingWork:
-        incoming = self._incoming(start)
-        return PendingWork(self._what, self._transport.receive(incoming, self._tag + number), (self._staging,))
+    def _receive(self, part: int) -> PendingWork:
+        works = self._transport.receive(self._incoming(part), self._tag + part)
+        return PendingWork(self._what, works, (self._staging,))
 
-    def _incoming(self, start: int) -> dict[int, Tensor]:
-        """Where the peers' chunks of the own slice arrive."""
-        numel = min(self._chunk, self._out.numel() - start)
-        peers = self._transport.peers
-        received = self._staging[: len(peers) * numel * self._full.element_size()].view(self._full.dtype)
-        return dict(zip(peers, torch.split(received, numel), strict=True))
+    def _incoming(self, part: int) -> dict[int, Tensor]:
+        """Where the peers' messages for a part of the own slice arrive."""
+        peers, numel = self._transport.peers, self._part_of(self._out, part).numel()
+        first_byte = part % self._num_slots * self._slot_bytes
+        slot = self._staging[first_byte : first_byte + len(peers) * numel * self._full.element_size()]
+        return dict(zip(peers, torch.split(slot.view(self._full.dtype), numel), strict=True))
 
-    def _add(self, start: int) -> None:
-        own = self._chunk_of(self._transport.own_slice(self._full), start)
-        incoming = self._incoming(start)
+    def _add(self, part: int) -> None:
+        incoming = self._incoming(part)
+        own = self._part_of(self._transport.own_slice(self._full), part)
         slices = [incoming.get(rank, own) for rank in range(self._transport.world_size)]
-        base = None if self._base is None else self._chunk_of(self._base, start)
-        ops.reduce(slices, self._chunk_of(self._out, start), base=base)
+        base = None if self._base is None else self._part_of(self._base, part)
+        ops.reduce(slices, self._part_of(self._out, part), base=base)
 
-    def _chunk_of(self, tensor: Tensor, start: int) -> Tensor:
-        return tensor[start : start + self._chunk]
+    def _part_of(self, tensor: Tensor, part: int) -> Tensor:
+        return tensor[part * self._part_numel : (part + 1) * self._part_numel]
+
+
+def _part_numel(slice_numel: int, num_peers: int, item_bytes: int) -> int:
+    """Elements of a message: few enough for one of every peer to fit into the staging memory."""
+    fitting = min(MESSAGE_BYTES, STAGING_BYTES // max(1, num_peers)) // item_bytes // _MESSAGE_ALIGNMENT * _MESSAGE_ALIGNMENT
+    return min(max(1, slice_numel), max(fitting, _MESSAGE_ALIGNMENT))
 
 
 class StagingPool:

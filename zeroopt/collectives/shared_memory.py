@@ -33,8 +33,12 @@ class OpenMemory:
         if not hasattr(os, "memfd_create"):
             raise OSError("shared memory without a name (memfd_create) exists on Linux only")
         self.fd = os.memfd_create("zeroopt", os.MFD_CLOEXEC)
-        os.fchmod(self.fd, 0o600)
-        os.ftruncate(self.fd, num_bytes)
+        try:
+            os.fchmod(self.fd, 0o600)
+            os.ftruncate(self.fd, num_bytes)
+        except OSError:
+            os.close(self.fd)
+            raise
 
     @property
     def address(self) -> list[int]:

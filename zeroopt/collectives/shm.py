@@ -101,11 +101,11 @@ class ShmTransport(Transport):
         _C.hold_rank_lock(self._descriptor, self.rank)  # tells peers for as long as this process lives
         self._board_memory = memory
         self._board = _C.ShmBoard(memory.data_ptr(), self.rank, self.world_size)
+        weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
         self._posted = 0
         self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
         self._scalar_before: PendingCollective | None = None
-        weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         assert device.type == "cpu"
@@ -136,7 +136,7 @@ class ShmTransport(Transport):
         if not buffer.shared:
             own = self.own_slice(full)
             for peer in self._peers():
-                self.own_slice(buffer.like(full, peer)).copy_(own)
+                ops.copy(own, self.own_slice(buffer.like(full, peer)))
         return _Arrival(self, self._post(Kind.ALL_GATHER, full, label), label)
 
     def start_rendezvous(self, label: str) -> PendingCollective:
@@ -222,24 +222,33 @@ class ShmTransport(Transport):
         """Block until all have posted, or read, so many tickets."""
         deadline = time.monotonic() + self._timeout
         while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
-            counts = zip(self._board.posted(), self._board.read(), strict=True)
-            missing = [
-                rank for rank, (posted, read) in enumerate(counts) if posted < posted_count and read < read_count
+            # Asked before the counters: what a rank did before it was lost counts.
+            lost = {rank for rank in range(self.world_size) if self._is_lost(rank)}
+            goals = ((self._board.posted(), posted_count), (self._board.read(), read_count))
+            behind = [
+                {rank for rank, count in enumerate(counts) if count < goal}
+                for counts, goal in goals
+                if goal != _C.ShmBoard.NEVER
             ]
-            lost = [rank for rank in missing if self._board.left()[rank] or not self._is_alive(rank)]
-            if lost or time.monotonic() > deadline:
+            in_vain = all(ranks & lost for ranks in behind)  # either goal would have been enough
+            if in_vain or (all(behind) and time.monotonic() > deadline):
                 self._board.leave()
+                blamed = set.union(*behind) & lost if in_vain else behind[-1]
                 raise CollectiveError(
                     f"transport shm, {kind} of {label}: rank {self._members[self.rank]} waits in vain for "
-                    + "; ".join(self._describe(rank) for rank in missing)
+                    + "; ".join(self._describe(rank) for rank in sorted(blamed))
                 )
+
+    def _is_lost(self, rank: int) -> bool:
+        """Whether a rank will neither post nor read any more."""
+        return self._board.left()[rank] or not self._is_alive(rank)
 
     def _describe(self, rank: int) -> str:
         name = f"rank {self._members[rank]}"
+        if self._board.left()[rank]:
+            return f"{name}, which gave up, dropped its model or came to its end"
         if not self._is_alive(rank):
             return f"{name}, whose process has ended"
-        if self._board.left()[rank]:
-            return f"{name}, which gave up or dropped its model"
         return (
             f"{name}, which has not come within the group's timeout of {self._timeout:g} s: stopped, busy or diverged"
         )
@@ -308,6 +317,7 @@ class _Arrival(PendingCollective):
         self._label = label
 
     def finish(self) -> None:
+        self._transport.read_through(self._number)  # peers may wait for that before they post this one
         self._transport.wait_until_posted(self._number, Kind.ALL_GATHER, self._label)
 
 

@@ -2,6 +2,7 @@
 #include "cpu/leaf/table.h"
 
 #include "common/dtype.h"
+#include "cpu/leaf/stream.h"
 
 namespace zeroopt::cpu::ZEROOPT_ISA {
 namespace {
@@ -77,15 +78,29 @@ void add_tree(const void* const* slices, int64_t count, int64_t first, const Des
   add_slices<1, Value>(left, &rest, 0, base, dest, numel);
 }
 
+/// Whether out is written to only, and too large for the cache.
+template <class Out>
+bool streams(const void* const* slices, int64_t num_slices, const void* base, const void* out, int64_t numel) {
+  bool apart = out != base;
+  for (int64_t k = 0; k < num_slices; ++k)
+    apart = apart && out != slices[k];
+  return apart && numel * static_cast<int64_t>(sizeof(Out)) >= kStreamBytes;
+}
+
 template <class Slice, class Out>
 void reduce(const void* const* slices, int64_t num_slices, const void* base, void* out, int64_t begin, int64_t end) {
-  const int64_t block = num_slices <= kGroup ? end - begin : kBlock;
+  using Value = typename Compute<Slice, Out>::type;
+  const bool past_cache = streams<Out>(slices, num_slices, base, out, end - begin);
+  const int64_t block = num_slices <= kGroup && !past_cache ? end - begin : kBlock;
+  alignas(64) Out result[kBlock];
   for (int64_t i = begin; i < end; i += block) {
     const int64_t numel = end - i < block ? end - i : block;
     const Out* base_block = base == nullptr ? nullptr : static_cast<const Out*>(base) + i;
-    add_tree<Slice, typename Compute<Slice, Out>::type>(slices, num_slices, i, base_block, static_cast<Out*>(out) + i,
-                                                        numel);
+    Out* out_block = static_cast<Out*>(out) + i;
+    add_tree<Slice, Value>(slices, num_slices, i, base_block, past_cache ? result : out_block, numel);
+    if (past_cache) stream(out_block, result, numel * static_cast<int64_t>(sizeof(Out)));
   }
+  if (past_cache) finish_stream();
 }
 
 } // namespace

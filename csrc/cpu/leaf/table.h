@@ -16,10 +16,13 @@ constexpr int kNumDTypes = 4;
 /// dst[i] = cast(src[i] * scale) for i in [0, numel); dst may be src.
 using PackLeaf = void (*)(const void* src, void* dst, int64_t numel, double scale);
 
-/// out[i] = cast(base[i] + (slices[0][i] + slices[1][i] + ...)) for i in [begin, end); base may be null, num_slices
+/// out[i] = cast(base[i] + tree over slices[...][i]) for i in [begin, end), see kernels.h; base may be null, num_slices
 /// >= 1.
 using ReduceLeaf = void (*)(const void* const* slices, int64_t num_slices, const void* base, void* out, int64_t begin,
                             int64_t end);
+
+/// memcpy.
+using CopyLeaf = void (*)(const void* src, void* dst, int64_t bytes);
 
 /// One step over elements [0, numel); max_exp_avg_sq is null without AMSGrad.
 using AdamWLeaf = void (*)(const AdamWTensors& tensors, int64_t numel, const AdamWScalars& scalars);
@@ -38,6 +41,7 @@ struct ReduceTable {
 struct LeafTable {
   const PackTable* pack;
   const ReduceTable* reduce;
+  CopyLeaf copy;
   AdamWLeaf adamw;
   SgdLeaf sgd;
 };
@@ -59,6 +63,7 @@ namespace zeroopt::cpu::ZEROOPT_ISA {
 extern const PackTable pack_table;
 extern const ReduceTable reduce_table;
 extern const LeafTable leaf_table;
+void copy(const void* src, void* dst, int64_t bytes);
 void adamw(const AdamWTensors& tensors, int64_t numel, const AdamWScalars& scalars);
 void sgd(const SgdTensors& tensors, int64_t numel, const SgdScalars& scalars);
 } // namespace zeroopt::cpu::ZEROOPT_ISA

@@ -1,0 +1,225 @@
+"""Peak memory of a rank, in bytes a parameter: zeroopt's stages against DistributedDataParallel.
+
+    python -m bench.memory --world-size 2
+
+Every method trains the same GPT with AdamW in float32, in processes of its own. While they wrap it and train, this process
+asks the kernel every few milliseconds what they hold: their proportional set size, in which a page that k ranks share counts
+1/k in each of them, so that over all ranks it counts once. Mapped files do not count: they are the code of libraries, which
+ranks share with whatever else runs. Figures are above what the ranks held after a rehearsal, a step of a tiny model by the same
+method, for torch loads much of itself only then.
+
+    a rank         the most that all ranks held at one moment, by their number: the figure to compare
+    largest rank   the most that any one rank held at any moment
+
+What is freed counts for as long as the C library keeps it. "SGD alone" shows what no method can do without: it trains without
+communication and optimizer state, so it holds parameters, gradients and activations.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.launch import Torchrun, exit_unless_zero, running_ranks, write_figures, write_report
+from bench.steps import VOCABULARY, Wrapped, alone, ddp, zero
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from gpt import GPT
+
+
+def adamw(net: GPT) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), fused=True)
+
+
+METHODS: dict[str, Callable[[GPT], Wrapped]] = {
+    "SGD alone": lambda net: alone(net, torch.optim.SGD(net.parameters())),
+    "DDP": lambda net: ddp(net, adamw(net)),
+    "stage 1": lambda net: zero(stage=1)(net, adamw(net)),
+    "stage 2": lambda net: zero(stage=2)(net, adamw(net)),
+    "stage 2, share_parameters": lambda net: zero(stage=2, share_parameters=True)(net, adamw(net)),
+}
+
+
+def work(args: argparse.Namespace) -> None:
+    """What every rank does."""
+    torch.set_num_threads(args.threads)
+    dist.init_process_group("gloo")
+    wrap = METHODS[args.methods[0]]
+    train(wrap, GPT(64, 16, 1, 64, 1, tied=False), 64, 16, steps=1)
+    gc.collect()
+    wait_to_be_watched(args.figures)
+    net = GPT(VOCABULARY, args.tokens, args.layers, args.width, args.width // 64, tied=False)
+    parameters = sum(p.numel() for p in net.parameters())
+    train(wrap, net, VOCABULARY, args.tokens, args.steps)
+    if dist.get_rank() == 0:
+        write_figures({"parameters": parameters}, args.figures)
+    dist.barrier()
+    time.sleep(0.1)  # Gloo's threads let go of the last tensors
+    dist.destroy_process_group()
+
+
+def train(wrap: Callable[[GPT], Wrapped], net: GPT, vocabulary: int, num_tokens: int, steps: int) -> None:
+    model, optimizer = wrap(net)
+    tokens = torch.randint(vocabulary, (1, num_tokens + 1))
+    for _ in range(steps):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.barrier()
+
+
+def wait_to_be_watched(figures: Path) -> None:
+    """Tell the watching process who the ranks are, and return when it has seen what they hold so far."""
+    pids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    if dist.get_rank() == 0:
+        write_figures(pids, pids_beside(figures))
+        while not watched_beside(figures).exists():
+            time.sleep(0.01)
+    dist.barrier()
+
+
+def pids_beside(figures: Path) -> Path:
+    return figures.with_name("pids.json")
+
+
+def watched_beside(figures: Path) -> Path:
+    return figures.with_name("watched")
+
+
+@dataclass
+class Peak:
+    """Bytes above those of the rehearsal.
+
+    Attributes:
+        together: the most that all ranks held at one moment.
+        of_rank: the most that each rank held at any moment.
+        samples: how many moments.
+    """
+
+    parameters: int
+    together: int
+    of_rank: list[int]
+    samples: int
+
+    @property
+    def a_rank(self) -> float:
+        """Bytes a parameter."""
+        return self.together / len(self.of_rank) / self.parameters
+
+    @property
+    def largest_rank(self) -> float:
+        """Bytes a parameter."""
+        return max(self.of_rank) / self.parameters
+
+
+def measure(method: str, args: argparse.Namespace) -> Peak:
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.json"
+        with running_ranks("bench.memory", options_of(method, args), args, figures) as torchrun:
+            moments = watch(torchrun, figures, args.interval)
+            exit_unless_zero(torchrun.wait())
+        parameters = json.loads(figures.read_text())["parameters"]
+    above = [[now - before for now, before in zip(held, moments[0], strict=True)] for held in moments]
+    of_rank = [max(held) for held in zip(*above, strict=True)]
+    return Peak(parameters, max(map(sum, above)), of_rank, len(moments))
+
+
+def options_of(method: str, args: argparse.Namespace) -> list[str]:
+    """The command line of a rank."""
+    numbers = [f"--{name}={getattr(args, name)}" for name in ("steps", "threads", "layers", "width", "tokens")]
+    return [*numbers, "--methods", method]
+
+
+def watch(torchrun: Torchrun, figures: Path, interval_s: float) -> list[list[int]]:
+    """What each rank holds, first before and then again and again while it trains."""
+    while torchrun.poll() is None and not pids_beside(figures).exists():
+        time.sleep(interval_s)
+    if torchrun.poll() is not None:
+        return []
+    pids = json.loads(pids_beside(figures).read_text())
+    moments = [[held_bytes(pid) for pid in pids]]
+    watched_beside(figures).touch()
+    while torchrun.poll() is None and not figures.exists():
+        try:
+            moments.append([held_bytes(pid) for pid in pids])
+        except OSError:  # a rank has ended: torchrun will say why
+            break
+        time.sleep(interval_s)
+    return moments
+
+
+def held_bytes(pid: int) -> int:
+    """Proportional set size of a process without mapped files."""
+    fields = {"Pss_Anon:", "Pss_Shmem:"}
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.split()[0] in fields)
+
+
+def make_table(peaks: dict[str, Peak], args: argparse.Namespace) -> Table:
+    parameters = next(iter(peaks.values())).parameters
+    table = Table(
+        title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank",
+        caption="bytes a parameter, at the peak",
+        box=box.SIMPLE,
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("a rank", "largest\nrank", "of DDP's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    baseline = peaks.get("DDP")
+    for method, peak in peaks.items():
+        ratio = "" if baseline is None else f"{peak.a_rank / baseline.a_rank:.2f}"
+        table.add_row(method, f"{peak.a_rank:.2f}", f"{peak.largest_rank:.2f}", ratio)
+    return table
+
+
+def report(peaks: dict[str, Peak], world_size: int) -> dict[str, object]:
+    results = {
+        method: {**vars(peak), "bytes_a_parameter": peak.a_rank, "bytes_a_parameter_of_largest_rank": peak.largest_rank}
+        for method, peak in peaks.items()
+    }
+    return {"world_size": world_size, "results": results}
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.figures:
+        work(args)
+        return 0
+    peaks = {method: measure(method, args) for method in args.methods}
+    Console().print(make_table(peaks, args))
+    if args.out:
+        write_report(args.out, "bench.memory", report(peaks, args.world_size))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world-size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens a rank and step")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--interval", type=float, default=0.01, help="seconds between two looks at the ranks")
+    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The board in shared memory: counters that only grow, sleepers that are always woken, locks that end with their process."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from worker_pool import RunOnRanks
+
+from zeroopt import _C
+from zeroopt.collectives.shared_memory import OpenMemory, map_together
+
+CAPACITY, NEVER = _C.ShmBoard.CAPACITY, _C.ShmBoard.NEVER
+LONG_S = 20.0  # a wait that takes this long has missed its wake-up
+SLACK_S = 1.0  # what a busy machine may add to a short wait
+PAUSES_S = [0.0, 0.0, 0.0, 1e-5, 1e-4, 2e-3]
+
+
+def new_boards(world_size: int) -> tuple[list[_C.ShmBoard], Tensor]:
+    """One for each rank, in memory of this process, and the memory."""
+    memory = torch.zeros(_C.ShmBoard.bytes(world_size), dtype=torch.uint8)
+    return [_C.ShmBoard(memory.data_ptr(), rank, world_size) for rank in range(world_size)], memory
+
+
+def ticket(number: int) -> _C.Ticket:
+    return _C.Ticket(number % 5, 3 * number, number % 7)
+
+
+def play(board: _C.ShmBoard, rank: int, world_size: int, num_tickets: int, seed: int) -> None:
+    """Post, wait and read as one rank, in a random rhythm. Fails on a missed wake-up, or on a ticket that has changed
+    before it was read."""
+    pace = random.Random(f"{seed} {rank}")
+    posted = read = 0
+    while read < num_tickets:
+        time.sleep(pace.choice(PAUSES_S))
+        may_post = posted < num_tickets and posted < read + CAPACITY
+        if may_post and (posted == read or pace.random() < 0.6):
+            assert board.wait(NEVER, posted - CAPACITY + 1, LONG_S)
+            assert board.post(ticket(posted)) == posted
+            posted += 1
+        else:
+            assert board.wait(read + 1, NEVER, LONG_S)
+            for peer in range(world_size):
+                got, expected = board.ticket(peer, read), ticket(read)
+                assert (got.kind, got.bytes, got.buffer) == (expected.kind, expected.bytes, expected.buffer)
+            read += 1
+            board.mark_read(read)
+    assert board.wait(NEVER, num_tickets, LONG_S)
+
+
+def watch(board: _C.ShmBoard, done: threading.Event) -> None:
+    """Fails when a counter goes back, or a rank reads what others have not posted."""
+    posted, read = board.posted(), board.read()
+    while not done.is_set():
+        new_read, new_posted = board.read(), board.posted()
+        assert all(new >= old for new, old in zip(new_posted, posted, strict=True))
+        assert all(new >= old for new, old in zip(new_read, read, strict=True))
+        assert max(new_read) <= min(new_posted)
+        assert not any(board.left())
+        posted, read = new_posted, new_read
+        time.sleep(1e-4)
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_threads_at_random(world_size: int, num_tickets: int, seed: int) -> None:
+    boards, _memory = new_boards(world_size)
+    done = threading.Event()
+    with ThreadPoolExecutor(world_size + 1) as threads:
+        watcher = threads.submit(watch, boards[0], done)
+        ranks = [threads.submit(play, board, rank, world_size, num_tickets, seed) for rank, board in enumerate(boards)]
+        try:
+            for running in ranks:
+                running.result()
+        finally:
+            done.set()
+        watcher.result()
+
+
+def play_on_ranks(num_tickets: int, seed: int) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    (memory, *_), descriptor = map_together(
+        dist.group.WORLD, range(world_size), _C.ShmBoard.bytes(world_size), one_for_all=True
+    )
+    os.close(descriptor)
+    play(_C.ShmBoard(memory.data_ptr(), rank, world_size), rank, world_size, num_tickets, seed)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_at_random(run_on_ranks: RunOnRanks, world_size: int) -> None:
+    run_on_ranks(world_size, play_on_ranks, 3 * CAPACITY, seed=world_size)  # several times round the ring of tickets
+
+
+def seconds_of(call: Callable[[], bool]) -> tuple[bool, float]:
+    begin = time.monotonic()
+    return call(), time.monotonic() - begin
+
+
+@given(st.floats(0, 0.05))
+@settings(max_examples=20, deadline=None)
+def test_wait_returns_within_its_time(seconds: float) -> None:
+    boards, _memory = new_boards(2)
+    boards[0].post(ticket(0))
+    arrived, took = seconds_of(partial(boards[0].wait, 1, NEVER, seconds))
+    assert not arrived
+    assert seconds <= took <= seconds + SLACK_S
+
+
+def test_wait_returns_within_its_time_while_the_bell_rings() -> None:
+    boards, _memory = new_boards(3)
+    done = threading.Event()
+
+    def ring() -> None:
+        while not done.is_set():
+            boards[1].mark_read(0)
+            time.sleep(1e-4)
+
+    with ThreadPoolExecutor(1) as threads:
+        ringing = threads.submit(ring)
+        arrived, took = seconds_of(partial(boards[0].wait, 1, NEVER, 0.1))
+        done.set()
+        ringing.result()
+    assert not arrived
+    assert 0.1 <= took <= 0.1 + SLACK_S
+
+
+def test_wait_takes_what_comes_first() -> None:
+    boards, _memory = new_boards(2)
+    for board in boards:
+        board.post(ticket(0))
+    assert boards[0].wait(1, 1, 0.0)  # all have posted
+    assert not boards[0].wait(2, 1, 0.0)
+    for board in boards:
+        board.mark_read(1)
+    assert boards[0].wait(2, 1, 0.0)  # all have read
+
+
+def sleep_until(event: Callable[[_C.ShmBoard], object]) -> tuple[bool, float]:
+    """Rank 0 waits for both ranks' first ticket; rank 1 lets it fall asleep and does something."""
+    boards, _memory = new_boards(2)
+    boards[0].post(ticket(0))
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(seconds_of, partial(boards[0].wait, 1, NEVER, LONG_S))
+        time.sleep(0.05)
+        event(boards[1])
+        return waiting.result()
+
+
+def test_a_post_wakes() -> None:
+    arrived, took = sleep_until(lambda board: board.post(ticket(0)))
+    assert arrived
+    assert took < LONG_S / 2
+
+
+def test_leaving_ends_waits() -> None:
+    arrived, took = sleep_until(lambda board: board.leave())
+    assert not arrived
+    assert took < LONG_S / 2
+
+
+def test_what_a_rank_did_before_it_left_counts() -> None:
+    boards, _memory = new_boards(2)
+    for board in boards:
+        board.post(ticket(0))
+    boards[1].leave()
+    assert boards[0].left() == [False, True]
+    assert boards[0].wait(1, NEVER, LONG_S)
+    arrived, took = seconds_of(partial(boards[0].wait, 2, NEVER, LONG_S))
+    assert not arrived
+    assert took < LONG_S / 2
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_ticket_that_is_still_to_be_read_stays(world_size: int) -> None:
+    boards, _memory = new_boards(world_size)
+    for number in range(CAPACITY):
+        boards[0].post(ticket(number))
+    for slowest in range(world_size):
+        with pytest.raises(RuntimeError, match="still to be read"):
+            boards[0].post(ticket(CAPACITY))
+        assert boards[0].posted()[0] == CAPACITY
+        assert boards[0].ticket(0, 0).bytes == 0
+        boards[slowest].mark_read(1)
+    assert boards[0].post(ticket(CAPACITY)) == CAPACITY
+    with pytest.raises(RuntimeError, match="still to be read"):
+        boards[0].post(ticket(CAPACITY + 1))
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_there_is_a_lane_for_each_rank_only(rank: int) -> None:
+    memory = torch.zeros(_C.ShmBoard.bytes(2), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="expected a rank below world_size"):
+        _C.ShmBoard(memory.data_ptr(), rank, 2)
+
+
+def in_a_child(call: Callable[[], bool]) -> bool:
+    """What a call gives in a forked process, which ends with it."""
+    child = os.fork()
+    if child == 0:
+        os._exit(int(call()))
+    return bool(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def hold_locks() -> list[bool]:
+    """Locks of this process, as children see them, and the other way round."""
+    descriptor = OpenMemory(64).fd
+    _C.hold_rank_lock(descriptor, 0)
+    is_held = partial(_C.rank_lock_is_held, descriptor)
+
+    def hold_another() -> bool:
+        _C.hold_rank_lock(descriptor, 1)
+        return is_held(0)
+
+    held = [
+        in_a_child(partial(is_held, 0)),
+        in_a_child(partial(is_held, 1)),
+        in_a_child(hold_another),
+        is_held(1),  # by nobody any more
+        in_a_child(partial(is_held, 0)),  # the children had copies of the descriptor and have closed them
+    ]
+    os.close(descriptor)
+    return held
+
+
+def test_locks_end_with_their_process(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(1, hold_locks) == [[True, False, True, False, True]]
