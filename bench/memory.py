@@ -32,19 +32,18 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from bench.launch import Torchrun, exit_unless_zero, running_ranks, write_figures, write_report
+from bench.model import make_model
 from bench.steps import VOCABULARY, Wrapped, alone, ddp, zero
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from gpt import GPT
 
-
-def adamw(net: GPT) -> torch.optim.Optimizer:
+def adamw(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), fused=True)
 
 
-METHODS: dict[str, Callable[[GPT], Wrapped]] = {
+METHODS: dict[str, Callable[[nn.Module], Wrapped]] = {
     "SGD alone": lambda net: alone(net, torch.optim.SGD(net.parameters())),
     "DDP": lambda net: ddp(net, adamw(net)),
     "stage 1": lambda net: zero(stage=1)(net, adamw(net)),
@@ -58,10 +57,10 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo")
     wrap = METHODS[args.methods[0]]
-    train(wrap, GPT(64, 16, 1, 64, 1, tied=False), 64, 16, steps=1)
+    train(wrap, make_model(64, 16, 1, 64), 64, 16, steps=1)
     gc.collect()
     wait_to_be_watched(args.figures)
-    net = GPT(VOCABULARY, args.tokens, args.layers, args.width, args.width // 64, tied=False)
+    net = make_model(VOCABULARY, args.tokens, args.layers, args.width)
     parameters = sum(p.numel() for p in net.parameters())
     train(wrap, net, VOCABULARY, args.tokens, args.steps)
     if dist.get_rank() == 0:
@@ -71,7 +70,7 @@ def work(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def train(wrap: Callable[[GPT], Wrapped], net: GPT, vocabulary: int, num_tokens: int, steps: int) -> None:
+def train(wrap: Callable[[nn.Module], Wrapped], net: nn.Module, vocabulary: int, num_tokens: int, steps: int) -> None:
     model, optimizer = wrap(net)
     tokens = torch.randint(vocabulary, (1, num_tokens + 1))
     for _ in range(steps):

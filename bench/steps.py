@@ -29,9 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zeroopt
 from bench.launch import run_ranks, write_figures, write_report
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from gpt import GPT
+from bench.model import make_model
 
 VOCABULARY = 8192
 LOCAL = "no communication"
@@ -115,7 +113,7 @@ def work(args: argparse.Namespace) -> None:
 
 def enter(name: str, args: argparse.Namespace) -> Contestant:
     torch.manual_seed(0)
-    net = GPT(VOCABULARY, args.tokens, args.layers, args.width, args.width // 64, tied=False)
+    net = make_model(VOCABULARY, args.tokens, args.layers, args.width)
     return Contestant(*METHODS[name](net, torch.optim.AdamW(net.parameters(), fused=True)))
 
 
