@@ -1,4 +1,4 @@
-"""The pairwise transport: rounds through bounded staging memory, and numbers that keep its messages apart."""
+"""The pairwise transport: slices in parts, through bounded memory, and numbers that keep its messages apart."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from transports import sum_of_slices, values
 from worker_pool import RunOnRanks
 
+from zeroopt.collectives.base import slice_of
 from zeroopt.collectives.pairwise import PairwiseTransport, StagingPool
 
+MESSAGE = "zeroopt.collectives.pairwise.MESSAGE_BYTES"
 STAGING = "zeroopt.collectives.pairwise.STAGING_BYTES"
 
 
@@ -56,30 +58,38 @@ def silent_transport(world_size: int) -> tuple[PairwiseTransport, SilentGroup]:
     return PairwiseTransport(cast(dist.ProcessGroup, group)), group
 
 
-def reduce_in_rounds(shard_numel: int, staging_bytes: int) -> tuple[list[Tensor], int]:
-    """Sums of buckets that are in flight together, and bytes of the memory through which they went."""
-    with patch(STAGING, staging_bytes):
-        transport = PairwiseTransport(dist.group.WORLD)
+PART_NUMEL = 64
+
+
+def exchange_in_parts(shard_numel: int, slots: int) -> tuple[list[Tensor], Tensor, int]:
+    """Sums of buckets that are in flight together, a gathered bucket, and bytes of the memory through which a sum went."""
+    transport = PairwiseTransport(dist.group.WORLD)
+    part_bytes = PART_NUMEL * 4
+    with patch(MESSAGE, part_bytes), patch(STAGING, slots * part_bytes * len(transport.peers)):
         buckets = [values(transport.rank, shard_numel * transport.world_size, torch.float32, n) for n in range(3)]
         sums = [transport.own_slice(buckets[0]), torch.empty(shard_numel), torch.ones(shard_numel)]
         bases = [None, None, sums[2]]
+        gathered = values(0, shard_numel * transport.world_size, torch.float32)
+        for peer in transport.peers:
+            slice_of(gathered, peer, transport.world_size).zero_()
         pending = [
             transport.start_reduce_scatter(full, out, base=base)
             for full, out, base in zip(buckets, sums, bases, strict=True)
         ]
-        for collective in reversed(pending):
+        for collective in reversed([*pending, transport.start_all_gather(gathered)]):
             collective.finish()
-        return [out.clone() for out in sums], max(buffer.nbytes for buffer in transport.staging._free)
+    return [out.clone() for out in sums], gathered, max(buffer.nbytes for buffer in transport.staging._free)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("rounds", [2, 5])
-def test_rounds(run_on_ranks: RunOnRanks, world_size: int, rounds: int) -> None:
-    chunk = 64
-    shard_numel = chunk * (rounds - 1) + 1  # one element is left for the last round
-    staging_bytes = chunk * 4 * (world_size - 1)
-    for rank, (sums, bytes_used) in enumerate(run_on_ranks(world_size, reduce_in_rounds, shard_numel, staging_bytes)):
-        assert bytes_used == staging_bytes
+@pytest.mark.parametrize(("parts", "slots"), [(2, 1), (5, 1), (5, 2), (3, 4)])
+def test_slices_go_in_parts(run_on_ranks: RunOnRanks, world_size: int, parts: int, slots: int) -> None:
+    shard_numel = PART_NUMEL * (parts - 1) + 1  # one element is left for the last part
+    for rank, (sums, gathered, bytes_used) in enumerate(
+        run_on_ranks(world_size, exchange_in_parts, shard_numel, slots)
+    ):
+        assert bytes_used == min(parts, slots) * PART_NUMEL * 4 * (world_size - 1)
+        assert torch.equal(gathered, values(0, shard_numel * world_size, torch.float32))
         for number, value in enumerate(sums):
             buckets = [values(r, shard_numel * world_size, torch.float32, number) for r in range(world_size)]
             base = torch.ones(shard_numel) if number == 2 else None
