@@ -93,7 +93,7 @@ void ShmBoard::leave() {
 }
 
 ShmBoard::Progress ShmBoard::progress(int64_t posted_count, int64_t read_count) const {
-  bool all_posted = true, all_read = true, lost = false;
+  bool all_posted = true, all_read = true, posts_lost = false, reads_lost = false;
   for (int64_t peer = 0; peer < world_size_; ++peer) {
     // Asked before the counters: what a rank did before it left counts.
     const bool left = lane(peer).left.load(std::memory_order_acquire) != 0;
@@ -101,10 +101,11 @@ ShmBoard::Progress ShmBoard::progress(int64_t posted_count, int64_t read_count) 
     const bool has_read = lane(peer).read.load(std::memory_order_acquire) >= read_count;
     all_posted = all_posted && has_posted;
     all_read = all_read && has_read;
-    lost = lost || (left && !has_posted && !has_read);
+    posts_lost = posts_lost || (left && !has_posted);
+    reads_lost = reads_lost || (left && !has_read);
   }
   if (all_posted || all_read) return Progress::made;
-  return lost ? Progress::impossible : Progress::missing;
+  return posts_lost && reads_lost ? Progress::impossible : Progress::missing;
 }
 
 bool ShmBoard::wait(int64_t posted_count, int64_t read_count, double seconds) {

@@ -46,7 +46,7 @@ public:
 
   /// Sleeps until all ranks have posted the tickets below `posted_count`, or all have read those below `read_count`
   /// (`kNever` leaves one of them out).
-  /// @return false when `seconds` have gone by, or when a rank has left that met neither.
+  /// @return false when `seconds` have gone by, or when ranks have left without which neither can come.
   bool wait(int64_t posted_count, int64_t read_count, double seconds);
   static constexpr int64_t kNever = INT64_MAX;
 

@@ -81,8 +81,8 @@ class Transport(ABC):
     """Moves flat buckets between the ranks of one process group.
 
     Every method that starts something, `allocate` and `barrier` are collective: all ranks of the group make the same calls,
-    on buffers of the same size, in the same order. What has been started may be finished in any order. `label` names the
-    bucket in messages.
+    on buffers of the same size, in the same order. Reduces may be finished in any order, gathers after `flush` too, except
+    that between hosts all ranks have to finish them in the same order. `label` names the bucket in messages.
 
     Attributes:
         group: the process group.

@@ -171,6 +171,7 @@ class _HybridReduce(PendingCollective):
         assert self._between_hosts is not None
         with self._transport.messages():
             self._between_hosts.finish()
+            self._between_hosts.wait_until_read()
         if self._give_back is not None:
             self._give_back()
             self._give_back = None

@@ -146,9 +146,11 @@ class _PairwiseReduce(PendingCollective):
             self._add(part)
             if part + self._num_slots < self._num_parts:
                 self._arriving.append(self._receive(part + self._num_slots))
-        self._sends.finish()
         self._transport.staging.give_back(self._staging)
         self._done = True
+
+    def wait_until_read(self) -> None:
+        self._sends.finish()
 
     def _receive(self, part: int) -> PendingWork:
         works = self._transport.receive(self._incoming(part), self._tag + part)
@@ -174,7 +176,9 @@ class _PairwiseReduce(PendingCollective):
 
 def _part_numel(slice_numel: int, num_peers: int, item_bytes: int) -> int:
     """Elements of a message: few enough for one of every peer to fit into the staging memory."""
-    fitting = min(MESSAGE_BYTES, STAGING_BYTES // max(1, num_peers)) // item_bytes // _MESSAGE_ALIGNMENT * _MESSAGE_ALIGNMENT
+    fitting = (
+        min(MESSAGE_BYTES, STAGING_BYTES // max(1, num_peers)) // item_bytes // _MESSAGE_ALIGNMENT * _MESSAGE_ALIGNMENT
+    )
     return min(max(1, slice_numel), max(fitting, _MESSAGE_ALIGNMENT))
 
 

@@ -210,7 +210,7 @@ class ShmTransport(Transport):
     def _read_first(self) -> None:
         first = self._unread[0]
         tickets = [self._board.ticket(rank, first.number) for rank in range(self.world_size)]
-        self._check_alike(tickets, first)
+        self._check_alike(tickets, first.kind, first.label)
         if first.tensor is None:
             first.read([])
         else:
@@ -256,14 +256,20 @@ class ShmTransport(Transport):
     def _is_alive(self, rank: int) -> bool:
         return rank == self.rank or _C.rank_lock_is_held(self._descriptor, rank)
 
-    def _check_alike(self, tickets: list[_C.Ticket], mine: PendingRead) -> None:
+    def check_posted(self, number: int, kind: Kind, label: str) -> None:
+        """Raise CollectiveError when ranks have posted different things for a ticket, as far as the board still knows."""
+        tickets = [self._board.ticket(rank, number) for rank in range(self.world_size)]
+        if max(self._board.posted()) < number + _C.ShmBoard.CAPACITY:  # asked last: none has been overwritten so far
+            self._check_alike(tickets, kind, label)
+
+    def _check_alike(self, tickets: list[_C.Ticket], kind: Kind, label: str) -> None:
         own = tickets[self.rank]
         for rank, ticket in enumerate(tickets):
             if (ticket.kind, ticket.bytes) != (own.kind, own.bytes):
                 self._board.leave()
                 raise CollectiveError(
-                    f"transport shm: the ranks have diverged: rank {self._members[self.rank]} is at the {mine.kind} of "
-                    f"{mine.label} ({own.bytes} bytes), rank {self._members[rank]} at a {Kind(ticket.kind)} of "
+                    f"transport shm: the ranks have diverged: rank {self._members[self.rank]} is at the {kind} of "
+                    f"{label} ({own.bytes} bytes), rank {self._members[rank]} at a {Kind(ticket.kind)} of "
                     f"{ticket.bytes} bytes. All ranks must call forward, backward and step in the same order"
                 )
 
@@ -319,6 +325,7 @@ class _Arrival(PendingCollective):
     def finish(self) -> None:
         self._transport.read_through(self._number)  # peers may wait for that before they post this one
         self._transport.wait_until_posted(self._number, Kind.ALL_GATHER, self._label)
+        self._transport.check_posted(self._number, Kind.ALL_GATHER, self._label)
 
 
 def _leave(pid: int, board: _C.ShmBoard, memory: Tensor, descriptor: int) -> None:
