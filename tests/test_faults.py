@@ -55,8 +55,9 @@ def end_early(_: nn.Module) -> None:
     sys.exit()
 
 
-def stop(_: nn.Module) -> None:
+def stop_when_settled(_: nn.Module) -> None:
     """Until another rank continues this one, or a minute has gone by."""
+    time.sleep(SETTLE_S)
     alarm = ["sh", "-c", f"sleep 60; kill -CONT {os.getpid()}"]
     with subprocess.Popen(alarm, start_new_session=True) as process:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -323,7 +324,7 @@ def test_stopped_rank_is_named_after_the_timeout(
 ) -> None:
     stopped = run(world_size, os.getpid)[FAULTY_RANK]
     outcomes = run.outcomes(
-        world_size, train_and_continue_the_stopped, stopped, stop, moment, transport, TIMEOUT_S, **options
+        world_size, train_and_continue_the_stopped, stopped, stop_when_settled, moment, transport, TIMEOUT_S, **options
     )
     check_survivors(outcomes, transport)
     assert outcomes[FAULTY_RANK] is not None, "the stopped rank went on alone"
