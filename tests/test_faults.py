@@ -232,7 +232,7 @@ def check_survivors(outcomes: Outcomes, transport: str) -> None:
         assert ranks_in(error.message) - {rank} == {FAULTY_RANK}, error
 
 
-# Findings.
+# What does not hold yet.
 max_names_nobody = pytest.mark.xfail(strict=True, reason="start_max leaves it to torch, whose error names no rank")
 waits_twice = pytest.mark.xfail(strict=True, reason="a second finish() waits again for messages that have long arrived")
 mixes_messages = pytest.mark.xfail(strict=True, reason="a reduce's message is taken for a gather's of the same number")
@@ -250,8 +250,9 @@ def test_killed_rank_is_noticed(run: RunOnRanks, transport: str, world_size: int
     check_survivors(outcomes, transport)
 
 
-@pytest.mark.parametrize("moment", ["before forward", "in backward", "in step"])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(
+    ("stage", "moment"), [(0, "before forward"), (0, "in backward"), (0, "in step"), (1, "in backward"), (1, "in step")]
+)
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
 def test_killed_rank_is_noticed_in_other_stages(run: RunOnRanks, transport: str, stage: int, moment: str) -> None:
     check_survivors(run.outcomes(2, train, kill_when_settled, moment, transport, NEVER_S, stage=stage), transport)
@@ -287,15 +288,13 @@ def test_rank_killed_before_the_agreement_is_named(run: RunOnRanks, transport: s
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
 def test_killed_rank_is_named_by_a_rank_that_comes_late(run: RunOnRanks, transport: str) -> None:
     """And by the one that waits for both."""
-    outcomes = run.outcomes(3, train, kill_when_settled, "before forward", transport, TIMEOUT_S, late=[0])
+    outcomes = run.outcomes(3, train, kill_when_settled, "before forward", transport, NEVER_S, late=[0])
     check_survivors(outcomes, transport)
 
 
 @pytest.mark.parametrize("transport", ["shm", pytest.param("pairwise", marks=waits_twice)])
 def test_next_step_raises_at_once(run: RunOnRanks, transport: str) -> None:
-    outcomes = run.outcomes(
-        3, train, kill_when_settled, "before step", transport, NEVER_S, step_again=True, grace=TIMEOUT_S
-    )
+    outcomes = run.outcomes(3, train, kill_when_settled, "before step", transport, NEVER_S, step_again=True, grace=1.0)
     check_survivors(outcomes, transport)
 
 
@@ -330,12 +329,12 @@ def test_stopped_rank_is_named_after_the_timeout(
     assert outcomes[FAULTY_RANK] is not None, "the stopped rank went on alone"
 
 
-@pytest.mark.parametrize(("transport", "timeout_s"), [("shm", NEVER_S), ("pairwise", TIMEOUT_S)])
-def test_rank_whose_backward_raises_is_noticed(run: RunOnRanks, transport: str, timeout_s: float) -> None:
-    """It lets the exception end its training, and so drops its model."""
-    outcomes = run.outcomes(3, train, fail, "in backward", transport, timeout_s)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_rank_whose_backward_raises_is_noticed(run: RunOnRanks, stage: int) -> None:
+    """It lets the exception end its training, drops its model, and lives."""
+    outcomes = run.outcomes(3, train, fail, "in backward", "shm", NEVER_S, stage=stage)
     assert outcomes[FAULTY_RANK] == ("FailedError", "")
-    check_survivors(outcomes, transport)
+    check_survivors(outcomes, "shm")
 
 
 @pytest.mark.parametrize(
@@ -381,7 +380,7 @@ def test_extra_backward_is_noticed_in_messages(run: RunOnRanks, stage: int, widt
 
 @pytest.mark.parametrize(
     ("fault", "moment"),
-    [(kill_when_settled, "before forward"), (fail_and_step, "in backward"), (run_extra_backward, "before step")],
+    [(kill_when_settled, "before forward"), (run_extra_backward, "before step")],
 )
 def test_all_hosts_hear_of_it(run: RunOnRanks, fault: Fault, moment: str) -> None:
     outcomes = run.outcomes(4, train, fault, moment, "auto", TIMEOUT_S, hosts=2)
@@ -421,7 +420,7 @@ def test_dropped_model_gives_shared_memory_back(run: RunOnRanks) -> None:
     [
         ("shm", 1, 2, "end_early", "before forward", 0),
         ("pairwise", 1, 2, "fail", "in backward", 1),
-        ("auto", 2, 4, "kill", "in backward", -signal.SIGKILL),
+        ("auto", 2, 4, "kill_when_settled", "in backward", -signal.SIGKILL),
     ],
 )
 def test_processes_end(
@@ -437,7 +436,7 @@ def test_processes_end(
         for rank in range(world_size)
     ]
     try:
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
