@@ -137,7 +137,9 @@ def delay_the_last_gather(optimizer: zeroopt.ZeroOptimizer) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_any_use_sees_updated_values(run_on_ranks: RunOnRanks, reader: str) -> None:
-    assert run_on_ranks(2, read_after_step, reader, {"transport": "shm"})[0], "nothing was on its way: this tested nothing"
+    assert run_on_ranks(2, read_after_step, reader, {"transport": "shm"})[0], (
+        "nothing was on its way: this tested nothing"
+    )
 
 
 @pytest.mark.parametrize("options", [{"transport": "pairwise"}, {"share_parameters": True}, {"stage": 1}])

@@ -23,7 +23,7 @@ from . import _C, ops
 from .bucket import Bucket, ManagedParam
 from .collectives import PendingCollective, Transport
 from .config import Placement
-from .errors import StateError
+from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
 from .shard_state import ParamState
@@ -48,6 +48,7 @@ class GradientReducer:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
         has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
+        num_steps: steps that have been taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
@@ -65,6 +66,7 @@ class GradientReducer:
     ) -> None:
         self.sync = True
         self.has_local_gradients = False
+        self.num_steps = 0
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
         self._params = params
@@ -80,7 +82,8 @@ class GradientReducer:
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
         self._gathers: list[PendingCollective] = []
-        self._flags = transport.allocate(len(params), torch.uint8, buckets[0].device)
+        # What ranks compare after a backward: which parameters had a gradient, and how many steps came before it.
+        self._flags = transport.allocate(len(params) + 2, torch.uint8, buckets[0].device)
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
@@ -178,7 +181,14 @@ class GradientReducer:
         self._gathers.clear()
         for flags, pending in self._pending_flags:
             pending.finish()
-            self._used |= flags.cpu()
+            *_, most, least = flags.tolist()
+            if most + least != 255:  # the largest count, and 255 less the smallest one
+                self._transport.give_up("ranks have diverged")
+                raise CollectiveError(
+                    f"transport {self._transport.name}: the ranks have diverged: this rank had taken {self.num_steps} steps "
+                    "before its last backward, another rank had not. All ranks must call backward and step in the same order"
+                )
+            self._used |= flags[:-2].cpu()
         self._pending_flags.clear()
 
     def discard(self) -> None:
@@ -326,8 +336,9 @@ class GradientReducer:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        store = self._in_flight.popleft()
-        store.finish()
+        store = self._in_flight[0]
+        store.finish()  # when it fails, it is still the oldest
+        self._in_flight.popleft()
         if self.norm_type is not None:
             note_norm(store, self.norm_type)
         if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
@@ -356,7 +367,8 @@ class GradientReducer:
         if self._flags_before is not None:
             self._flags_before.finish()
             self._flags_before.wait_until_read()
-        self._flags.copy_(torch.frombuffer(self._packed, dtype=torch.uint8))
+        count = self.num_steps % 256
+        self._flags.copy_(torch.frombuffer(self._packed + bytes((count, 255 - count)), dtype=torch.uint8))
         agreed = torch.empty_like(self._flags)
         self._flags_before = self._transport.start_max(self._flags, agreed, label="used parameters")
         self._pending_flags.append((agreed, self._flags_before))

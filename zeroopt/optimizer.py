@@ -112,6 +112,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._gathers.start(bucket)
         everyone_came.finish()
         self._gathers.let_go()
+        self._reducer.num_steps += 1
         self._replan_once(active)
         self._note_step_for_schedulers()
         return loss

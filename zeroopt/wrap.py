@@ -86,7 +86,7 @@ def wrap(
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
             been changed.
         StateError: there is no process group, or this rank is not in it.
-        CollectiveError: a rank died or stopped meanwhile.
+        RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
     """
     group = _resolve_group(process_group)
     problem: Exception | None = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import ClassVar
 
@@ -50,31 +53,58 @@ class PendingWork(PendingCollective):
     """
 
     # Gloo breaks the connection of a message that is freed before it has arrived, and with it the process group. So what
-    # nobody finishes, because a model was dropped or a rank failed, stays here.
+    # nobody finishes, because a model was dropped, stays here.
     _unfinished: ClassVar[set[PendingWork]] = set()
 
     def __init__(self, what: str, works: Sequence[tuple[int | None, dist.Work]], keep: Collection[object]) -> None:
         self._what = what
-        self._works = works
+        self._works = deque(works)
         self._keep = keep
+        self._failure: str | None = None
         self._unfinished.add(self)
 
     def finish(self) -> None:
-        missing: dict[int | None, str] = {}
-        for rank, work in self._works:
+        if self._failure is not None:
+            raise CollectiveError(self._failure)
+        while self._works:
+            rank, work = self._works[0]
             try:
                 work.wait()
             except (
                 RuntimeError
             ) as error:  # the backend's own message says whether it was a timeout or a lost connection
-                missing.setdefault(rank, str(error))
-        if missing:
-            names = ", ".join("other ranks" if rank is None else f"rank {rank}" for rank in missing)
-            reasons = "; ".join(dict.fromkeys(missing.values()))
-            raise CollectiveError(f"{self._what}: failed for want of {names}: {reasons}")
+                self._failure = self._give_up_rest(rank, str(error))
+                raise CollectiveError(self._failure) from error
+            self._works.popleft()
         self._unfinished.discard(self)
-        self._works = ()
         self._keep = ()
+
+    def abandon(self) -> None:
+        """Break the connections over which something has yet to come."""
+        for _, work in self._works:
+            with suppress(RuntimeError):
+                work.wait(_AT_ONCE)
+
+    def _give_up_rest(self, rank: int | None, reason: str) -> str:
+        """Give up the messages that have not come by now. That breaks their connections, so that the ranks at the other ends
+        fail at once too, rather than wait for this one."""
+        missing = [rank]
+        for other, work in list(self._works)[1:]:
+            try:
+                work.wait(_AT_ONCE)
+            except RuntimeError as error:
+                # Who is merely not there yet is to blame only when the time has gone by for all.
+                if _is_timeout(reason) or not _is_timeout(str(error)):
+                    missing.append(other)
+        names = ", ".join("other ranks" if r is None else f"rank {r}" for r in dict.fromkeys(missing))
+        return f"{self._what}: failed for want of {names}: {reason}"
+
+
+_AT_ONCE = timedelta(milliseconds=1)
+
+
+def _is_timeout(reason: str) -> bool:
+    return "timed out" in reason.lower() or "timeout" in reason.lower()
 
 
 class Transport(ABC):

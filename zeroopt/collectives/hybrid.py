@@ -126,6 +126,7 @@ class HybridTransport(Transport):
 
     def give_up(self, reason: str) -> None:
         self._local.give_up(reason)
+        self._between_hosts.give_up(reason)
 
     @contextmanager
     def messages(self) -> Iterator[None]:

@@ -21,9 +21,15 @@ from .base import PendingCollective, PendingWork, Transport, slice_of
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
 # of the way of a user's own send and recv on the same group, and are used again long after a message was delivered. Each
 # transport has its own, since the backward passes of two models may run in another order on another rank.
+#
+#     bit    24   23 .. 16    15 .. 0         25     26 .. 29
+#             1   transport   message number  kind   a digest of the size
+#
+# With kind and size among them, ranks that have diverged wait in vain rather than take one thing for another.
 _FIRST_TAG = 1 << 24
 _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
+_REDUCE, _GATHER = 0, 1
 _transports_of_group: Counter[str] = Counter()
 
 # Large slices go in several messages: while one is summed, the next arrives. Messages of 4 MiB made an exchange that nothing
@@ -65,20 +71,27 @@ class PairwiseTransport(Transport):
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         numel = max(1, MESSAGE_BYTES // full.element_size())
         parts = [torch.split(slice_of(full, rank, self.world_size), numel) for rank in range(self.world_size)]
-        tag = self.take_tags(len(parts[0]))
+        tag = self.take_tags(len(parts[0]), _GATHER, full.nbytes)
         works = []
         for number, own in enumerate(parts[self.slice_index]):
             works += self.receive({peer: parts[peer][number] for peer in self.peers}, tag + number)
             works += self.send(dict.fromkeys(self.peers, own), tag + number)
         return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
 
-    def take_tags(self, count: int) -> int:
-        """The first of `count` numbers that no message on its way has."""
+    def take_tags(self, count: int, kind: int, num_bytes: int) -> int:
+        """The first of `count` numbers that no message on its way has, for a bucket of so many bytes."""
         if self._exchanges % _NUM_TAGS + count > _NUM_TAGS:
             self._exchanges += _NUM_TAGS - self._exchanges % _NUM_TAGS
         tag = self._first_tag + self._exchanges % _NUM_TAGS
         self._exchanges += count
-        return tag
+        return tag | kind << 25 | num_bytes // 64 % 15 << 26
+
+    def give_up(self, reason: str) -> None:
+        # A receive that times out breaks the connection, of which the peer hears at once.
+        for peer in self.peers:
+            nothing = torch.empty(1, dtype=torch.uint8)
+            works = self.receive({peer: nothing}, self.take_tags(1, _GATHER, 0))
+            PendingWork("giving up", works, (nothing,)).abandon()
 
     def receive(self, incoming: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start receiving from peers."""
@@ -129,7 +142,7 @@ class _PairwiseReduce(PendingCollective):
         self._slot_bytes = num_peers * self._part_numel * item_bytes
         self._num_slots = min(self._num_parts, max(1, STAGING_BYTES // max(1, self._slot_bytes)))
         self._staging = transport.staging.take(self._num_slots * self._slot_bytes)
-        self._tag = transport.take_tags(self._num_parts)
+        self._tag = transport.take_tags(self._num_parts, _REDUCE, full.nbytes)
         self._arriving = deque(self._receive(part) for part in range(self._num_slots))
         sends: list[tuple[int | None, dist.Work]] = []
         for part in range(self._num_parts):

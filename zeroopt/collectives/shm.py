@@ -93,6 +93,7 @@ class ShmTransport(Transport):
         self._timeout = group_timeout(group, CPU).total_seconds()
         self._buffers: dict[int, SharedBuffer] = {}
         self._allocated = 0
+        self._failure: str | None = None
         self._by_address: dict[int, SharedBuffer] = {}
 
         (memory, *_), self._descriptor = map_together(
@@ -220,6 +221,8 @@ class ShmTransport(Transport):
 
     def _wait(self, posted_count: int, read_count: int, kind: Kind, label: str) -> None:
         """Block until all have posted, or read, so many tickets."""
+        if self._failure is not None:
+            raise CollectiveError(self._failure)
         deadline = time.monotonic() + self._timeout
         while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
             # Asked before the counters: what a rank did before it was lost counts.
@@ -232,12 +235,17 @@ class ShmTransport(Transport):
             ]
             in_vain = all(ranks & lost for ranks in behind)  # either goal would have been enough
             if in_vain or (all(behind) and time.monotonic() > deadline):
-                self._board.leave()
                 blamed = set.union(*behind) & lost if in_vain else behind[-1]
-                raise CollectiveError(
+                raise self._fail(
                     f"transport shm, {kind} of {label}: rank {self._members[self.rank]} waits in vain for "
                     + "; ".join(self._describe(rank) for rank in sorted(blamed))
                 )
+
+    def _fail(self, message: str) -> CollectiveError:
+        """Tell the other ranks, and have every later call fail alike."""
+        self._board.leave()
+        self._failure = message
+        return CollectiveError(message)
 
     def _is_lost(self, rank: int) -> bool:
         """Whether a rank will neither post nor read any more."""
@@ -266,8 +274,7 @@ class ShmTransport(Transport):
         own = tickets[self.rank]
         for rank, ticket in enumerate(tickets):
             if (ticket.kind, ticket.bytes) != (own.kind, own.bytes):
-                self._board.leave()
-                raise CollectiveError(
+                raise self._fail(
                     f"transport shm: the ranks have diverged: rank {self._members[self.rank]} is at the {kind} of "
                     f"{label} ({own.bytes} bytes), rank {self._members[rank]} at a {Kind(ticket.kind)} of "
                     f"{ticket.bytes} bytes. All ranks must call forward, backward and step in the same order"
