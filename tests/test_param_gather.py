@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt.collectives.base import PendingWork
 from zeroopt.param_gather import ArrivingParameter
 
 
@@ -245,3 +251,83 @@ def train_scripted() -> bool:
 
 def test_scripted_modules_are_not_kept_waiting_for(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, train_scripted) == [True, True]
+
+
+def pickle_copies() -> bool:
+    """Copies of a wrapped model are models like any other."""
+    net, model, optimizer = wrapped()
+    step(model, optimizer)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    again = copy.deepcopy(pickle.loads(pickle.dumps(twin)))
+    return torch.equal(again(inputs()), net(inputs()))
+
+
+def test_copies_can_be_pickled(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, pickle_copies) == [True, True]
+
+
+def nothing_travels(stage: int) -> bool:
+    net, model, optimizer = wrapped(stage=stage)
+    step(model, optimizer)
+    hooks = sum(len(module._forward_pre_hooks) for module in net.modules())
+    return hooks == 0 and all(type(p) is nn.Parameter for p in net.parameters())
+
+
+def test_where_nothing_travels_nothing_waits(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(1, nothing_travels, 2) == [True]
+    assert run_on_ranks(2, nothing_travels, 0) == [True, True]
+
+
+def unfinished_after(models: int) -> int:
+    """Messages that are kept because nobody has waited for them."""
+    for _ in range(models):
+        net, model, optimizer = wrapped(transport="pairwise")
+        for _ in range(2):
+            step(model, optimizer)
+            optimizer.zero_grad()
+        net.state_dict()
+        del net, model, optimizer
+        gc.collect()
+    return len(PendingWork._unfinished)
+
+
+def test_no_message_outlives_its_model(run_on_ranks: RunOnRanks) -> None:
+    first = run_on_ranks(2, unfinished_after, 1)
+    assert run_on_ranks(2, unfinished_after, 3) == first
+
+
+def main(init_method: str) -> None:
+    """One rank of `test_a_rank_may_end_while_another_is_late`."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=2)
+    net, model, optimizer = wrapped(transport="pairwise")
+    for number in range(3):
+        model(inputs()).square().mean().backward()
+        if rank == 0 and number == 2:
+            time.sleep(1.0)  # rank 1 is through with the last step by then
+        optimizer.step()
+    if rank == 0:
+        net.state_dict()
+        print("saved", flush=True)
+    dist.destroy_process_group()
+
+
+def test_a_rank_may_end_while_another_is_late(tmp_path: Path) -> None:
+    """Rank 0 saves after the last step, the others have nothing more to do."""
+    command = [sys.executable, __file__, f"file://{tmp_path}/group"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert outputs[0] == "saved\n"
+    assert [process.returncode for process in ranks] == [0, 0]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

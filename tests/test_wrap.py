@@ -76,6 +76,9 @@ def wrap_case(case: str) -> str:
     elif case == "not an optimizer":
         optimizer = torch.optim.AdamW  # type: ignore[assignment]
     else:
+        if case.startswith("half, "):
+            model.half()
+            case = case.removeprefix("half, ")
         options = eval(f"dict({case})", {"torch": torch})
     before = addresses(model)
     try:
@@ -139,6 +142,10 @@ class NormalisedSgd(torch.optim.Optimizer):
         ("master_weights='half'", "ConfigError: expected master_weights"),
         ("param_dtype=torch.bfloat16", "NotSupportedError: param_dtype=torch.bfloat16 is not supported yet"),
         ("reduce_dtype=torch.int8", "ConfigError: expected reduce_dtype"),
+        (
+            "half, reduce_dtype=torch.bfloat16",
+            "ConfigError: reduce_dtype=torch.bfloat16 does not fit parameters of torch.fl",
+        ),
         ("reduce_dtype=torch.bfloat16, stage=0", "NotSupportedError: reduce_dtype is supported in stages 1 and 2"),
         ("master_weights='remainder'", "NotSupportedError: master_weights='remainder'"),
         ("state_dtype=torch.int8", "NotSupportedError: state_dtype=torch.int8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,7 +97,7 @@ def check_config(
         raise ConfigError(f"expected bucket_buffers to be a positive number of buffers, got {bucket_buffers!r}")
     if share_parameters and stage == 0:
         raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
-    _check_reduce_dtype(reduce_dtype, stage)
+    _check_reduce_option(reduce_dtype, stage)
     _check_later_options(**later)
     return Config(
         int(stage),
@@ -112,7 +113,15 @@ def check_config(
     )
 
 
-def _check_reduce_dtype(reduce_dtype: torch.dtype | None, stage: int) -> None:
+def check_reduce_dtype(reduce_dtype: torch.dtype | None, param_dtypes: Iterable[torch.dtype]) -> None:
+    """Raise ConfigError when sums of gradients in `reduce_dtype` cannot be kept for parameters of these dtypes."""
+    for dtype in param_dtypes:
+        widths = {dtype.itemsize, (reduce_dtype or dtype).itemsize}
+        if reduce_dtype not in (None, dtype) and widths != {2, 4}:
+            raise ConfigError(f"reduce_dtype={reduce_dtype} does not fit parameters of {dtype}: leave it at None")
+
+
+def _check_reduce_option(reduce_dtype: torch.dtype | None, stage: int) -> None:
     _check_one_of("reduce_dtype", reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     if reduce_dtype is not None and stage == 0:
         raise NotSupportedError("reduce_dtype is supported in stages 1 and 2; leave it at None in stage 0")

@@ -191,6 +191,13 @@ class GradientReducer:
             self._used |= flags[:-2].cpu()
         self._pending_flags.clear()
 
+    def reclaim(self) -> None:
+        """After the step: where gradients go by messages, wait for the last of them. Theirs is memory that nothing else frees."""
+        if self._transport.needs_staging:
+            for store in self.stores:
+                store.reclaim()
+            self._lent.clear()
+
     def discard(self) -> None:
         """Forget all gradients, reduced and local."""
         self.finish()
@@ -278,6 +285,8 @@ class GradientReducer:
                 self._reclaim_oldest()
         elif self._pool.num_free <= (0 if next_store.is_open else 1):
             return None
+        if store in self._lent:  # of the backward before; opening reclaims it
+            self._lent.remove(store)
         return store.open()
 
     def _reclaim_oldest(self) -> None:
@@ -302,8 +311,9 @@ class GradientReducer:
             _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self._scale, threads)
         else:
             view = managed.view_in(full)
-            view.copy_(grad)
-            ops.pack(view, view, scale=self._scale)
+            if grad.stride() != managed.stride:
+                grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            ops.pack(grad, view, scale=self._scale)
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
         param.grad = None if self._placement.shard_state else managed.view_in(full)
         self._packed[managed.index] = 1

@@ -21,7 +21,7 @@ from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import ParamState, check_cut, cut_state, pack_state, unpack_state
 from .step import ShardStepper
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -31,8 +31,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     the next forward needs first, and start to gather each bucket as soon as its slice is done; return. A parameter's first
     use, in the next forward or elsewhere, waits for its bucket. (ZeRO: Rajbhandari et al., 2020, arXiv:1910.02054.)
 
-    What was taken from a parameter before the step (a view, `.data`, a `state_dict()` of the model) shares its memory and is
-    not waited for: use a parameter itself first, or wrap with `overlap=False`, with which `step()` waits for everything.
+    What was taken from a parameter before the step (a view, `.data`, a `state_dict()` of the model) is not waited for, and after
+    the first step parameters may have moved to other memory: take such things again after a step, or wrap with
+    `overlap=False`, with which `step()` waits for everything and nothing moves.
 
     `param_groups` is the wrapped optimizer's own list of its own dicts, so options set through either object, or by a
     scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped.
@@ -112,6 +113,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._gathers.start(bucket)
         everyone_came.finish()
         self._gathers.let_go()
+        self._reducer.reclaim()
         self._reducer.num_steps += 1
         self._replan_once(active)
         self._note_step_for_schedulers()
@@ -389,7 +391,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._inner._opt_called = True  # type: ignore[attr-defined]
 
     def _identity(self) -> dict[str, int]:
-        return {"stage": self.stage, "rank": self._transport.rank, "world_size": self._transport.world_size}
+        transport = self._transport
+        return {
+            "stage": self.stage,
+            "rank": transport.rank,
+            "world_size": transport.world_size,
+            "slice": transport.slice_index,  # another one where ranks are on other hosts
+        }
 
     def _pack_groups(self) -> list[dict[str, Any]]:
         packed, first = [], 0

@@ -111,8 +111,9 @@ class ParamGathers:
     def let_go(self) -> None:
         """All gathers of this step have been started."""
         self._transport.flush()
+        lazy = self._lazy and not _has_compiled()
         for bucket in list(self._pending):
-            if not (self._lazy and self._markable[bucket]):
+            if not (lazy and self._markable[bucket]):
                 self.finish(bucket)
                 continue
             # A strong reference: parameters may be used when the wrapped model and its optimizer are gone.
@@ -178,11 +179,21 @@ class _ForwardHook:
                 gathers.finish(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _do_nothing, ()  # a copy of the model has parameters of its own
+        return _take_idle_hook, ()  # a copy of the model has parameters of its own
 
 
-def _do_nothing() -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: None
+def _take_idle_hook() -> Callable[[nn.Module, Any], None]:
+    return _idle_hook
+
+
+def _idle_hook(module: nn.Module, args: Any) -> None:
+    """The hook of a copied model."""
+
+
+def _has_compiled() -> bool:
+    """Whether torch.compile has compiled anything: its code would be compiled again for each change of a parameter's class."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.utils.counters["stats"].get("unique_graphs"))
 
 
 def _runs_compiled(module: nn.Module) -> bool:

@@ -94,7 +94,7 @@ def _describe_together(
     counts and the like, which an element-wise optimizer has alike for all parts."""
     mine = {
         segment.owner.index: {
-            name: _Array(value.dtype) if is_array(name, value, segment) else value
+            name: _Array(value.dtype) if is_array(name, value, segment) else _alone(value)
             for name, value in state[segment.shard].items()
         }
         for bucket in buckets
@@ -104,6 +104,10 @@ def _describe_together(
     everyone: list[dict[int, ParamState]] = [{}] * group.size()
     dist.all_gather_object(everyone, mine, group=group)
     return {index: entry for one in everyone for index, entry in one.items()}
+
+
+def _alone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
 
 
 def is_array(name: str, value: Any, segment: Segment) -> bool:

@@ -14,7 +14,7 @@ from .agreement import agree
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
-from .config import Config, Fused, check_config
+from .config import Config, Fused, check_config, check_reduce_dtype
 from .errors import StateError
 from .grad_hooks import GradientReducer
 from .inspect import inspect, mark_wrapped
@@ -72,7 +72,7 @@ def wrap(
             and 2). An in-place change that every rank makes then happens once a rank on the same memory: make it under
             `ZeroDataParallel.write_parameters`. Without `sync_module_states`, each host starts from its first rank's.
         reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
-            the parameters. Stages 1 and 2.
+            the parameters. Stages 1 and 2; between float32 and 16 bits. Transport "torch" sums in that dtype.
         bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
         param_dtype, master_weights, state_dtype, max_grad_norm, average_every: reserved; only their defaults are supported
             so far.
@@ -112,6 +112,7 @@ def wrap(
         )
         params = inspect(model, optimizer)
         check_fused(optimizer, params, config.fused)
+        check_reduce_dtype(config.reduce_dtype, [managed.param.dtype for managed in params])
         check_transport(config.transport, group, params[0].param.device)
         lines = _describe(config, model, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
@@ -149,7 +150,8 @@ def _wrap_checked(
         bucket_buffers=config.bucket_buffers,
         reduce_dtype=config.reduce_dtype,
     )
-    gathers = ParamGathers(model, buckets, transport, lazy=config.overlap)
+    travels = placement.shard_state and transport.world_size > 1
+    gathers = ParamGathers(model, buckets, transport, lazy=config.overlap and travels)
     has_buffers = next(model.buffers(), None) is not None
     wrapped_model = ZeroDataParallel(
         model,

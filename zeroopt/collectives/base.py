@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -79,6 +81,12 @@ class PendingWork(PendingCollective):
         self._unfinished.discard(self)
         self._keep = ()
 
+    def wait_at_exit(self, deadline: float) -> None:
+        """Wait for what is still on its way, unless it is in vain."""
+        with suppress(RuntimeError):
+            for _, work in self._works if self._failure is None else ():
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+
     def abandon(self) -> None:
         """Break the connections over which something has yet to come."""
         for _, work in self._works:
@@ -101,6 +109,15 @@ class PendingWork(PendingCollective):
 
 
 _AT_ONCE = timedelta(milliseconds=1)
+_AT_EXIT = timedelta(seconds=10)
+
+
+@atexit.register
+def _finish_at_exit() -> None:
+    """A rank that is through may be ahead of the others, who have yet to receive what it has sent."""
+    deadline = time.monotonic() + _AT_EXIT.total_seconds()
+    for pending in list(PendingWork._unfinished):
+        pending.wait_at_exit(deadline)
 
 
 def _is_timeout(reason: str) -> bool:

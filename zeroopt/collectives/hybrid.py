@@ -96,19 +96,18 @@ class HybridTransport(Transport):
         pending = _HybridGather(self, between_hosts, lambda: self._local.start_all_gather(full, label=label))
         self._gathers.append(pending)
         while len(self._gathers) > _GATHERS_BETWEEN_HOSTS:
-            self._gathers.popleft().pass_on()
+            self._pass_on_first()
         return pending
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         by_rank = super().gather_scalar(value, label=label)
-        by_host = zip(
-            *self._hosts, strict=True
-        )  # the ranks with local rank 0, host by host, then those with local rank 1
-        return by_rank[[rank for same_local_rank in by_host for rank in same_local_rank]]
+        # The ranks with local rank 0, host by host, then those with local rank 1, and so on.
+        by_local_rank = zip(*self._hosts, strict=True)
+        return by_rank[[rank for ranks in by_local_rank for rank in ranks]]
 
     def flush(self) -> None:
         while self._gathers:
-            self._gathers.popleft().pass_on()
+            self._pass_on_first()
 
     def start_rendezvous(self, label: str) -> PendingCollective:
         self.flush()
@@ -117,12 +116,22 @@ class HybridTransport(Transport):
     def progress(self) -> None:
         self._local.progress()
         while self._reduces and self._reduces[0].is_summed_within_host:
-            self._reduces.popleft().go_between_hosts()
+            self._start_first()
 
     def start_through(self, pending: _HybridReduce) -> None:
         """Take all reduces up to this one beyond the host, in their order."""
         while not pending.is_between_hosts:
-            self._reduces.popleft().go_between_hosts()
+            self._start_first()
+
+    # When one of these fails, what it was about is still the first.
+
+    def _start_first(self) -> None:
+        self._reduces[0].go_between_hosts()
+        self._reduces.popleft()
+
+    def _pass_on_first(self) -> None:
+        self._gathers[0].pass_on()
+        self._gathers.popleft()
 
     def give_up(self, reason: str) -> None:
         self._local.give_up(reason)

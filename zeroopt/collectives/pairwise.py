@@ -135,13 +135,13 @@ class _PairwiseReduce(PendingCollective):
         self._transport = transport
         self._what = f"transport {transport.name}, reduce-scatter of {label}"
         self._full, self._out, self._base = full, out, base
-        self._done = False
         num_peers, item_bytes = len(transport.peers), full.element_size()
         self._part_numel = _part_numel(out.numel(), num_peers, item_bytes)
         self._num_parts = -(-out.numel() // self._part_numel)
         self._slot_bytes = num_peers * self._part_numel * item_bytes
         self._num_slots = min(self._num_parts, max(1, STAGING_BYTES // max(1, self._slot_bytes)))
-        self._staging = transport.staging.take(self._num_slots * self._slot_bytes)
+        self._next_part = 0
+        self._staging: Tensor | None = transport.staging.take(self._num_slots * self._slot_bytes)
         self._tag = transport.take_tags(self._num_parts, _REDUCE, full.nbytes)
         self._arriving = deque(self._receive(part) for part in range(self._num_slots))
         sends: list[tuple[int | None, dist.Work]] = []
@@ -153,15 +153,17 @@ class _PairwiseReduce(PendingCollective):
         self._sends = PendingWork(self._what, sends, (full,))
 
     def finish(self) -> None:
-        if self._done:
-            return
-        for part in range(self._num_parts):
-            self._arriving.popleft().finish()
+        while self._next_part < self._num_parts:
+            part = self._next_part
+            self._arriving[0].finish()  # when it fails, it is still the first
+            self._arriving.popleft()
             self._add(part)
             if part + self._num_slots < self._num_parts:
                 self._arriving.append(self._receive(part + self._num_slots))
-        self._transport.staging.give_back(self._staging)
-        self._done = True
+            self._next_part += 1
+        if self._staging is not None:
+            self._transport.staging.give_back(self._staging)
+            self._staging = None
 
     def wait_until_read(self) -> None:
         self._sends.finish()
@@ -172,6 +174,7 @@ class _PairwiseReduce(PendingCollective):
 
     def _incoming(self, part: int) -> dict[int, Tensor]:
         """Where the peers' messages for a part of the own slice arrive."""
+        assert self._staging is not None
         peers, numel = self._transport.peers, self._part_of(self._out, part).numel()
         first_byte = part % self._num_slots * self._slot_bytes
         slot = self._staging[first_byte : first_byte + len(peers) * numel * self._full.element_size()]

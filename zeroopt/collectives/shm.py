@@ -235,7 +235,9 @@ class ShmTransport(Transport):
             ]
             in_vain = all(ranks & lost for ranks in behind)  # either goal would have been enough
             if in_vain or (all(behind) and time.monotonic() > deadline):
-                blamed = set.union(*behind) & lost if in_vain else behind[-1]
+                # While this rank itself has not read, it waits for those who have not posted.
+                late = behind[0] if self.rank in behind[-1] else behind[-1]
+                blamed = set.union(*behind) & lost if in_vain else late
                 raise self._fail(
                     f"transport shm, {kind} of {label}: rank {self._members[self.rank]} waits in vain for "
                     + "; ".join(self._describe(rank) for rank in sorted(blamed))

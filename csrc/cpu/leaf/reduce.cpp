@@ -60,7 +60,7 @@ void add_group(const Value* left, const void* const* slices, int64_t count, int6
   }
 }
 
-/// dest[i] = cast(base[i] + tree over slices[...][first + i]) for any count, a block at most when it is above kGroup.
+/// dest[i] = cast(base[i] + tree over slices[...][first + i]) for any count; numel is at most kBlock above kGroup.
 /// base may be null. dest may be base or one of the slices: it is written to when every slice has been read.
 template <class Slice, class Value, class Dest>
 void add_tree(const void* const* slices, int64_t count, int64_t first, const Dest* base, Dest* dest, int64_t numel) {

@@ -21,7 +21,7 @@ using PackLeaf = void (*)(const void* src, void* dst, int64_t numel, double scal
 using ReduceLeaf = void (*)(const void* const* slices, int64_t num_slices, const void* base, void* out, int64_t begin,
                             int64_t end);
 
-/// memcpy.
+/// memcpy, past the cache where there is much to copy.
 using CopyLeaf = void (*)(const void* src, void* dst, int64_t bytes);
 
 /// One step over elements [0, numel); max_exp_avg_sq is null without AMSGrad.
