@@ -129,7 +129,7 @@ def test_numbers_come_back_only_when_all_others_were_used(counts: list[int]) -> 
         transport, _ = silent_transport(2)
         taken: list[int] = []
         for count in counts:
-            first = transport.take_tags(count)
+            first = transport.take_tags(count, 0, 0)
             taken += range(first, first + count)
     # 64 numbers, of which the end of a turn may be skipped when it is too short for the 20 that somebody wants.
     for start in range(len(taken)):
