@@ -34,10 +34,10 @@ from bench.machine import describe_machine
 
 METHODS = {
     "ddp": "DDP",
-    "zero0": "zeroopt stage 0",
-    "zero1": "zeroopt stage 1",
-    "zero2": "zeroopt stage 2",
-    "zero2-shared": "zeroopt stage 2, shared",
+    "zero0": "stage 0",
+    "zero1": "stage 1",
+    "zero2": "stage 2",
+    "zero2-shared": "stage 2, shared",
 }
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_gpt.py"
 FINAL_STEPS = 10  # the final training loss is the mean of this many steps, for one step's batch is small
@@ -234,8 +234,7 @@ def draw_losses(axes: Axes, results: list[Result]) -> None:
 
 
 def draw_bars(axes: Axes, title: str, results: list[Result], heights: list[float]) -> None:
-    names = [result.name.replace("zeroopt ", "") for result in results]
-    bars = axes.bar(names, heights, color=[f"C{i}" for i in range(len(results))])
+    bars = axes.bar([result.name for result in results], heights, color=[f"C{i}" for i in range(len(results))])
     axes.bar_label(bars, fmt="%.1f")
     axes.set_title(title)
 
