@@ -233,7 +233,6 @@ def check_survivors(outcomes: Outcomes, transport: str) -> None:
 
 
 # What does not hold yet.
-max_names_nobody = pytest.mark.xfail(strict=True, reason="start_max leaves it to torch, whose error names no rank")
 blames_messenger = pytest.mark.xfail(strict=True, reason="who learns of it from a rank that gave up names that rank")
 
 GROUPS = [("shm", 2), ("shm", 3), ("pairwise", 2), ("pairwise", 3)]
@@ -276,7 +275,7 @@ def test_rank_killed_before_wrap_is_noticed(run: RunOnRanks, transport: str) -> 
     assert {error.type_name for error in raised_by_survivors(outcomes).values()} <= {"RuntimeError", "CollectiveError"}
 
 
-@pytest.mark.parametrize("transport", ["shm", pytest.param("pairwise", marks=max_names_nobody)])
+@pytest.mark.parametrize("transport", ["shm", "pairwise"])
 def test_rank_killed_before_the_agreement_is_named(run: RunOnRanks, transport: str) -> None:
     """The agreement on used parameters moves no bucket."""
     check_survivors(run.outcomes(3, train, kill_when_settled, "in agreement", transport, NEVER_S), transport)

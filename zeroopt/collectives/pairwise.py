@@ -22,14 +22,14 @@ from .base import PendingCollective, PendingWork, Transport, slice_of
 # of the way of a user's own send and recv on the same group, and are used again long after a message was delivered. Each
 # transport has its own, since the backward passes of two models may run in another order on another rank.
 #
-#     bit    24   23 .. 16    15 .. 0         25     26 .. 29
-#             1   transport   message number  kind   a digest of the size
+#     bit    24   23 .. 16    15 .. 0         25, 26   27 .. 29
+#             1   transport   message number  kind     a digest of the size
 #
 # With kind and size among them, ranks that have diverged wait in vain rather than take one thing for another.
 _FIRST_TAG = 1 << 24
 _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
-_REDUCE, _GATHER = 0, 1
+_REDUCE, _GATHER, _MAX = range(3)
 _transports_of_group: Counter[str] = Counter()
 
 # Large slices go in several messages: while one is summed, the next arrives. Messages of 4 MiB made an exchange that nothing
@@ -78,13 +78,21 @@ class PairwiseTransport(Transport):
             works += self.send(dict.fromkeys(self.peers, own), tag + number)
         return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
 
+    def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
+        # Straight between all pairs, for an all_reduce that fails does not say for want of which rank.
+        tag = self.take_tags(1, _MAX, flags.nbytes)
+        received = {peer: torch.empty_like(flags) for peer in self.peers}
+        works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, flags), tag)
+        pending = PendingWork(f"transport {self.name}, max of {label}", works, (flags, received))
+        return _PairwiseMax(pending, [flags, *received.values()], out)
+
     def take_tags(self, count: int, kind: int, num_bytes: int) -> int:
         """The first of `count` numbers that no message on its way has, for a bucket of so many bytes."""
         if self._exchanges % _NUM_TAGS + count > _NUM_TAGS:
             self._exchanges += _NUM_TAGS - self._exchanges % _NUM_TAGS
         tag = self._first_tag + self._exchanges % _NUM_TAGS
         self._exchanges += count
-        return tag | kind << 25 | num_bytes // 64 % 15 << 26
+        return tag | kind << 25 | num_bytes // 64 % 7 << 27
 
     def give_up(self, reason: str) -> None:
         # A receive that times out breaks the connection, of which the peer hears at once.
@@ -197,6 +205,21 @@ def _part_numel(slice_numel: int, num_peers: int, item_bytes: int) -> int:
         min(MESSAGE_BYTES, STAGING_BYTES // max(1, num_peers)) // item_bytes // _MESSAGE_ALIGNMENT * _MESSAGE_ALIGNMENT
     )
     return min(max(1, slice_numel), max(fitting, _MESSAGE_ALIGNMENT))
+
+
+class _PairwiseMax(PendingCollective):
+    """The largest of what the ranks have sent one another, once it is there."""
+
+    def __init__(self, pending: PendingWork, flags: list[Tensor], out: Tensor) -> None:
+        self._pending = pending
+        self._flags = flags
+        self._out = out
+
+    def finish(self) -> None:
+        self._pending.finish()
+        if self._flags:
+            torch.amax(torch.stack(self._flags), dim=0, out=self._out)
+            self._flags = []
 
 
 class StagingPool:
