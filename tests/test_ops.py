@@ -164,6 +164,26 @@ class TestPack:
             ops.pack(torch.zeros(3, device="meta"), torch.zeros(3, device="meta"))
 
 
+class TestCopy:
+    @pytest.mark.parametrize("numel", [0, 1, 63, 64, 1000, 2**20 - 1, 2**20, 2**20 + 1, 3_000_007])
+    @pytest.mark.parametrize("offset", [0, 1, 37])
+    def test_copies_every_byte_and_no_other(self, numel: int, offset: int) -> None:
+        source = random_bits(torch.bfloat16, numel // 2 + 1, seed=1).view(torch.uint8)[:numel]
+        room = torch.full((numel + 100,), 7, dtype=torch.uint8)
+        ops.copy(source, room[offset : offset + numel])
+        assert torch.equal(room[offset : offset + numel], source)
+        assert (room[:offset] == 7).all() and (room[offset + numel :] == 7).all()
+
+    def test_refusals(self) -> None:
+        values = torch.arange(20.0)
+        with pytest.raises(ConfigError, match="expected dst to have 40 bytes as src, got 80"):
+            ops.copy(values[:10], values.clone())
+        with pytest.raises(ConfigError, match="expected src and dst to be contiguous"):
+            ops.copy(values[::2], torch.empty(10))
+        with pytest.raises(ConfigError, match="not to overlap"):
+            ops.copy(values[:10], values[5:15])
+
+
 class TestReduce:
     @pytest.mark.parametrize(("slice_dtype", "out_dtype"), REDUCE_PAIRS, ids=str)
     @pytest.mark.parametrize("num_slices", [*range(1, 18), 33, 100])
@@ -177,6 +197,21 @@ class TestReduce:
             out = torch.empty(numel, dtype=out_dtype)
             ops.reduce(slices, out, base=base)
             assert same_bits(out, reference.reduce(slices, out_dtype, base)), numel
+
+    @pytest.mark.parametrize(("slice_dtype", "out_dtype"), REDUCE_PAIRS, ids=str)
+    @pytest.mark.parametrize("num_slices", [2, 5])
+    @pytest.mark.parametrize("with_base", [False, True])
+    def test_what_goes_past_the_cache(
+        self, slice_dtype: torch.dtype, out_dtype: torch.dtype, num_slices: int, with_base: bool
+    ) -> None:
+        """Sums of more than a megabyte, at an address that is no multiple of a cache line."""
+        numel = 600_001
+        slices = [random_bits(slice_dtype, numel, seed=k) for k in range(num_slices)]
+        base = random_bits(out_dtype, numel, seed=99) if with_base else None
+        room = torch.full((numel + 6,), 7.0, dtype=out_dtype)
+        ops.reduce(slices, room[3:-3], base=base)
+        assert same_bits(room[3:-3], reference.reduce(slices, out_dtype, base))
+        assert (room[:3] == 7).all() and (room[-3:] == 7).all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("num_slices", [*range(1, 18), 33, 100])
