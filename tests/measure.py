@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,29 +29,39 @@ def reset_peak_rss() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-@dataclass
-class Peak:
-    """The most memory above the level at the start."""
-
-    num_bytes: int = 0
+Samples = list[tuple[float, int]]  # moments, and bytes above the level at the start
 
 
 @contextmanager
-def peak_pss() -> Iterator[Peak]:
+def sampled_pss() -> Iterator[Samples]:
     """Sample this process's memory meanwhile; of pages that several processes map, each has its part."""
-    peak, before, done = Peak(), pss_bytes(), threading.Event()
+    samples: Samples = []
+    before, done = pss_bytes(), threading.Event()
 
     def sample() -> None:
         while not done.wait(0.005):
-            peak.num_bytes = max(peak.num_bytes, pss_bytes() - before)
+            samples.append((time.monotonic(), pss_bytes() - before))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        yield peak
+        yield samples
     finally:
         done.set()
         sampler.join()
+
+
+def peak_of_mean(samples_by_rank: list[Samples]) -> float:
+    """The most that processes of one host held together at one moment, by their number.
+
+    Their peaks at different moments would not do: a shared page counts in full for who touches it first.
+    """
+    latest, peak = [0] * len(samples_by_rank), 0
+    merged = sorted((moment, rank, held) for rank, samples in enumerate(samples_by_rank) for moment, held in samples)
+    for _, rank, held in merged:
+        latest[rank] = held
+        peak = max(peak, sum(latest))
+    return peak / len(samples_by_rank)
 
 
 def pss_bytes() -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import statistics
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from measure import peak_pss, run_fresh
+from measure import Samples, peak_of_mean, run_fresh, sampled_pss
 from torch import nn
 
 import zeroopt
@@ -20,14 +19,14 @@ NUM_PARAMS = WIDTH * WIDTH * LAYERS
 BUCKET_BYTES = WIDTH * WIDTH * 4  # one layer fills a bucket
 
 
-def peak_bytes(options: dict[str, Any], wrap_only: bool = False) -> int:
-    """Peak memory above what the process had before it built the model; shared pages count once."""
+def sampled_bytes(options: dict[str, Any], wrap_only: bool = False) -> Samples:
+    """Memory above what the process had before it built the model; shared pages count once."""
     train(options, width=8, layers=1, steps=1)  # torch imports half of itself when the first optimizer is made
     gc.collect()
-    with peak_pss() as peak:
+    with sampled_pss() as samples:
         train(options, WIDTH, LAYERS, steps=0 if wrap_only else 3)
         dist.barrier()  # a peer that has gone leaves its part of shared pages to this process
-    return peak.num_bytes
+    return samples
 
 
 def train(options: dict[str, Any], width: int, layers: int, steps: int) -> None:
@@ -56,10 +55,10 @@ HEAP_HOLES_BYTES = 10 * BUCKET_BYTES
 M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
-def peak_bytes_without_heap_holes(options: dict[str, Any]) -> int:
-    """`peak_bytes` where each large block has pages of its own, so that only what is in use counts."""
+def sampled_bytes_without_heap_holes(options: dict[str, Any]) -> Samples:
+    """`sampled_bytes` where each large block has pages of its own, so that only what is in use counts."""
     assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17) == 1
-    return peak_bytes(options)
+    return sampled_bytes(options)
 
 
 @pytest.mark.parametrize(
@@ -76,19 +75,18 @@ def peak_bytes_without_heap_holes(options: dict[str, Any]) -> int:
 )
 def test_peak_memory_follows_the_formula(options: dict[str, Any], world_size: int) -> None:
     formula = formula_bytes(options, world_size)
-    peaks = run_fresh(world_size, peak_bytes_without_heap_holes, options)
-    mean = statistics.fmean(peaks)  # which rank a shared page is counted for is a matter of who touched it
+    mean = peak_of_mean(run_fresh(world_size, sampled_bytes_without_heap_holes, options))
     print(f"{options}, {world_size} ranks: {mean / NUM_PARAMS:.2f} bytes a parameter, {formula / NUM_PARAMS:.2f}")
     assert 0.99 * formula <= mean <= formula + BOUNDED_BYTES
 
 
 def test_peak_memory_with_the_heap_as_it_is() -> None:
-    for peak in run_fresh(2, peak_bytes, {"stage": 2}):
-        assert peak <= formula_bytes({"stage": 2}, 2) + BOUNDED_BYTES + HEAP_HOLES_BYTES
+    peak = peak_of_mean(run_fresh(2, sampled_bytes, {"stage": 2}))
+    assert peak <= formula_bytes({"stage": 2}, 2) + BOUNDED_BYTES + HEAP_HOLES_BYTES
 
 
 def test_wrapping_needs_one_bucket_more_than_it_leaves() -> None:
     left = (4 + 4 / 2) * NUM_PARAMS  # parameters and gradient shard
-    for peak in run_fresh(2, peak_bytes, {"stage": 2}, True):
-        print(f"wrap: {(peak - left) / 2**20:.1f} MiB above what it leaves")
-        assert peak <= left + BUCKET_BYTES + 2**20
+    peak = peak_of_mean(run_fresh(2, sampled_bytes, {"stage": 2}, True))
+    print(f"wrap: {(peak - left) / 2**20:.1f} MiB above what it leaves")
+    assert peak <= left + BUCKET_BYTES + 2**20
