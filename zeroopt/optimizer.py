@@ -112,7 +112,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             everyone_came.finish()
             self._gathers.start(bucket)
         everyone_came.finish()
-        self._gathers.let_go()
+        self._gathers.leave_to_readers()
         self._reducer.reclaim()
         self._reducer.num_steps += 1
         self._replan_once(active)

@@ -81,7 +81,7 @@ class ParamGathers:
     """The all-gathers of one wrapped model's parameters.
 
     Args:
-        lazy: let the first use of a parameter wait for it; else `let_go` waits for all.
+        lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
     """
 
     def __init__(self, module: nn.Module, buckets: Sequence[Bucket], transport: Transport, *, lazy: bool) -> None:
@@ -108,8 +108,8 @@ class ParamGathers:
         """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`."""
         self._pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
 
-    def let_go(self) -> None:
-        """All gathers of this step have been started."""
+    def leave_to_readers(self) -> None:
+        """All gathers of this step have been started: whoever uses a parameter first waits for it."""
         self._transport.flush()
         lazy = self._lazy and not _has_compiled()
         for bucket in list(self._pending):

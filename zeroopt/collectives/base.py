@@ -72,9 +72,8 @@ class PendingWork(PendingCollective):
             rank, work = self._works[0]
             try:
                 work.wait()
-            except (
-                RuntimeError
-            ) as error:  # the backend's own message says whether it was a timeout or a lost connection
+            except RuntimeError as error:
+                # The backend's own message says whether it was a timeout or a lost connection.
                 self._failure = self._give_up_rest(rank, str(error))
                 raise CollectiveError(self._failure) from error
             self._works.popleft()
