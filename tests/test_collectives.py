@@ -256,11 +256,13 @@ def loopback_bytes_per_step(stage: int, transport: str) -> tuple[float, int]:
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), stage=stage, transport=transport)
     counts = []
     for _ in range(3):  # other programs may use the device too: the least is the truest
-        dist.barrier()
         before = loopback_bytes()
+        dist.barrier()  # nobody sends before all have read
         model(torch.randn(2, 1024)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+        for parameter in net.parameters():
+            parameter.sum()  # waits for its gather, which belongs to this step
         dist.barrier()
         counts.append((loopback_bytes() - before) / dist.get_world_size())
     return min(counts), sum(p.nbytes for p in net.parameters())
