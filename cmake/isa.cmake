@@ -12,8 +12,9 @@ function(zeroopt_add_isa name)
     csrc/cpu/leaf/pack.cpp
     csrc/cpu/leaf/reduce.cpp
     csrc/cpu/leaf/copy.cpp
-    csrc/cpu/leaf/adamw.cpp
-    csrc/cpu/leaf/sgd.cpp)
+    csrc/cpu/leaf/formats.cpp
+    csrc/cpu/leaf/norm.cpp
+    csrc/cpu/leaf/steps.cpp)
   zeroopt_target(leaf_${name})
   target_compile_definitions(leaf_${name} PRIVATE ZEROOPT_ISA=${name})
   target_compile_options(leaf_${name} PRIVATE ${ARGN})

@@ -30,17 +30,66 @@ DType dtype(int code) {
   return static_cast<DType>(code);
 }
 
-AdamWTensors adamw_tensors(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq) {
-  return {pointer<float>(param), pointer<const float>(grad), pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
-          pointer<float>(max_exp_avg_sq)};
+ParamFormat param_format(int code) {
+  if (code < 0 || code > static_cast<int>(ParamFormat::bfloat16_stochastic))
+    throw std::invalid_argument("there is no parameter format " + std::to_string(code));
+  return static_cast<ParamFormat>(code);
 }
 
-SgdTensors sgd_tensors(Address param, Address grad, Address momentum_buffer) {
-  return {pointer<float>(param), pointer<const float>(grad), pointer<float>(momentum_buffer)};
+StateFormat state_format(int code) {
+  if (code < 0 || code > static_cast<int>(StateFormat::int8))
+    throw std::invalid_argument("there is no state format " + std::to_string(code));
+  return static_cast<StateFormat>(code);
 }
 
-SegmentTable segment_table(Address rows, Address active, Address steps, int64_t count) {
-  return {pointer<const SegmentRow>(rows), pointer<const uint8_t>(active), pointer<float>(steps), count};
+SegmentTable segment_table(Address rows, Address active, Address steps, Address squares, int64_t count) {
+  return {pointer<const SegmentRow>(rows), pointer<const uint8_t>(active), pointer<float>(steps),
+          pointer<double>(squares), count};
+}
+
+template <class Group>
+using CpuStep = void (*)(const SegmentTable&, const Storage&, const Group*, const StepControl&, int num_threads);
+template <class Group>
+using CudaStep = void (*)(const SegmentTable&, const Storage&, const Group*, const StepControl&, int64_t total_numel,
+                          void* workspace, void* stream);
+
+/// The step of one optimizer as `name` and `cuda_name`.
+template <class Group> void bind_step(py::module_& m, const char* name, CpuStep<Group> cpu, CudaStep<Group> cuda) {
+  m.def(
+      name,
+      [cpu](Address rows, Address active, Address steps, Address squares, int64_t count, int param, int grad, int state,
+            Address groups, Address grad_scale, Address clip_coef, Address found_inf, uint64_t seed, int num_threads) {
+        cpu(segment_table(rows, active, steps, squares, count),
+            {param_format(param), dtype(grad), state_format(state)}, pointer<const Group>(groups),
+            {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
+            num_threads);
+      },
+      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("squares"), py::arg("count"),
+      py::arg("param_format"), py::arg("grad_dtype"), py::arg("state_format"), py::arg("groups"), py::arg("grad_scale"),
+      py::arg("clip_coef"), py::arg("found_inf"), py::arg("seed"), py::arg("num_threads"), GilReleased());
+  m.def(
+      (std::string("cuda_") + name).c_str(),
+      [cuda](Address rows, Address active, Address steps, Address squares, int64_t count, int param, int grad,
+             int state, Address groups, Address grad_scale, Address clip_coef, Address found_inf, uint64_t seed,
+             int64_t total_numel, Address workspace, Address stream) {
+        cuda(segment_table(rows, active, steps, squares, count),
+             {param_format(param), dtype(grad), state_format(state)}, pointer<const Group>(groups),
+             {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
+             total_numel, pointer<void>(workspace), pointer<void>(stream));
+      },
+      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("squares"), py::arg("count"),
+      py::arg("param_format"), py::arg("grad_dtype"), py::arg("state_format"), py::arg("groups"), py::arg("grad_scale"),
+      py::arg("clip_coef"), py::arg("found_inf"), py::arg("seed"), py::arg("total_numel"), py::arg("workspace"),
+      py::arg("stream"), GilReleased());
+}
+
+void bind_steps(py::module_& m) {
+  bind_step<AdamWGroup>(m, "adamw", cpu::adamw, cuda::adamw);
+  bind_step<SgdGroup>(m, "sgd", cpu::sgd, cuda::sgd);
+  bind_step<AdagradGroup>(m, "adagrad", cpu::adagrad, cuda::adagrad);
+  bind_step<LionGroup>(m, "lion", cpu::lion, cuda::lion);
+  bind_step<LambGroup>(m, "lamb_moments", cpu::lamb_moments, cuda::lamb_moments);
+  bind_step<LambGroup>(m, "lamb_update", cpu::lamb_update, cuda::lamb_update);
 }
 
 void bind_cpu_kernels(py::module_& m) {
@@ -71,24 +120,29 @@ void bind_cpu_kernels(py::module_& m) {
       },
       py::arg("src"), py::arg("dst"), py::arg("bytes"), py::arg("num_threads"), GilReleased());
   m.def(
-      "adamw",
-      [](Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address rows,
-         Address active, Address steps, int64_t count, Address groups, int num_threads) {
-        cpu::adamw(adamw_tensors(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq),
-                   segment_table(rows, active, steps, count), pointer<const AdamWGroup>(groups), num_threads);
+      "quantize",
+      [](Address values, Address codes, Address scales, int64_t numel, bool is_signed, int num_threads) {
+        cpu::quantize(pointer<const float>(values), pointer<uint8_t>(codes), pointer<float>(scales), numel, is_signed,
+                      num_threads);
       },
-      py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"),
-      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("num_threads"),
-      GilReleased());
+      py::arg("values"), py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("is_signed"),
+      py::arg("num_threads"), GilReleased());
   m.def(
-      "sgd",
-      [](Address param, Address grad, Address momentum_buffer, Address rows, Address active, Address steps,
-         int64_t count, Address groups, int num_threads) {
-        cpu::sgd(sgd_tensors(param, grad, momentum_buffer), segment_table(rows, active, steps, count),
-                 pointer<const SgdGroup>(groups), num_threads);
+      "dequantize",
+      [](Address codes, Address scales, Address values, int64_t numel, bool is_signed, int num_threads) {
+        cpu::dequantize(pointer<const uint8_t>(codes), pointer<const float>(scales), pointer<float>(values), numel,
+                        is_signed, num_threads);
       },
-      py::arg("param"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("rows"), py::arg("active"),
-      py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("num_threads"), GilReleased());
+      py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("numel"), py::arg("is_signed"),
+      py::arg("num_threads"), GilReleased());
+  m.def(
+      "squared_norms",
+      [](Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf, int num_threads) {
+        cpu::squared_norms(segment_table(rows, active, 0, squares, count), dtype(grad), pointer<float>(found_inf),
+                           num_threads);
+      },
+      py::arg("rows"), py::arg("active"), py::arg("squares"), py::arg("count"), py::arg("grad_dtype"),
+      py::arg("found_inf"), py::arg("num_threads"), GilReleased());
 }
 
 void bind_cuda_kernels(py::module_& m) {
@@ -109,30 +163,32 @@ void bind_cuda_kernels(py::module_& m) {
       },
       py::arg("slices"), py::arg("num_slices"), py::arg("slice_dtype"), py::arg("base"), py::arg("out"),
       py::arg("out_dtype"), py::arg("numel"), py::arg("stream"), GilReleased());
-  m.def("cuda_adamw_workspace_bytes", &cuda::adamw_workspace_bytes, py::arg("num_segments"));
   m.def(
-      "cuda_adamw",
-      [](Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address rows,
-         Address active, Address steps, int64_t count, Address groups, int64_t total_numel, Address workspace,
-         Address stream) {
-        cuda::adamw(adamw_tensors(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq),
-                    segment_table(rows, active, steps, count), pointer<const AdamWGroup>(groups), total_numel,
-                    pointer<void>(workspace), pointer<void>(stream));
+      "cuda_quantize",
+      [](Address values, Address codes, Address scales, int64_t numel, bool is_signed, Address stream) {
+        cuda::quantize(pointer<const float>(values), pointer<uint8_t>(codes), pointer<float>(scales), numel, is_signed,
+                       pointer<void>(stream));
       },
-      py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"),
-      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("total_numel"),
-      py::arg("workspace"), py::arg("stream"), GilReleased());
-  m.def("cuda_sgd_workspace_bytes", &cuda::sgd_workspace_bytes, py::arg("num_segments"));
+      py::arg("values"), py::arg("codes"), py::arg("scales"), py::arg("numel"), py::arg("is_signed"), py::arg("stream"),
+      GilReleased());
   m.def(
-      "cuda_sgd",
-      [](Address param, Address grad, Address momentum_buffer, Address rows, Address active, Address steps,
-         int64_t count, Address groups, int64_t total_numel, Address workspace, Address stream) {
-        cuda::sgd(sgd_tensors(param, grad, momentum_buffer), segment_table(rows, active, steps, count),
-                  pointer<const SgdGroup>(groups), total_numel, pointer<void>(workspace), pointer<void>(stream));
+      "cuda_dequantize",
+      [](Address codes, Address scales, Address values, int64_t numel, bool is_signed, Address stream) {
+        cuda::dequantize(pointer<const uint8_t>(codes), pointer<const float>(scales), pointer<float>(values), numel,
+                         is_signed, pointer<void>(stream));
       },
-      py::arg("param"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("rows"), py::arg("active"),
-      py::arg("steps"), py::arg("count"), py::arg("groups"), py::arg("total_numel"), py::arg("workspace"),
-      py::arg("stream"), GilReleased());
+      py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("numel"), py::arg("is_signed"), py::arg("stream"),
+      GilReleased());
+  m.def("cuda_workspace_bytes", &cuda::workspace_bytes, py::arg("num_segments"), py::arg("total_numel"));
+  m.def(
+      "cuda_squared_norms",
+      [](Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf,
+         int64_t total_numel, Address workspace, Address stream) {
+        cuda::squared_norms(segment_table(rows, active, 0, squares, count), dtype(grad), pointer<float>(found_inf),
+                            total_numel, pointer<void>(workspace), pointer<void>(stream));
+      },
+      py::arg("rows"), py::arg("active"), py::arg("squares"), py::arg("count"), py::arg("grad_dtype"),
+      py::arg("found_inf"), py::arg("total_numel"), py::arg("workspace"), py::arg("stream"), GilReleased());
 }
 
 std::vector<ParamSpec> param_specs(const std::vector<int64_t>& numels, const std::vector<int64_t>& kinds,
@@ -247,6 +303,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&zeroopt::translate_errors);
   zeroopt::bind_cpu_kernels(m);
   zeroopt::bind_cuda_kernels(m);
+  zeroopt::bind_steps(m);
   zeroopt::bind_planner(m);
   zeroopt::bind_shared_memory(m);
   m.def("build_info", &zeroopt::build_info);

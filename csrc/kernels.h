@@ -12,19 +12,60 @@ namespace zeroopt {
 
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-/// A piece of one parameter in this rank's range of a bucket; the row of a table int64[num_segments][3].
-struct SegmentRow {
-  int64_t offset; ///< first element, counted from the pointers that are passed with the table
-  int64_t numel;  ///< elements, > 0
-  int64_t group;  ///< row of the table of hyper-parameters
+/// How a parameter is stored, and in what precision it is kept.
+enum class ParamFormat : int32_t {
+  float32 = 0,             ///< param: float32
+  bfloat16_master = 1,     ///< param: bfloat16, written only; master: float32
+  float16_master = 2,      ///< param: float16, written only; master: float32
+  bfloat16_remainder = 3,  ///< param: bfloat16; master: the 16 bits that make it an exact float32, see common/dtype.h
+  bfloat16_stochastic = 4, ///< param: bfloat16, rounded stochastically; no master
 };
 
-/// The segments a step covers, one call for a whole bucket.
+/// How moments are stored.
+enum class StateFormat : int32_t {
+  float32 = 0,
+  bfloat16 = 1, ///< rounded stochastically
+  int8 = 2,     ///< codes and one float32 scale for every kQuantBlock elements, see common/int8_code.h
+};
+
+/// How all segments of a step are stored.
+struct Storage {
+  ParamFormat param;
+  DType grad; ///< float32, bfloat16 or float16
+  StateFormat state;
+};
+
+constexpr int64_t kQuantBlock = 256; // elements that share a scale, counted from the first element of a segment
+constexpr int kMaxStates = 3;        // arrays of state of an optimizer
+
+/// A piece of one parameter; the row of a table int64[num_segments][13]. The arrays have numel elements each.
+struct SegmentRow {
+  int64_t numel;            ///< > 0
+  int64_t group;            ///< row of the table of hyper-parameters
+  int64_t key;              ///< the parameter's number, by which its random numbers differ from those of others
+  int64_t first;            ///< element of the parameter that the segment begins with: >= 0, < 2^60
+  void* param;              ///< in/out, but see ParamFormat
+  void* master;             ///< in/out, see ParamFormat
+  const void* grad;         ///< in
+  void* states[kMaxStates]; ///< in/out; null where the optimizer or the group has no such state
+  float* scales[kMaxStates]; ///< in/out, [ceil(numel / kQuantBlock)], with StateFormat::int8
+};
+
+/// The segments a step covers, one call for a whole bucket or a whole model.
 struct SegmentTable {
-  const SegmentRow* rows; ///< [count], in; segments do not overlap
+  const SegmentRow* rows; ///< [count], in; no two segments overlap
   const uint8_t* active;  ///< [count], in; 0: the parameter had no gradient, nothing of it is touched
   float* steps;           ///< [count], in/out; steps taken so far; active ones are raised by one before the update
+  double* squares;        ///< [count][2], out or in; for the kernels that say so, else null
   int64_t count;
+};
+
+/// What all segments of a step have in common. The scalars lie in memory, so that nobody has to wait to know them.
+struct StepControl {
+  const float* grad_scale; ///< gradients are divided by it; null: 1
+  const float* clip_coef;  ///< and multiplied by it; null: 1
+  const float* found_inf;  ///< not 0: the step is skipped, nothing at all is written; null: 0
+  uint64_t seed;           ///< of stochastic rounding
 };
 
 /// Hyper-parameters of one param_group: a row of a table float64[num_groups][8].
@@ -35,25 +76,29 @@ struct AdamWGroup {
   double maximize;  ///< 1: ascend
 };
 
-/// Hyper-parameters of one param_group: a row of a table float64[num_groups][6].
+/// A row of a table float64[num_groups][6].
 struct SgdGroup {
   double lr, momentum, dampening, weight_decay;
   double nesterov; ///< 1 or 0
   double maximize; ///< 1 or 0
 };
 
-struct AdamWTensors {
-  float* param;          ///< in/out
-  const float* grad;     ///< in
-  float* exp_avg;        ///< in/out
-  float* exp_avg_sq;     ///< in/out
-  float* max_exp_avg_sq; ///< in/out; null when no group uses amsgrad
+/// A row of a table float64[num_groups][5].
+struct AdagradGroup {
+  double lr, lr_decay, weight_decay, eps;
+  double maximize; ///< 1 or 0
 };
 
-struct SgdTensors {
-  float* param;           ///< in/out
-  const float* grad;      ///< in
-  float* momentum_buffer; ///< in/out; null when no group has momentum. The first step of a segment overwrites it.
+/// A row of a table float64[num_groups][5].
+struct LionGroup {
+  double lr, beta1, beta2, weight_decay;
+  double maximize; ///< 1 or 0
+};
+
+/// A row of a table float64[num_groups][6].
+struct LambGroup {
+  double lr, beta1, beta2, eps, weight_decay;
+  double maximize; ///< 1 or 0
 };
 
 namespace cpu {
@@ -75,11 +120,51 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 /// memcpy for what nobody reads from this processor's cache soon: large copies go past it. bytes: 2 a byte.
 void copy(const void* src, void* dst, int64_t bytes, int num_threads);
 
-/// One AdamW or Adam step. The arrays do not overlap. bytes: 28 (36 with amsgrad).
-void adamw(const AdamWTensors& tensors, const SegmentTable& segments, const AdamWGroup* groups, int num_threads);
+/// codes[i], scales[i / kQuantBlock]: values as 8-bit codes. A signed code is an int8, an unsigned one a uint8.
+/// bytes: 5 and 4 / kQuantBlock.
+void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, int num_threads);
 
-/// One SGD step. The arrays do not overlap. bytes: 12 (20 with momentum).
-void sgd(const SgdTensors& tensors, const SegmentTable& segments, const SgdGroup* groups, int num_threads);
+/// The inverse. bytes: as quantize.
+void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed,
+                int num_threads);
+
+/// squares[i][0] = sum of the squares of the gradients of segment i, in float64, in an order that depends on the
+/// segment alone; 0 for inactive ones. *found_inf = 1 where one of them is not finite, else it stays. bytes: sizeof(grad).
+void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int num_threads);
+
+// One step of an optimizer. `bytes` of an element are those of its arrays, read and written once each:
+//
+//   param    float32 8, master 4 + 4 and 2, remainder 4 + 4, stochastic 4        grad   4 or 2
+//   a state  float32 8, bfloat16 4, int8 2 and 8 / kQuantBlock
+//
+// so that AdamW in float32 moves 28. Each parameter's arithmetic is float32.
+
+/// AdamW and Adam. states: exp_avg, exp_avg_sq, and max_exp_avg_sq for groups with amsgrad.
+void adamw(const SegmentTable& segments, const Storage& storage, const AdamWGroup* groups, const StepControl& control,
+           int num_threads);
+
+/// SGD. states: momentum_buffer for groups with momentum; the first step of a segment overwrites it.
+void sgd(const SegmentTable& segments, const Storage& storage, const SgdGroup* groups, const StepControl& control,
+         int num_threads);
+
+/// Adagrad. states: sum.
+void adagrad(const SegmentTable& segments, const Storage& storage, const AdagradGroup* groups,
+             const StepControl& control, int num_threads);
+
+/// Lion. states: exp_avg.
+void lion(const SegmentTable& segments, const Storage& storage, const LionGroup* groups, const StepControl& control,
+          int num_threads);
+
+/// LAMB, first pass: steps the moments and leaves the parameters. states: exp_avg, exp_avg_sq.
+/// squares[i] = sums of squares of the parameter's and of the update's elements in segment i. Where a parameter lies in
+/// several segments, on several ranks, their sums are to be added up before the second pass.
+void lamb_moments(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
+                  const StepControl& control, int num_threads);
+
+/// LAMB, second pass: steps the parameters by the update, its length scaled by the trust ratio that follows from
+/// `squares`. The gradients are not read, `steps` are those that the first pass left.
+void lamb_update(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
+                 const StepControl& control, int num_threads);
 
 } // namespace cpu
 
@@ -93,15 +178,26 @@ void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t 
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,
             DType out_dtype, int64_t numel, void* stream);
 
-/// workspace: device memory of adamw_workspace_bytes(segments.count) bytes, 16-byte aligned.
-/// total_numel: sum of the sizes of the segments, for the size of the grid.
-int64_t adamw_workspace_bytes(int64_t num_segments);
-void adamw(const AdamWTensors& tensors, const SegmentTable& segments, const AdamWGroup* groups, int64_t total_numel,
-           void* workspace, void* stream);
+void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, void* stream);
+void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed, void* stream);
 
-int64_t sgd_workspace_bytes(int64_t num_segments);
-void sgd(const SgdTensors& tensors, const SegmentTable& segments, const SgdGroup* groups, int64_t total_numel,
-         void* workspace, void* stream);
+/// Device memory that a step over these segments needs, 16-byte aligned. total_numel: sum of the sizes of the segments.
+int64_t workspace_bytes(int64_t num_segments, int64_t total_numel);
+
+void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int64_t total_numel, void* workspace,
+                   void* stream);
+void adamw(const SegmentTable& segments, const Storage& storage, const AdamWGroup* groups, const StepControl& control,
+           int64_t total_numel, void* workspace, void* stream);
+void sgd(const SegmentTable& segments, const Storage& storage, const SgdGroup* groups, const StepControl& control,
+         int64_t total_numel, void* workspace, void* stream);
+void adagrad(const SegmentTable& segments, const Storage& storage, const AdagradGroup* groups,
+             const StepControl& control, int64_t total_numel, void* workspace, void* stream);
+void lion(const SegmentTable& segments, const Storage& storage, const LionGroup* groups, const StepControl& control,
+          int64_t total_numel, void* workspace, void* stream);
+void lamb_moments(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
+                  const StepControl& control, int64_t total_numel, void* workspace, void* stream);
+void lamb_update(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
+                 const StepControl& control, int64_t total_numel, void* workspace, void* stream);
 
 } // namespace cuda
 } // namespace zeroopt

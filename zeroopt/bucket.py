@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
 from .collectives import Transport
+from .precision import Precision, round_master, split_master
 
-# Elements to which parameters and slices are aligned: a cache line and more in every dtype, so that kernels and matrix
-# multiplications start where vector loads are cheapest.
-ALIGNMENT = 32
+# A state entry of a parameter, as torch keeps it: "exp_avg" -> tensor, "step" -> 0-dim tensor, …
+ParamState = dict[str, Any]
+
+# What a master is called among a segment's state, where that is saved or moves to other buckets.
+_MASTER_NAMES = {torch.float32: "master_param", torch.int16: "remainder"}
 
 
 @dataclass(eq=False)
@@ -59,7 +63,8 @@ class Segment:
     Attributes:
         start: first element of the parameter that is in the segment.
         offset: first element of the own range of the bucket that is in the segment.
-        shard: 1-D view of the flat parameters, the leaf that an optimizer steps.
+        shard: 1-D, the leaf that an optimizer steps: a view of the flat parameters, or of their float32 master.
+        state_dtype: of the state that an optimizer keeps for it, unless a fused kernel stores it otherwise.
     """
 
     owner: ManagedParam
@@ -67,18 +72,21 @@ class Segment:
     offset: int
     numel: int
     shard: nn.Parameter
+    state_dtype: torch.dtype
 
 
 class Bucket:
     """Parameters of one dtype side by side in one flat buffer, cut into one slice a rank.
 
-    Making one moves the parameters into it: the values stay, `param.data` becomes a view.
+    Making one moves the parameters into it: `param.data` becomes a view. The values stay, or are rounded to `dtype`; what
+    rounding took from the own range is kept in `master`.
 
     Attributes:
         name: how messages call the bucket.
         flat_param: [padded_numel], all parameters; the gaps between them are zero.
         own_range: the elements of the bucket that this rank steps; its slice, or all of the bucket in stage 0.
         own_param: view of `flat_param` over the own range.
+        master: [own range], what completes 16-bit parameters: a float32 copy or int16 remainders; None where nothing does.
         segments: the pieces of parameters in the own range.
     """
 
@@ -89,38 +97,85 @@ class Bucket:
         params: Sequence[ManagedParam],
         own_range: tuple[int, int],
         transport: Transport,
+        precision: Precision,
         *,
         shared: bool,
     ) -> None:
         self.index = index
         self.padded_numel = layout.padded_numel
         self.params = [params[i] for i in layout.params]
-        self.dtype = self.params[0].param.dtype
+        self.dtype = precision.stored_dtype(self.params[0].param.dtype)
         self.device = self.params[0].param.device
         for managed, offset in zip(self.params, layout.offsets, strict=True):
             managed.offset = offset
         self.name = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
         self.flat_param = transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared)
-        for managed in self.params:
-            view = managed.view_in(self.flat_param)
-            if transport.writes_parameters or not shared:
-                view.copy_(managed.param.data)
-            managed.param.data = view
-
         self.own_range = own_range
         self.own_param = self.within_own_range(self.flat_param)
+        self._state_dtype = precision.sum_dtype(self.dtype, shard_state=True)
+        master_dtype = precision.master_dtype(self.dtype)
+        self.master = None if master_dtype is None else torch.zeros_like(self.own_param, dtype=master_dtype)
+        for managed in self.params:
+            self._take_in(managed, writes=transport.writes_parameters or not shared)
         self.segments: list[Segment] = []
+
+    def _take_in(self, managed: ManagedParam, *, writes: bool) -> None:
+        """Move a parameter into the bucket, and its master where this rank keeps it."""
+        values = managed.param.data
+        view = managed.view_in(self.flat_param)
+        if writes:
+            view.copy_(round_master(values, self.dtype) if self.master is not None else values)
+        if self.master is not None:
+            begin, end = self.own_range
+            first, last = max(managed.offset, begin), min(managed.offset + managed.numel, end)
+            if first < last:
+                own = managed.flatten(values)[first - managed.offset : last - managed.offset]
+                master = own if self.master.dtype is torch.float32 else split_master(own)[1]
+                self.master[first - begin : last - begin].copy_(master)
+        managed.param.data = view
 
     def cut_segments(self, pieces: Sequence[_C.Segment], params: Sequence[ManagedParam]) -> None:
         """Make the segments of the own range, as planned."""
+        stepped = self.master if self.master is not None and self.master.dtype is torch.float32 else self.own_param
         for piece in pieces:
-            shard = nn.Parameter(self.own_param[piece.offset : piece.offset + piece.numel])
-            self.segments.append(Segment(params[piece.param], piece.start, piece.offset, piece.numel, shard))
+            shard = nn.Parameter(stepped[piece.offset : piece.offset + piece.numel])
+            owner = params[piece.param]
+            self.segments.append(Segment(owner, piece.start, piece.offset, piece.numel, shard, self._state_dtype))
 
     def let_go(self) -> None:
         """Keep no part of the flat buffer any longer, so that it is freed when the last parameter has moved out of it."""
         self.segments.clear()
         self.flat_param = self.own_param = self.flat_param.new_empty(0)
+        self.master = None
+
+    def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
+        """Put the master of this rank's segments into their state, to be saved or moved with it."""
+        if self.master is None:
+            return
+        name = _MASTER_NAMES[self.master.dtype]
+        for segment in self.segments:
+            piece = self.master[segment.offset : segment.offset + segment.numel]
+            state.setdefault(segment.shard, {})[name] = piece
+
+    def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
+        """Take the master out of the state again, where there is one in it."""
+        if self.master is None:
+            return
+        name = _MASTER_NAMES[self.master.dtype]
+        for segment in self.segments:
+            entry = state.get(segment.shard, {})
+            if name in entry:
+                self.master[segment.offset : segment.offset + segment.numel].copy_(entry.pop(name))
+                if not entry:
+                    del state[segment.shard]
+
+    def take_up_writes(self) -> None:
+        """Let the master follow parameters that something other than a step has written: those it does not round to."""
+        if self.master is not None and self.master.dtype is torch.float32:  # remainders are too small to matter
+            written = (self.master.to(self.dtype) != self.own_param) & (
+                round_master(self.master, self.dtype) != self.own_param
+            )
+            self.master[written] = self.own_param[written].float()
 
     def within_own_range(self, full: Tensor) -> Tensor:
         """The own range of a flat buffer of this bucket, a view."""
@@ -136,16 +191,17 @@ class Bucket:
         full[end:].zero_()
 
 
-def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int) -> _C.Plan:
+def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision) -> _C.Plan:
     """Plan buckets for parameters in the model's order; those of one dtype and device share buckets."""
+    dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
     kinds: dict[tuple[torch.dtype, torch.device], int] = {}
-    kind_of = [kinds.setdefault((p.param.dtype, p.param.device), len(kinds)) for p in params]
+    kind_of = [kinds.setdefault((d, p.param.device), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
     return _C.Plan(
         [p.numel for p in params],
         kind_of,
-        [p.param.element_size() for p in params],
+        [dtype.itemsize for dtype in dtypes],
         world_size,
-        ALIGNMENT,
+        precision.alignment,
         bucket_bytes,
     )
 
@@ -163,7 +219,13 @@ def _own_range(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state:
 
 
 def make_buckets(
-    plan: _C.Plan, params: Sequence[ManagedParam], transport: Transport, *, shard_state: bool, shared: bool
+    plan: _C.Plan,
+    params: Sequence[ManagedParam],
+    transport: Transport,
+    precision: Precision,
+    *,
+    shard_state: bool,
+    shared: bool,
 ) -> list[Bucket]:
     """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
 
@@ -175,7 +237,7 @@ def make_buckets(
     buckets = []
     for index, layout in enumerate(plan.buckets):
         own_range = _own_range(plan, index, transport, shard_state=shard_state)
-        bucket = Bucket(index, layout, params, own_range, transport, shared=shared)
+        bucket = Bucket(index, layout, params, own_range, transport, precision, shared=shared)
         bucket.cut_segments(plan.segments(index, *own_range), params)
         buckets.append(bucket)
     return buckets

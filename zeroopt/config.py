@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from .errors import ConfigError, NotSupportedError
+from .precision import Precision
 
 Fused = bool | Literal["auto"]
 
@@ -47,6 +48,7 @@ class Config:
     share_parameters: bool
     reduce_dtype: torch.dtype | None
     bucket_buffers: int
+    precision: Precision
 
     @property
     def placement(self) -> Placement:
@@ -73,6 +75,9 @@ def check_config(
     share_parameters: bool,
     reduce_dtype: torch.dtype | None,
     bucket_buffers: int,
+    param_dtype: torch.dtype | None,
+    master_weights: str,
+    state_dtype: torch.dtype,
     **later: Any,
 ) -> Config:
     """Return the checked options.
@@ -98,6 +103,7 @@ def check_config(
     if share_parameters and stage == 0:
         raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
     _check_reduce_option(reduce_dtype, stage)
+    precision = _check_precision(param_dtype, master_weights, state_dtype)
     _check_later_options(**later)
     return Config(
         int(stage),
@@ -110,7 +116,17 @@ def check_config(
         share_parameters,
         reduce_dtype,
         bucket_buffers,
+        precision,
     )
+
+
+def check_param_dtype(param_dtype: torch.dtype | None, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise ConfigError when parameters of these dtypes, by name, cannot be kept in `param_dtype`."""
+    for name, dtype in dtypes.items():
+        if param_dtype is not None and dtype not in (torch.float32, param_dtype):
+            raise ConfigError(
+                f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {name!r} of {dtype}"
+            )
 
 
 def check_reduce_dtype(reduce_dtype: torch.dtype | None, param_dtypes: Iterable[torch.dtype]) -> None:
@@ -127,6 +143,18 @@ def _check_reduce_option(reduce_dtype: torch.dtype | None, stage: int) -> None:
         raise NotSupportedError("reduce_dtype is supported in stages 1 and 2; leave it at None in stage 0")
 
 
+def _check_precision(param_dtype: torch.dtype | None, master_weights: str, state_dtype: torch.dtype) -> Precision:
+    _check_one_of("param_dtype", param_dtype, (None, torch.bfloat16, torch.float16))
+    _check_one_of("master_weights", master_weights, MASTER_WEIGHTS)
+    _check_one_of("state_dtype", state_dtype, (torch.float32, torch.bfloat16, torch.int8))
+    if master_weights != "float32" and param_dtype is not torch.bfloat16:
+        raise ConfigError(
+            f"master_weights={master_weights!r} completes or rounds bfloat16 parameters: it needs "
+            f"param_dtype=torch.bfloat16, got {param_dtype}"
+        )
+    return Precision(param_dtype, master_weights, state_dtype)
+
+
 def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
         choices = ", ".join(repr(option) for option in allowed)
@@ -135,18 +163,11 @@ def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None
 
 def _check_later_options(
     *,
-    param_dtype: torch.dtype | None,
-    master_weights: str,
-    state_dtype: torch.dtype,
     max_grad_norm: float | None,
     average_every: int | None,
 ) -> None:
-    _check_one_of("master_weights", master_weights, MASTER_WEIGHTS)
     # Name, value given, value that means "as without it".
     for name, value, neutral in (
-        ("param_dtype", param_dtype, None),
-        ("master_weights", master_weights, "float32"),
-        ("state_dtype", state_dtype, torch.float32),
         ("max_grad_norm", max_grad_norm, None),
         ("average_every", average_every, None),
     ):

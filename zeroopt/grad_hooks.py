@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from . import _C, ops
-from .bucket import Bucket, ManagedParam
+from .bucket import Bucket, ManagedParam, ParamState
 from .collectives import PendingCollective, Transport
 from .config import Placement
 from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
-from .shard_state import ParamState
+from .precision import Precision
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
 
@@ -63,6 +63,7 @@ class GradientReducer:
         overlap: bool,
         bucket_buffers: int,
         reduce_dtype: torch.dtype | None,
+        precision: Precision,
     ) -> None:
         self.sync = True
         self.has_local_gradients = False
@@ -75,6 +76,7 @@ class GradientReducer:
         self._overlap = overlap
         self._bucket_buffers = bucket_buffers
         self._reduce_dtype = reduce_dtype
+        self._precision = precision
         self._scale = 1.0 / transport.world_size
         self._running = False  # between the first hook of a backward and its end
         self._arrived = bytearray(len(params))  # 1: its gradient has come, for this backward
@@ -102,7 +104,7 @@ class GradientReducer:
             self._pool = BufferPool(buckets, self._reduce_dtype, self._transport, count)
         self._buckets = buckets
         self.stores = [
-            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool)
+            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool, self._precision)
             for bucket in buckets
         ]
         # Buckets that travel while another one fills. Stage 0 has to wait for its reduces in any case, to gather them.

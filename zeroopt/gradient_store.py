@@ -4,8 +4,8 @@ stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` 
 stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
 stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice
 
-Full buffers have the dtype of what travels (`reduce_dtype`), sums that of the parameters. Where the two differ, stage 1 keeps
-its sum apart as stage 2 does.
+Full buffers have the dtype of what travels (`reduce_dtype`), sums that of the parameters, or float32 for parameters with a
+master. Where the two differ, stage 1 keeps its sum apart as stage 2 does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from .bucket import Bucket
 from .collectives import PendingCollective, Transport
 from .config import Placement
+from .precision import Precision
 
 
 class BufferPool:
@@ -70,12 +71,14 @@ class GradientStore:
         reduce_dtype: torch.dtype | None,
         transport: Transport,
         pool: BufferPool | None,
+        precision: Precision,
     ) -> None:
         self._bucket = bucket
         self.label = bucket.name
         self._pool = pool
         self._dtype = reduce_dtype or bucket.dtype
-        self._sums_apart = placement.shard_gradient or self._dtype is not bucket.dtype
+        sum_dtype = precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)
+        self._sums_apart = placement.shard_gradient or self._dtype is not sum_dtype
         self._accumulates = placement.shard_state  # in stage 0, autograd itself adds to param.grad, a view of `full`
         self._pending: PendingCollective | None = None
         self.holds_sum = False
@@ -88,7 +91,7 @@ class GradientStore:
             self.full = transport.allocate(bucket.padded_numel, self._dtype, bucket.device)
         self.reduced: Tensor
         if self._sums_apart:
-            self.reduced = torch.zeros_like(bucket.own_param)
+            self.reduced = torch.zeros_like(bucket.own_param, dtype=sum_dtype)
         else:
             assert self.full is not None
             self.reduced = bucket.within_own_range(self.full)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -43,6 +43,11 @@ class ZeroDataParallel(nn.Module):
         self._transport = transport
         self._shared = shared
         self._broadcaster = broadcaster
+        self._after_writing: Callable[[], None] | None = None
+
+    def after_writing(self, function: Callable[[], None]) -> None:
+        """Have a function called whenever parameters were written by something other than a step."""
+        self._after_writing = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. With `broadcast_buffers` it is collective while gradients are enabled and synchronised: ranks
@@ -79,6 +84,7 @@ class ZeroDataParallel(nn.Module):
             yield self._transport.writes_parameters or not self._shared
         finally:
             self._transport.barrier()
+            self._note_writing()
 
     def join(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported yet: uneven numbers of batches a rank."""
@@ -107,9 +113,15 @@ class ZeroDataParallel(nn.Module):
         if assign:
             raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
         if not self._shared:
-            return self.module.load_state_dict(state_dict, strict=strict)
+            result = self.module.load_state_dict(state_dict, strict=strict)
+            self._note_writing()
+            return result
         with self.write_parameters() as mine, nullcontext() if mine else self._gathers.read_only():
             return self.module.load_state_dict(state_dict, strict=strict)
+
+    def _note_writing(self) -> None:
+        if self._after_writing is not None:
+            self._after_writing()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

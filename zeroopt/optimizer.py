@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bucket import Bucket, ManagedParam, Segment, make_buckets, make_plan, own_segments
+from . import _C
+from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
 from .collectives import Transport
 from .config import Config
 from .errors import NotSupportedError, StateError
@@ -18,10 +19,10 @@ from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
 from .param_gather import ParamGathers
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
-from .shard_state import ParamState, check_cut, cut_state, pack_state, unpack_state
+from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .step import ShardStepper
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -55,6 +56,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         reducer: GradientReducer,
         gathers: ParamGathers,
         transport: Transport,
+        seed: int,
     ) -> None:
         self._module = module
         self._inner = optimizer
@@ -72,7 +74,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_over_hooks()
         self._take_over_methods()
         self._import_state()
-        self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config.fused)
+        self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config, seed)
         # Indices of the parameters, in the order in which the plan takes them.
         self._order = [managed.index for managed in reversed(params)]
         self._may_replan = config.overlap and transport.world_size > 1
@@ -138,16 +140,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
-            this rank, and under "zeroopt" the layout that says of which elements. Save one on every rank.
+            this rank, and under "zeroopt" the layout that says of which elements. Save one on every rank. With
+            `param_dtype`, "master_param" (float32) or "remainder" (int16) completes the parameters of the model's own state
+            dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         segments = list(self._segments())
-        state, layout = pack_state(self._inner.state, segments, self._params)
+        with_masters = {shard: dict(entry) for shard, entry in self._inner.state.items()}
+        for bucket in self._buckets:
+            bucket.hand_over(with_masters)
+        state, layout = pack_state(with_masters, segments, self._params)
         result: dict[str, Any] = {
             "state": state,
             "param_groups": self._pack_groups(),
-            "zeroopt": {"format": _FORMAT, **self._identity(), "order": list(self._order), **layout},
+            "zeroopt": {
+                "format": _FORMAT,
+                **self._identity(),
+                "seed": self._stepper.seed,
+                "order": list(self._order),
+                **layout,
+            },
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
@@ -176,6 +189,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         state = unpack_state(state_dict["state"], layout, self._segments())
         self._inner.state.clear()
         self._inner.state.update(state)
+        for bucket in self._buckets:
+            bucket.take_back(self._inner.state)
+        if layout is not None:
+            self._stepper.seed = layout["seed"]
         self._stepper.adopt_state()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
@@ -285,7 +302,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""
         ordered = in_order(self._params, order)
-        plan = make_plan(ordered, self._transport.world_size, self._config.bucket_bytes)
+        plan = self._make_plan(ordered)
         if is_grouped_alike(self._buckets, plan, ordered):
             return
         self._gathers.finish_all()
@@ -293,16 +310,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._stepper.adopt_state()
         shard_state = self._config.placement.shard_state
         self._reducer.hand_over(self._inner.state)
+        for bucket in self._buckets:
+            bucket.hand_over(self._inner.state)
         moved = move_state(self._inner.state, self._buckets, plan, ordered, self._transport, shard_state=shard_state)
         self._reducer.let_go()
         for bucket in self._buckets:
             self._transport.free(bucket.flat_param)
             bucket.let_go()
         shared = self._config.share_parameters
-        self._buckets = make_buckets(plan, ordered, self._transport, shard_state=shard_state, shared=shared)
+        self._buckets = make_buckets(
+            plan, ordered, self._transport, self._config.precision, shard_state=shard_state, shared=shared
+        )
         for segment in self._segments():
             if segment.owner.index in moved:
                 self._inner.state[segment.shard] = moved.pop(segment.owner.index)
+        for bucket in self._buckets:
+            bucket.take_back(self._inner.state)
         if shared:
             self._transport.barrier()  # the writers are through
         self._reducer.adopt(self._buckets)
@@ -310,6 +333,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._gathers.adopt(self._buckets)
         self._stepper.adopt(self._buckets, self._reducer.stores)
         self._order = list(order)
+
+    def take_up_writes(self) -> None:
+        """Parameters were written by something other than a step: let float32 masters follow. Not collective."""
+        for bucket in self._buckets:
+            bucket.take_up_writes()
+
+    def _make_plan(self, ordered: Sequence[ManagedParam]) -> _C.Plan:
+        return make_plan(ordered, self._transport.world_size, self._config.bucket_bytes, self._config.precision)
 
     def _segments(self) -> Iterator[Segment]:
         for bucket in self._buckets:
@@ -345,7 +376,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if sorted(order) != list(range(len(self._params))):
             raise StateError(f"the state dict is of {len(order)} parameters, this optimizer has {len(self._params)}")
         ordered = in_order(self._params, order)
-        plan = make_plan(ordered, self._transport.world_size, self._config.bucket_bytes)
+        plan = self._make_plan(ordered)
         for bucket in range(len(plan.buckets)):
             for piece in own_segments(plan, bucket, self._transport, shard_state=self._config.placement.shard_state):
                 check_cut(layout, ordered[piece.param], piece.start, piece.numel)
@@ -390,13 +421,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if hasattr(self._inner.step, "_wrapped_by_lr_sched"):
             self._inner._opt_called = True  # type: ignore[attr-defined]
 
-    def _identity(self) -> dict[str, int]:
-        transport = self._transport
+    def _identity(self) -> dict[str, int | str]:
+        transport, precision = self._transport, self._config.precision
         return {
             "stage": self.stage,
             "rank": transport.rank,
             "world_size": transport.world_size,
             "slice": transport.slice_index,  # another one where ranks are on other hosts
+            "param_dtype": str(precision.param_dtype),
+            "master_weights": precision.master_weights,
+            "state_dtype": str(precision.state_dtype),
         }
 
     def _pack_groups(self) -> list[dict[str, Any]]:

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _C
-from .bucket import Bucket, ManagedParam, Segment, own_segments
+from . import _C, ops
+from .bucket import Bucket, ManagedParam, ParamState, Segment, own_segments
 from .collectives import Transport
 from .elementwise import is_per_element
-from .shard_state import ParamState
 
 
 def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], group: dist.ProcessGroup) -> list[int]:
@@ -65,15 +64,15 @@ def move_state(
     scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
     scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
     for bucket in buckets:
-        arrays = {n: v.dtype for m in bucket.params for n, v in known.get(m.index, {}).items() if isinstance(v, _Array)}
-        for name, dtype in sorted(arrays.items()):
-            full = scratch[: bucket.padded_numel * dtype.itemsize].view(dtype)
-            _gather_array(state, name, bucket, full, transport if shard_state else None)
+        arrays = {n: v for m in bucket.params for n, v in known.get(m.index, {}).items() if isinstance(v, _Array)}
+        for name, array in sorted(arrays.items()):
+            full = scratch[: array.size(bucket.padded_numel) * array.dtype.itemsize].view(array.dtype)
+            _gather_array(state, name, bucket, full, array, transport if shard_state else None)
             for managed in bucket.params:
                 if isinstance(known.get(managed.index, {}).get(name), _Array) and managed.index in wanted:
                     piece = wanted[managed.index]
-                    begin = managed.offset + piece.start
-                    moved[managed.index][name] = full[begin : begin + piece.numel].clone()
+                    begin = array.position(managed.offset + piece.start)
+                    moved[managed.index][name] = full[begin : begin + array.size(piece.numel)].clone()
         for segment in bucket.segments:
             state.pop(segment.shard, None)
     transport.free(scratch)
@@ -82,9 +81,19 @@ def move_state(
 
 @dataclass(frozen=True)
 class _Array:
-    """Stands for a state tensor with an element for each of the parameter's."""
+    """Stands for a state tensor with an element for each of the parameter's, or for each begun block of them."""
 
     dtype: torch.dtype
+    block: int
+
+    def size(self, numel: int) -> int:
+        """Elements of it for so many of the parameter's."""
+        return -(-numel // self.block)
+
+    def position(self, element: int) -> int:
+        """Where its element for one of the parameter's lies, which begins a block."""
+        assert element % self.block == 0
+        return element // self.block
 
 
 def _describe_together(
@@ -94,7 +103,7 @@ def _describe_together(
     counts and the like, which an element-wise optimizer has alike for all parts."""
     mine = {
         segment.owner.index: {
-            name: _Array(value.dtype) if is_array(name, value, segment) else _alone(value)
+            name: _Array(value.dtype, _block(name)) if is_array(name, value, segment) else _alone(value)
             for name, value in state[segment.shard].items()
         }
         for bucket in buckets
@@ -111,19 +120,31 @@ def _alone(value: Any) -> Any:
 
 
 def is_array(name: str, value: Any, segment: Segment) -> bool:
-    """Whether a state entry has an element for each of the segment's."""
-    return isinstance(value, Tensor) and is_per_element(name, value, segment.shard)
+    """Whether a state entry has an element for each of the segment's, or for each block of them."""
+    return isinstance(value, Tensor) and (_block(name) > 1 or is_per_element(name, value, segment.shard))
+
+
+def _block(name: str) -> int:
+    """Elements of the parameter for which a state tensor of that name has one."""
+    return ops.QUANT_BLOCK if name.endswith(ops.SCALE_SUFFIX) else 1
 
 
 def _gather_array(
-    state: MutableMapping[Tensor, ParamState], name: str, bucket: Bucket, full: Tensor, transport: Transport | None
+    state: MutableMapping[Tensor, ParamState],
+    name: str,
+    bucket: Bucket,
+    full: Tensor,
+    array: _Array,
+    transport: Transport | None,
 ) -> None:
     """Fill `full` with one array of a bucket's state, and take it out of `state`. No transport: this rank has all of it."""
-    own = bucket.within_own_range(full)
+    begin, end = (array.position(element) for element in bucket.own_range)
+    own = full[begin:end]
     for segment in bucket.segments:
         entry = state.get(segment.shard, {})
         if is_array(name, entry.get(name), segment):
-            own[segment.offset : segment.offset + segment.numel].copy_(entry.pop(name))
+            first = array.position(segment.offset)
+            own[first : first + array.size(segment.numel)].copy_(entry.pop(name))
     if transport is not None:
         transport.start_rendezvous("moving state").finish()  # all are through with the array before
         gather = transport.start_all_gather(full, label=f"state of {bucket.name}")

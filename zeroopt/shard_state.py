@@ -7,19 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .bucket import ManagedParam, Segment
+from .bucket import ManagedParam, ParamState, Segment
 from .elementwise import is_per_element
 from .errors import StateError
-
-# A state entry of a parameter, as torch keeps it: "exp_avg" -> tensor, "step" -> 0-dim tensor, …
-ParamState = dict[str, Any]
 
 
 def cut_state(state: Mapping[str, Any], segment: Segment) -> ParamState:
     """The part of a whole parameter's state that belongs to a segment, copied.
 
-    Tensors of the parameter's shape are cut and take the parameter's dtype and device, as torch does when it loads state;
-    all else (step counts, scalars) is taken as it is.
+    Tensors of the parameter's shape are cut and take the parameter's dtype and device, as torch does when it loads state, or
+    float32 where parameters have masters; all else (step counts, scalars) is taken as it is.
     """
     return {name: _cut(value, name, segment) for name, value in state.items()}
 
@@ -31,7 +28,7 @@ def _cut(value: Any, name: str, segment: Segment) -> Any:
     if not is_per_element(name, value, owner.param):
         return value.clone()
     piece = owner.flatten(value)[segment.start : segment.start + segment.numel]
-    return piece.to(segment.shard.device, owner.param.dtype if piece.is_floating_point() else None, copy=True)
+    return piece.to(segment.shard.device, segment.state_dtype if piece.is_floating_point() else None, copy=True)
 
 
 def pack_state(

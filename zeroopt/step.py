@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .bucket import Bucket, ManagedParam, Segment
-from .config import Fused
+from .bucket import Bucket, ManagedParam, ParamState, Segment
+from .config import Config
 from .errors import ConfigError, StateError
-from .fused_rules import FUSED_DTYPES, FusedRule, fused_optimizers, rule_for
+from .fused_rules import FusedRule, fused_optimizers, rule_for
 from .gradient_store import GradientStore
-from .shard_state import ParamState
+from .precision import Precision, round_master
 
 
 class ShardStepper:
     """Steps the own range of every bucket.
 
     The state lives in the wrapped optimizer's `state`, keyed by the segments' shards, whichever way a bucket is stepped.
+
+    Attributes:
+        seed: of stochastic rounding, the same on all ranks.
     """
 
     def __init__(
@@ -28,10 +31,13 @@ class ShardStepper:
         optimizer: torch.optim.Optimizer,
         buckets: Sequence[Bucket],
         stores: Sequence[GradientStore],
-        fused: Fused,
+        config: Config,
+        seed: int,
     ) -> None:
+        self.seed = seed
         self._optimizer = optimizer
-        self._rule = rule_for(optimizer) if fused else None
+        self._precision = config.precision
+        self._rule = rule_for(optimizer) if config.fused else None
         self._fused: list[FusedBucket] = []
         self._stepping = False
         optimizer.register_step_pre_hook(self._refuse_direct_step)
@@ -39,10 +45,14 @@ class ShardStepper:
 
     def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
         """Take up buckets in which the same parameters lie, and the optimizer's state for their segments."""
-        has_kernel = {b.index: self._rule is not None and b.dtype in FUSED_DTYPES for b in buckets}
-        pairs = list(zip(buckets, stores, strict=True))
-        self._plain = [(b, s) for b, s in pairs if not has_kernel[b.index]]
-        self._fused_pairs = [(b, s) for b, s in pairs if has_kernel[b.index]]
+        self._plain: list[tuple[Bucket, GradientStore]] = []
+        self._fused_parts: list[tuple[Bucket, GradientStore, ops.Storage]] = []
+        for bucket, store in zip(buckets, stores, strict=True):
+            storage = self._precision.storage(bucket.dtype, store.reduced.dtype)
+            if self._rule is not None and storage is not None:
+                self._fused_parts.append((bucket, store, storage))
+            else:
+                self._plain.append((bucket, store))
         self.adopt_state()
 
     def adopt_state(self) -> None:
@@ -57,7 +67,7 @@ class ShardStepper:
         Args:
             active: uint8 [number of parameters], 1 where the parameter has a gradient.
         """
-        if self._rule is not None and self._fused_pairs:
+        if self._rule is not None and self._fused_parts:
             yield from self._step_fused(self._rule, active)
         if self._plain:
             self._step_plain(active)
@@ -65,10 +75,11 @@ class ShardStepper:
 
     def _step_fused(self, rule: FusedRule, active: Tensor) -> Iterator[Bucket]:
         if not self._fused:
-            self._fused = [FusedBucket(b, s, rule, self._optimizer) for b, s in self._fused_pairs]
+            self._fused = [FusedBucket(*parts, rule, self._optimizer) for parts in self._fused_parts]
         groups = torch.tensor([rule.hyper_row(g) for g in self._optimizer.param_groups], dtype=torch.float64)
+        control = ops.StepControl(seed=self.seed)
         for fused in reversed(self._fused):
-            fused.step(active, groups)
+            fused.step(active, groups, control)
             yield fused.bucket
 
     def _step_plain(self, active: Tensor) -> None:
@@ -80,11 +91,15 @@ class ShardStepper:
                 by_group[segment.owner.group].append(segment.shard)
                 segments.append(segment)
                 if flags[segment.owner.index]:
-                    segment.shard.grad = store.reduced[segment.offset : segment.offset + segment.numel]
+                    grad = store.reduced[segment.offset : segment.offset + segment.numel]
+                    segment.shard.grad = grad.to(segment.shard.dtype)
         with self._shards_in_groups(by_group):
             self._optimizer.step()
         for segment in segments:
             segment.shard.grad = None
+        for bucket, _ in self._plain:
+            if bucket.master is not None:
+                bucket.own_param.copy_(round_master(bucket.master, bucket.dtype))
 
     @contextmanager
     def _shards_in_groups(self, by_group: Sequence[list[torch.nn.Parameter]]) -> Iterator[None]:
@@ -113,23 +128,30 @@ class ShardStepper:
 class FusedBucket:
     """State of one bucket's own range in the flat form that a fused kernel takes."""
 
-    def __init__(self, bucket: Bucket, store: GradientStore, rule: FusedRule, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        store: GradientStore,
+        storage: ops.Storage,
+        rule: FusedRule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
         self.bucket = bucket
         self._store = store
+        self._storage = storage
         self._rule = rule
         self._optimizer = optimizer
-        rows = torch.tensor([[s.offset, s.numel, s.owner.group] for s in bucket.segments], dtype=torch.int64)
-        self._segments = ops.SegmentTable.check(rows.view(-1, 3).to(bucket.device))
         self._owners = torch.tensor([s.owner.index for s in bucket.segments], dtype=torch.int64)
         self._steps = torch.zeros(len(bucket.segments), device=bucket.device)
-        self._state: dict[str, Tensor] = {}
+        self._state: dict[str, Tensor] = {}  # by name, and by name and suffix for scales
+        self._table: ops.SegmentTable | None = None  # of the arrays that there are
         self._names: list[tuple[str, ...] | None] = [None] * len(bucket.segments)
         self._begun = [False] * len(bucket.segments)  # whether a segment ever had state
         for i, segment in enumerate(bucket.segments):
             if segment.shard in optimizer.state:
                 self._adopt(i, segment, optimizer.state[segment.shard])
 
-    def step(self, active: Tensor, groups: Tensor) -> None:
+    def step(self, active: Tensor, groups: Tensor, control: ops.StepControl) -> None:
         """One step of the segments whose parameters are active."""
         mask = active.index_select(0, self._owners)
         in_use = [self._rule.names_in_use(group) for group in self._optimizer.param_groups]
@@ -139,24 +161,45 @@ class FusedBucket:
                 self._expose(i, names)
         if not mask.any():  # nothing to step, and perhaps no state yet to step it with
             return
-        self._rule.launch(
-            self.bucket.own_param,
-            self._store.reduced,
-            self._state,
-            segments=self._segments,
-            active=mask.to(self.bucket.device),
-            steps=self._steps,
-            groups=groups.to(self.bucket.device),
-        )
+        if self._table is None:
+            self._table = self._make_table()
+        mask = mask.to(self.bucket.device)
+        self._rule.kernel(self._table, active=mask, steps=self._steps, groups=groups, control=control)
+
+    def _make_table(self) -> ops.SegmentTable:
+        names = self._rule.state_names
+        segments = [
+            ops.SegmentArrays(
+                param=_part(self.bucket.own_param, segment),
+                grad=_part(self._store.reduced, segment),
+                master=None if self.bucket.master is None else _part(self.bucket.master, segment),
+                states=[self._view(name, segment) if name in self._state else None for name in names],
+                scales=[self._scales(name, segment) if name in self._state else None for name in names]
+                if self._storage.has_scales
+                else [],
+                group=segment.owner.group,
+                key=segment.owner.position,
+                first=segment.start,
+            )
+            for segment in self.bucket.segments
+        ]
+        return ops.SegmentTable(self._storage, segments, self._rule.signed)
 
     def _expose(self, i: int, names: tuple[str, ...]) -> None:
         """Show a segment's state in the optimizer's `state`, as views, once the segment has any."""
-        self._names[i] = names
+        segment = self.bucket.segments[i]
+        initial = self._rule.initial_value(self._optimizer.param_groups[segment.owner.group])
+        entry: ParamState = {}
+        for name in names:
+            entry[name] = self._view(name, segment)
+            if self._storage.has_scales:
+                entry[name + ops.SCALE_SUFFIX] = self._scales(name, segment)
+            if initial and not self._begun[i]:
+                self._write(name, segment, torch.full((segment.numel,), initial, device=self.bucket.device))
         if names and not self._begun[i] and not self._rule.has_step:
             self._steps[i] = 0  # SGD's state begins when momentum is turned on, not at its first step
+        self._names[i] = names
         self._begun[i] |= bool(names)
-        segment = self.bucket.segments[i]
-        entry: ParamState = {name: self._view(name, segment) for name in names}
         if self._rule.has_step:
             entry = {"step": self._steps[i], **entry}
         if entry:
@@ -165,29 +208,71 @@ class FusedBucket:
     def _adopt(self, i: int, segment: Segment, entry: ParamState) -> None:
         """Take over state that came from a load or from before wrapping."""
         names = tuple(name for name in self._rule.state_names if isinstance(entry.get(name), Tensor))
+        self._begun[i] = bool(names)
         for name in names:
-            self._view(name, segment).copy_(entry[name])
+            self._write(name, segment, entry[name], entry.get(name + ops.SCALE_SUFFIX))
         self._expose(i, names)
         self._steps[i] = float(entry["step"]) if self._rule.has_step else float(bool(names))
 
+    def _write(self, name: str, segment: Segment, values: Tensor, scales: Tensor | None = None) -> None:
+        """Set a segment's state, from what it is stored as or from plain numbers."""
+        view = self._view(name, segment)
+        if not self._storage.has_scales:
+            view.copy_(values)
+        elif scales is None:
+            ops.quantize(values.to(self.bucket.device, torch.float32).contiguous(), view, self._scales(name, segment))
+        else:
+            view.copy_(values)
+            self._scales(name, segment).copy_(scales)
+
     def _view(self, name: str, segment: Segment) -> Tensor:
         if name not in self._state:
-            self._state[name] = torch.zeros_like(self.bucket.own_param)
-        return self._state[name][segment.offset : segment.offset + segment.numel]
+            self._table = None
+            signed = self._rule.signed[self._rule.state_names.index(name)]
+            dtype = self._storage.dtype_of_state(signed=signed)
+            self._state[name] = torch.zeros_like(self.bucket.own_param, dtype=dtype)
+            if self._storage.has_scales:
+                blocks = ops.num_blocks(self.bucket.own_param.numel())
+                self._state[name + ops.SCALE_SUFFIX] = torch.zeros(blocks, device=self.bucket.device)
+        return _part(self._state[name], segment)
+
+    def _scales(self, name: str, segment: Segment) -> Tensor:
+        first = segment.offset // ops.QUANT_BLOCK
+        return self._state[name + ops.SCALE_SUFFIX][first : first + ops.num_blocks(segment.numel)]
 
 
-def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam], fused: Fused) -> None:
-    """Raise ConfigError when `fused=True` asks for a kernel that does not exist for this optimizer and these dtypes."""
-    if fused is not True:
+def _part(array: Tensor, segment: Segment) -> Tensor:
+    return array[segment.offset : segment.offset + segment.numel]
+
+
+def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam], config: Config) -> None:
+    """Raise ConfigError when the options ask for a kernel that does not exist for this optimizer and these dtypes."""
+    wanted = _what_needs_a_kernel(config)
+    if wanted is None:
         return
+    if config.fused is False:
+        raise ConfigError(f"{wanted} needs a fused kernel, and fused=False forbids it")
     if rule_for(optimizer) is None:
         raise ConfigError(
-            f"fused=True: there is no fused kernel for {type(optimizer).__name__} with these options, only for "
-            f"{', '.join(fused_optimizers())}; use fused='auto' to take the optimizer's own step instead"
+            f"{wanted}: there is no fused kernel for {type(optimizer).__name__} with these options, only for "
+            f"{', '.join(fused_optimizers())} and the optimizers of zeroopt.optim; leave that option out to take the "
+            "optimizer's own step instead"
         )
     for managed in params:
-        if managed.param.dtype not in FUSED_DTYPES:
+        dtype = config.precision.stored_dtype(managed.param.dtype)
+        if config.precision.storage(dtype, dtype) is None:
             raise ConfigError(
-                f"fused=True: parameter {managed.name!r} is {managed.param.dtype}, the fused kernels take "
-                f"{', '.join(map(str, FUSED_DTYPES))}; use fused='auto'"
+                f"{wanted}: parameter {managed.name!r} is {managed.param.dtype}, for which there is no fused kernel; it "
+                "needs float32 parameters, or param_dtype=torch.bfloat16 or torch.float16"
             )
+
+
+def _what_needs_a_kernel(config: Config) -> str | None:
+    precision: Precision = config.precision
+    if config.fused is True:
+        return "fused=True"
+    if precision.state_dtype is not torch.float32:
+        return f"state_dtype={precision.state_dtype}"
+    if precision.master_weights != "float32":
+        return f"master_weights={precision.master_weights!r}"
+    return None

@@ -14,7 +14,7 @@ from .agreement import agree
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
-from .config import Config, Fused, check_config, check_reduce_dtype
+from .config import Config, Fused, check_config, check_param_dtype, check_reduce_dtype
 from .errors import StateError
 from .grad_hooks import GradientReducer
 from .inspect import inspect, mark_wrapped
@@ -111,8 +111,10 @@ def wrap(
             average_every=average_every,
         )
         params = inspect(model, optimizer)
-        check_fused(optimizer, params, config.fused)
-        check_reduce_dtype(config.reduce_dtype, [managed.param.dtype for managed in params])
+        check_param_dtype(param_dtype, {managed.name: managed.param.dtype for managed in params})
+        check_fused(optimizer, params, config)
+        stored = [config.precision.stored_dtype(managed.param.dtype) for managed in params]
+        check_reduce_dtype(config.reduce_dtype, stored)
         check_transport(config.transport, group, params[0].param.device)
         lines = _describe(config, model, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
@@ -133,9 +135,13 @@ def _wrap_checked(
     group: dist.ProcessGroup,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     placement = config.placement
-    plan = make_plan(params, transport.world_size, config.bucket_bytes)
-    buckets = make_buckets(plan, params, transport, shard_state=placement.shard_state, shared=config.share_parameters)
+    precision, shared = config.precision, config.share_parameters
+    plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
     broadcaster = Broadcaster(group) if transport.world_size > 1 else None
+    if broadcaster is not None and config.sync_module_states and precision.param_dtype is not None:
+        for managed in params:  # before they are rounded, or masters would differ
+            broadcaster.broadcast([managed.param.data])
+    buckets = make_buckets(plan, params, transport, precision, shard_state=placement.shard_state, shared=shared)
     if broadcaster is not None and config.sync_module_states:
         writers = transport.writers if config.share_parameters else None
         _sync_states(model, params, buckets, broadcaster, writers)
@@ -149,6 +155,7 @@ def _wrap_checked(
         overlap=config.overlap,
         bucket_buffers=config.bucket_buffers,
         reduce_dtype=config.reduce_dtype,
+        precision=precision,
     )
     travels = placement.shard_state and transport.world_size > 1
     gathers = ParamGathers(model, buckets, transport, lazy=config.overlap and travels)
@@ -159,11 +166,20 @@ def _wrap_checked(
         gathers,
         transport,
         broadcaster if config.broadcast_buffers and has_buffers else None,
-        shared=config.share_parameters,
+        shared=shared,
     )
-    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport)
+    seed = _agree_on_seed(group, params[0].param.device)
+    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
+    wrapped_model.after_writing(wrapped_optimizer.take_up_writes)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
     return wrapped_model, wrapped_optimizer
+
+
+def _agree_on_seed(group: dist.ProcessGroup, device: torch.device) -> int:
+    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it."""
+    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
+    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    return int(seed.item())
 
 
 def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -57,6 +57,42 @@ ZEROOPT_INLINE uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>(magnitude > 0x7f800000 ? quiet_nan : rounded);
 }
 
+// A bfloat16 and a remainder of 16 bits that together are an exact float32: the bfloat16 is the float32 rounded to
+// nearest, ties away from zero, and the remainder is the float32's lower half. Whoever puts them together knows from the
+// remainder's first bit that the upper half was rounded up, which ties to even would leave open.
+//
+//   float32    s eeeeeeee mmmmmmm rrrrrrrrrrrrrrrr
+//   bfloat16   s eeeeeeee mmmmmmm + r              remainder   rrrrrrrrrrrrrrrr
+//              (the upper half)   (its first bit)
+//
+// The float32 master of a bfloat16 parameter is rounded in the same way, so that both ways of keeping it give the same
+// parameters.
+
+ZEROOPT_INLINE uint16_t float_to_bfloat16_ties_away(float value) {
+  const uint32_t bits = bits_of(value);
+  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+  return static_cast<uint16_t>(magnitude > 0x7f800000 ? (bits >> 16) | 0x40u : (bits + 0x8000u) >> 16);
+}
+
+ZEROOPT_INLINE uint16_t bfloat16_remainder(float value) {
+  const uint32_t bits = bits_of(value);
+  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+  return static_cast<uint16_t>(magnitude > 0x7f800000 ? 0u : bits & 0xffffu);
+}
+
+ZEROOPT_INLINE float join_bfloat16(uint16_t rounded, uint16_t remainder) {
+  const uint32_t rounded_up = (remainder & 0x8000u) << 1;
+  return float_of(((static_cast<uint32_t>(rounded) << 16) | remainder) - rounded_up);
+}
+
+/// Rounds up with the probability that leaves the expected value as it is: adds 16 random bits to the 16 that are cut
+/// off. (Gupta et al. 2015, arXiv:1502.02551, section 3.)
+ZEROOPT_INLINE uint16_t float_to_bfloat16_stochastic(float value, uint32_t random_16) {
+  const uint32_t bits = bits_of(value);
+  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+  return static_cast<uint16_t>(magnitude > 0x7f800000 ? (bits >> 16) | 0x40u : (bits + random_16) >> 16);
+}
+
 ZEROOPT_INLINE float float16_to_float(uint16_t half) {
 #if defined(__CUDA_ARCH__)
   float value;

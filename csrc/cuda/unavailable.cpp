@@ -21,20 +21,44 @@ void reduce(const void* const*, int64_t, DType, const void*, void*, DType, int64
   unavailable("reduce");
 }
 
-int64_t adamw_workspace_bytes(int64_t) {
+void quantize(const float*, uint8_t*, float*, int64_t, bool, void*) {
+  unavailable("quantize");
+}
+
+void dequantize(const uint8_t*, const float*, float*, int64_t, bool, void*) {
+  unavailable("dequantize");
+}
+
+int64_t workspace_bytes(int64_t, int64_t) {
+  unavailable("of an optimizer's step");
+}
+
+void squared_norms(const SegmentTable&, DType, float*, int64_t, void*, void*) {
+  unavailable("squared_norms");
+}
+
+void adamw(const SegmentTable&, const Storage&, const AdamWGroup*, const StepControl&, int64_t, void*, void*) {
   unavailable("adamw");
 }
 
-void adamw(const AdamWTensors&, const SegmentTable&, const AdamWGroup*, int64_t, void*, void*) {
-  unavailable("adamw");
-}
-
-int64_t sgd_workspace_bytes(int64_t) {
+void sgd(const SegmentTable&, const Storage&, const SgdGroup*, const StepControl&, int64_t, void*, void*) {
   unavailable("sgd");
 }
 
-void sgd(const SgdTensors&, const SegmentTable&, const SgdGroup*, int64_t, void*, void*) {
-  unavailable("sgd");
+void adagrad(const SegmentTable&, const Storage&, const AdagradGroup*, const StepControl&, int64_t, void*, void*) {
+  unavailable("adagrad");
+}
+
+void lion(const SegmentTable&, const Storage&, const LionGroup*, const StepControl&, int64_t, void*, void*) {
+  unavailable("lion");
+}
+
+void lamb_moments(const SegmentTable&, const Storage&, const LambGroup*, const StepControl&, int64_t, void*, void*) {
+  unavailable("lamb_moments");
+}
+
+void lamb_update(const SegmentTable&, const Storage&, const LambGroup*, const StepControl&, int64_t, void*, void*) {
+  unavailable("lamb_update");
 }
 
 } // namespace zeroopt::cuda

@@ -7,45 +7,50 @@
 //   p <- p - lr * g
 #pragma once
 
-#include "common/host_device.h"
-#include "kernels.h"
+#include "ops/op.h"
 
 namespace zeroopt {
 
-/// What a group and a step number come to, the same for all elements of a segment.
-struct SgdScalars {
-  float grad_sign; ///< -1 to maximize
-  float weight_decay;
-  float lr;
-  float momentum; ///< 0: there is no momentum buffer
-  float one_minus_dampening;
-  float nesterov; ///< 1 or 0
-  float first;    ///< 1 in the first step, when the buffer holds nothing yet
-};
+struct Sgd : StepOp {
+  using Group = SgdGroup;
+  static constexpr int kMinStates = 0;
+  static constexpr int kMaxStates = 1; // momentum_buffer
 
-/// @param step the number of this step, counted from 1
-ZEROOPT_INLINE SgdScalars sgd_scalars(const SgdGroup& group, float step) {
-  SgdScalars s;
-  s.grad_sign = group.maximize != 0 ? -1.0f : 1.0f;
-  s.weight_decay = static_cast<float>(group.weight_decay);
-  s.lr = static_cast<float>(group.lr);
-  s.momentum = static_cast<float>(group.momentum);
-  s.one_minus_dampening = static_cast<float>(1.0 - group.dampening);
-  s.nesterov = group.nesterov != 0 ? 1.0f : 0.0f;
-  s.first = step <= 1.0f ? 1.0f : 0.0f;
-  return s;
-}
+  struct Scalars {
+    int num_states;
+    float grad_factor;
+    float weight_decay;
+    float lr;
+    float momentum;
+    float one_minus_dampening;
+    float nesterov; ///< 1 or 0
+    float first;    ///< 1 in the first step, when the buffer holds nothing yet
+  };
 
-/// @param b momentum buffer, in/out; null without momentum
-ZEROOPT_INLINE void sgd_element(const SgdScalars& s, float& p, float g, float* b) {
-  g *= s.grad_sign;
-  g = s.weight_decay != 0.0f ? g + s.weight_decay * p : g; // not g + 0 * p, which is NaN for an infinite p
-  if (b != nullptr) {
-    const float buffer = s.first != 0.0f ? g : s.momentum * *b + s.one_minus_dampening * g;
-    *b = buffer;
-    g = s.nesterov != 0.0f ? g + s.momentum * buffer : buffer;
+  ZEROOPT_INLINE Scalars scalars(const Group& group, const SegmentScalars& segment) {
+    Scalars s;
+    s.num_states = group.momentum != 0 ? 1 : 0;
+    s.grad_factor = group.maximize != 0 ? -segment.grad_factor : segment.grad_factor;
+    s.weight_decay = static_cast<float>(group.weight_decay);
+    s.lr = static_cast<float>(group.lr);
+    s.momentum = static_cast<float>(group.momentum);
+    s.one_minus_dampening = static_cast<float>(1.0 - group.dampening);
+    s.nesterov = group.nesterov != 0 ? 1.0f : 0.0f;
+    s.first = segment.step <= 1.0 ? 1.0f : 0.0f;
+    return s;
   }
-  p -= s.lr * g;
-}
+
+  template <int num_states, int size>
+  ZEROOPT_INLINE void element(const Scalars& s, float& p, float g, float (&state)[size], float&) {
+    g *= s.grad_factor;
+    g = s.weight_decay != 0.0f ? g + s.weight_decay * p : g; // not g + 0 * p, which is NaN for an infinite p
+    if constexpr (num_states == 1) {
+      const float buffer = s.first != 0.0f ? g : s.momentum * state[0] + s.one_minus_dampening * g;
+      state[0] = buffer;
+      g = s.nesterov != 0.0f ? g + s.momentum * buffer : buffer;
+    }
+    p -= s.lr * g;
+  }
+};
 
 } // namespace zeroopt

@@ -5,8 +5,12 @@
 // constructors. Else the linker could merge, say, an AVX-512 copy of std::min into code that runs on every machine.
 #pragma once
 
+#include "common/philox.h"
 #include "kernels.h"
+#include "ops/adagrad.h"
 #include "ops/adamw.h"
+#include "ops/lamb.h"
+#include "ops/lion.h"
 #include "ops/sgd.h"
 
 namespace zeroopt::cpu {
@@ -24,11 +28,11 @@ using ReduceLeaf = void (*)(const void* const* slices, int64_t num_slices, const
 /// memcpy, past the cache where there is much to copy.
 using CopyLeaf = void (*)(const void* src, void* dst, int64_t bytes);
 
-/// One step over elements [0, numel); max_exp_avg_sq is null without AMSGrad.
-using AdamWLeaf = void (*)(const AdamWTensors& tensors, int64_t numel, const AdamWScalars& scalars);
-
-/// One step over elements [0, numel); momentum_buffer is null without momentum.
-using SgdLeaf = void (*)(const SgdTensors& tensors, int64_t numel, const SgdScalars& scalars);
+/// One step over elements [0, numel) of float32 arrays. states: [Scalars::num_states]. update: written by ops with
+/// kSumsSquares, else not used; as are grad and states by ops without them.
+template <class Op>
+using StepLeaf = void (*)(const typename Op::Scalars& scalars, float* param, const float* grad, float* const* states,
+                          float* update, int64_t numel);
 
 struct PackTable {
   PackLeaf leaf[kNumDTypes][kNumDTypes]; ///< [src dtype][dst dtype]
@@ -38,12 +42,41 @@ struct ReduceTable {
   ReduceLeaf leaf[kNumDTypes][kNumDTypes]; ///< [slice dtype][out dtype]; null where there is none
 };
 
+/// Formats of parameters and moments. random: 16 bits an element.
+struct FormatTable {
+  /// bits[2 * i] and bits[2 * i + 1]: the 128 bits of call first_call + i, see common/philox.h
+  void (*draw_noise)(const NoiseKey& key, uint64_t first_call, int64_t calls, uint64_t* bits);
+  void (*round_ties_away)(const float* values, uint16_t* rounded, int64_t numel);
+  void (*round_stochastic)(const float* values, const uint16_t* random, uint16_t* rounded, int64_t numel);
+  void (*split)(const float* values, uint16_t* rounded, uint16_t* remainders, int64_t numel);
+  void (*join)(const uint16_t* rounded, const uint16_t* remainders, float* values, int64_t numel);
+  void (*encode[2])(const float* values, uint8_t* codes, float* scales, int64_t numel); ///< [is_signed]
+  void (*decode[2])(const uint8_t* codes, const float* scales, float* values, int64_t numel);
+};
+
+/// The leaf of one op for each number of states it may use.
+template <class Op> struct OpLeaves {
+  StepLeaf<Op> leaf[Op::kMaxStates - Op::kMinStates + 1];
+
+  StepLeaf<Op> operator()(int num_states) const { return leaf[num_states - Op::kMinStates]; }
+};
+
+struct StepTable {
+  OpLeaves<AdamW> adamw;
+  OpLeaves<Sgd> sgd;
+  OpLeaves<Adagrad> adagrad;
+  OpLeaves<Lion> lion;
+  OpLeaves<LambMoments> lamb_moments;
+  OpLeaves<LambUpdate> lamb_update;
+};
+
 struct LeafTable {
   const PackTable* pack;
   const ReduceTable* reduce;
   CopyLeaf copy;
-  AdamWLeaf adamw;
-  SgdLeaf sgd;
+  const FormatTable* formats;
+  double (*sum_squares)(const float* values, int64_t numel);
+  const StepTable* steps;
 };
 
 } // namespace zeroopt::cpu
@@ -62,9 +95,10 @@ struct LeafTable {
 namespace zeroopt::cpu::ZEROOPT_ISA {
 extern const PackTable pack_table;
 extern const ReduceTable reduce_table;
+extern const FormatTable format_table;
+extern const StepTable step_table;
 extern const LeafTable leaf_table;
 void copy(const void* src, void* dst, int64_t bytes);
-void adamw(const AdamWTensors& tensors, int64_t numel, const AdamWScalars& scalars);
-void sgd(const SgdTensors& tensors, int64_t numel, const SgdScalars& scalars);
+double sum_squares(const float* values, int64_t numel);
 } // namespace zeroopt::cpu::ZEROOPT_ISA
 #endif

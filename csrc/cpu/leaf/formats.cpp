@@ -1,0 +1,83 @@
+// How parameters and moments are stored: the formats of common/dtype.h and common/int8_code.h, a block at a time.
+#include "cpu/leaf/table.h"
+
+#include "common/dtype.h"
+#include "common/int8_code.h"
+
+namespace zeroopt::cpu::ZEROOPT_ISA {
+namespace {
+
+void draw_noise(const NoiseKey& noise_key, uint64_t first_call, int64_t calls, uint64_t* bits) {
+  const NoiseKey key = noise_key;
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < calls; ++i) {
+    const PhiloxWords<uint64_t> drawn = noise<uint64_t>(key, first_call + static_cast<uint64_t>(i));
+    bits[2 * i] = (drawn.word[0] & 0xffffffffu) | drawn.word[1] << 32;
+    bits[2 * i + 1] = (drawn.word[2] & 0xffffffffu) | drawn.word[3] << 32;
+  }
+}
+
+void round_ties_away(const float* values, uint16_t* rounded, int64_t numel) {
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i)
+    rounded[i] = float_to_bfloat16_ties_away(values[i]);
+}
+
+void round_stochastic(const float* values, const uint16_t* random, uint16_t* rounded, int64_t numel) {
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i)
+    rounded[i] = float_to_bfloat16_stochastic(values[i], random[i]);
+}
+
+void split(const float* values, uint16_t* rounded, uint16_t* remainders, int64_t numel) {
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i) {
+    rounded[i] = float_to_bfloat16_ties_away(values[i]);
+    remainders[i] = bfloat16_remainder(values[i]);
+  }
+}
+
+void join(const uint16_t* rounded, const uint16_t* remainders, float* values, int64_t numel) {
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i)
+    values[i] = join_bfloat16(rounded[i], remainders[i]);
+}
+
+template <bool is_signed> void encode_block(const float* values, uint8_t* codes, float* scale, int64_t numel) {
+  int32_t largest = 0;
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i) {
+    const int32_t magnitude = magnitude_of(values[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const Int8Scale s = int8_scale<is_signed>(largest);
+  *scale = s.scale;
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i)
+    codes[i] = int8_encode<is_signed>(s, values[i]);
+}
+
+template <bool is_signed> void encode(const float* values, uint8_t* codes, float* scales, int64_t numel) {
+  for (int64_t i = 0; i < numel; i += kQuantBlock)
+    encode_block<is_signed>(values + i, codes + i, scales + i / kQuantBlock,
+                            numel - i < kQuantBlock ? numel - i : kQuantBlock);
+}
+
+template <bool is_signed> void decode(const uint8_t* codes, const float* scales, float* values, int64_t numel) {
+  for (int64_t i = 0; i < numel; i += kQuantBlock) {
+    const int64_t end = numel - i < kQuantBlock ? numel : i + kQuantBlock;
+    const float scale = scales[i / kQuantBlock];
+    ZEROOPT_VECTORIZE
+    for (int64_t j = i; j < end; ++j)
+      values[j] = int8_decode<is_signed>(scale, codes[j]);
+  }
+}
+
+} // namespace
+
+const FormatTable format_table = {
+    draw_noise, round_ties_away, round_stochastic, split, join, {encode<false>, encode<true>},
+    {decode<false>, decode<true>},
+};
+
+} // namespace zeroopt::cpu::ZEROOPT_ISA

@@ -1,0 +1,62 @@
+// One step of an optimizer over all segments: what the kernels of all optimizers share.
+#pragma once
+
+#include <vector>
+
+#include "cpu/block.h"
+#include "cpu/isa.h"
+#include "cpu/segment_work.h"
+
+namespace zeroopt::cpu {
+
+inline bool is_skipped(const StepControl& control) {
+  return control.found_inf != nullptr && *control.found_inf != 0.0f;
+}
+
+inline float grad_factor(const StepControl& control) {
+  const float unscale = control.grad_scale == nullptr ? 1.0f : 1.0f / *control.grad_scale;
+  return control.clip_coef == nullptr ? unscale : unscale * *control.clip_coef;
+}
+
+template <class Op>
+void step(const SegmentTable& table, const Storage& storage, const typename Op::Group* groups,
+          const StepControl& control, const OpLeaves<Op>& leaves, int num_threads) {
+  using Scalars = typename Op::Scalars;
+  if (is_skipped(control)) return;
+  bool is_signed[kMaxStates];
+  for (int k = 0; k < kMaxStates; ++k)
+    is_signed[k] = Op::is_signed(k);
+
+  std::vector<Scalars> scalars(static_cast<size_t>(table.count));
+  const SegmentWork work(table);
+  for (const SegmentWork::Piece& piece : work.pieces()) {
+    float& steps = table.steps[piece.segment];
+    if (Op::kCountsStep) steps += 1.0f;
+    const double* squares = table.squares == nullptr ? nullptr : table.squares + 2 * piece.segment;
+    scalars[static_cast<size_t>(piece.segment)] =
+        Op::scalars(groups[table.rows[piece.segment].group], {steps, grad_factor(control), squares});
+  }
+
+  ChunkSums sums(work, Op::kSumsSquares ? 2 : 0);
+  const auto sum_squares = isa().leaves->sum_squares;
+  work.run(num_threads, [&](const SegmentWork::Piece& piece, int64_t begin, int64_t end) {
+    Block block(storage, control.seed, is_signed);
+    const SegmentRow& row = table.rows[piece.segment];
+    const Scalars& s = scalars[static_cast<size_t>(piece.segment)];
+    const auto leaf = leaves(s.num_states);
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t numel = std::min(kBlock, end - i);
+      block.load(row, i, numel, s.num_states, Op::kReadsGrad);
+      leaf(s, block.param, block.grad, block.states, block.update(), numel);
+      block.store(row, static_cast<uint32_t>(table.steps[piece.segment]), s.num_states, Op::kWritesParam,
+                  Op::kWritesStates);
+      if (Op::kSumsSquares) {
+        sums.of(piece, i, 0) += sum_squares(block.param, numel);
+        sums.of(piece, i, 1) += sum_squares(block.update(), numel);
+      }
+    }
+  });
+  if (Op::kSumsSquares) sums.write(table.squares, 2);
+}
+
+} // namespace zeroopt::cpu

@@ -1,0 +1,36 @@
+"""Typed functions over the compiled kernels: Python checks, C++ computes.
+
+Every function works on this process's own tensors, on the CPU or on one CUDA device; none is collective. On the CPU
+kernels run on ``torch.get_num_threads()`` threads, on CUDA they are queued on the device's current stream. They write
+through addresses, behind autograd's back: call them where gradients are not recorded. A kernel that the build does not
+contain raises `KernelUnavailableError`; `csrc/kernels.h` states what each one moves and computes.
+"""
+
+from .checks import DTYPE_CODES
+from .move import copy, pack, reduce
+from .quantize import dequantize, quantize
+from .segments import SegmentArrays, SegmentTable
+from .steps import StepControl, adagrad, adamw, lamb, lion, sgd, squared_norms
+from .storage import QUANT_BLOCK, SCALE_SUFFIX, Storage, num_blocks
+
+__all__ = [
+    "DTYPE_CODES",
+    "QUANT_BLOCK",
+    "SCALE_SUFFIX",
+    "SegmentArrays",
+    "SegmentTable",
+    "StepControl",
+    "Storage",
+    "adagrad",
+    "adamw",
+    "copy",
+    "dequantize",
+    "lamb",
+    "lion",
+    "num_blocks",
+    "pack",
+    "quantize",
+    "reduce",
+    "sgd",
+    "squared_norms",
+]

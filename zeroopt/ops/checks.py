@@ -1,0 +1,56 @@
+"""What the functions of this package check of their arguments, in one wording."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, NotSupportedError
+
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def dtype_code(name: str, tensor: Tensor) -> int:
+    found = DTYPE_CODES.get(tensor.dtype)
+    if found is None:
+        raise ConfigError(f"expected {name} to be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    if not (tensor.is_cpu or tensor.is_cuda):
+        raise NotSupportedError(f"there are kernels for CPU and CUDA tensors, {name} is on {tensor.device}")
+    return found
+
+
+def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ConfigError(f"expected {name} to be on {other.device}, got {tensor.device}")
+
+
+def check_flat(name: str, tensor: Tensor, numel: int) -> None:
+    if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != numel:
+        raise ConfigError(
+            f"expected {name} to be 1-D and contiguous with {numel} elements, got shape {list(tensor.shape)} "
+            f"with strides {tensor.stride()}"
+        )
+
+
+def check_disjoint(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    other_start, other_end = other.data_ptr(), other.data_ptr() + other.numel() * other.element_size()
+    if start < other_end and other_start < end:
+        raise ConfigError(f"expected {name} and {other_name} not to overlap in memory; clone one of them")
+
+
+def check_table(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], other: Tensor) -> None:
+    if tensor.dtype is not dtype:
+        raise ConfigError(f"expected {name} to be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape or not tensor.is_contiguous():
+        raise ConfigError(f"expected {name} to be contiguous of shape {list(shape)}, got {list(tensor.shape)}")
+    check_device(name, tensor, other)
+
+
+def current_stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,0 +1,133 @@
+"""Kernels that move data: cast and scale, copy, sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .checks import check_device, check_disjoint, check_flat, current_stream, dtype_code, require
+
+
+def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
+    """``dst = src * scale``, cast, element by element in storage order. Not collective.
+
+    Args:
+        src: float32, float64, bfloat16 or float16, contiguous or dense with the strides of ``dst``.
+        dst: as many elements of any of these dtypes, on the same device; overwritten. It may be ``src`` itself.
+        scale: factor; multiplied in float32, or in float64 when either side is.
+
+    Raises:
+        ConfigError: a dtype, size, layout or device does not fit, or the two overlap in part.
+    """
+    src_code, dst_code = dtype_code("src", src), dtype_code("dst", dst)
+    check_device("dst", dst, src)
+    require(src.numel() == dst.numel(), f"expected dst to have {src.numel()} elements as src, got {dst.numel()}")
+    require(
+        _same_dense_layout(src, dst),
+        f"expected src and dst to be contiguous or dense with the same strides, got strides {src.stride()} of shape "
+        f"{list(src.shape)} and {dst.stride()} of shape {list(dst.shape)}; call .contiguous() first",
+    )
+    if src.data_ptr() != dst.data_ptr() or src_code != dst_code:
+        check_disjoint("src", src, "dst", dst)
+    numel = src.numel()
+    if src.is_cpu:
+        _C.pack(src.data_ptr(), src_code, dst.data_ptr(), dst_code, numel, scale, torch.get_num_threads())
+        return
+    with torch.cuda.device(src.device):
+        _C.cuda_pack(src.data_ptr(), src_code, dst.data_ptr(), dst_code, numel, scale, current_stream(src))
+
+
+def copy(src: Tensor, dst: Tensor) -> None:
+    """``dst = src``, for what this processor does not read again soon: large copies go past its cache. CPU; not collective.
+
+    Args:
+        src: contiguous.
+        dst: as many bytes, contiguous; overwritten.
+
+    Raises:
+        ConfigError: a size, layout or device does not fit, or the two overlap.
+    """
+    require(src.is_cpu and dst.is_cpu, f"expected src and dst on the CPU, got {src.device} and {dst.device}")
+    require(src.is_contiguous() and dst.is_contiguous(), "expected src and dst to be contiguous")
+    require(src.nbytes == dst.nbytes, f"expected dst to have {src.nbytes} bytes as src, got {dst.nbytes}")
+    check_disjoint("src", src, "dst", dst)
+    _C.copy(src.data_ptr(), dst.data_ptr(), src.nbytes, torch.get_num_threads())
+
+
+def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None) -> None:
+    """``out = base + (slices[0] + slices[1] + ...)``, the sum taken as a fixed tree. Not collective.
+
+    n > 1 slices are summed as the first p plus the others, p the largest power of two below n. So groups of 2, 4, 8...
+    slices may be summed first, and then their sums, with the same bits. Sums are kept in float32 (float64 for float64)
+    and cast once, at the end. On CUDA the addresses of the slices are copied to the device in every call, which a CUDA
+    graph must not capture.
+
+    Args:
+        slices: at least one 1-D contiguous tensor, all of one size and one dtype.
+        out: of the same size; of the same dtype, float32 for 16-bit slices, or 16-bit for float32 slices. It may be
+            ``base`` or, with the same dtype, one of the slices.
+        base: of the size and dtype of ``out``, added to the sum; None for nothing.
+
+    Raises:
+        ConfigError: a dtype, size, layout or device does not fit, or ``out`` overlaps another tensor in part.
+    """
+    require(len(slices) > 0, "expected slices to hold at least one tensor, got none")
+    slice_code, out_code = dtype_code("slices[0]", slices[0]), dtype_code("out", out)
+    require(
+        slice_code == out_code or _is_widening(slices[0].dtype, out.dtype) or _is_widening(out.dtype, slices[0].dtype),
+        f"expected out to be {slices[0].dtype}, or one of the two to be float32 and the other 16-bit, got {out.dtype}",
+    )
+    named = [(f"slices[{i}]", tensor) for i, tensor in enumerate(slices)]
+    for name, tensor in named:
+        require(tensor.dtype is slices[0].dtype, f"expected {name} to be {slices[0].dtype}, got {tensor.dtype}")
+    if base is not None:
+        require(base.dtype is out.dtype, f"expected base to be {out.dtype} as out, got {base.dtype}")
+        named.append(("base", base))
+    for name, tensor in [("out", out), *named]:
+        check_flat(name, tensor, out.numel())
+        check_device(name, tensor, out)
+        if tensor.data_ptr() != out.data_ptr() or tensor.dtype is not out.dtype:
+            check_disjoint(name, tensor, "out", out)
+
+    addresses = [tensor.data_ptr() for tensor in slices]
+    base_address = 0 if base is None else base.data_ptr()
+    numel = out.numel()
+    if out.is_cpu:
+        threads = torch.get_num_threads()
+        _C.reduce(addresses, slice_code, base_address, out.data_ptr(), out_code, numel, threads)
+        return
+    with torch.cuda.device(out.device):
+        # Pinned, so that the copy is queued behind no synchronisation; the allocator keeps it until the copy is done.
+        table = torch.tensor(addresses, dtype=torch.int64).pin_memory().to(out.device, non_blocking=True)
+        _C.cuda_reduce(
+            table.data_ptr(),
+            len(slices),
+            slice_code,
+            base_address,
+            out.data_ptr(),
+            out_code,
+            numel,
+            current_stream(out),
+        )
+
+
+def _is_widening(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    return wide is torch.float32 and narrow in (torch.bfloat16, torch.float16)
+
+
+def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether walking both storages from the first element on visits the same elements in the same order."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    if a.shape != b.shape or a.stride() != b.stride():
+        return False
+    expected = 1
+    for stride, size in sorted(zip(a.stride(), a.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

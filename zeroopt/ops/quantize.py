@@ -1,0 +1,63 @@
+"""Arrays as 8-bit codes with a scale for every 256 elements; csrc/common/int8_code.h has the code and its source."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .checks import check_device, check_flat, current_stream, require
+from .storage import num_blocks
+
+
+def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Encode an array. Not collective.
+
+    A code is within half a step of the value: for signed codes about 1/127 of the block's largest magnitude there and 1/254
+    near zero, for unsigned ones 1/255 of the square root. A block that holds what is not finite comes back as NaN.
+
+    Args:
+        values: float32, 1-D, contiguous. For unsigned codes, not negative.
+        codes: int8 (signed) or uint8 (for values that cannot be negative), as many elements; overwritten.
+        scales: float32, one element for every 256 begun ones; overwritten.
+
+    Raises:
+        ConfigError: a dtype, size, layout or device does not fit.
+    """
+    is_signed = _check(values, codes, scales)
+    addresses = (values.data_ptr(), codes.data_ptr(), scales.data_ptr(), values.numel(), is_signed)
+    if values.is_cpu:
+        _C.quantize(*addresses, torch.get_num_threads())
+        return
+    with torch.cuda.device(values.device):
+        _C.cuda_quantize(*addresses, current_stream(values))
+
+
+def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> None:
+    """Decode an array into `values`; the arguments are those of `quantize`. Not collective.
+
+    Raises:
+        ConfigError: a dtype, size, layout or device does not fit.
+    """
+    is_signed = _check(values, codes, scales)
+    addresses = (codes.data_ptr(), scales.data_ptr(), values.data_ptr(), values.numel(), is_signed)
+    if values.is_cpu:
+        _C.dequantize(*addresses, torch.get_num_threads())
+        return
+    with torch.cuda.device(values.device):
+        _C.cuda_dequantize(*addresses, current_stream(values))
+
+
+def _check(values: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """Whether codes are signed."""
+    require(values.dtype is torch.float32, f"expected values to be float32, got {values.dtype}")
+    require(codes.dtype in (torch.int8, torch.uint8), f"expected codes to be int8 or uint8, got {codes.dtype}")
+    require(scales.dtype is torch.float32, f"expected scales to be float32, got {scales.dtype}")
+    for name, tensor, numel in (
+        ("values", values, values.numel()),
+        ("codes", codes, values.numel()),
+        ("scales", scales, num_blocks(values.numel())),
+    ):
+        check_flat(name, tensor, numel)
+        check_device(name, tensor, values)
+    return codes.dtype is torch.int8

@@ -1,0 +1,202 @@
+"""The arrays that a step works on, checked once for the many steps that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ConfigError
+from .checks import check_device, check_flat, dtype_code, require
+from .storage import Storage, num_blocks
+
+MAX_STATES = 3
+_COLUMNS = 7 + 2 * MAX_STATES  # of SegmentRow in csrc/kernels.h
+_GROUP, _GRAD, _STATES = 1, 6, 7
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentArrays:
+    """A piece of one parameter with all that belongs to it. All arrays are 1-D, contiguous and of one size.
+
+    Attributes:
+        param: of `Storage.param_dtype`; stepped in place.
+        grad: of `Storage.grad_dtype`, only read. None: set later, by `SegmentTable.set_grads`.
+        master: of `Storage.master_dtype`.
+        states: in the order of the op's documentation; None for a state that the group does not use.
+        scales: float32, one element for every 256 begun ones of the state; for 8-bit states only.
+        group: row of the table of hyper-parameters.
+        key: the parameter's number, and
+        first: the element of the parameter that the piece begins with: what random numbers depend on besides seed and step, so
+            that they do not depend on how a parameter is cut.
+    """
+
+    param: Tensor
+    grad: Tensor | None = None
+    master: Tensor | None = None
+    states: Sequence[Tensor | None] = ()
+    scales: Sequence[Tensor | None] = ()
+    group: int = 0
+    key: int = 0
+    first: int = 0
+
+
+@dataclass(eq=False)
+class SegmentTable:
+    """Segments whose dtypes, sizes, devices and memory have been checked, as the table that kernels read.
+
+    It keeps their arrays alive.
+
+    Args:
+        storage: how all of them are stored.
+        segments: at least one for a table on a CUDA device.
+        signed: for each state whether it can be negative, as the op's documentation says; 8-bit states depend on it.
+
+    Raises:
+        ConfigError: an array cannot be right, or two overlap.
+    """
+
+    storage: Storage
+    segments: Sequence[SegmentArrays]
+    signed: Sequence[bool] = (True, False, False)
+    rows: Tensor = field(init=False)
+    device: torch.device = field(init=False)
+    total_numel: int = field(init=False)
+    num_groups: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.segments[0].param.device if self.segments else torch.device("cpu")
+        self.total_numel = sum(segment.param.numel() for segment in self.segments)
+        self.num_groups = max((segment.group for segment in self.segments), default=-1) + 1
+        for number, segment in enumerate(self.segments):
+            self._check(f"segments[{number}]", segment)
+        self._check_disjoint()
+        self._host = torch.zeros(len(self.segments), _COLUMNS, dtype=torch.int64)
+        self._table = self._host.numpy()
+        for row, segment in zip(self._table, self.segments, strict=True):
+            row[:] = _row(segment)
+        self._upload()
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """[n], the group of each segment."""
+        return self._table[:, _GROUP]
+
+    @property
+    def lacks_grad(self) -> NDArray[np.bool_]:
+        """[n], whether a segment has no gradient."""
+        result: NDArray[np.bool_] = self._table[:, _GRAD] == 0
+        return result
+
+    def lacks_state(self, state: int) -> NDArray[np.bool_]:
+        """[n], whether a segment has no such state."""
+        result: NDArray[np.bool_] = self._table[:, _STATES + state] == 0
+        return result
+
+    def set_grads(self, grads: Sequence[Tensor | None]) -> None:
+        """Take other gradients from now on. The caller keeps them alive until the step is done.
+
+        Args:
+            grads: for each segment a dense tensor, of the dtype and device of the table's storage, whose elements lie in memory
+                as those of the segment do; None for segments that will be inactive.
+
+        Raises:
+            ConfigError: a gradient cannot be right. Nothing has been changed.
+        """
+        addresses = [0] * len(self.segments)
+        for number, (grad, segment) in enumerate(zip(grads, self.segments, strict=True)):
+            if grad is None:
+                continue
+            name = f"grads[{number}]"
+            dtype = self.storage.grad_dtype
+            require(grad.dtype is dtype, f"expected {name} to be {dtype}, got {grad.dtype}")
+            numel = segment.param.numel()
+            require(grad.numel() == numel, f"expected {name} to have {numel} elements, got {grad.numel()}")
+            check_device(name, grad, segment.param)
+            addresses[number] = grad.data_ptr()
+        self._table[:, _GRAD] = addresses
+        self._upload()
+
+    def _upload(self) -> None:
+        if self.device.type == "cpu":
+            self.rows = self._host
+        else:  # pinned, so that the copy is queued behind no synchronisation
+            self.rows = self._host.pin_memory().to(self.device, non_blocking=True)
+
+    def _check(self, name: str, segment: SegmentArrays) -> None:
+        numel = segment.param.numel()
+        require(numel > 0, f"expected {name} to have at least one element")
+        dtype_code(f"{name}.param", segment.param)
+        for what, array, dtype in self._expected(name, segment):
+            if array is None:
+                continue
+            if array.dtype is not dtype:
+                raise ConfigError(f"expected {what} to be {dtype}, got {array.dtype}")
+            check_flat(what, array, num_blocks(numel) if "scales" in what else numel)
+            check_device(what, array, self.segments[0].param)
+        needs_master = self.storage.master_dtype is not None
+        require(
+            (segment.master is not None) == needs_master,
+            f"expected {name}.master to be {f'a tensor of {self.storage.master_dtype}' if needs_master else None} for "
+            f"{self.storage.param_dtype} parameters with master_weights={self.storage.master_weights!r}",
+        )
+        require(
+            len(segment.states) <= MAX_STATES,
+            f"expected {name} to have at most {MAX_STATES} states, got {len(segment.states)}",
+        )
+        present = [state is not None for state in segment.states]
+        scaled = [scale is not None for scale in segment.scales]
+        require(
+            scaled == (present if self.storage.has_scales else []),
+            f"expected {name} to have scales for every state if states are int8, and none otherwise",
+        )
+        require(segment.group >= 0, f"expected {name} to have a group of at least 0, got {segment.group}")
+        require(segment.first >= 0, f"expected {name} to have a first element of at least 0, got {segment.first}")
+
+    def _expected(self, name: str, segment: SegmentArrays) -> Iterator[tuple[str, Tensor | None, torch.dtype | None]]:
+        """Every array of a segment with its name and the dtype that it should have."""
+        yield f"{name}.param", segment.param, self.storage.param_dtype
+        yield f"{name}.grad", segment.grad, self.storage.grad_dtype
+        yield f"{name}.master", segment.master, self.storage.master_dtype
+        for k, state in enumerate(segment.states):
+            yield f"{name}.states[{k}]", state, self.storage.dtype_of_state(signed=self.signed[k])
+        for k, scale in enumerate(segment.scales):
+            yield f"{name}.scales[{k}]", scale, torch.float32
+
+    def _check_disjoint(self) -> None:
+        ranges = sorted(
+            (array.data_ptr(), array.data_ptr() + array.nbytes, what)
+            for number, segment in enumerate(self.segments)
+            for what, array, _ in self._expected(f"segments[{number}]", segment)
+            if array is not None
+        )
+        for (_, end, name), (start, _, next_name) in pairwise(ranges):
+            if end > start:
+                raise ConfigError(f"expected {name} and {next_name} not to overlap in memory")
+
+
+def _row(segment: SegmentArrays) -> list[int]:
+    return [
+        segment.param.numel(),
+        segment.group,
+        segment.key,
+        segment.first,
+        segment.param.data_ptr(),
+        _address(segment.master),
+        _address(segment.grad),
+        *_addresses(segment.states),
+        *_addresses(segment.scales),
+    ]
+
+
+def _addresses(arrays: Sequence[Tensor | None]) -> list[int]:
+    return [_address(array) for array in arrays] + [0] * (MAX_STATES - len(arrays))
+
+
+def _address(array: Tensor | None) -> int:
+    return 0 if array is None else array.data_ptr()
