@@ -63,6 +63,17 @@ def test_memory(tmp_path: Path) -> None:
     assert peak["bytes_a_parameter"] == peak["together"] / 2 / peak["parameters"]
 
 
+def test_kernels(tmp_path: Path) -> None:
+    report = report_of(tmp_path, "kernels", "--gib=0.001", "--rounds=2", "--threads=1")
+    assert len(report["rows"]) > 20
+    for row in report["rows"]:
+        assert row["threads"] == 1
+        assert row["bytes"] > 0
+        assert "the same traffic" in row["others"]
+    by_name = {row["name"]: row for row in report["rows"]}
+    assert {"torch fused", "torch default"} <= by_name["AdamW, one tensor"]["others"].keys()
+
+
 READ_ALL = "import mmap; pages = mmap.mmap({fd}, 0); sum(pages[::4096]); print('read', flush=True); input()"
 
 

@@ -7,7 +7,7 @@ CONTRIBUTING.md lists the files in reading order.
 
 import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP runtime that torch brought
 
-from . import ops
+from . import ops, optim
 from ._C import build_info
 from .errors import (
     CollectiveError,
@@ -37,5 +37,6 @@ __all__ = [
     "__version__",
     "build_info",
     "ops",
+    "optim",
     "wrap",
 ]

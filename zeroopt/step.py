@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .bucket import Bucket, ManagedParam, ParamState, Segment
+from .bucket import Bucket, ManagedParam, Segment
 from .config import Config
 from .errors import ConfigError, StateError
 from .fused_rules import FusedRule, fused_optimizers, rule_for
+from .fused_segments import FusedSegments, StateArray
 from .gradient_store import GradientStore
 from .precision import Precision, round_master
 
@@ -79,7 +80,7 @@ class ShardStepper:
         groups = torch.tensor([rule.hyper_row(g) for g in self._optimizer.param_groups], dtype=torch.float64)
         control = ops.StepControl(seed=self.seed)
         for fused in reversed(self._fused):
-            fused.step(active, groups, control)
+            fused.step_params(active, groups, control)
             yield fused.bucket
 
     def _step_plain(self, active: Tensor) -> None:
@@ -125,8 +126,8 @@ class ShardStepper:
             )
 
 
-class FusedBucket:
-    """State of one bucket's own range in the flat form that a fused kernel takes."""
+class FusedBucket(FusedSegments):
+    """The segments of one bucket; their state lies side by side, in one flat array of the own range for each name."""
 
     def __init__(
         self,
@@ -138,107 +139,43 @@ class FusedBucket:
     ) -> None:
         self.bucket = bucket
         self._store = store
-        self._storage = storage
-        self._rule = rule
-        self._optimizer = optimizer
+        self._flat: dict[str, StateArray] = {}
         self._owners = torch.tensor([s.owner.index for s in bucket.segments], dtype=torch.int64)
-        self._steps = torch.zeros(len(bucket.segments), device=bucket.device)
-        self._state: dict[str, Tensor] = {}  # by name, and by name and suffix for scales
-        self._table: ops.SegmentTable | None = None  # of the arrays that there are
-        self._names: list[tuple[str, ...] | None] = [None] * len(bucket.segments)
-        self._begun = [False] * len(bucket.segments)  # whether a segment ever had state
-        for i, segment in enumerate(bucket.segments):
-            if segment.shard in optimizer.state:
-                self._adopt(i, segment, optimizer.state[segment.shard])
+        leaves = [s.shard for s in bucket.segments]
+        group_of = [s.owner.group for s in bucket.segments]
+        super().__init__(optimizer, rule, storage, leaves, group_of, bucket.device)
 
-    def step(self, active: Tensor, groups: Tensor, control: ops.StepControl) -> None:
-        """One step of the segments whose parameters are active."""
-        mask = active.index_select(0, self._owners)
-        in_use = [self._rule.names_in_use(group) for group in self._optimizer.param_groups]
-        for i, flag in enumerate(mask.tolist()):
-            names = in_use[self.bucket.segments[i].owner.group]
-            if flag and names != self._names[i]:
-                self._expose(i, names)
-        if not mask.any():  # nothing to step, and perhaps no state yet to step it with
-            return
-        if self._table is None:
-            self._table = self._make_table()
-        mask = mask.to(self.bucket.device)
-        self._rule.kernel(self._table, active=mask, steps=self._steps, groups=groups, control=control)
+    def step_params(self, active: Tensor, groups: Tensor, control: ops.StepControl) -> None:
+        """One step; `active` is uint8 [number of parameters of the model]."""
+        self.step(active.index_select(0, self._owners), groups, control)
 
-    def _make_table(self) -> ops.SegmentTable:
-        names = self._rule.state_names
-        segments = [
-            ops.SegmentArrays(
-                param=_part(self.bucket.own_param, segment),
-                grad=_part(self._store.reduced, segment),
-                master=None if self.bucket.master is None else _part(self.bucket.master, segment),
-                states=[self._view(name, segment) if name in self._state else None for name in names],
-                scales=[self._scales(name, segment) if name in self._state else None for name in names]
-                if self._storage.has_scales
-                else [],
-                group=segment.owner.group,
-                key=segment.owner.position,
-                first=segment.start,
-            )
-            for segment in self.bucket.segments
-        ]
-        return ops.SegmentTable(self._storage, segments, self._rule.signed)
+    def _arrays(self, i: int) -> ops.SegmentArrays:
+        segment, master = self.bucket.segments[i], self.bucket.master
+        return ops.SegmentArrays(
+            param=_part(self.bucket.own_param, segment),
+            grad=_part(self._store.reduced, segment),
+            master=None if master is None else _part(master, segment),
+            group=segment.owner.group,
+            key=segment.owner.position,
+            first=segment.start,
+        )
 
-    def _expose(self, i: int, names: tuple[str, ...]) -> None:
-        """Show a segment's state in the optimizer's `state`, as views, once the segment has any."""
+    def _state(self, i: int, name: str) -> StateArray | None:
+        if name not in self._flat:
+            return None
+        array, scales = self._flat[name]
         segment = self.bucket.segments[i]
-        initial = self._rule.initial_value(self._optimizer.param_groups[segment.owner.group])
-        entry: ParamState = {}
-        for name in names:
-            entry[name] = self._view(name, segment)
-            if self._storage.has_scales:
-                entry[name + ops.SCALE_SUFFIX] = self._scales(name, segment)
-            if initial and not self._begun[i]:
-                self._write(name, segment, torch.full((segment.numel,), initial, device=self.bucket.device))
-        if names and not self._begun[i] and not self._rule.has_step:
-            self._steps[i] = 0  # SGD's state begins when momentum is turned on, not at its first step
-        self._names[i] = names
-        self._begun[i] |= bool(names)
-        if self._rule.has_step:
-            entry = {"step": self._steps[i], **entry}
-        if entry:
-            self._optimizer.state[segment.shard] = entry
-
-    def _adopt(self, i: int, segment: Segment, entry: ParamState) -> None:
-        """Take over state that came from a load or from before wrapping."""
-        names = tuple(name for name in self._rule.state_names if isinstance(entry.get(name), Tensor))
-        self._begun[i] = bool(names)
-        for name in names:
-            self._write(name, segment, entry[name], entry.get(name + ops.SCALE_SUFFIX))
-        self._expose(i, names)
-        self._steps[i] = float(entry["step"]) if self._rule.has_step else float(bool(names))
-
-    def _write(self, name: str, segment: Segment, values: Tensor, scales: Tensor | None = None) -> None:
-        """Set a segment's state, from what it is stored as or from plain numbers."""
-        view = self._view(name, segment)
-        if not self._storage.has_scales:
-            view.copy_(values)
-        elif scales is None:
-            ops.quantize(values.to(self.bucket.device, torch.float32).contiguous(), view, self._scales(name, segment))
-        else:
-            view.copy_(values)
-            self._scales(name, segment).copy_(scales)
-
-    def _view(self, name: str, segment: Segment) -> Tensor:
-        if name not in self._state:
-            self._table = None
-            signed = self._rule.signed[self._rule.state_names.index(name)]
-            dtype = self._storage.dtype_of_state(signed=signed)
-            self._state[name] = torch.zeros_like(self.bucket.own_param, dtype=dtype)
-            if self._storage.has_scales:
-                blocks = ops.num_blocks(self.bucket.own_param.numel())
-                self._state[name + ops.SCALE_SUFFIX] = torch.zeros(blocks, device=self.bucket.device)
-        return _part(self._state[name], segment)
-
-    def _scales(self, name: str, segment: Segment) -> Tensor:
         first = segment.offset // ops.QUANT_BLOCK
-        return self._state[name + ops.SCALE_SUFFIX][first : first + ops.num_blocks(segment.numel)]
+        part = None if scales is None else scales[first : first + ops.num_blocks(segment.numel)]
+        return _part(array, segment), part
+
+    def _make_state(self, i: int, name: str, dtype: torch.dtype) -> StateArray:
+        array = torch.zeros_like(self.bucket.own_param, dtype=dtype)
+        scales = torch.zeros(ops.num_blocks(array.numel()), device=array.device) if self._storage.has_scales else None
+        self._flat[name] = array, scales
+        made = self._state(i, name)
+        assert made is not None
+        return made
 
 
 def _part(array: Tensor, segment: Segment) -> Tensor:

@@ -1,0 +1,14 @@
+"""The fused kernels as ordinary optimizers: no process group needed.
+
+`FusedAdamW`, `FusedAdam`, `FusedSGD` and `FusedAdagrad` take the place of torch's classes (same arguments, defaults and
+`state_dict` keys); `FusedLion` and `FusedLAMB` have none in torch. `FusedOptimizer` says what all of them offer besides.
+"""
+
+from .adagrad import FusedAdagrad
+from .adamw import FusedAdam, FusedAdamW
+from .fused import FusedOptimizer
+from .lamb import FusedLAMB
+from .lion import FusedLion
+from .sgd import FusedSGD
+
+__all__ = ["FusedAdagrad", "FusedAdam", "FusedAdamW", "FusedLAMB", "FusedLion", "FusedOptimizer", "FusedSGD"]

@@ -1,0 +1,20 @@
+"""AdamW and Adam."""
+
+from __future__ import annotations
+
+import torch
+
+from ..fused_rules import AdamWRule
+from .fused import FusedOptimizer
+
+
+class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
+    """`torch.optim.AdamW` (Loshchilov & Hutter 2019) in one fused kernel: its arguments, and those of `FusedOptimizer`."""
+
+    fused_rule = AdamWRule(decoupled=True)
+
+
+class FusedAdam(FusedOptimizer, torch.optim.Adam):
+    """`torch.optim.Adam` (Kingma & Ba 2015) in one fused kernel: its arguments, and those of `FusedOptimizer`."""
+
+    fused_rule = AdamWRule(decoupled=False)

@@ -1,0 +1,14 @@
+"""SGD."""
+
+from __future__ import annotations
+
+import torch
+
+from ..fused_rules import SgdRule
+from .fused import FusedOptimizer
+
+
+class FusedSGD(FusedOptimizer, torch.optim.SGD):
+    """`torch.optim.SGD` in one fused kernel: its arguments, and those of `FusedOptimizer`."""
+
+    fused_rule = SgdRule()
