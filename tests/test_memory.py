@@ -33,19 +33,23 @@ def train(options: dict[str, Any], width: int, layers: int, steps: int) -> None:
     net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=BUCKET_MB, **options)
     for _ in range(steps):
-        model(torch.randn(2, width)).sum().backward()
+        model(torch.randn(2, width, dtype=options.get("param_dtype"))).float().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()
 
 
 def formula_bytes(options: dict[str, Any], world_size: int) -> float:
-    """float32 parameters, gradients and AdamW's two moments (ZeRO: Rajbhandari et al., 2020, section 5)."""
+    """Parameters, gradients, masters and AdamW's two moments (ZeRO: Rajbhandari et al., 2020, section 5)."""
     stage = options["stage"]
-    parameters = 4 / world_size if options.get("share_parameters") else 4
-    gradient = 4 if stage < 2 else 4 / world_size
-    moments = 8 if stage < 1 else 8 / world_size
-    return (parameters + gradient + moments) * NUM_PARAMS
+    param_bytes = options.get("param_dtype", torch.float32).itemsize
+    parameters = param_bytes / world_size if options.get("share_parameters") else param_bytes
+    gradient = 4 if stage < 2 else 4 / world_size  # sums are float32, whatever the parameters are
+    master_bytes = {"float32": 4, "remainder": 2, "none": 0}[options.get("master_weights", "float32")]
+    masters = master_bytes / world_size if "param_dtype" in options else 0
+    moment_bytes = {torch.float32: 4, torch.bfloat16: 2, torch.int8: 1 + 4 / 256}
+    moments = 2 * moment_bytes[options.get("state_dtype", torch.float32)] / (1 if stage < 1 else world_size)
+    return (parameters + gradient + masters + moments) * NUM_PARAMS
 
 
 # One bucket fills, one travels, the slices of one are received, and one gradient comes from autograd at a time.
@@ -71,6 +75,10 @@ def sampled_bytes_without_heap_holes(options: dict[str, Any]) -> Samples:
         ({"stage": 2, "transport": "pairwise"}, 2),
         ({"stage": 2, "share_parameters": True}, 2),
         ({"stage": 2, "share_parameters": True}, 4),
+        ({"stage": 2, "state_dtype": torch.int8}, 2),
+        ({"stage": 2, "param_dtype": torch.bfloat16}, 2),
+        ({"stage": 2, "param_dtype": torch.bfloat16, "master_weights": "remainder", "state_dtype": torch.int8}, 2),
+        ({"stage": 2, "param_dtype": torch.bfloat16, "master_weights": "none", "state_dtype": torch.bfloat16}, 4),
     ],
 )
 def test_peak_memory_follows_the_formula(options: dict[str, Any], world_size: int) -> None:
