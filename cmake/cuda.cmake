@@ -92,7 +92,12 @@ set(warnings -Wall,-Wextra)
 if(ZEROOPT_WERROR)
   string(APPEND warnings ",-Werror")
 endif()
-add_library(cuda_kernels OBJECT csrc/cuda/pack.cu csrc/cuda/reduce.cu csrc/cuda/adamw.cu csrc/cuda/sgd.cu)
+add_library(cuda_kernels OBJECT
+  csrc/cuda/steps.cu
+  csrc/cuda/pack.cu
+  csrc/cuda/reduce.cu
+  csrc/cuda/norm.cu
+  csrc/cuda/quantize.cu)
 set_target_properties(cuda_kernels PROPERTIES CUDA_ARCHITECTURES "${ZEROOPT_CUDA_ARCHS}")
 target_include_directories(cuda_kernels PRIVATE csrc)
 # -fmad=false: the same roundings as on the CPU.

@@ -129,7 +129,8 @@ void dequantize(const uint8_t* codes, const float* scales, float* values, int64_
                 int num_threads);
 
 /// squares[i][0] = sum of the squares of the gradients of segment i, in float64, in an order that depends on the
-/// segment alone; 0 for inactive ones. *found_inf = 1 where one of them is not finite, else it stays. bytes: sizeof(grad).
+/// segment alone; 0 for inactive ones. *found_inf = 1 where one of them is not finite, else it stays. grad: as in
+/// Storage. bytes: sizeof(grad).
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int num_threads);
 
 // One step of an optimizer. `bytes` of an element are those of its arrays, read and written once each:

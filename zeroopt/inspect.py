@@ -15,6 +15,7 @@ from . import _C
 from .bucket import ManagedParam
 from .elementwise import check_elementwise
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
+from .optim import FusedOptimizer
 
 _log = logging.getLogger("zeroopt")
 
@@ -58,6 +59,11 @@ def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError("this model is already wrapped; call zeroopt.wrap once for each model")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"expected optimizer to be a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+    if isinstance(optimizer, FusedOptimizer) and not optimizer.has_default_precision:
+        raise ConfigError(
+            f"this {type(optimizer).__name__} was built with master_weights or state_dtype of its own; give these options to "
+            "zeroopt.wrap instead"
+        )
     if optimizer in _wrapped:
         raise ConfigError("this optimizer is already wrapped; call zeroopt.wrap once for each optimizer")
 

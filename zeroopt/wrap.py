@@ -60,8 +60,15 @@ def wrap(
             the gradients.
         process_group: the ranks to train with; the default group when None.
         bucket_mb: size of a bucket in MiB. A larger parameter has a bucket of its own.
-        fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam and SGD in
-            float32) and with the optimizer's own `step` otherwise; True insists on the kernel, False on the own step.
+        param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, and what rounding takes away is kept as
+            `master_weights` says. None leaves parameters as they are.
+        master_weights: with `param_dtype`. "float32": each rank keeps a float32 copy of the parameters it steps; "remainder":
+            16 bits that complete a bfloat16 to that very copy; "none": nothing, bfloat16 is rounded stochastically.
+        state_dtype: of the moments: torch.float32, torch.bfloat16 (rounded stochastically) or torch.int8 (codes with a scale
+            for every 256 elements).
+        fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD and Adagrad,
+            and all of `zeroopt.optim` but LAMB, in float32 or with `param_dtype`) and with the optimizer's own `step`
+            otherwise; True insists on the kernel, as do the last two options, False on the own step.
         transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
             collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the
             first two.
@@ -74,8 +81,7 @@ def wrap(
         reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
             the parameters. Stages 1 and 2; between float32 and 16 bits. Transport "torch" sums in that dtype.
         bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
-        param_dtype, master_weights, state_dtype, max_grad_norm, average_every: reserved; only their defaults are supported
-            so far.
+        max_grad_norm, average_every: reserved; only their defaults are supported so far.
 
     Returns:
         The model and the optimizer to train with.

@@ -1,4 +1,4 @@
-// Grids and errors of kernel launches.
+// Grids, launches and their errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,12 +7,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/vector.cuh"
 #include "kernels.h"
 
 namespace zeroopt::cuda {
 
 inline void check(cudaError_t status, const char* kernel) {
   if (status == cudaSuccess) return;
+  cudaGetLastError(); // or the caller's next CUDA call would report it again
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
 }
 
@@ -24,6 +26,18 @@ inline unsigned grid_size(int64_t wanted, const char* kernel) {
   check(cudaGetDevice(&device), kernel);
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kernel);
   return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, multiprocessors * kBlocksPerMultiprocessor));
+}
+
+/// Starts `grid` blocks of kThreads. A function of the runtime rather than <<<>>>, so that a plain C++ compiler can
+/// read the launches too.
+/// @throws std::runtime_error when CUDA refuses.
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), unsigned grid, cudaStream_t stream, const Args&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 
 } // namespace zeroopt::cuda

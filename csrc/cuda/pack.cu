@@ -6,26 +6,24 @@ namespace zeroopt::cuda {
 namespace {
 
 template <class Src, class Dst>
-void launch(const void* src, void* dst, int64_t numel, double scale, cudaStream_t stream) {
+void launch_pair(const void* src, void* dst, int64_t numel, double scale, cudaStream_t stream) {
   constexpr int N = PackShape<Src, Dst>::vector_numel;
   const int64_t blocks = num_vectors(numel, N, N) / kThreads + 1;
-  pack_kernel<Src, Dst>
-      <<<grid_size(blocks, "pack"), kThreads, 0, stream>>>(static_cast<const Src*>(src), static_cast<Dst*>(dst), numel,
-                                                           static_cast<typename Compute<Src, Dst>::type>(scale));
-  check(cudaGetLastError(), "pack");
+  launch("pack", pack_kernel<Src, Dst>, grid_size(blocks, "pack"), stream, static_cast<const Src*>(src),
+         static_cast<Dst*>(dst), numel, static_cast<typename Compute<Src, Dst>::type>(scale));
 }
 
 template <class Src>
 void launch_from(const void* src, void* dst, DType dst_dtype, int64_t numel, double scale, cudaStream_t stream) {
   switch (dst_dtype) {
   case DType::float32:
-    return launch<Src, float>(src, dst, numel, scale, stream);
+    return launch_pair<Src, float>(src, dst, numel, scale, stream);
   case DType::float64:
-    return launch<Src, double>(src, dst, numel, scale, stream);
+    return launch_pair<Src, double>(src, dst, numel, scale, stream);
   case DType::bfloat16:
-    return launch<Src, BFloat16>(src, dst, numel, scale, stream);
+    return launch_pair<Src, BFloat16>(src, dst, numel, scale, stream);
   case DType::float16:
-    return launch<Src, Float16>(src, dst, numel, scale, stream);
+    return launch_pair<Src, Float16>(src, dst, numel, scale, stream);
   }
 }
 

@@ -48,7 +48,7 @@ template <class Value, int N> ZEROOPT_DEVICE void add_values(Value (&sum)[N], co
 template <int width, class Slice, class Value, int N>
 ZEROOPT_DEVICE void sum_group(const Slice* const* slices, int64_t num_slices, int64_t first, Value (&sum)[N]) {
   if constexpr (width == 1) {
-    load_values(slices[0] + first, sum);
+    load_values(in_global(slices[0]) + first, sum);
   } else {
     constexpr int half = width / 2;
     sum_group<half>(slices, num_slices, first, sum);

@@ -1,48 +1,80 @@
-// A step over many segments in one launch.
+// Work over many segments in one launch.
 //
-// A prepare kernel of one block raises the steps, makes each segment's scalars and cuts the segments into tiles. The
-// main kernel's blocks stride over the tiles; which segment a tile is of, they find by bisection. Both only read device
-// memory that the workspace holds, so a CUDA graph can capture them while steps and hyper-parameters change between
-// replays.
+// A prepare kernel of one block makes each segment's plan, what the main kernel wants to know of it, and cuts the
+// segments into tiles. The main kernel's warps stride over the tiles; which segment a tile is of, they find by
+// bisection. Both only read device memory, so a CUDA graph can capture them while steps, hyper-parameters and addresses
+// change between replays.
 //
 //   segments           |--- 0 ---|- 1 -|------ 2 ------|
 //   tiles              | 0 | 1 |2| 3 |4| 5 | 6 | 7 | 8 |
 //   first_tile         0           3     5               9      [count + 1]
+//
+// Inactive segments have no tiles. The vectors of a segment, and with them its tiles, are cut where all its arrays have
+// a boundary, which may be some elements ahead of the segment.
 #pragma once
 
-#include "cuda/vector.cuh"
-#include "kernels.h"
+#include "cuda/lane.cuh"
 
 namespace zeroopt::cuda {
 
-constexpr int kStepVector = 4;                                    // float32 elements in 16 bytes
-constexpr int kVectorsPerThread = 2;                              // of one tile
-constexpr int kTile = kStepVector * kVectorsPerThread * kThreads; // elements
+constexpr int kUnaligned = -1;     // a lead: there is no such place, elements are accessed one at a time
+constexpr int64_t kPlanBytes = 64; // that no plan exceeds
 
-/// Where the parts of a workspace lie: int64 first_tile[count + 1], padded to 16 bytes, then Scalars scalars[count].
-template <class Scalars> struct Workspace {
-  int64_t* first_tile;
-  Scalars* scalars;
+/// Parts of the device memory that a kernel is lent. Plan has a member `lead`.
+template <class Plan> struct Workspace {
+  int64_t* first_tile; ///< [count + 1]
+  Plan* plans;         ///< [count]
+  double* sums;        ///< [tiles][2]
+};
 
-  ZEROOPT_INLINE int64_t scalars_offset(int64_t count) { return ((count + 1) * 8 + 15) / 16 * 16; }
-  ZEROOPT_INLINE int64_t bytes(int64_t count) {
-    return scalars_offset(count) + count * static_cast<int64_t>(sizeof(Scalars));
-  }
-  ZEROOPT_INLINE Workspace at(void* memory, int64_t count) {
-    return {static_cast<int64_t*>(memory),
-            reinterpret_cast<Scalars*>(static_cast<char*>(memory) + scalars_offset(count))};
+/// Where the parts lie, in bytes from the workspace's beginning.
+struct WorkspaceLayout {
+  int64_t plans, sums, end;
+
+  ZEROOPT_INLINE WorkspaceLayout of(int64_t count, int64_t max_tiles) {
+    const int64_t plans = ((count + 1) * 8 + 15) / 16 * 16;
+    const int64_t sums = plans + count * kPlanBytes;
+    return {plans, sums, sums + max_tiles * 2 * static_cast<int64_t>(sizeof(double))};
   }
 };
 
-/// Tiles begin at 16-byte boundaries of `param`, so a segment counts from the boundary before it.
-ZEROOPT_INLINE int64_t num_tiles(const float* param, const SegmentRow& row) {
-  return (row.numel + lead(param + row.offset) + kTile - 1) / kTile;
+/// The most tiles there can be; which segments are active, only the device knows.
+inline int64_t max_tiles(int64_t num_segments, int64_t total_numel) {
+  return total_numel / kTile + 2 * num_segments;
 }
 
-/// One block of kThreads. make_scalars(group row, step) gives the scalars of a segment.
-template <class Scalars, class MakeScalars>
-ZEROOPT_DEVICE void prepare_segments(const float* param, const SegmentTable& table, Workspace<Scalars> workspace,
-                                     const MakeScalars& make_scalars) {
+template <class Plan> Workspace<Plan> workspace_at(void* memory, int64_t num_segments, int64_t total_numel) {
+  static_assert(sizeof(Plan) <= kPlanBytes);
+  const WorkspaceLayout layout = WorkspaceLayout::of(num_segments, max_tiles(num_segments, total_numel));
+  char* const bytes = static_cast<char*>(memory);
+  return {reinterpret_cast<int64_t*>(bytes), reinterpret_cast<Plan*>(bytes + layout.plans),
+          reinterpret_cast<double*>(bytes + layout.sums)};
+}
+
+/// The numbers of elements, as bits, by which vectors may be cut ahead of an array.
+ZEROOPT_DEVICE unsigned leads_of(const void* array, int item_bytes) {
+  const uintptr_t alignment = static_cast<uintptr_t>(vector_alignment(item_bytes, kLaneNumel));
+  unsigned leads = 0;
+  for (int lead = 0; lead < kLaneNumel; ++lead)
+    if ((reinterpret_cast<uintptr_t>(array) - static_cast<uintptr_t>(lead * item_bytes)) % alignment == 0)
+      leads |= 1u << lead;
+  return leads;
+}
+
+ZEROOPT_DEVICE int smallest_lead(unsigned leads) {
+  for (int lead = 0; lead < kLaneNumel; ++lead)
+    if (leads >> lead & 1u) return lead;
+  return kUnaligned;
+}
+
+ZEROOPT_INLINE int64_t num_tiles(int64_t numel, int lead) {
+  return (numel + (lead == kUnaligned ? 0 : lead) + kTile - 1) / kTile;
+}
+
+/// One block of kThreads. make_plan(segment) gives the plan of an active segment; skipped: all count as inactive.
+template <class Plan, class MakePlan>
+ZEROOPT_DEVICE void plan_segments(const SegmentTable& table, const Workspace<Plan>& workspace, bool skipped,
+                                  const MakePlan& make_plan) {
   __shared__ int64_t tiles_of_thread[kThreads];
   const int64_t share = (table.count + kThreads - 1) / kThreads;
   const int64_t begin = threadIdx.x * share;
@@ -50,10 +82,9 @@ ZEROOPT_DEVICE void prepare_segments(const float* param, const SegmentTable& tab
 
   int64_t tiles = 0;
   for (int64_t i = begin; i < end; ++i) {
-    if (table.active[i] == 0) continue;
-    table.steps[i] += 1.0f;
-    workspace.scalars[i] = make_scalars(table.rows[i].group, table.steps[i]);
-    tiles += num_tiles(param, table.rows[i]);
+    if (skipped || table.active[i] == 0) continue;
+    workspace.plans[i] = make_plan(i);
+    tiles += num_tiles(table.rows[i].numel, workspace.plans[i].lead);
   }
   tiles_of_thread[threadIdx.x] = tiles;
   __syncthreads();
@@ -63,7 +94,7 @@ ZEROOPT_DEVICE void prepare_segments(const float* param, const SegmentTable& tab
     before += tiles_of_thread[t];
   for (int64_t i = begin; i < end; ++i) {
     workspace.first_tile[i] = before;
-    if (table.active[i] != 0) before += num_tiles(param, table.rows[i]);
+    if (!skipped && table.active[i] != 0) before += num_tiles(table.rows[i].numel, workspace.plans[i].lead);
   }
   if (threadIdx.x == kThreads - 1) workspace.first_tile[table.count] = before;
 }
@@ -84,34 +115,17 @@ ZEROOPT_DEVICE int64_t segment_of_tile(const int64_t* first_tile, int64_t count,
   return low;
 }
 
-/// Calls vectors(element, scalars) for whole aligned vectors, if `aligned`, and element(element, scalars) for the
-/// others.
-template <class Scalars, class Vectors, class Element>
-ZEROOPT_DEVICE void for_each_vector(const float* param, const SegmentTable& table, Workspace<Scalars> workspace,
-                                    bool aligned, const Vectors& vectors, const Element& element) {
+/// Calls body(segment, tile, lane) for the tiles of this warp, with all its lanes together.
+template <class Plan, class Body>
+ZEROOPT_DEVICE void for_each_tile(const SegmentTable& table, const Workspace<Plan>& workspace, const Body& body) {
   const int64_t tiles = workspace.first_tile[table.count];
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int64_t tile = warp_index(); tile < tiles; tile += num_warps()) {
     const int64_t segment = segment_of_tile(workspace.first_tile, table.count, tile);
-    const SegmentRow row = table.rows[segment];
-    const Scalars scalars = workspace.scalars[segment];
-    const int64_t tile_begin = (tile - workspace.first_tile[segment]) * kTile - lead(param + row.offset);
-#pragma unroll
-    for (int k = 0; k < kVectorsPerThread; ++k) {
-      const int64_t first = tile_begin + (k * kThreads + static_cast<int>(threadIdx.x)) * kStepVector;
-      if (aligned && first >= 0 && first + kStepVector <= row.numel) {
-        vectors(row.offset + first, scalars);
-      } else {
-        for (int64_t i = first < 0 ? 0 : first; i < first + kStepVector && i < row.numel; ++i) {
-          element(row.offset + i, scalars);
-        }
-      }
-    }
+    const int lead = workspace.plans[segment].lead;
+    const bool aligned = lead != kUnaligned;
+    const int64_t tile_begin = (tile - workspace.first_tile[segment]) * kTile - (aligned ? lead : 0);
+    body(segment, tile, LaneRange::of(tile_begin, lane_index(), table.rows[segment].numel, aligned));
   }
-}
-
-/// Blocks for the main kernel. The device knows which segments are active; this is the most tiles there can be.
-inline int64_t max_tiles(int64_t total_numel, int64_t num_segments) {
-  return total_numel / kTile + 2 * num_segments;
 }
 
 } // namespace zeroopt::cuda

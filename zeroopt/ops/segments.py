@@ -71,7 +71,8 @@ class SegmentTable:
 
     def __post_init__(self) -> None:
         self.device = self.segments[0].param.device if self.segments else torch.device("cpu")
-        self.total_numel = sum(segment.param.numel() for segment in self.segments)
+        self._numels = [segment.param.numel() for segment in self.segments]
+        self.total_numel = sum(self._numels)
         self.num_groups = max((segment.group for segment in self.segments), default=-1) + 1
         for number, segment in enumerate(self.segments):
             self._check(f"segments[{number}]", segment)
@@ -108,17 +109,18 @@ class SegmentTable:
         Raises:
             ConfigError: a gradient cannot be right. Nothing has been changed.
         """
-        addresses = [0] * len(self.segments)
-        for number, (grad, segment) in enumerate(zip(grads, self.segments, strict=True)):
+        addresses = []
+        for number, (grad, numel) in enumerate(zip(grads, self._numels, strict=True)):
             if grad is None:
+                addresses.append(0)
                 continue
-            name = f"grads[{number}]"
-            dtype = self.storage.grad_dtype
-            require(grad.dtype is dtype, f"expected {name} to be {dtype}, got {grad.dtype}")
-            numel = segment.param.numel()
-            require(grad.numel() == numel, f"expected {name} to have {numel} elements, got {grad.numel()}")
-            check_device(name, grad, segment.param)
-            addresses[number] = grad.data_ptr()
+            # Compared first and worded only when they differ: this runs for every parameter in every step.
+            if grad.dtype is not self.storage.grad_dtype or grad.numel() != numel or grad.device != self.device:
+                raise ConfigError(
+                    f"expected grads[{number}] to have {numel} elements of {self.storage.grad_dtype} on {self.device}, got "
+                    f"{grad.numel()} of {grad.dtype} on {grad.device}"
+                )
+            addresses.append(grad.data_ptr())
         self._table[:, _GRAD] = addresses
         self._upload()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -75,16 +75,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         places = self._places_with_gradients()
         groups = torch.tensor([self.fused_rule.hyper_row(group) for group in self.param_groups], dtype=torch.float64)
         for kind, with_gradients in places.items():
-            batch = self._batch(kind, with_gradients)
             # torch.amp.GradScaler sets these two for the duration of a step.
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             control = ops.StepControl(
-                None if scale is None else scale.to(kind.device),
-                None,
-                None if found_inf is None else found_inf.to(kind.device),
-                self.seed,
+                grad_scale=None if scale is None else scale.to(kind[0]),
+                found_inf=None if found_inf is None else found_inf.to(kind[0]),
+                seed=self.seed,
             )
-            batch.step_gradients(groups, control)
+            self._batch(kind, with_gradients).step_gradients(groups, control)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,6 +114,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._batches = {}
         super().__setstate__(state)
 
+    @property
+    def has_default_precision(self) -> bool:
+        """Whether neither `master_weights` nor `state_dtype` was set."""
+        return self.master_weights == "float32" and self.state_dtype is torch.float32
+
     def _storage(self, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> ops.Storage:
         weights = "float32" if param_dtype is torch.float32 else self.master_weights
         try:
@@ -129,13 +132,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _places_with_gradients(self) -> dict[_Kind, Places]:
         """The parameters that have a gradient, by what can be stepped in one call."""
-        result: dict[_Kind, Places] = {}
+        result: defaultdict[_Kind, Places] = defaultdict(dict)
         position = 0
         for number, group in enumerate(self.param_groups):
             for param in group["params"]:
-                if param.grad is not None and param.numel():
-                    kind = _Kind(param.device, param.dtype, param.grad.dtype)
-                    result.setdefault(kind, {})[position] = (number, param)
+                grad = param.grad
+                if grad is not None and param.numel():
+                    result[param.device, param.dtype, grad.dtype][position] = (number, param)
                 position += 1
         return result
 
@@ -146,7 +149,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if batch.covers(places):
                 return batch
             places = {**batch.places, **places}
-        storage = self._storage(kind.param_dtype, kind.grad_dtype)
+        _, param_dtype, grad_dtype = kind
+        storage = self._storage(param_dtype, grad_dtype)
         batch = self._batches[kind] = FusedParams(self, self.fused_rule, storage, dict(sorted(places.items())))
         return batch
 
@@ -155,13 +159,8 @@ Places = dict[int, tuple[int, Tensor]]
 """By position in the optimizer, counted over all groups: the group and the parameter."""
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What parameters of one call have in common."""
-
-    device: torch.device
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
+_Kind = tuple[torch.device, torch.dtype, torch.dtype]
+"""What parameters of one call have in common: their device, their dtype, and that of their gradients."""
 
 
 class FusedParams(FusedSegments):

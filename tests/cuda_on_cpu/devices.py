@@ -1,0 +1,121 @@
+"""Memory and kernels of a device, so that one comparison serves the CPU, CUDA sources on the CPU, and a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+ALIGNMENT = 256  # bytes, as of torch's allocators
+
+
+class Device(ABC):
+    @abstractmethod
+    def put(self, array: Array) -> int:
+        """Copies an array into the device's memory. Its address, a multiple of ALIGNMENT."""
+
+    @abstractmethod
+    def get(self, address: int) -> Array:
+        """What has become of an array."""
+
+    @abstractmethod
+    def run(self, kernel: str, *args: float) -> None:
+        """Runs a kernel over plain arrays: pack, quantize or dequantize."""
+
+    @abstractmethod
+    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
+        """Runs the step of an optimizer, or squared_norms."""
+
+    @abstractmethod
+    def reduce(self, slices: list[int], *args: int) -> None:
+        """Runs reduce."""
+
+
+class HostMemory(Device):
+    def __init__(self) -> None:
+        self._arrays: dict[int, Array] = {}
+
+    def put(self, array: Array) -> int:
+        memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        address = memory.ctypes.data + start
+        self._arrays[address] = copy
+        return address
+
+    def get(self, address: int) -> Array:
+        return self._arrays[address].copy()
+
+
+class CpuDevice(HostMemory):
+    """The CPU kernels of zeroopt._C."""
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__()
+        self._module = module
+
+    def run(self, kernel: str, *args: float) -> None:
+        getattr(self._module, kernel)(*args, 2)
+
+    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
+        getattr(self._module, kernel)(*args, 2)
+
+    def reduce(self, slices: list[int], *args: int) -> None:
+        self._module.reduce(slices, *args, 2)
+
+
+def _signature(letters: str) -> list[Any]:
+    """a: address or seed, i: int, l: int64, d: double, b: bool"""
+    types = {"a": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
+    return [types[letter] for letter in letters]
+
+
+STEPS = ("adamw", "sgd", "adagrad", "lion", "lamb_moments", "lamb_update")
+SIGNATURES = {
+    **dict.fromkeys(STEPS, "aaaaliiiaaaaalaa"),
+    "squared_norms": "aaalialaa",
+    "quantize": "aaalba",
+    "dequantize": "aaalba",
+    "pack": "aiailda",
+    "reduce": "aliaaila",
+}
+
+
+class ShimError(AssertionError):
+    """A kernel did on the CPU what a GPU would refuse."""
+
+
+class ShimDevice(HostMemory):
+    """The CUDA kernels, compiled by build.py."""
+
+    def __init__(self, library: Path, num_multiprocessors: int = 1, reverse_order: bool = False) -> None:
+        super().__init__()
+        self._library = ctypes.CDLL(str(library))
+        self._library.last_error.restype = ctypes.c_char_p
+        self._library.cuda_workspace_bytes.argtypes = _signature("ll")
+        self._library.cuda_workspace_bytes.restype = ctypes.c_int64
+        for name, letters in SIGNATURES.items():
+            function = getattr(self._library, f"cuda_{name}")
+            function.argtypes = _signature(letters)
+            function.restype = ctypes.c_bool
+        self._library.configure(num_multiprocessors, reverse_order)
+
+    def run(self, kernel: str, *args: float) -> None:
+        if not getattr(self._library, f"cuda_{kernel}")(*args, 0):
+            raise ShimError(self._library.last_error().decode())
+
+    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
+        num_bytes = self._library.cuda_workspace_bytes(count, total_numel)
+        workspace = self.put(np.full(num_bytes + ALIGNMENT, 0xA5, np.uint8))  # whatever was there before
+        self.run(kernel, *args, total_numel, workspace)
+        assert (self.get(workspace)[num_bytes:] == 0xA5).all(), "wrote past the workspace"
+
+    def reduce(self, slices: list[int], *args: int) -> None:
+        self.run("reduce", self.put(np.array(slices, np.int64)), len(slices), *args)
