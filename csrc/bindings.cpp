@@ -59,8 +59,8 @@ template <class Group> void bind_step(py::module_& m, const char* name, CpuStep<
       name,
       [cpu](Address rows, Address active, Address steps, Address squares, int64_t count, int param, int grad, int state,
             Address groups, Address grad_scale, Address clip_coef, Address found_inf, uint64_t seed, int num_threads) {
-        cpu(segment_table(rows, active, steps, squares, count),
-            {param_format(param), dtype(grad), state_format(state)}, pointer<const Group>(groups),
+        cpu(segment_table(rows, active, steps, squares, count), {param_format(param), dtype(grad), state_format(state)},
+            pointer<const Group>(groups),
             {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
             num_threads);
       },
@@ -182,8 +182,8 @@ void bind_cuda_kernels(py::module_& m) {
   m.def("cuda_workspace_bytes", &cuda::workspace_bytes, py::arg("num_segments"), py::arg("total_numel"));
   m.def(
       "cuda_squared_norms",
-      [](Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf,
-         int64_t total_numel, Address workspace, Address stream) {
+      [](Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf, int64_t total_numel,
+         Address workspace, Address stream) {
         cuda::squared_norms(segment_table(rows, active, 0, squares, count), dtype(grad), pointer<float>(found_inf),
                             total_numel, pointer<void>(workspace), pointer<void>(stream));
       },

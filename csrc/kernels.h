@@ -40,14 +40,14 @@ constexpr int kMaxStates = 3;        // arrays of state of an optimizer
 
 /// A piece of one parameter; the row of a table int64[num_segments][13]. The arrays have numel elements each.
 struct SegmentRow {
-  int64_t numel;            ///< > 0
-  int64_t group;            ///< row of the table of hyper-parameters
-  int64_t key;              ///< the parameter's number, by which its random numbers differ from those of others
-  int64_t first;            ///< element of the parameter that the segment begins with: >= 0, < 2^60
-  void* param;              ///< in/out, but see ParamFormat
-  void* master;             ///< in/out, see ParamFormat
-  const void* grad;         ///< in
-  void* states[kMaxStates]; ///< in/out; null where the optimizer or the group has no such state
+  int64_t numel;             ///< > 0
+  int64_t group;             ///< row of the table of hyper-parameters
+  int64_t key;               ///< the parameter's number, by which its random numbers differ from those of others
+  int64_t first;             ///< element of the parameter that the segment begins with: >= 0, < 2^60
+  void* param;               ///< in/out, but see ParamFormat
+  void* master;              ///< in/out, see ParamFormat
+  const void* grad;          ///< in
+  void* states[kMaxStates];  ///< in/out; null where the optimizer or the group has no such state
   float* scales[kMaxStates]; ///< in/out, [ceil(numel / kQuantBlock)], with StateFormat::int8
 };
 

@@ -58,8 +58,8 @@ ZEROOPT_INLINE uint16_t float_to_bfloat16(float value) {
 }
 
 // A bfloat16 and a remainder of 16 bits that together are an exact float32: the bfloat16 is the float32 rounded to
-// nearest, ties away from zero, and the remainder is the float32's lower half. Whoever puts them together knows from the
-// remainder's first bit that the upper half was rounded up, which ties to even would leave open.
+// nearest, ties away from zero, and the remainder is the float32's lower half. Whoever puts them together knows from
+// the remainder's first bit that the upper half was rounded up, which ties to even would leave open.
 //
 //   float32    s eeeeeeee mmmmmmm rrrrrrrrrrrrrrrr
 //   bfloat16   s eeeeeeee mmmmmmm + r              remainder   rrrrrrrrrrrrrrrr

@@ -1,5 +1,5 @@
-// Moments in 8 bits: blocks of kQuantBlock elements share a scale, the largest magnitude among them, and each element is
-// a code for its share of the scale (block-wise quantisation: Dettmers et al. 2022, arXiv:2110.02861). Moments crowd
+// Moments in 8 bits: blocks of kQuantBlock elements share a scale, the largest magnitude among them, and each element
+// is a code for its share of the scale (block-wise quantisation: Dettmers et al. 2022, arXiv:2110.02861). Moments crowd
 // near zero, so shares are bent before they are rounded to equal steps, which makes the steps finest there; the curves
 // are those of FlashOptim (Gonzalez Ortiz et al. 2026, arXiv:2602.23349, algorithms 2 and 3), which need no table:
 //

@@ -1,5 +1,5 @@
-// Random numbers for stochastic rounding: Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
-// with 7 rounds, the fewest that pass the BigCrush tests there.
+// Random numbers for stochastic rounding: Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+// 3") with 7 rounds, the fewest that pass the BigCrush tests there.
 //
 // A number depends only on the seed, the step, the parameter, the array and the element, so it is the same on every
 // device and for every number of threads, ranks and buckets. One call gives 128 bits, 16 for each of 8 elements:

@@ -1,14 +1,14 @@
 // A short stretch of a segment as float32 arrays: where they are stored as float32 the arrays themselves, elsewhere
-// buffers that stay in the processor's cache. So every optimizer's loop is compiled once, not once for every format, and
-// memory is still read and written once.
+// buffers that stay in the processor's cache. So every optimizer's loop is compiled once, not once for every format,
+// and memory is still read and written once.
 #pragma once
 
 #include "cpu/leaf/table.h"
 
 namespace zeroopt::cpu {
 
-// Elements. So short that memory keeps working: the processor's prefetcher runs ahead of what is being loaded by about as
-// much, so its loads arrive while the conversions compute. With 1024 elements the two would take turns.
+// Elements. So short that memory keeps working: the processor's prefetcher runs ahead of what is being loaded by about
+// as much, so its loads arrive while the conversions compute. With 1024 elements the two would take turns.
 constexpr int64_t kBlock = 256;
 static_assert(kBlock % kQuantBlock == 0 && kBlock % kNoisePerCall == 0, "blocks are cut where formats may be cut");
 

@@ -43,40 +43,57 @@ void join(const uint16_t* rounded, const uint16_t* remainders, float* values, in
     values[i] = join_bfloat16(rounded[i], remainders[i]);
 }
 
-template <bool is_signed> void encode_block(const float* values, uint8_t* codes, float* scale, int64_t numel) {
+template <bool is_signed> ZEROOPT_INLINE Int8Scale scale_of(const float* values, int64_t numel) {
   int32_t largest = 0;
   ZEROOPT_VECTORIZE
   for (int64_t i = 0; i < numel; ++i) {
     const int32_t magnitude = magnitude_of(values[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
-  const Int8Scale s = int8_scale<is_signed>(largest);
+  return int8_scale<is_signed>(largest);
+}
+
+template <bool is_signed>
+ZEROOPT_INLINE void encode_block(const float* values, uint8_t* codes, float* scale, int64_t numel) {
+  const Int8Scale s = scale_of<is_signed>(values, numel);
   *scale = s.scale;
   ZEROOPT_VECTORIZE
   for (int64_t i = 0; i < numel; ++i)
     codes[i] = int8_encode<is_signed>(s, values[i]);
 }
 
+template <bool is_signed>
+ZEROOPT_INLINE void decode_block(const uint8_t* codes, float scale, float* values, int64_t numel) {
+  ZEROOPT_VECTORIZE
+  for (int64_t i = 0; i < numel; ++i)
+    values[i] = int8_decode<is_signed>(scale, codes[i]);
+}
+
+// Whole blocks apart from the last one: a loop of known length is the faster one.
+
 template <bool is_signed> void encode(const float* values, uint8_t* codes, float* scales, int64_t numel) {
-  for (int64_t i = 0; i < numel; i += kQuantBlock)
-    encode_block<is_signed>(values + i, codes + i, scales + i / kQuantBlock,
-                            numel - i < kQuantBlock ? numel - i : kQuantBlock);
+  int64_t i = 0;
+  for (; i + kQuantBlock <= numel; i += kQuantBlock)
+    encode_block<is_signed>(values + i, codes + i, scales + i / kQuantBlock, kQuantBlock);
+  if (i < numel) encode_block<is_signed>(values + i, codes + i, scales + i / kQuantBlock, numel - i);
 }
 
 template <bool is_signed> void decode(const uint8_t* codes, const float* scales, float* values, int64_t numel) {
-  for (int64_t i = 0; i < numel; i += kQuantBlock) {
-    const int64_t end = numel - i < kQuantBlock ? numel : i + kQuantBlock;
-    const float scale = scales[i / kQuantBlock];
-    ZEROOPT_VECTORIZE
-    for (int64_t j = i; j < end; ++j)
-      values[j] = int8_decode<is_signed>(scale, codes[j]);
-  }
+  int64_t i = 0;
+  for (; i + kQuantBlock <= numel; i += kQuantBlock)
+    decode_block<is_signed>(codes + i, scales[i / kQuantBlock], values + i, kQuantBlock);
+  if (i < numel) decode_block<is_signed>(codes + i, scales[i / kQuantBlock], values + i, numel - i);
 }
 
 } // namespace
 
 const FormatTable format_table = {
-    draw_noise, round_ties_away, round_stochastic, split, join, {encode<false>, encode<true>},
+    draw_noise,
+    round_ties_away,
+    round_stochastic,
+    split,
+    join,
+    {encode<false>, encode<true>},
     {decode<false>, decode<true>},
 };
 
