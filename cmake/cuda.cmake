@@ -94,7 +94,7 @@ if(ZEROOPT_WERROR)
 endif()
 add_library(cuda_kernels OBJECT
   csrc/cuda/steps.cu
-  csrc/cuda/pack.cu
+  csrc/cuda/pack.cu csrc/cuda/pack_segments.cu
   csrc/cuda/reduce.cu
   csrc/cuda/norm.cu
   csrc/cuda/quantize.cu)

@@ -102,6 +102,14 @@ void bind_cpu_kernels(py::module_& m) {
       py::arg("src"), py::arg("src_dtype"), py::arg("dst"), py::arg("dst_dtype"), py::arg("numel"), py::arg("scale"),
       py::arg("num_threads"), GilReleased());
   m.def(
+      "pack_segments",
+      [](Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale, int num_threads) {
+        cpu::pack_segments(segment_table(rows, active, 0, 0, count), dtype(src_dtype), dtype(dst_dtype), scale,
+                           num_threads);
+      },
+      py::arg("rows"), py::arg("active"), py::arg("count"), py::arg("src_dtype"), py::arg("dst_dtype"),
+      py::arg("scale"), py::arg("num_threads"), GilReleased());
+  m.def(
       "reduce",
       [](const std::vector<Address>& slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,
          int num_threads) {
@@ -154,6 +162,15 @@ void bind_cuda_kernels(py::module_& m) {
       },
       py::arg("src"), py::arg("src_dtype"), py::arg("dst"), py::arg("dst_dtype"), py::arg("numel"), py::arg("scale"),
       py::arg("stream"), GilReleased());
+  m.def(
+      "cuda_pack_segments",
+      [](Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale, int64_t total_numel,
+         Address workspace, Address stream) {
+        cuda::pack_segments(segment_table(rows, active, 0, 0, count), dtype(src_dtype), dtype(dst_dtype), scale,
+                            total_numel, pointer<void>(workspace), pointer<void>(stream));
+      },
+      py::arg("rows"), py::arg("active"), py::arg("count"), py::arg("src_dtype"), py::arg("dst_dtype"),
+      py::arg("scale"), py::arg("total_numel"), py::arg("workspace"), py::arg("stream"), GilReleased());
   m.def(
       "cuda_reduce",
       [](Address slices, int64_t num_slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,

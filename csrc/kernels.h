@@ -107,6 +107,10 @@ namespace cpu {
 /// Packing a gradient into its bucket, and unpacking, with the roles exchanged. bytes: sizeof(src) + sizeof(dst).
 void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t numel, double scale, int num_threads);
 
+/// pack for many arrays in one call: each active segment's `param` = cast(its `grad` * scale). Nothing else of a row is
+/// looked at, `steps` and `squares` neither; `param` need not be anybody's parameter.
+void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, int num_threads);
+
 /// out[i] = cast(base[i] + (slices[0][i] + slices[1][i] + ...)), summed in float32 (float64 for float64) as a tree: the
 /// sum of n > 1 slices is that of the first p plus that of the others, p the largest power of two below n. So six are
 /// ((s0 + s1) + (s2 + s3)) + (s4 + s5). Groups of 2, 4, 8... slices may be summed first, and then their uncast sums,
@@ -175,6 +179,9 @@ namespace cuda {
 
 void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t numel, double scale, void* stream);
 
+void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, int64_t total_numel,
+                   void* workspace, void* stream);
+
 /// slices: device array of num_slices device pointers.
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,
             DType out_dtype, int64_t numel, void* stream);
@@ -182,7 +189,7 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, void* stream);
 void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed, void* stream);
 
-/// Device memory that a step over these segments needs, 16-byte aligned. total_numel: sum of the sizes of the segments.
+/// Device memory that a kernel over these segments needs, 16-byte aligned. total_numel: sum of the sizes of the segments.
 int64_t workspace_bytes(int64_t num_segments, int64_t total_numel);
 
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int64_t total_numel, void* workspace,

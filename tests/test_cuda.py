@@ -23,6 +23,7 @@ from cuda_on_cpu.compare import (
     assert_same,
     compare_norms,
     compare_pack,
+    compare_pack_segments,
     compare_quantize,
     compare_reduce,
     compare_step,
@@ -61,7 +62,7 @@ class CudaDevice(Device):
     def run(self, kernel: str, *args: float) -> None:
         getattr(_C, f"cuda_{kernel}")(*args, torch.cuda.current_stream().cuda_stream)
 
-    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
         workspace = torch.empty(_C.cuda_workspace_bytes(count, total_numel), dtype=torch.uint8, device="cuda")
         self.run(kernel, *args, total_numel, workspace.data_ptr())
 
@@ -105,6 +106,12 @@ def test_scalars_in_memory(
 def test_squared_norms(grad: int, special: bool, gpu: CudaDevice, cpu: CpuDevice) -> None:
     for layout, numels in product(LAYOUTS, (EVERY_NUMEL, LARGE)):
         compare_norms(gpu, cpu, grad, Segments(numels, layout, special))
+
+
+@pytest.mark.parametrize(("src", "dst"), list(product(range(4), range(4))))
+def test_pack_segments(src: int, dst: int, gpu: CudaDevice, cpu: CpuDevice) -> None:
+    for layout, numels in product(LAYOUTS, (EVERY_NUMEL, LARGE)):
+        compare_pack_segments(gpu, cpu, src, dst, Segments(numels, layout))
 
 
 @pytest.mark.parametrize("is_signed", [False, True])

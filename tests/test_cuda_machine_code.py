@@ -28,6 +28,7 @@ PACKAGES = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]
 KERNELS = {
     "step_kernel": "LDG STG",
     "pack_kernel": "LDG STG",
+    "pack_segments_kernel": "LDG STG",
     "reduce_kernel": "LDG STG",
     "norm_kernel": "LDG",
     "quantize_kernel": "LDG",

@@ -22,6 +22,7 @@ from cuda_on_cpu.compare import (
     Step,
     compare_norms,
     compare_pack,
+    compare_pack_segments,
     compare_quantize,
     compare_reduce,
     compare_step,
@@ -95,6 +96,12 @@ def test_squared_norms(grad: int, special: bool, library: Path, cpu: CpuDevice) 
         shim = ShimDevice(library, 3, reverse_order)
         for numels in (EVERY_NUMEL[::5], FEW_LARGE, (70_000,)):
             compare_norms(shim, cpu, grad, Segments(numels, layout, special))
+
+
+@pytest.mark.parametrize(("src", "dst"), list(product(range(4), range(4))))
+def test_pack_segments(src: int, dst: int, shim: ShimDevice, cpu: CpuDevice) -> None:
+    for layout in LAYOUTS:
+        compare_pack_segments(shim, cpu, src, dst, Segments(layout=layout))
 
 
 @pytest.mark.parametrize("is_signed", [False, True])

@@ -41,6 +41,20 @@ def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -
         owner.take_up(index)
 
 
+def _dense_gradient(managed: ManagedParam) -> Tensor:
+    """A parameter's gradient, its elements in memory as those of the parameter are."""
+    grad = managed.param.grad
+    assert grad is not None
+    if grad.layout is not torch.strided:
+        raise StateError(
+            f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
+            "build its embedding with sparse=False"
+        )
+    if grad.stride() != managed.stride:
+        grad = torch.empty_like(managed.param, dtype=grad.dtype).copy_(grad)
+    return grad
+
+
 class GradientReducer:
     """Fills, starts and finishes the gradient buckets of one wrapped model.
 
@@ -298,26 +312,29 @@ class GradientReducer:
 
     def _pack(self, managed: ManagedParam, full: Tensor) -> None:
         """Move a gradient into its bucket."""
-        param = managed.param
-        grad = param.grad
-        assert grad is not None
-        if grad.layout is not torch.strided:
-            raise StateError(
-                f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
-                "build its embedding with sparse=False"
-            )
-        if grad.is_cpu and grad.stride() == managed.stride:
+        grad = _dense_gradient(managed)
+        if grad.is_cpu:
             code = ops.DTYPE_CODES[grad.dtype]
             address = full.data_ptr() + managed.offset * full.element_size()
             numel, threads = managed.numel, torch.get_num_threads()
             _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self._scale, threads)
         else:
-            view = managed.view_in(full)
-            if grad.stride() != managed.stride:
-                grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-            ops.pack(grad, view, scale=self._scale)
+            ops.pack(grad, managed.view_in(full), scale=self._scale)
+        self._note_packed(managed, full)
+
+    def _pack_together(self, waiting: Sequence[ManagedParam], full: Tensor) -> None:
+        """Move gradients into their bucket in one call for each dtype, which is one unless a user has set others."""
+        grads = {managed.index: _dense_gradient(managed) for managed in waiting}
+        for dtype in {grad.dtype for grad in grads.values()}:
+            alike = [managed for managed in waiting if grads[managed.index].dtype is dtype]
+            sources = [grads[managed.index] for managed in alike]
+            ops.pack_segments(sources, [managed.view_in(full) for managed in alike], scale=self._scale)
+        for managed in waiting:
+            self._note_packed(managed, full)
+
+    def _note_packed(self, managed: ManagedParam, full: Tensor) -> None:
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
-        param.grad = None if self._placement.shard_state else managed.view_in(full)
+        managed.param.grad = None if self._placement.shard_state else managed.view_in(full)
         self._packed[managed.index] = 1
 
     def _start_complete(self) -> None:
@@ -330,14 +347,11 @@ class GradientReducer:
         bucket, store = self._buckets[self._next], self.stores[self._next]
         full = self._open(bucket.index)
         assert full is not None
-        for managed in bucket.params:
-            if self._packed[managed.index]:
-                continue
-            if (
-                managed.param.grad is not None
-            ):  # it had no buffer when it came, or was left by a backward under no_sync()
-                self._pack(managed, full)
-            else:
+        late = [managed for managed in bucket.params if not self._packed[managed.index]]
+        # Those had no buffer when they came, or were left by a backward under no_sync().
+        self._pack_together([managed for managed in late if managed.param.grad is not None], full)
+        for managed in late:
+            if not self._packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
         while self._in_flight and len(self._in_flight) >= self._max_in_flight:
             self._finish_oldest()

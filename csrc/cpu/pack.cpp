@@ -3,6 +3,7 @@
 #include "common/dtype.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/segment_work.h"
 
 namespace zeroopt::cpu {
 namespace {
@@ -34,6 +35,14 @@ void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t 
     } else {
       leaf(from, to, count, scale);
     }
+  });
+}
+
+void pack_segments(const SegmentTable& table, DType src_dtype, DType dst_dtype, double scale, int num_threads) {
+  const PackLeaf leaf = isa().leaves->pack->leaf[dtype_index(src_dtype)][dtype_index(dst_dtype)];
+  SegmentWork(table).run(num_threads, [&](const SegmentWork::Piece& piece, int64_t begin, int64_t end) {
+    const SegmentRow& row = table.rows[piece.segment];
+    leaf(at(row.grad, src_dtype, begin), at(row.param, dst_dtype, begin), end - begin, scale);
   });
 }
 

@@ -17,6 +17,10 @@ void pack(const void*, DType, void*, DType, int64_t, double, void*) {
   unavailable("pack");
 }
 
+void pack_segments(const SegmentTable&, DType, DType, double, int64_t, void*, void*) {
+  unavailable("pack_segments");
+}
+
 void reduce(const void* const*, int64_t, DType, const void*, void*, DType, int64_t, void*) {
   unavailable("reduce");
 }

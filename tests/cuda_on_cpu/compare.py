@@ -318,6 +318,28 @@ def compare_pack(device: Device, cpu: Device, src: int, dst: int, numel: int, sh
     assert_same(*results, f"pack from {src} to {dst} of {numel} at {shifts}")
 
 
+def compare_pack_segments(device: Device, cpu: Device, src: int, dst: int, segments: Segments) -> None:
+    """Each segment from an array of its own to an array of its own."""
+    rng = np.random.default_rng(segments.seed)
+    places = {"aligned": (0, 0), "shifted": (3, 3), "scattered": (1, 6)}[segments.layout]
+    sources = [random_elements(src, numel, places[0], rng) for numel in segments.numels]
+    targets = [random_elements(dst, numel, places[1], rng) for numel in segments.numels]
+    count = len(sources)
+    results = []
+    for which in (device, cpu):
+        rows = np.zeros((count, 13), np.int64)
+        target_addresses = [which.put(memory) for memory, _ in targets]
+        for i, (source, start) in enumerate(sources):
+            rows[i, 0] = segments.numels[i]
+            rows[i, 4] = target_addresses[i] + targets[i][1]
+            rows[i, 6] = which.put(source) + start
+        active = np.array([segments.is_active(i) for i in range(count)], np.uint8)
+        args = (which.put(rows), which.put(active), count, src, dst, 0.3)
+        which.run_over_segments("pack_segments", *args, count=count, total_numel=sum(segments.numels))
+        results.append({f"dst {i}": canonical(which.get(at), dst) for i, at in enumerate(target_addresses)})
+    assert_same(*results, f"pack_segments from {src} to {dst}, {segments}")
+
+
 def compare_reduce(device: Device, cpu: Device, pair: tuple[int, int], num_slices: int, numel: int, shift: int) -> None:
     """With a base; the last slice begins `shift` elements later than the others."""
     src, dst = pair

@@ -29,8 +29,8 @@ class Device(ABC):
         """Runs a kernel over plain arrays: pack, quantize or dequantize."""
 
     @abstractmethod
-    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
-        """Runs the step of an optimizer, or squared_norms."""
+    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
+        """Runs the step of an optimizer, squared_norms or pack_segments."""
 
     @abstractmethod
     def reduce(self, slices: list[int], *args: int) -> None:
@@ -64,7 +64,7 @@ class CpuDevice(HostMemory):
     def run(self, kernel: str, *args: float) -> None:
         getattr(self._module, kernel)(*args, 2)
 
-    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
         getattr(self._module, kernel)(*args, 2)
 
     def reduce(self, slices: list[int], *args: int) -> None:
@@ -84,6 +84,7 @@ SIGNATURES = {
     "quantize": "aaalba",
     "dequantize": "aaalba",
     "pack": "aiailda",
+    "pack_segments": "aaliidlaa",
     "reduce": "aliaaila",
 }
 
@@ -111,7 +112,7 @@ class ShimDevice(HostMemory):
         if not getattr(self._library, f"cuda_{kernel}")(*args, 0):
             raise ShimError(self._library.last_error().decode())
 
-    def run_over_segments(self, kernel: str, *args: int, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
         num_bytes = self._library.cuda_workspace_bytes(count, total_numel)
         workspace = self.put(np.full(num_bytes + ALIGNMENT, 0xA5, np.uint8))  # whatever was there before
         self.run(kernel, *args, total_numel, workspace)

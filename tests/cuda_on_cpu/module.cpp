@@ -59,6 +59,15 @@ ZEROOPT_STEP(lion, LionGroup)
 ZEROOPT_STEP(lamb_moments, LambGroup)
 ZEROOPT_STEP(lamb_update, LambGroup)
 
+bool cuda_pack_segments(Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale,
+                        int64_t total_numel, Address workspace, Address stream) {
+  return run([&] {
+    cuda::pack_segments(segment_table(rows, active, 0, 0, count), static_cast<DType>(src_dtype),
+                        static_cast<DType>(dst_dtype), scale, total_numel, pointer<void>(workspace),
+                        pointer<void>(stream));
+  });
+}
+
 bool cuda_squared_norms(Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf,
                         int64_t total_numel, Address workspace, Address stream) {
   return run([&] {

@@ -7,7 +7,7 @@ contain raises `KernelUnavailableError`; `csrc/kernels.h` states what each one m
 """
 
 from .checks import DTYPE_CODES
-from .move import copy, pack, reduce
+from .move import copy, pack, pack_segments, reduce
 from .quantize import dequantize, quantize
 from .segments import SegmentArrays, SegmentTable
 from .steps import StepControl, adagrad, adamw, lamb, lion, sgd, squared_norms
@@ -29,6 +29,7 @@ __all__ = [
     "lion",
     "num_blocks",
     "pack",
+    "pack_segments",
     "quantize",
     "reduce",
     "sgd",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NotSupportedError
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Columns of a row of segments, struct SegmentRow in csrc/kernels.h.
+NUMEL_COLUMN, GROUP_COLUMN, PARAM_COLUMN, GRAD_COLUMN, STATE_COLUMN = 0, 1, 4, 6, 7
+ROW_COLUMNS = 13
 
 
 def require(condition: bool, message: str) -> None:
@@ -42,6 +49,14 @@ def check_disjoint(name: str, tensor: Tensor, other_name: str, other: Tensor) ->
     other_start, other_end = other.data_ptr(), other.data_ptr() + other.numel() * other.element_size()
     if start < other_end and other_start < end:
         raise ConfigError(f"expected {name} and {other_name} not to overlap in memory; clone one of them")
+
+
+def check_none_overlap(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ConfigError when two of many dense tensors share memory."""
+    ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name) for name, tensor in tensors)
+    for (_, end, name), (start, _, next_name) in pairwise(ranges):
+        if end > start:
+            raise ConfigError(f"expected {name} and {next_name} not to overlap in memory")
 
 
 def check_table(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], other: Tensor) -> None:

@@ -8,7 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .checks import check_device, check_disjoint, check_flat, current_stream, dtype_code, require
+from ..errors import ConfigError
+from .checks import (
+    GRAD_COLUMN,
+    NUMEL_COLUMN,
+    PARAM_COLUMN,
+    ROW_COLUMNS,
+    check_device,
+    check_disjoint,
+    check_flat,
+    check_none_overlap,
+    current_stream,
+    dtype_code,
+    require,
+)
 
 
 def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
@@ -38,6 +51,56 @@ def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
         return
     with torch.cuda.device(src.device):
         _C.cuda_pack(src.data_ptr(), src_code, dst.data_ptr(), dst_code, numel, scale, current_stream(src))
+
+
+def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale: float = 1.0) -> None:
+    """`pack` for many pairs of tensors in one call. Not collective. On CUDA a graph must not capture it.
+
+    Args:
+        sources: of one dtype and device; each contiguous or dense with the strides of its target.
+        targets: likewise, as many, each with as many elements as its source; overwritten. One may be its source itself; else
+            none overlaps another tensor.
+        scale: factor; multiplied in float32, or in float64 when either side is.
+
+    Raises:
+        ConfigError: a dtype, size, layout or device does not fit, or tensors overlap.
+    """
+    require(len(sources) == len(targets), f"expected as many targets as the {len(sources)} sources, got {len(targets)}")
+    pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if s.numel() or t.numel()]
+    if not pairs:
+        return
+    first_src, first_dst = pairs[0]
+    src_code, dst_code = dtype_code("sources[0]", first_src), dtype_code("targets[0]", first_dst)
+    rows = torch.zeros(len(pairs), ROW_COLUMNS, dtype=torch.int64)
+    table = rows.numpy()
+    for number, (src, dst) in enumerate(pairs):
+        if src.dtype is not first_src.dtype or dst.dtype is not first_dst.dtype or src.numel() != dst.numel():
+            raise ConfigError(
+                f"expected pair {number} to be {src.numel()} elements of {first_src.dtype} and of {first_dst.dtype}, got "
+                f"{src.numel()} of {src.dtype} and {dst.numel()} of {dst.dtype}"
+            )
+        check_device(f"targets[{number}]", dst, first_src)
+        check_device(f"sources[{number}]", src, first_src)
+        if not _same_dense_layout(src, dst):
+            raise ConfigError(f"expected pair {number} to be contiguous or dense with the same strides")
+        table[number, [NUMEL_COLUMN, PARAM_COLUMN, GRAD_COLUMN]] = src.numel(), dst.data_ptr(), src.data_ptr()
+    check_none_overlap(
+        (f"pair {number}", tensor)
+        for number, (src, dst) in enumerate(pairs)
+        for tensor in ((src,) if src.data_ptr() == dst.data_ptr() and src_code == dst_code else (src, dst))
+    )
+    active = torch.ones(len(pairs), dtype=torch.uint8)
+    total = int(table[:, NUMEL_COLUMN].sum())
+    if first_src.is_cpu:
+        arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
+        _C.pack_segments(*arguments, torch.get_num_threads())
+        return
+    with torch.cuda.device(first_src.device):
+        rows, active = rows.to(first_src.device), active.to(first_src.device)
+        size = _C.cuda_workspace_bytes(len(pairs), total)
+        workspace = torch.empty(size, dtype=torch.uint8, device=first_src.device)
+        arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
+        _C.cuda_pack_segments(*arguments, total, workspace.data_ptr(), current_stream(first_src))
 
 
 def copy(src: Tensor, dst: Tensor) -> None:

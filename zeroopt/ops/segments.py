@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,12 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigError
-from .checks import check_device, check_flat, dtype_code, require
+from .checks import (
+    GRAD_COLUMN,
+    GROUP_COLUMN,
+    ROW_COLUMNS,
+    STATE_COLUMN,
+    check_device,
+    check_flat,
+    check_none_overlap,
+    dtype_code,
+    require,
+)
 from .storage import Storage, num_blocks
 
 MAX_STATES = 3
-_COLUMNS = 7 + 2 * MAX_STATES  # of SegmentRow in csrc/kernels.h
-_GROUP, _GRAD, _STATES = 1, 6, 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +84,7 @@ class SegmentTable:
         for number, segment in enumerate(self.segments):
             self._check(f"segments[{number}]", segment)
         self._check_disjoint()
-        self._host = torch.zeros(len(self.segments), _COLUMNS, dtype=torch.int64)
+        self._host = torch.zeros(len(self.segments), ROW_COLUMNS, dtype=torch.int64)
         self._table = self._host.numpy()
         for row, segment in zip(self._table, self.segments, strict=True):
             row[:] = _row(segment)
@@ -86,17 +93,17 @@ class SegmentTable:
     @property
     def groups(self) -> NDArray[np.int64]:
         """[n], the group of each segment."""
-        return self._table[:, _GROUP]
+        return self._table[:, GROUP_COLUMN]
 
     @property
     def lacks_grad(self) -> NDArray[np.bool_]:
         """[n], whether a segment has no gradient."""
-        result: NDArray[np.bool_] = self._table[:, _GRAD] == 0
+        result: NDArray[np.bool_] = self._table[:, GRAD_COLUMN] == 0
         return result
 
     def lacks_state(self, state: int) -> NDArray[np.bool_]:
         """[n], whether a segment has no such state."""
-        result: NDArray[np.bool_] = self._table[:, _STATES + state] == 0
+        result: NDArray[np.bool_] = self._table[:, STATE_COLUMN + state] == 0
         return result
 
     def set_grads(self, grads: Sequence[Tensor | None]) -> None:
@@ -121,8 +128,9 @@ class SegmentTable:
                     f"{grad.numel()} of {grad.dtype} on {grad.device}"
                 )
             addresses.append(grad.data_ptr())
-        self._table[:, _GRAD] = addresses
-        self._upload()
+        if self._table[:, GRAD_COLUMN].tolist() != addresses:
+            self._table[:, GRAD_COLUMN] = addresses
+            self._upload()
 
     def _upload(self) -> None:
         if self.device.type == "cpu":
@@ -171,15 +179,12 @@ class SegmentTable:
             yield f"{name}.scales[{k}]", scale, torch.float32
 
     def _check_disjoint(self) -> None:
-        ranges = sorted(
-            (array.data_ptr(), array.data_ptr() + array.nbytes, what)
+        check_none_overlap(
+            (what, array)
             for number, segment in enumerate(self.segments)
             for what, array, _ in self._expected(f"segments[{number}]", segment)
             if array is not None
         )
-        for (_, end, name), (start, _, next_name) in pairwise(ranges):
-            if end > start:
-                raise ConfigError(f"expected {name} and {next_name} not to overlap in memory")
 
 
 def _row(segment: SegmentArrays) -> list[int]:
