@@ -1,5 +1,5 @@
 // zeroopt._C: the kernels, the planner and the board of the shm transport, for Python. Addresses, sizes, dtype codes
-// and streams are plain integers (address 0: null); zeroopt/ops.py checks them. The GIL is released while a kernel
+// and streams are plain integers (address 0: null); zeroopt/ops checks them. The GIL is released while a kernel
 // computes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

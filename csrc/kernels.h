@@ -1,8 +1,8 @@
 // The contract of every kernel. No torch here: addresses, sizes, dtype codes, a thread count or a CUDA stream.
 //
-// The caller (zeroopt/ops.py) has checked dtype, device, contiguity, sizes and aliasing; a kernel only computes.
+// The caller (zeroopt/ops) has checked dtype, device, contiguity, sizes and aliasing; a kernel only computes.
 // "bytes" counts what one element moves to and from memory, the cost that matters: every kernel is bound by memory.
-// Results do not depend on the thread count or the instruction set: no contraction into fused multiply-adds, and sums
+// Results do not depend on the thread count or the instruction set (but for which NaN a NaN is): no contraction into fused multiply-adds, and sums
 // in a fixed order.
 #pragma once
 
@@ -25,7 +25,8 @@ enum class ParamFormat : int32_t {
 enum class StateFormat : int32_t {
   float32 = 0,
   bfloat16 = 1, ///< rounded stochastically
-  int8 = 2,     ///< codes and one float32 scale for every kQuantBlock elements, see common/int8_code.h
+  int8 = 2,     ///< codes and one float32 scale for every kQuantBlock elements; the codes of what cannot be negative are
+                ///< rounded stochastically, see common/int8_code.h
 };
 
 /// How all segments of a step are stored.
@@ -124,7 +125,7 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 /// memcpy for what nobody reads from this processor's cache soon: large copies go past it. bytes: 2 a byte.
 void copy(const void* src, void* dst, int64_t bytes, int num_threads);
 
-/// codes[i], scales[i / kQuantBlock]: values as 8-bit codes. A signed code is an int8, an unsigned one a uint8.
+/// codes[i], scales[i / kQuantBlock]: values as 8-bit codes, rounded to nearest. A signed code is an int8, an unsigned one a uint8.
 /// bytes: 5 and 4 / kQuantBlock.
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, int num_threads);
 

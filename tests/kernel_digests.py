@@ -12,7 +12,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +23,23 @@ LENGTHS = [0, 1, 7, 15, 16, 17, 31, 33, 63, 65, 200, 1025, 300_007]
 THREADS = [1, 2, 3, 5]
 ITEM_BYTES = [4, 8, 2, 2]  # by dtype code
 REDUCE_CODES = [(0, 0), (1, 1), (2, 2), (3, 3), (2, 0), (3, 0), (0, 2), (0, 3)]
+GRADS = [0, 2, 3]
+FEW_FORMATS = [(0, 0, 0), (3, 2, 2), (4, 3, 1)]  # parameter, gradient, state: see csrc/kernels.h
+# By op: whether its states can be negative, and the hyper-parameters of its groups.
+SIGNED = {
+    "adamw": [True, False, False],
+    "sgd": [True],
+    "adagrad": [False],
+    "lion": [True],
+    "lamb": [True, False],
+}
+GROUPS = {
+    "adamw": [[1e-2, 0.9, 0.99, 1e-8, 0.1, 1, 0, 0], [1e-2, 0.3, 0.99, 1e-8, 0.1, 0, 1, 1]],
+    "sgd": [[1e-2, 0.9, 0.5, 0.1, 0, 0], [1e-2, 0, 0, 0, 0, 1], [1e-2, 0.9, 0, 0.1, 1, 0]],
+    "adagrad": [[1e-2, 0.1, 0.1, 1e-8, 0], [1e-2, 0, 0, 1e-8, 1]],
+    "lion": [[1e-2, 0.9, 0.99, 0.1, 0], [1e-2, 0.3, 0.2, 0, 1]],
+    "lamb": [[1e-2, 0.9, 0.99, 1e-6, 0.1, 0], [1e-2, 0.3, 0.9, 1e-6, 0, 1]],
+}
 Array = NDArray[Any]
 
 
@@ -77,29 +94,141 @@ def reduce_digest(module: ModuleType, src: int, dst: int, numel: int, num_slices
     return digest(run)
 
 
-def step_digest(kernel: Callable[..., None], num_arrays: int, groups: list[list[float]], numel: int) -> str:
-    rng = np.random.default_rng(numel)
-    arrays = [np.abs(rng.standard_normal(numel + 1)).astype(np.float32) for _ in range(num_arrays)]
-    cuts = [0, *sorted(rng.integers(0, numel + 1, 5).tolist()), numel]
-    rows = [[a + 1, b - a, i % len(groups)] for i, (a, b) in enumerate(pairwise(cuts)) if a < b]
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    hyper = np.array(groups, np.float64)
-    active = np.ones(len(rows), np.uint8)
+def quantize_digest(module: ModuleType, numel: int, is_signed: bool) -> str:
+    values = moment(numel, is_signed, np.random.default_rng(numel))
 
     def run(threads: int) -> list[Array]:
-        state = [array.copy() for array in arrays]
-        steps = np.arange(len(rows), dtype=np.float32)
-        operands: list[Array] = [*state, table, active, steps]
-        pointers = [array.ctypes.data for array in operands]
-        kernel(*pointers, len(rows), hyper.ctypes.data, threads)
-        return [*state, steps]
+        codes, scales = np.zeros(numel, np.uint8), np.zeros(-(-numel // 256), np.float32)
+        decoded = np.zeros(numel, np.float32)
+        module.quantize(values.ctypes.data, codes.ctypes.data, scales.ctypes.data, numel, is_signed, threads)
+        module.dequantize(codes.ctypes.data, scales.ctypes.data, decoded.ctypes.data, numel, is_signed, threads)
+        return [codes, scales, decoded]
+
+    return digest(run)
+
+
+def moment(numel: int, is_signed: bool, rng: np.random.Generator) -> Array:
+    values = rng.standard_normal(numel).astype(np.float32)
+    return values if is_signed else np.abs(values)
+
+
+class Segments:
+    """Arrays of segments, cut out of `numel` elements at random places, with gaps of one element between them."""
+
+    def __init__(self, op: str, formats: tuple[int, int, int], numel: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        cuts = [0, *sorted(rng.integers(0, numel + 1, 5).tolist()), numel]
+        ranges = [(a + 1, b) for a, b in pairwise(cuts) if a + 1 < b]
+        param, grad, state = formats
+        values = rng.standard_normal(numel).astype(np.float32)
+        self.param = values if param == 0 else to_half(values, 3 if param == 2 else 2)
+        self.master = rng.integers(0, 2**16, numel, dtype=np.uint16) if param == 3 else values.copy()
+        self.grad = grads = rng.standard_normal(numel).astype(np.float32)
+        if grad != 0:
+            self.grad = to_half(grads, grad)
+        self.states, self.scales = [], []
+        for is_signed in SIGNED[op]:
+            states, scales = self._state(moment(numel, is_signed, rng), state, rng)
+            self.states.append(states)
+            self.scales.append(scales)
+        self.active = np.array([i != 2 for i in range(len(ranges))], np.uint8)
+        self.steps = np.arange(len(ranges), dtype=np.float32)
+        self.squares = np.zeros((len(ranges), 2))
+        has_master = param in (1, 2, 3)
+        rows = [
+            [
+                end - begin,
+                i % len(GROUPS[op]),
+                i,
+                3 * i,
+                address(self.param, begin),
+                address(self.master, begin) if has_master else 0,
+                address(self.grad, begin),
+                *padded([address(array, begin) for array in self.states]),
+                *padded([address(array, i * (numel // 256 + 1)) for array in self.scales if state == 2]),
+            ]
+            for i, (begin, end) in enumerate(ranges)
+        ]
+        self.rows = np.array(rows, np.int64).reshape(-1, 13)
+
+    @staticmethod
+    def _state(values: Array, state: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        if state != 2:
+            return (values if state == 0 else to_half(values, 2)), np.empty(0, np.float32)
+        scales = np.abs(rng.standard_normal(6 * (values.size // 256 + 1))).astype(np.float32)
+        return rng.integers(0, 256, values.size, dtype=np.uint8), scales
+
+    def written(self) -> list[Array]:
+        return [self.param, self.master, *self.states, *self.scales, self.steps, self.squares]
+
+
+def to_half(values: Array, code: int) -> Array:
+    """Float32 values as the bits of bfloat16, cut off, or of float16."""
+    return values.view(np.uint16)[1::2].copy() if code == 2 else values.astype(np.float16).view(np.uint16)
+
+
+def address(array: Array, index: int) -> int:
+    return int(array.ctypes.data) + index * array.itemsize
+
+
+def padded(addresses: list[int]) -> list[int]:
+    return addresses + [0] * (3 - len(addresses))
+
+
+def step_digest(module: ModuleType, op: str, formats: tuple[int, int, int], numel: int) -> str:
+    groups = np.array(GROUPS[op], np.float64)
+    scalars = np.array([3.0, 0.7, 0.0], np.float32)  # grad_scale, clip_coef, found_inf
+
+    def run(threads: int) -> list[Array]:
+        segments = Segments(op, formats, numel, seed=numel)
+        for kernel in ("lamb_moments", "lamb_update") if op == "lamb" else (op,):
+            getattr(module, kernel)(
+                segments.rows.ctypes.data,
+                segments.active.ctypes.data,
+                segments.steps.ctypes.data,
+                segments.squares.ctypes.data,
+                len(segments.rows),
+                *formats,
+                groups.ctypes.data,
+                *(address(scalars, i) for i in range(3)),
+                2**63 + 12345,
+                threads,
+            )
+        return segments.written()
+
+    return digest(run)
+
+
+def norm_digest(module: ModuleType, grad: int, numel: int) -> str:
+    def run(threads: int) -> list[Array]:
+        segments = Segments("sgd", (0, grad, 0), numel, seed=numel)
+        found_inf = np.zeros(1, np.float32)
+        module.squared_norms(
+            segments.rows.ctypes.data,
+            segments.active.ctypes.data,
+            segments.squares.ctypes.data,
+            len(segments.rows),
+            grad,
+            found_inf.ctypes.data,
+            threads,
+        )
+        return [segments.squares, found_inf]
+
+    return digest(run)
+
+
+def copy_digest(module: ModuleType, numel: int) -> str:
+    values = np.random.default_rng(numel).integers(0, 256, 9 * numel, dtype=np.uint8)
+
+    def run(threads: int) -> list[Array]:
+        out = np.zeros_like(values)
+        module.copy(values.ctypes.data, out.ctypes.data, values.size, threads)
+        return [out]
 
     return digest(run)
 
 
 def all_digests(module: ModuleType) -> dict[str, str]:
-    adamw = [[1e-2, 0.9, 0.99, 1e-8, 0.1, 1, 0, 0], [1e-2, 0.3, 0.99, 1e-8, 0.1, 0, 1, 1]]
-    sgd = [[1e-2, 0.9, 0.5, 0.1, 0, 0], [1e-2, 0, 0, 0, 0, 1], [1e-2, 0.9, 0, 0.1, 1, 0]]
     digests = {}
     for numel in LENGTHS:
         for src in range(4):
@@ -110,8 +239,17 @@ def all_digests(module: ModuleType) -> dict[str, str]:
                 digests[f"reduce {num_slices} x {src} {dst} {numel}"] = reduce_digest(
                     module, src, dst, numel, num_slices
                 )
-        digests[f"adamw {numel}"] = step_digest(module.adamw, 5, adamw, numel)
-        digests[f"sgd {numel}"] = step_digest(module.sgd, 3, sgd, numel)
+        digests[f"copy {numel}"] = copy_digest(module, numel)
+        for is_signed in (False, True):
+            digests[f"quantize {is_signed} {numel}"] = quantize_digest(module, numel, is_signed)
+        for grad in GRADS:
+            digests[f"squared_norms {grad} {numel}"] = norm_digest(module, grad, numel)
+    for op in GROUPS:
+        for formats in product(range(5), GRADS, range(3)):
+            digests[f"{op} {formats}"] = step_digest(module, op, formats, 1500)
+        for formats in FEW_FORMATS:
+            for numel in LENGTHS:
+                digests[f"{op} {formats} {numel}"] = step_digest(module, op, formats, numel)
     return digests
 
 

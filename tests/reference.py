@@ -1,15 +1,19 @@
-"""Slow and obvious versions of the kernels, in float64, one element formula at a time.
+"""Slow and obvious versions of the kernels, in float64 and in Python's integers. Nothing is shared with the implementation.
 
-They take the tables of `zeroopt.ops` and return new tensors; nothing is shared with the implementation.
+A step takes the arrays of one parameter by name (`param`, `grad` and the states), its number counted from 1, and the
+hyper-parameters, and returns the arrays after it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Arrays = dict[str, Tensor]
+QUANT_BLOCK = 256
 
 
 def pack(src: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -32,64 +36,201 @@ def _tree_sum(values: Sequence[Tensor]) -> Tensor:
     return _tree_sum(values[:left]) + _tree_sum(values[left:])
 
 
-def _each_segment(
-    segments: Tensor,
-    active: Tensor,
-    steps: Tensor,
-    groups: Tensor,
-    step_segment: Callable[[slice, float, list[float]], None],
-) -> Tensor:
-    """Call step_segment(range, number of the step, hyper-parameters) for the active segments; return the steps after."""
-    steps = steps.clone()
-    for i, (offset, numel, group) in enumerate(segments.tolist()):
-        if active[i]:
-            steps[i] += 1
-            step_segment(slice(offset, offset + numel), steps[i].item(), groups[group].tolist())
-    return steps
-
-
 def adamw(
-    arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor
-) -> dict[str, Tensor]:
-    """One step over float64 copies of param, grad, exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq."""
-    new = {name: array.double().clone() for name, array in arrays.items()}
-
-    def step_segment(at: slice, step: float, row: list[float]) -> None:
-        lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = row
-        p, g, m, v = (new[name][at] for name in ("param", "grad", "exp_avg", "exp_avg_sq"))
-        g = -g if maximize else g
-        if decoupled:
-            p = p - lr * weight_decay * p
-        else:
-            g = g + weight_decay * p
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        divisor = v
-        if amsgrad:
-            divisor = new["max_exp_avg_sq"][at] = torch.maximum(new["max_exp_avg_sq"][at], v)
-        m_hat = m / (1 - beta1**step)
-        new["param"][at] = p - lr * m_hat / (divisor.sqrt() / math.sqrt(1 - beta2**step) + eps)
-        new["exp_avg"][at], new["exp_avg_sq"][at] = m, v
-
-    new["steps"] = _each_segment(segments, active, steps, groups, step_segment)
-    return new
+    arrays: Arrays,
+    step: float,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: float,
+    amsgrad: float,
+    maximize: float,
+) -> Arrays:
+    """States: exp_avg, exp_avg_sq, and max_exp_avg_sq with amsgrad."""
+    p, g, m, v = (arrays[name].double() for name in ("param", "grad", "exp_avg", "exp_avg_sq"))
+    g = -g if maximize else g
+    if decoupled:
+        p = p - lr * weight_decay * p
+    else:
+        g = g + weight_decay * p
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if amsgrad:
+        new["max_exp_avg_sq"] = torch.maximum(arrays["max_exp_avg_sq"].double(), v)
+    divisor = new["max_exp_avg_sq"] if amsgrad else v
+    m_hat = m / (1 - beta1**step)
+    v_hat = divisor / (1 - beta2**step)
+    return {**new, "param": p - lr * m_hat / (v_hat.sqrt() + eps)}
 
 
 def sgd(
-    arrays: dict[str, Tensor], segments: Tensor, active: Tensor, steps: Tensor, groups: Tensor
-) -> dict[str, Tensor]:
-    """One step over float64 copies of param, grad and, with momentum, momentum_buffer."""
-    new = {name: array.double().clone() for name, array in arrays.items()}
+    arrays: Arrays,
+    step: float,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: float,
+    maximize: float,
+) -> Arrays:
+    """States: momentum_buffer, with momentum."""
+    p, g = arrays["param"].double(), arrays["grad"].double()
+    g = (-g if maximize else g) + weight_decay * p
+    if not momentum:
+        return {"param": p - lr * g}
+    b = g if step == 1 else momentum * arrays["momentum_buffer"].double() + (1 - dampening) * g
+    return {"momentum_buffer": b, "param": p - lr * (g + momentum * b if nesterov else b)}
 
-    def step_segment(at: slice, step: float, row: list[float]) -> None:
-        lr, momentum, dampening, weight_decay, nesterov, maximize = row
-        p, g = new["param"][at], new["grad"][at]
-        g = (-g if maximize else g) + weight_decay * p
-        if momentum:
-            b = g if step == 1 else momentum * new["momentum_buffer"][at] + (1 - dampening) * g
-            new["momentum_buffer"][at] = b
-            g = g + momentum * b if nesterov else b
-        new["param"][at] = p - lr * g
 
-    new["steps"] = _each_segment(segments, active, steps, groups, step_segment)
-    return new
+def adagrad(
+    arrays: Arrays, step: float, *, lr: float, lr_decay: float, weight_decay: float, eps: float, maximize: float
+) -> Arrays:
+    """States: sum."""
+    p, g, total = (arrays[name].double() for name in ("param", "grad", "sum"))
+    g = (-g if maximize else g) + weight_decay * p
+    total = total + g**2
+    return {"sum": total, "param": p - lr / (1 + (step - 1) * lr_decay) * g / (total.sqrt() + eps)}
+
+
+def lion(
+    arrays: Arrays, step: float, *, lr: float, beta1: float, beta2: float, weight_decay: float, maximize: float
+) -> Arrays:
+    """States: exp_avg."""
+    p, g, m = (arrays[name].double() for name in ("param", "grad", "exp_avg"))
+    g = -g if maximize else g
+    p = p - lr * weight_decay * p
+    p = p - lr * (beta1 * m + (1 - beta1) * g).sign()
+    return {"exp_avg": beta2 * m + (1 - beta2) * g, "param": p}
+
+
+def lamb(arrays: Arrays, step: float, **hyper: float) -> Arrays:
+    """States: exp_avg, exp_avg_sq."""
+    new, squares = lamb_moments(arrays, step, **hyper)
+    return {**new, "param": lamb_update({**arrays, **new}, step, squares, **hyper)}
+
+
+def lamb_moments(arrays: Arrays, step: float, **hyper: float) -> tuple[Arrays, tuple[float, float]]:
+    """The states after a step, and the sums of the squares of the parameter and of its update."""
+    p, g, m, v = (arrays[name].double() for name in ("param", "grad", "exp_avg", "exp_avg_sq"))
+    g = -g if hyper["maximize"] else g
+    m = hyper["beta1"] * m + (1 - hyper["beta1"]) * g
+    v = hyper["beta2"] * v + (1 - hyper["beta2"]) * g**2
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    update = _lamb_direction({**arrays, **new}, step, **hyper)
+    return new, ((p**2).sum().item(), (update**2).sum().item())
+
+
+def lamb_update(arrays: Arrays, step: float, squares: tuple[float, float], **hyper: float) -> Tensor:
+    """The parameter after a step, from the states after it."""
+    param_norm, update_norm = math.sqrt(squares[0]), math.sqrt(squares[1])
+    trust = param_norm / update_norm if param_norm > 0 and update_norm > 0 else 1.0
+    return arrays["param"].double() - hyper["lr"] * trust * _lamb_direction(arrays, step, **hyper)
+
+
+def _lamb_direction(arrays: Arrays, step: float, **hyper: float) -> Tensor:
+    m_hat = arrays["exp_avg"].double() / (1 - hyper["beta1"] ** step)
+    v_hat = arrays["exp_avg_sq"].double() / (1 - hyper["beta2"] ** step)
+    direction: Tensor = m_hat / (v_hat.sqrt() + hyper["eps"]) + hyper["weight_decay"] * arrays["param"].double()
+    return direction
+
+
+def squared_norm(values: Tensor) -> float:
+    return math.fsum(value * value for value in values.double().tolist())
+
+
+def round_ties_away(values: Tensor) -> Tensor:
+    """float32 to bfloat16, to nearest; what lies half-way goes away from zero."""
+    bits = _bits(values)
+    rounded = _from_upper_half(bits // 2**16 + (bits % 2**16 >= 2**15).long())
+    return torch.where(values.isnan(), torch.nan, rounded)
+
+
+def round_stochastic(values: Tensor, random: Tensor) -> Tensor:
+    """float32 to bfloat16: away from zero when the lower half and 16 random bits together carry, else towards it."""
+    bits = _bits(values)
+    rounded = _from_upper_half(bits // 2**16 + (bits % 2**16 + random >= 2**16).long())
+    return torch.where(values.isnan(), torch.nan, rounded)
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as bfloat16 parameters and the lower halves, int16. Not for NaN."""
+    lower = _bits(values) % 2**16
+    return round_ties_away(values), torch.where(lower >= 2**15, lower - 2**16, lower).to(torch.int16)
+
+
+def join(rounded: Tensor, remainders: Tensor) -> Tensor:
+    """The inverse of `split`: a lower half of 0x8000 or more had rounded the upper half up."""
+    lower = remainders.long() % 2**16
+    upper = rounded.view(torch.int16).long() % 2**16 - (lower >= 2**15).long()
+    bits = upper * 2**16 + lower
+    joined: Tensor = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+    return joined
+
+
+def _bits(values: Tensor) -> Tensor:
+    assert values.dtype is torch.float32
+    return values.view(torch.int32).long() % 2**32
+
+
+def _from_upper_half(upper: Tensor) -> Tensor:
+    return torch.where(upper >= 2**15, upper - 2**16, upper).to(torch.int16).view(torch.bfloat16)
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int) -> list[int]:
+    """Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def noise(seed: int, step: int, key: int, array: int, first: int, numel: int) -> Tensor:
+    """16 random bits for each of the elements [first, first + numel) of a parameter, as csrc/common/philox.h lays them out."""
+    drawn: list[int] = []
+    for call in range(first // 8, -(-(first + numel) // 8)):
+        counter = (call % 2**32, call // 2**32 + array * 2**28, key, step)
+        for word in philox4x32(counter, (seed % 2**32, seed // 2**32), rounds=7):
+            drawn += [word % 2**16, word // 2**16]
+    return torch.tensor(drawn[first % 8 : first % 8 + numel])
+
+
+def dither(random: Tensor) -> Tensor:
+    """What makes rounding to nearest stochastic: -0.5 to 0.5, from 16 random bits."""
+    return (random.double() + 0.5) / 2**16 - 0.5
+
+
+def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes, int8 or uint8, and the float32 scales of their blocks, of at least one value."""
+    largest = torch.stack([block.max() for block in torch.split(values.abs(), QUANT_BLOCK)]).double()
+    scales = torch.where(largest < 2.0**-125, 0.0, largest if signed else largest.sqrt()).float()
+    scale = scales.repeat_interleave(QUANT_BLOCK)[: values.numel()]
+    codes = code_position(values, scale, signed=signed).round()
+    if not signed:
+        codes = torch.where(values > 0, codes.clamp(min=1), codes)
+    codes = torch.where(scale.isfinite() & (scale > 0), codes, 0.0)
+    return codes.to(torch.int8 if signed else torch.uint8), scales
+
+
+def code_position(values: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
+    """The code of a value before it is rounded."""
+    if signed:
+        share = values.double() / scale.double()
+        return 127 * 2 * share / (1 + share.abs())
+    return 255 * values.double().sqrt() / scale.double()
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    scale = scales.double().repeat_interleave(QUANT_BLOCK)[: codes.numel()]
+    if codes.dtype is torch.uint8:
+        return (scale * codes.double() / 255) ** 2
+    bent = codes.double() / 127
+    return bent / (2 - bent.abs()) * scale

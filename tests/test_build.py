@@ -13,11 +13,21 @@ from zeroopt import _C
 from zeroopt.env import environment
 from zeroopt.errors import KernelUnavailableError
 
+# rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream
+STEP = (64, 64, 64, 64, 1, 0, 0, 0, 64, 0, 0, 0, 0, 4, 64, 0)
 CUDA_CALLS = {
     "cuda_pack": (64, 0, 128, 0, 4, 1.0, 0),
+    "cuda_pack_segments": (64, 64, 1, 0, 0, 1.0, 4, 64, 0),
     "cuda_reduce": (64, 1, 0, 0, 128, 0, 4, 0),
-    "cuda_adamw": (64, 64, 64, 64, 0, 64, 64, 64, 1, 64, 4, 64, 0),
-    "cuda_sgd": (64, 64, 64, 64, 64, 64, 1, 64, 4, 64, 0),
+    "cuda_quantize": (64, 128, 192, 4, True, 0),
+    "cuda_dequantize": (64, 128, 192, 4, True, 0),
+    "cuda_squared_norms": (64, 64, 64, 1, 0, 64, 4, 64, 0),
+    "cuda_adamw": STEP,
+    "cuda_sgd": STEP,
+    "cuda_adagrad": STEP,
+    "cuda_lion": STEP,
+    "cuda_lamb_moments": STEP,
+    "cuda_lamb_update": STEP,
 }
 
 
@@ -46,11 +56,22 @@ def test_launch_without_a_driver_raises(name: str) -> None:
         getattr(_C, name)(*CUDA_CALLS[name])
 
 
+def test_every_cuda_kernel_is_called_here() -> None:
+    assert {name for name in dir(_C) if name.startswith("cuda_")} == {*CUDA_CALLS, "cuda_workspace_bytes"}
+
+
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
-def test_workspaces_hold_scalars_and_offsets() -> None:
-    for bytes_for in (_C.cuda_adamw_workspace_bytes, _C.cuda_sgd_workspace_bytes):
-        assert bytes_for(0) >= 8
-        assert bytes_for(100) >= 100 * (8 + 7 * 4)
+def test_workspaces_grow_with_segments_and_elements() -> None:
+    sizes = [_C.cuda_workspace_bytes(*facts) for facts in ((0, 0), (1, 1), (100, 100), (100, 10**7))]
+    assert sizes[0] >= 0
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2] < sizes[3]
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
+def test_workspace_of_missing_kernels_says_how_to_get_them() -> None:
+    with pytest.raises(KernelUnavailableError, match="ZEROOPT_CUDA=on pip install"):
+        _C.cuda_workspace_bytes(1, 1)
 
 
 def test_unknown_dtype_code() -> None:

@@ -332,7 +332,7 @@ def test_refusals(
 
 def load_other_tier() -> str:
     net = build("lm")
-    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net), param_dtype=BF16)
+    _, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net), param_dtype=BF16)
     other = build("lm")
     _, from_other = zeroopt.wrap(other, optimizer_for("adamw", other), param_dtype=BF16, master_weights="remainder")
     with pytest.raises(StateError) as caught:

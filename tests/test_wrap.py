@@ -147,7 +147,10 @@ class NormalisedSgd(torch.optim.Optimizer):
             "ConfigError: reduce_dtype=torch.bfloat16 does not fit parameters of torch.fl",
         ),
         ("reduce_dtype=torch.bfloat16, stage=0", "NotSupportedError: reduce_dtype is supported in stages 1 and 2"),
-        ("master_weights='remainder'", "ConfigError: master_weights='remainder' completes or rounds bfloat16 parameters"),
+        (
+            "master_weights='remainder'",
+            "ConfigError: master_weights='remainder' completes or rounds bfloat16 parameters",
+        ),
         ("state_dtype=torch.float16", "ConfigError: expected state_dtype"),
         ("max_grad_norm=1.0", "NotSupportedError: max_grad_norm=1.0"),
         ("share_parameters=1", "ConfigError: expected share_parameters"),

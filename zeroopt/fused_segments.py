@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +43,15 @@ class FusedSegments(ABC):
         self._leaves = leaves
         self._group_of = group_of
         self._device = device
-        self._steps = torch.zeros(len(leaves), device=device)
+        self._steps = torch.zeros(len(leaves), dtype=torch.float32, device=device)
+        # torch's SGD has no step count in its state, but random numbers depend on it.
+        self._shows_step = rule.has_step or storage.is_stochastic
         self._table: ops.SegmentTable | None = None  # of the arrays that there are
         self._names: list[tuple[str, ...] | None] = [None] * len(leaves)  # of the state that is shown
         self._begun = [False] * len(leaves)  # whether a segment ever had state
+        self._shown: list[tuple[ParamState, list[Any]] | None] = [None] * len(
+            leaves
+        )  # in `state`, and what was in that
         for i, leaf in enumerate(leaves):
             if leaf in optimizer.state:
                 self._adopt(i, optimizer.state[leaf])
@@ -99,6 +106,18 @@ class FusedSegments(ABC):
         active = active.to(self._device)
         self._rule.kernel(self._table, active=active, steps=self._steps, groups=groups, control=control)
 
+    def still_shows(self) -> bool:
+        """Whether the optimizer's `state` holds what was put there, and nobody has replaced any of it."""
+        state = self._optimizer.state
+        for leaf, shown in zip(self._leaves, self._shown, strict=True):
+            entry = state.get(leaf)
+            if shown is None:
+                if entry:
+                    return False
+            elif entry is not shown[0] or not all(map(operator.is_, entry.values(), shown[1])):
+                return False
+        return True
+
     def _make_table(self) -> ops.SegmentTable:
         segments = []
         for i in range(len(self._leaves)):
@@ -121,7 +140,7 @@ class FusedSegments(ABC):
         for name in names:
             array, scales = self._ensure(i, name)
             if fresh and initial:
-                self._write(i, name, torch.full((array.numel(),), initial, device=self._device))
+                self._write(i, name, torch.full((array.numel(),), initial, dtype=torch.float32, device=self._device))
             entry[name] = self._show(i, array)
             if scales is not None:
                 entry[name + ops.SCALE_SUFFIX] = scales
@@ -129,10 +148,11 @@ class FusedSegments(ABC):
             self._steps[i] = 0  # SGD's state begins when momentum is turned on, not at its first step
         self._names[i] = names
         self._begun[i] |= bool(names)
-        if self._rule.has_step:
+        if self._shows_step:
             entry = {"step": self._steps[i], **entry}
         if entry:
             self._optimizer.state[self._leaves[i]] = entry
+            self._shown[i] = entry, list(entry.values())
 
     def _extra_state(self, i: int) -> ParamState:
         """What else the optimizer's `state` shows of a segment."""
@@ -146,17 +166,22 @@ class FusedSegments(ABC):
         for name in names:
             self._write(i, name, self._flatten(i, entry[name]), entry.get(name + ops.SCALE_SUFFIX))
         self._expose(i, names)
-        self._steps[i] = float(entry.get("step", 0.0)) if self._rule.has_step else float(bool(names))
+        self._steps[i] = float(entry.get("step", bool(names)))
 
     def _write(self, i: int, name: str, values: Tensor, stored_scales: Tensor | None = None) -> None:
         """Set a segment's state, from what it is stored as or from plain numbers."""
         array, scales = self._ensure(i, name)
-        if scales is not None and stored_scales is None:
-            ops.quantize(values.to(self._device, torch.float32).contiguous(), array, scales)
-            return
-        array.copy_(values)
         if scales is not None and stored_scales is not None:
+            array.copy_(values)
             scales.copy_(stored_scales)
+            return
+        if stored_scales is not None:
+            codes, values = values.contiguous(), torch.empty(values.numel(), dtype=torch.float32, device=values.device)
+            ops.dequantize(codes, stored_scales.to(codes.device), values)
+        if scales is None:
+            array.copy_(values)
+        else:
+            ops.quantize(values.to(self._device, torch.float32).contiguous(), array, scales)
 
     def _ensure(self, i: int, name: str) -> StateArray:
         made = self._state(i, name)

@@ -50,6 +50,8 @@ def _dense_gradient(managed: ManagedParam) -> Tensor:
             f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
             "build its embedding with sparse=False"
         )
+    if grad.is_neg():
+        grad = grad.resolve_neg()
     if grad.stride() != managed.stride:
         grad = torch.empty_like(managed.param, dtype=grad.dtype).copy_(grad)
     return grad

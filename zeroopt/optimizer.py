@@ -78,6 +78,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # Indices of the parameters, in the order in which the plan takes them.
         self._order = [managed.index for managed in reversed(params)]
         self._may_replan = config.overlap and transport.world_size > 1
+        self._versions = [managed.param._version for managed in params]
 
     @property
     def stage(self) -> int:
@@ -107,6 +108,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
+        if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
+            self.take_up_writes()
         self._note_changes(active)
         if self._config.share_parameters:  # stepping writes what the other ranks read
             everyone_came.finish()
@@ -390,6 +393,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for managed, flag in zip(self._params, active.tolist(), strict=True):
             if flag:
                 torch.autograd.graph.increment_version(managed.param)
+        self._versions = [managed.param._version for managed in self._params]
 
     def _take_over_methods(self) -> None:
         """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one."""

@@ -71,5 +71,6 @@ def split_master(values: Tensor) -> tuple[Tensor, Tensor]:
 def join_master(rounded: Tensor, remainders: Tensor) -> Tensor:
     """The float32 values of which these are the parts."""
     low = remainders.to(torch.int32) & 0xFFFF
-    high = rounded.contiguous().view(torch.int16).to(torch.int32) - (low >> 15)
-    return ((high << 16) | low).view(torch.float32)
+    bits = rounded.contiguous().view(torch.int16).to(torch.int32)
+    rounded_up = torch.where(bits & 0x7FFF == 0, 0, low >> 15)  # nothing rounds up to zero
+    return ((bits - rounded_up << 16) | low).view(torch.float32)

@@ -171,7 +171,11 @@ class FusedBucket(FusedSegments):
 
     def _make_state(self, i: int, name: str, dtype: torch.dtype) -> StateArray:
         array = torch.zeros_like(self.bucket.own_param, dtype=dtype)
-        scales = torch.zeros(ops.num_blocks(array.numel()), device=array.device) if self._storage.has_scales else None
+        scales = (
+            torch.zeros(ops.num_blocks(array.numel()), dtype=torch.float32, device=array.device)
+            if self._storage.has_scales
+            else None
+        )
         self._flat[name] = array, scales
         made = self._state(i, name)
         assert made is not None

@@ -81,7 +81,8 @@ ZEROOPT_INLINE uint16_t bfloat16_remainder(float value) {
 }
 
 ZEROOPT_INLINE float join_bfloat16(uint16_t rounded, uint16_t remainder) {
-  const uint32_t rounded_up = (remainder & 0x8000u) << 1;
+  // Nothing rounds up to zero: who finds one has the parameter set to it since, and must not borrow from it.
+  const uint32_t rounded_up = (rounded & 0x7fffu) == 0u ? 0u : (remainder & 0x8000u) << 1;
   return float_of(((static_cast<uint32_t>(rounded) << 16) | remainder) - rounded_up);
 }
 

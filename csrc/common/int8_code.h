@@ -6,9 +6,11 @@
 //   signed    x / s = a    code = round(127 * 2 a / (1 + |a|))     a = y / (2 - |y|), y = code / 127
 //   unsigned  sqrt(x) / s = a    code = round(255 a)               x = (s * code / 255)^2, s = sqrt of the largest x
 //
-// Two things are ours: a positive value never gets the unsigned code 0, or its square root could not be divided by; and
-// where a block holds what is not finite, its scale is that and its codes are 0, so that all of it comes back as NaN or
-// infinity rather than as something that looks right.
+// Three things are ours. In an optimizer's step unsigned codes are rounded stochastically: a second moment decays by a
+// thousandth a step, which rounding to nearest would lose each time, so that a code could never fall. A positive value
+// never gets the unsigned code 0, or its square root could not be divided by. And where a block holds what is not
+// finite, its scale is that and its codes are 0, so that all of it comes back as NaN rather than as something that looks
+// right.
 #pragma once
 
 #include <math.h>
@@ -40,15 +42,25 @@ template <bool is_signed> ZEROOPT_INLINE Int8Scale int8_scale(int32_t largest_ma
   return {largest_magnitude < too_small ? 0.0f : scale, usable ? 1.0f / scale : 0.0f, usable ? 0xffu : 0u};
 }
 
-template <bool is_signed> ZEROOPT_INLINE uint8_t int8_encode(const Int8Scale& s, float value) {
-  if (is_signed) {
-    const float share = value * s.inverse;
-    const float bent = 254.0f * share / (1.0f + fabsf(share));
-    return static_cast<uint8_t>(bits_of(bent + kRoundToInteger) & s.mask);
-  }
-  const float rounded = 255.0f * (sqrtf(value) * s.inverse) + kRoundToInteger;
-  const float least = value > 0.0f ? kRoundToInteger + 1.0f : kRoundToInteger;
-  return static_cast<uint8_t>(bits_of(rounded > least ? rounded : least) & s.mask);
+/// What is added before rounding to nearest: nothing, or as much as makes it stochastic. random_16: 16 random bits.
+ZEROOPT_INLINE float int8_dither(uint32_t random_16) {
+  return static_cast<float>(static_cast<int32_t>(random_16)) * 0x1p-16f - (0.5f - 0x1p-17f);
+}
+
+ZEROOPT_INLINE uint8_t int8_encode_signed(const Int8Scale& s, float value) {
+  const float share = value * s.inverse;
+  const float bent = 254.0f * share / (1.0f + fabsf(share));
+  return static_cast<uint8_t>(bits_of(bent + kRoundToInteger) & s.mask);
+}
+
+ZEROOPT_INLINE uint8_t int8_encode_unsigned(const Int8Scale& s, float value, float dither) {
+  constexpr int32_t zero = 0x4b400000; // the bits of kRoundToInteger, whose lowest count integers
+  const float rounded = 255.0f * (sqrtf(value) * s.inverse) + dither + kRoundToInteger;
+  const int32_t least = magnitude_of(value) > 0 ? zero + 1 : zero;
+  int32_t code = static_cast<int32_t>(bits_of(rounded));
+  code = code > least ? code : least;
+  code = code < zero + 255 ? code : zero + 255;
+  return static_cast<uint8_t>(static_cast<uint32_t>(code) & s.mask);
 }
 
 template <bool is_signed> ZEROOPT_INLINE float int8_decode(float scale, uint8_t code) {

@@ -94,13 +94,16 @@ void Block::store_state(const SegmentRow& row, int state, uint32_t step) {
   switch (storage_.state) {
   case StateFormat::float32:
     return;
-  case StateFormat::bfloat16: {
+  case StateFormat::bfloat16:
+    return leaves_.formats->round_stochastic(values, draw(row, step, 1 + static_cast<uint32_t>(state)),
+                                             at<uint16_t>(row.states[state], begin_), numel_);
+  case StateFormat::int8: {
+    uint8_t* const codes = at<uint8_t>(row.states[state], begin_);
+    float* const scales = row.scales[state] + begin_ / kQuantBlock;
+    if (is_signed_[state]) return leaves_.formats->encode_signed(values, codes, scales, numel_);
     const uint16_t* const random = draw(row, step, 1 + static_cast<uint32_t>(state));
-    return leaves_.formats->round_stochastic(values, random, at<uint16_t>(row.states[state], begin_), numel_);
+    return leaves_.formats->encode_unsigned(values, random, codes, scales, numel_);
   }
-  case StateFormat::int8:
-    return leaves_.formats->encode[is_signed_[state]](values, at<uint8_t>(row.states[state], begin_),
-                                                      row.scales[state] + begin_ / kQuantBlock, numel_);
   }
 }
 

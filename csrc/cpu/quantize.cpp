@@ -21,9 +21,13 @@ template <class Body> void over_blocks(int64_t numel, int num_threads, const Bod
 } // namespace
 
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, int num_threads) {
-  const auto encode = isa().leaves->formats->encode[is_signed];
+  const FormatTable& formats = *isa().leaves->formats;
   over_blocks(numel, num_threads, [&](int64_t begin, int64_t count) {
-    encode(values + begin, codes + begin, scales + begin / kQuantBlock, count);
+    float* const block_scales = scales + begin / kQuantBlock;
+    if (is_signed)
+      formats.encode_signed(values + begin, codes + begin, block_scales, count);
+    else
+      formats.encode_unsigned(values + begin, nullptr, codes + begin, block_scales, count);
   });
 }
 

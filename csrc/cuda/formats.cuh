@@ -141,7 +141,14 @@ ZEROOPT_DEVICE void store_state(StateFormat format, const SegmentRow& row, int s
   void* const array = row.states[state];
   if (format == StateFormat::float32) return store_lane(static_cast<float*>(array), lane, values);
   if (format == StateFormat::bfloat16) return store_stochastic(values, lane, array, key, row.first);
-  store_codes(values, is_signed, lane, static_cast<uint8_t*>(array), scale_of(row, state, lane));
+  float dither[kLaneNumel] = {};
+  if (!is_signed) {
+    const LaneNoise noise = draw(key, row.first + lane.first);
+#pragma unroll
+    for (int k = 0; k < kLaneNumel; ++k)
+      dither[k] = int8_dither(noise_of(noise, k));
+  }
+  store_codes(values, dither, is_signed, lane, static_cast<uint8_t*>(array), scale_of(row, state, lane));
 }
 
 } // namespace zeroopt::cuda

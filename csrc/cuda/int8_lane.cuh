@@ -16,8 +16,9 @@ ZEROOPT_DEVICE void load_codes(const uint8_t* codes, const float* scale, bool is
     values[k] = is_signed ? int8_decode<true>(shared, items[k]) : int8_decode<false>(shared, items[k]);
 }
 
-ZEROOPT_DEVICE void store_codes(const float (&values)[kLaneNumel], bool is_signed, const LaneRange& lane,
-                                uint8_t* codes, float* scale) {
+/// @param dither what is added to each code before it is rounded; not looked at for signed ones
+ZEROOPT_DEVICE void store_codes(const float (&values)[kLaneNumel], const float (&dither)[kLaneNumel], bool is_signed,
+                                const LaneRange& lane, uint8_t* codes, float* scale) {
   int32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < kLaneNumel; ++k) {
@@ -31,7 +32,7 @@ ZEROOPT_DEVICE void store_codes(const float (&values)[kLaneNumel], bool is_signe
   uint8_t items[kLaneNumel];
 #pragma unroll
   for (int k = 0; k < kLaneNumel; ++k)
-    items[k] = is_signed ? int8_encode<true>(s, values[k]) : int8_encode<false>(s, values[k]);
+    items[k] = is_signed ? int8_encode_signed(s, values[k]) : int8_encode_unsigned(s, values[k], dither[k]);
   store_lane(codes, lane, items);
 }
 

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads)
   for_each_quant_block(values, codes, numel, [&](int64_t block, const LaneRange& lane) {
     float items[kLaneNumel];
     load_lane(values, lane, items);
-    store_codes(items, is_signed, lane, codes, scales + block);
+    const float to_nearest[kLaneNumel] = {};
+    store_codes(items, to_nearest, is_signed, lane, codes, scales + block);
   });
 }
 

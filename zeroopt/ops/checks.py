@@ -51,6 +51,19 @@ def check_disjoint(name: str, tensor: Tensor, other_name: str, other: Tensor) ->
         raise ConfigError(f"expected {name} and {other_name} not to overlap in memory; clone one of them")
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each its own place, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
 def check_none_overlap(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ConfigError when two of many dense tensors share memory."""
     ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name) for name, tensor in tensors)

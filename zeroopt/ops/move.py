@@ -20,6 +20,7 @@ from .checks import (
     check_none_overlap,
     current_stream,
     dtype_code,
+    is_dense,
     require,
 )
 
@@ -185,12 +186,4 @@ def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
     """Whether walking both storages from the first element on visits the same elements in the same order."""
     if a.is_contiguous() and b.is_contiguous():
         return True
-    if a.shape != b.shape or a.stride() != b.stride():
-        return False
-    expected = 1
-    for stride, size in sorted(zip(a.stride(), a.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return a.shape == b.shape and a.stride() == b.stride() and is_dense(a)

@@ -20,6 +20,7 @@ from .checks import (
     check_flat,
     check_none_overlap,
     dtype_code,
+    is_dense,
     require,
 )
 from .storage import Storage, num_blocks
@@ -38,9 +39,9 @@ class SegmentArrays:
         states: in the order of the op's documentation; None for a state that the group does not use.
         scales: float32, one element for every 256 begun ones of the state; for 8-bit states only.
         group: row of the table of hyper-parameters.
-        key: the parameter's number, and
-        first: the element of the parameter that the piece begins with: what random numbers depend on besides seed and step, so
-            that they do not depend on how a parameter is cut.
+        key: the parameter's number, below 2**32, and
+        first: the element of the parameter that the piece begins with, below 2**60: what random numbers depend on besides seed
+            and step, so that they do not depend on how a parameter is cut.
     """
 
     param: Tensor
@@ -53,7 +54,7 @@ class SegmentArrays:
     first: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SegmentTable:
     """Segments whose dtypes, sizes, devices and memory have been checked, as the table that kernels read.
 
@@ -116,6 +117,10 @@ class SegmentTable:
         Raises:
             ConfigError: a gradient cannot be right. Nothing has been changed.
         """
+        require(
+            len(grads) == len(self._numels),
+            f"expected a gradient or None for each of {len(self._numels)} segments, got {len(grads)}",
+        )
         addresses = []
         for number, (grad, numel) in enumerate(zip(grads, self._numels, strict=True)):
             if grad is None:
@@ -127,6 +132,8 @@ class SegmentTable:
                     f"expected grads[{number}] to have {numel} elements of {self.storage.grad_dtype} on {self.device}, got "
                     f"{grad.numel()} of {grad.dtype} on {grad.device}"
                 )
+            if not is_dense(grad):
+                raise ConfigError(f"expected grads[{number}] to be dense in memory, got strides {grad.stride()}")
             addresses.append(grad.data_ptr())
         if self._table[:, GRAD_COLUMN].tolist() != addresses:
             self._table[:, GRAD_COLUMN] = addresses
@@ -141,6 +148,11 @@ class SegmentTable:
     def _check(self, name: str, segment: SegmentArrays) -> None:
         numel = segment.param.numel()
         require(numel > 0, f"expected {name} to have at least one element")
+        most = min(MAX_STATES, len(self.signed))
+        require(
+            len(segment.states) <= most and len(segment.scales) <= most,
+            f"expected {name} to have at most {most} states, got {max(len(segment.states), len(segment.scales))}",
+        )
         dtype_code(f"{name}.param", segment.param)
         for what, array, dtype in self._expected(name, segment):
             if array is None:
@@ -155,10 +167,6 @@ class SegmentTable:
             f"expected {name}.master to be {f'a tensor of {self.storage.master_dtype}' if needs_master else None} for "
             f"{self.storage.param_dtype} parameters with master_weights={self.storage.master_weights!r}",
         )
-        require(
-            len(segment.states) <= MAX_STATES,
-            f"expected {name} to have at most {MAX_STATES} states, got {len(segment.states)}",
-        )
         present = [state is not None for state in segment.states]
         scaled = [scale is not None for scale in segment.scales]
         require(
@@ -166,7 +174,8 @@ class SegmentTable:
             f"expected {name} to have scales for every state if states are int8, and none otherwise",
         )
         require(segment.group >= 0, f"expected {name} to have a group of at least 0, got {segment.group}")
-        require(segment.first >= 0, f"expected {name} to have a first element of at least 0, got {segment.first}")
+        for what, value, end in (("key", segment.key, 2**32), ("first element", segment.first, 2**60)):
+            require(0 <= value < end, f"expected {name} to have a {what} of at least 0 and below {end}, got {value}")
 
     def _expected(self, name: str, segment: SegmentArrays) -> Iterator[tuple[str, Tensor | None, torch.dtype | None]]:
         """Every array of a segment with its name and the dtype that it should have."""

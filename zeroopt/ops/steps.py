@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _C
+from ..errors import ConfigError
 from .checks import check_device, check_table, current_stream, require
 from .segments import SegmentTable
 
@@ -57,7 +58,7 @@ def adamw(
     groups: lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize. decoupled is AdamW's weight decay, otherwise it
     is Adam's.
     """
-    _step("adamw", table, active, steps, groups, control, columns=8, num_states=2, flagged=(2, 6))
+    _step("adamw", table, active, steps, groups, control, columns=8, signed=(True, False, False), flagged=6)
 
 
 def sgd(table: SegmentTable, *, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl = _NOTHING) -> None:
@@ -66,7 +67,7 @@ def sgd(table: SegmentTable, *, active: Tensor, steps: Tensor, groups: Tensor, c
     states: momentum_buffer (for groups with momentum); the first step of a segment overwrites it.
     groups: lr, momentum, dampening, weight_decay, nesterov, maximize.
     """
-    _step("sgd", table, active, steps, groups, control, columns=6, num_states=0, flagged=(0, 1))
+    _step("sgd", table, active, steps, groups, control, columns=6, signed=(True,), flagged=1)
 
 
 def adagrad(
@@ -77,7 +78,7 @@ def adagrad(
     states: sum, which cannot be negative.
     groups: lr, lr_decay, weight_decay, eps, maximize.
     """
-    _step("adagrad", table, active, steps, groups, control, columns=5, num_states=1)
+    _step("adagrad", table, active, steps, groups, control, columns=5, signed=(False,))
 
 
 def lion(
@@ -88,7 +89,7 @@ def lion(
     states: exp_avg.
     groups: lr, beta1, beta2, weight_decay, maximize.
     """
-    _step("lion", table, active, steps, groups, control, columns=5, num_states=1)
+    _step("lion", table, active, steps, groups, control, columns=5, signed=(True,))
 
 
 def lamb(
@@ -111,10 +112,10 @@ def lamb(
     """
     squares = torch.zeros(len(table.segments), 2, dtype=torch.float64, device=table.device)
     tables = (table, active, steps, groups, control)
-    _step("lamb_moments", *tables, columns=6, num_states=2, squares=squares)
+    _step("lamb_moments", *tables, columns=6, signed=(True, False), squares=squares)
     if reduce_squares is not None:
         reduce_squares(squares)
-    _step("lamb_update", *tables, columns=6, num_states=2, squares=squares)
+    _step("lamb_update", *tables, columns=6, signed=(True, False), squares=squares)
 
 
 def squared_norms(table: SegmentTable, *, active: Tensor, found_inf: Tensor) -> Tensor:
@@ -159,15 +160,15 @@ def _step(
     control: StepControl,
     *,
     columns: int,
-    num_states: int,
-    flagged: tuple[int, int] | None = None,
+    signed: tuple[bool, ...],
+    flagged: int | None = None,
     squares: Tensor | None = None,
 ) -> None:
     """Check and run one kernel.
 
     Args:
-        num_states: states that every group needs.
-        flagged: a further state, and the column of `groups` that is not 0 for those that need it.
+        signed: for each state that the kernel knows whether it can be negative.
+        flagged: the column of `groups` that is not 0 for groups that need the last of them; None: all groups do.
     """
     count = len(table.segments)
     check_table("active", active, torch.uint8, (count,), table.rows)
@@ -183,7 +184,7 @@ def _step(
         _check_scalar(field, getattr(control, field), table)
     require(0 <= control.seed < 2**64, f"expected seed to be at least 0 and below 2**64, got {control.seed}")
     _check_grads(table, active)
-    _check_states(table, groups if on_host else None, active, num_states, flagged)
+    _check_states(table, groups if on_host else None, active, signed, flagged)
 
     groups = groups.to(table.device)
     arguments = (
@@ -228,19 +229,21 @@ def _check_grads(table: SegmentTable, active: Tensor) -> None:
 
 
 def _check_states(
-    table: SegmentTable, groups: Tensor | None, active: Tensor, num_states: int, flagged: tuple[int, int] | None
+    table: SegmentTable, groups: Tensor | None, active: Tensor, signed: tuple[bool, ...], flagged: int | None
 ) -> None:
+    if table.storage.has_scales and tuple(table.signed[: len(signed)]) != signed:
+        raise ConfigError(f"expected a table of 8-bit states with signed={signed}, got {tuple(table.signed)}")
     may_be_active = _may_be_active(active)
-    for state in range(num_states):
+    always = len(signed) if flagged is None else len(signed) - 1
+    for state in range(always):
         missing = table.lacks_state(state) & may_be_active
         require(not missing.any(), f"expected every active segment to have states[{state}], got None")
     if flagged is None or groups is None:
         return
-    state, column = flagged
-    wanting = groups.numpy()[table.groups, column] != 0
+    wanting = groups.numpy()[table.groups, flagged] != 0
     require(
-        not (wanting & table.lacks_state(state) & may_be_active).any(),
-        f"expected states[{state}] of the active segments whose group has column {column} set, got None",
+        not (wanting & table.lacks_state(always) & may_be_active).any(),
+        f"expected states[{always}] of the active segments whose group has column {flagged} set, got None",
     )
 
 

@@ -38,7 +38,7 @@ class Storage:
             bfloat16 alone, rounded stochastically. A float32 parameter is its own master, and this is "float32".
         grad_dtype: float32, bfloat16 or float16.
         state_dtype: of the moments: float32, bfloat16 (rounded stochastically), or int8 (codes of 8 bits and a float32 scale
-            for every 256 elements; second moments are kept as uint8).
+            for every 256 elements; second moments are kept as uint8 and rounded stochastically).
 
     Raises:
         ConfigError: there is no such combination.
@@ -78,6 +78,11 @@ class Storage:
     def has_scales(self) -> bool:
         """Whether an array of state comes with an array of scales."""
         return self.state_dtype is torch.int8
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether something is rounded stochastically, so that a step depends on its number."""
+        return self.master_weights == "none" or self.state_dtype is not torch.float32
 
     def dtype_of_state(self, *, signed: bool) -> torch.dtype:
         """Of an array of state that can be negative, or cannot."""

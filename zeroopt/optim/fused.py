@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from .. import ops
 from ..bucket import ParamState
-from ..errors import ConfigError, NotSupportedError
+from ..config import MASTER_WEIGHTS
+from ..errors import ConfigError, NotSupportedError, ZeroOptError
 from ..fused_rules import FusedRule
 from ..fused_segments import FusedSegments, StateArray
-from ..precision import round_master
+from ..ops.checks import is_dense
+from ..precision import join_master, round_master, split_master
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -51,12 +54,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state_dtype = state_dtype
         self.seed = seed
         self._batches: dict[_Kind, FusedParams] = {}
+        if master_weights not in MASTER_WEIGHTS:
+            raise ConfigError(
+                f"expected master_weights to be one of {', '.join(MASTER_WEIGHTS)}, got {master_weights!r}"
+            )
         super().__init__(*args, **kwargs)
-        for group in self.param_groups:
-            if group.get("differentiable"):
-                raise NotSupportedError("fused kernels cannot be differentiated through; use torch.optim")
-            for param in group["params"]:
-                self._storage(param.dtype, param.dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -86,9 +88,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as `torch.optim.Optimizer.add_param_group`."""
+        """Add parameters, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            NotSupportedError, ConfigError: as the constructor. The group has not been added.
+        """
         super().add_param_group(param_group)
         self._batches.clear()
+        try:
+            self._check_group(self.param_groups[-1])
+        except ZeroOptError:
+            self.param_groups.pop()
+            raise
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict()` gave, here or of the torch optimizer. Nothing is rounded to the parameters' dtype.
@@ -96,14 +107,34 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups do not fit, as torch.
         """
-        super().load_state_dict(dict(state_dict))
+        given = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, given)
+            given = given if changed is None else changed
+        with self._without_load_hooks():
+            super().load_state_dict(given)
         params = [param for group in self.param_groups for param in group["params"]]
-        positions = [position for group in state_dict["param_groups"] for position in group["params"]]
+        positions = [position for group in given["param_groups"] for position in group["params"]]
         for param, position in zip(params, positions, strict=True):
-            if position in state_dict["state"]:  # torch has cast it
-                saved = state_dict["state"][position]
+            if position in given["state"]:  # torch has cast it
+                saved = given["state"][position]
                 self.state[param] = {name: _copy_to(value, param.device) for name, value in saved.items()}
         self._batches.clear()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @contextmanager
+    def _without_load_hooks(self) -> Iterator[None]:
+        """They have been called, or will be when all is in place."""
+        names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+        hooks = [getattr(self, name) for name in names]
+        for name in names:
+            setattr(self, name, OrderedDict())
+        try:
+            yield
+        finally:
+            for name, registered in zip(names, hooks, strict=True):
+                setattr(self, name, registered)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("master_weights", "state_dtype", "seed")}
@@ -118,6 +149,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     def has_default_precision(self) -> bool:
         """Whether neither `master_weights` nor `state_dtype` was set."""
         return self.master_weights == "float32" and self.state_dtype is torch.float32
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group.get("differentiable"):
+            raise NotSupportedError("fused kernels cannot be differentiated through; use torch.optim")
+        for number, param in enumerate(group["params"]):
+            self._storage(param.dtype, param.dtype)
+            if not is_dense(param):
+                raise NotSupportedError(
+                    f"expected parameters that are dense in memory, but parameter {number} of its group has strides "
+                    f"{param.stride()} for shape {list(param.shape)}; make it contiguous()"
+                )
 
     def _storage(self, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> ops.Storage:
         weights = "float32" if param_dtype is torch.float32 else self.master_weights
@@ -138,6 +180,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None and param.numel():
+                    if grad.layout is not torch.strided:
+                        raise NotSupportedError(
+                            f"parameter {position} has a sparse gradient; fused kernels take dense ones"
+                        )
                     result[param.device, param.dtype, grad.dtype][position] = (number, param)
                 position += 1
         return result
@@ -177,6 +223,7 @@ class FusedParams(FusedSegments):
         self._positions = list(places)
         self._params = [param for _, param in places.values()]
         self._addresses = [param.data_ptr() for param in self._params]
+        self._versions = [param._version for param in self._params]
         self._states: list[dict[str, StateArray]] = [{} for _ in self._params]
         self._masters = [self._master(storage, param, optimizer.state.get(param, {})) for param in self._params]
         group_of = [group for group, _ in places.values()]
@@ -186,29 +233,41 @@ class FusedParams(FusedSegments):
         return self  # a copied optimizer makes its own, for this one is not `is_current` there
 
     def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this optimizer made it, and its parameters still lie where they did."""
+        """Whether this optimizer made it, and parameters and state are still where they were."""
         in_place = all(p.data_ptr() == address for p, address in zip(self._params, self._addresses, strict=True))
-        return self._optimizer is optimizer and in_place
+        return self._optimizer is optimizer and in_place and self.still_shows()
 
     def covers(self, places: Places) -> bool:
         """Whether it has all of these parameters."""
-        return places.keys() <= self.places.keys()
+        mine = self.places
+        return all(position in mine and mine[position][1] is param for position, (_, param) in places.items())
 
     def step_gradients(self, groups: Tensor, control: ops.StepControl) -> None:
         """Step the parameters that have a gradient."""
         grads = [self._gradient(i) for i in range(len(self._params))]
         active = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8)
+        self._take_up_writes()
         self.step(active, groups, control, grads)
+        for param, grad in zip(self._params, grads, strict=True):
+            if grad is not None:  # autograd has to know, as kernels write behind its back
+                torch.autograd.graph.increment_version(param)
+        self._versions = [param._version for param in self._params]
+
+    def _take_up_writes(self) -> None:
+        """Let masters follow parameters that were written in place since the last step."""
+        for i, (param, version) in enumerate(zip(self._params, self._versions, strict=True)):
+            master = self._masters[i]
+            if param._version != version and master is not None and master.dtype is torch.float32:
+                flat = self._flatten(i, param.detach())
+                master.copy_(torch.where(round_master(master, param.dtype) == flat, master, flat.float()))
 
     def _gradient(self, i: int) -> Tensor | None:
         param = self._params[i]
         grad = param.grad
         if grad is None or grad.dtype is not self._storage.grad_dtype:  # of another kind this time
             return None
-        if grad.layout is not torch.strided:
-            raise NotSupportedError(
-                f"parameter {self._positions[i]} has a sparse gradient; fused kernels take dense ones"
-            )
+        if grad.is_neg():
+            grad = grad.resolve_neg()
         return grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
     def _arrays(self, i: int) -> ops.SegmentArrays:
@@ -220,7 +279,11 @@ class FusedParams(FusedSegments):
 
     def _make_state(self, i: int, name: str, dtype: torch.dtype) -> StateArray:
         numel = self._params[i].numel()
-        scales = torch.zeros(ops.num_blocks(numel), device=self._device) if self._storage.has_scales else None
+        scales = (
+            torch.zeros(ops.num_blocks(numel), dtype=torch.float32, device=self._device)
+            if self._storage.has_scales
+            else None
+        )
         made = self._states[i][name] = torch.zeros(numel, dtype=dtype, device=self._device), scales
         return made
 
@@ -228,29 +291,34 @@ class FusedParams(FusedSegments):
         return array.as_strided(self._params[i].shape, self._params[i].stride())
 
     def _flatten(self, i: int, value: Tensor) -> Tensor:
-        param = self._params[i]
-        if value.stride() != param.stride():
-            value = torch.empty_like(param, dtype=value.dtype).copy_(value)
-        return value.as_strided((param.numel(),), (1,))
+        return _flat(value, self._params[i])
 
     def _extra_state(self, i: int) -> ParamState:
         master = self._masters[i]
         return {} if master is None else {_master_name(master): self._show(i, master)}
 
     def _master(self, storage: ops.Storage, param: Tensor, entry: ParamState) -> Tensor | None:
-        """What completes a parameter, 1-D: from its state, unless the parameter was written since; else from itself."""
+        """What completes a parameter, 1-D: from its state, of either kind, unless the parameter was written since; else from
+        itself."""
         dtype = storage.master_dtype
         if dtype is None:
             return None
-        flat = param.detach().as_strided((param.numel(),), (1,))
-        master = flat.float() if dtype is torch.float32 else torch.zeros_like(flat, dtype=dtype)
-        saved = entry.get(_master_name(master))
-        if saved is None:
-            return master
-        saved = torch.empty_like(param, dtype=dtype).copy_(saved).as_strided((param.numel(),), (1,))
-        if dtype is not torch.float32:
-            return saved
-        return torch.where(round_master(saved, param.dtype) == flat, saved, master)
+        flat = _flat(param.detach(), param)
+        if "master_param" in entry:
+            full = _flat(entry["master_param"].to(param.device), param)
+            full = torch.where(round_master(full, param.dtype) == flat, full, flat.float())
+        elif "remainder" in entry and param.dtype is torch.bfloat16:
+            full = join_master(flat, _flat(entry["remainder"].to(param.device), param))
+        else:
+            full = flat.float()
+        return full.clone() if dtype is torch.float32 else split_master(full)[1]
+
+
+def _flat(value: Tensor, param: Tensor) -> Tensor:
+    """Elements in the order in which the parameter's lie in memory, 1-D."""
+    if value.stride() != param.stride():
+        value = torch.empty_like(param, dtype=value.dtype).copy_(value)
+    return value.as_strided((param.numel(),), (1,))
 
 
 def _master_name(master: Tensor) -> str:

@@ -53,13 +53,32 @@ template <bool is_signed> ZEROOPT_INLINE Int8Scale scale_of(const float* values,
   return int8_scale<is_signed>(largest);
 }
 
-template <bool is_signed>
-ZEROOPT_INLINE void encode_block(const float* values, uint8_t* codes, float* scale, int64_t numel) {
-  const Int8Scale s = scale_of<is_signed>(values, numel);
+ZEROOPT_INLINE void encode_signed_block(const float* values, uint8_t* codes, float* scale, int64_t numel) {
+  const Int8Scale s = scale_of<true>(values, numel);
   *scale = s.scale;
   ZEROOPT_VECTORIZE
   for (int64_t i = 0; i < numel; ++i)
-    codes[i] = int8_encode<is_signed>(s, values[i]);
+    codes[i] = int8_encode_signed(s, values[i]);
+}
+
+ZEROOPT_INLINE void encode_unsigned_block(const float* values, const uint16_t* random, uint8_t* codes, float* scale,
+                                          int64_t numel) {
+  const Int8Scale s = scale_of<false>(values, numel);
+  *scale = s.scale;
+  if (random == nullptr) {
+    ZEROOPT_VECTORIZE
+    for (int64_t i = 0; i < numel; ++i)
+      codes[i] = int8_encode_unsigned(s, values[i], 0.0f);
+  } else {
+    // Apart, for a loop over elements of 1, 2 and 4 bytes at once is slow.
+    alignas(64) float dither[kQuantBlock];
+    ZEROOPT_VECTORIZE
+    for (int64_t i = 0; i < numel; ++i)
+      dither[i] = int8_dither(random[i]);
+    ZEROOPT_VECTORIZE
+    for (int64_t i = 0; i < numel; ++i)
+      codes[i] = int8_encode_unsigned(s, values[i], dither[i]);
+  }
 }
 
 template <bool is_signed>
@@ -71,11 +90,21 @@ ZEROOPT_INLINE void decode_block(const uint8_t* codes, float scale, float* value
 
 // Whole blocks apart from the last one: a loop of known length is the faster one.
 
-template <bool is_signed> void encode(const float* values, uint8_t* codes, float* scales, int64_t numel) {
+void encode_signed(const float* values, uint8_t* codes, float* scales, int64_t numel) {
   int64_t i = 0;
   for (; i + kQuantBlock <= numel; i += kQuantBlock)
-    encode_block<is_signed>(values + i, codes + i, scales + i / kQuantBlock, kQuantBlock);
-  if (i < numel) encode_block<is_signed>(values + i, codes + i, scales + i / kQuantBlock, numel - i);
+    encode_signed_block(values + i, codes + i, scales + i / kQuantBlock, kQuantBlock);
+  if (i < numel) encode_signed_block(values + i, codes + i, scales + i / kQuantBlock, numel - i);
+}
+
+void encode_unsigned(const float* values, const uint16_t* random, uint8_t* codes, float* scales, int64_t numel) {
+  int64_t i = 0;
+  for (; i + kQuantBlock <= numel; i += kQuantBlock)
+    encode_unsigned_block(values + i, random == nullptr ? nullptr : random + i, codes + i, scales + i / kQuantBlock,
+                          kQuantBlock);
+  if (i < numel)
+    encode_unsigned_block(values + i, random == nullptr ? nullptr : random + i, codes + i, scales + i / kQuantBlock,
+                          numel - i);
 }
 
 template <bool is_signed> void decode(const uint8_t* codes, const float* scales, float* values, int64_t numel) {
@@ -88,12 +117,7 @@ template <bool is_signed> void decode(const uint8_t* codes, const float* scales,
 } // namespace
 
 const FormatTable format_table = {
-    draw_noise,
-    round_ties_away,
-    round_stochastic,
-    split,
-    join,
-    {encode<false>, encode<true>},
+    draw_noise, round_ties_away, round_stochastic, split, join, encode_signed, encode_unsigned,
     {decode<false>, decode<true>},
 };
 

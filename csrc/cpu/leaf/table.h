@@ -50,8 +50,10 @@ struct FormatTable {
   void (*round_stochastic)(const float* values, const uint16_t* random, uint16_t* rounded, int64_t numel);
   void (*split)(const float* values, uint16_t* rounded, uint16_t* remainders, int64_t numel);
   void (*join)(const uint16_t* rounded, const uint16_t* remainders, float* values, int64_t numel);
-  void (*encode[2])(const float* values, uint8_t* codes, float* scales, int64_t numel); ///< [is_signed]
-  void (*decode[2])(const uint8_t* codes, const float* scales, float* values, int64_t numel);
+  void (*encode_signed)(const float* values, uint8_t* codes, float* scales, int64_t numel);
+  /// random: null to round to nearest
+  void (*encode_unsigned)(const float* values, const uint16_t* random, uint8_t* codes, float* scales, int64_t numel);
+  void (*decode[2])(const uint8_t* codes, const float* scales, float* values, int64_t numel); ///< [is_signed]
 };
 
 /// The leaf of one op for each number of states it may use.

@@ -1,9 +1,6 @@
-"""The kernels against obvious references and against torch."""
+"""Kernels that move data against obvious references and against torch."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import reference
@@ -22,9 +19,6 @@ LENGTHS = [*range(70), 127, 128, 129, 199, 200]
 BIG = 2.0**24
 SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-45, 6e-8, 65519.0, 65520.0, 3.4e38]
 
-ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": 1}
-SGD = {"lr": 1e-2, "momentum": 0.9, "dampening": 0, "weight_decay": 0.1, "nesterov": 0, "maximize": 0}
-
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, but any NaN equals any NaN."""
@@ -38,40 +32,6 @@ def random_bits(dtype: torch.dtype, numel: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = torch.empty(0, dtype=dtype).element_size()
     return torch.randint(0, 256, (numel * size,), generator=generator, dtype=torch.uint8).view(dtype)
-
-
-def adamw_row(**changes: float) -> list[float]:
-    row = {**ADAMW, "amsgrad": 0, "maximize": 0, **changes}
-    return list(row.values())
-
-
-def sgd_row(**changes: float) -> list[float]:
-    return list({**SGD, **changes}.values())
-
-
-def tables(rows: Sequence[Sequence[int]], groups: Sequence[Sequence[float]], **changes: Any) -> dict[str, Tensor]:
-    count = len(rows)
-    result = {
-        "segments": torch.tensor(rows, dtype=torch.int64).reshape(count, 3),
-        "active": torch.ones(count, dtype=torch.uint8),
-        "steps": torch.zeros(count),
-        "groups": torch.tensor(groups, dtype=torch.float64),
-    }
-    return {**result, **changes}
-
-
-def arrays(names: Sequence[str], numel: int, seed: int = 0, shift: int = 0) -> dict[str, Tensor]:
-    """Random float32 arrays that begin `shift` elements after an aligned address; second moments are positive."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(numel + shift, generator=generator)[shift:] for name in names}
-    for name, array in made.items():
-        if name.endswith("_sq"):
-            array.abs_()
-    return made
-
-
-ADAMW_ARRAYS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-SGD_ARRAYS = ("param", "grad", "momentum_buffer")
 
 
 class TestPack:
@@ -162,6 +122,56 @@ class TestPack:
     def test_refuses_other_devices(self) -> None:
         with pytest.raises(NotSupportedError, match="src is on meta"):
             ops.pack(torch.zeros(3, device="meta"), torch.zeros(3, device="meta"))
+
+
+class TestPackSegments:
+    @pytest.mark.parametrize("dst", DTYPES, ids=str)
+    @pytest.mark.parametrize("src", DTYPES, ids=str)
+    def test_equals_pack_of_each(self, src: torch.dtype, dst: torch.dtype) -> None:
+        sizes = [1, 5, 0, 64, 1000, 100_003, 7, 33_000]
+        sources = [random_bits(src, size, seed=size) for size in sizes]
+        rooms = [torch.full((size + 20,), 7.0, dtype=dst) for size in sizes]
+        targets = [room[3 : 3 + size] for room, size in zip(rooms, sizes, strict=True)]
+        ops.pack_segments(sources, targets, scale=0.3)
+        for source, target, room in zip(sources, targets, rooms, strict=True):
+            assert same_bits(target, reference.pack(source, dst, 0.3))
+            assert bool((room[:3] == 7).all()) and bool((room[3 + source.numel() :] == 7).all())
+
+    def test_in_place_and_with_strides(self) -> None:
+        images = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last)
+        flat = torch.randn(1000)
+        expected = [images * 0.5, flat * 0.5]
+        target = torch.empty_like(images)
+        ops.pack_segments([images, flat], [target, flat], scale=0.5)
+        assert torch.equal(target, expected[0]) and torch.equal(flat, expected[1])
+
+    def test_nothing(self) -> None:
+        ops.pack_segments([], [])
+        ops.pack_segments([torch.zeros(0)], [torch.zeros(0)])
+
+    @pytest.mark.parametrize(
+        ("sources", "targets", "message"),
+        [
+            ([torch.zeros(3)], [], "expected as many targets as the 1 sources, got 0"),
+            ([torch.zeros(3)], [torch.zeros(4)], "expected pair 0 to be 3 elements"),
+            (
+                [torch.zeros(3), torch.zeros(3).half()],
+                [torch.zeros(3), torch.zeros(3)],
+                "expected pair 1 to be 3 elements",
+            ),
+            ([torch.zeros(3, 4).t()], [torch.zeros(4, 3)], "expected pair 0 to be contiguous or dense"),
+            ([torch.zeros(3, dtype=torch.int32)], [torch.zeros(3)], r"expected sources\[0\] to be float32"),
+        ],
+        ids=["count", "numel", "dtypes", "layout", "integers"],
+    )
+    def test_refuses(self, sources: list[Tensor], targets: list[Tensor], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            ops.pack_segments(sources, targets)
+
+    def test_refuses_overlap(self) -> None:
+        whole = torch.zeros(10)
+        with pytest.raises(ConfigError, match="pair 0 and pair 1 not to overlap"):
+            ops.pack_segments([torch.zeros(5), torch.zeros(5)], [whole[:5], whole[4:9]])
 
 
 class TestCopy:
@@ -313,234 +323,3 @@ class TestReduce:
         whole = torch.zeros(10)
         with pytest.raises(ConfigError, match=r"slices\[0\] and out not to overlap"):
             ops.reduce([whole[1:]], whole[:9])
-
-
-class TestAdamW:
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {},
-            {"decoupled": 0},
-            {"decoupled": 0, "maximize": 1},
-            {"amsgrad": 1},
-            {"maximize": 1},
-            {"weight_decay": 0},
-            {"beta1": 0.0},
-            {"beta1": 0.3},
-        ],
-        ids=str,
-    )
-    def test_follows_torch_and_the_reference(self, changes: dict[str, float]) -> None:
-        row = adamw_row(**changes)
-        lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = row
-        state = arrays(ADAMW_ARRAYS, 1003)
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            state[name].zero_()
-        if not amsgrad:
-            del state["max_exp_avg_sq"]
-        table = tables([[0, 1003, 0]], [row])
-        theirs = torch.nn.Parameter(state["param"].clone())
-        make = torch.optim.AdamW if decoupled else torch.optim.Adam
-        betas, flags = (beta1, beta2), {"amsgrad": bool(amsgrad), "maximize": bool(maximize)}
-        optimizer = make([theirs], lr, betas, eps, weight_decay, **flags)
-        exact = {name: array.double() for name, array in state.items()}
-        for step in range(5):
-            grad = torch.randn(1003, generator=torch.Generator().manual_seed(step))
-            state["grad"].copy_(grad)
-            exact["grad"] = grad.double()
-            exact = reference.adamw(exact, **{**table, "steps": torch.full((1,), float(step))})
-            exact.pop("steps")
-            ops.adamw(**state, **table)
-            theirs.grad = grad
-            optimizer.step()
-        assert table["steps"].item() == 5
-        # A few roundings of 6e-8 a step, relative to parameters of about 1.
-        torch.testing.assert_close(state["param"], theirs.detach(), rtol=3e-7, atol=3e-7)
-        for name in state.keys() - {"grad", "param"}:
-            torch.testing.assert_close(state[name], optimizer.state[theirs][name], rtol=1e-6, atol=1e-7)
-        for name in state.keys() - {"grad"}:
-            torch.testing.assert_close(state[name].double(), exact[name], rtol=1e-6, atol=5e-7)
-
-    def test_every_length_and_start(self) -> None:
-        for numel in LENGTHS:
-            check_one_step(
-                ops.adamw, reference.adamw, ADAMW_ARRAYS, adamw_row(amsgrad=numel % 2), numel, shift=numel % 7
-            )
-
-    def test_segments_groups_and_steps_are_independent(self) -> None:
-        groups = [adamw_row(), adamw_row(lr=0.1, decoupled=0), adamw_row(amsgrad=1, maximize=1)]
-        check_many_segments(ops.adamw, reference.adamw, ADAMW_ARRAYS, groups)
-
-    def test_infinite_parameter_does_not_spoil_its_moments(self) -> None:
-        state = arrays(ADAMW_ARRAYS[:4], 4)
-        state["param"][1] = float("inf")
-        ops.adamw(**state, **tables([[0, 4, 0]], [adamw_row()]))
-        assert bool(state["exp_avg"].isfinite().all()) and bool(state["exp_avg_sq"].isfinite().all())
-
-    def test_nan_gradient_reaches_the_maximum(self) -> None:
-        state = arrays(ADAMW_ARRAYS, 4)
-        state["grad"][2] = float("nan")
-        ops.adamw(**state, **tables([[0, 4, 0]], [adamw_row(amsgrad=1)]))
-        assert state["max_exp_avg_sq"].isnan().tolist() == [False, False, True, False]
-        assert state["param"].isnan().tolist() == [False, False, True, False]
-
-    def test_refuses_amsgrad_without_its_array(self) -> None:
-        with pytest.raises(
-            ConfigError, match="max_exp_avg_sq to be a tensor, for the group of an active segment has amsgrad"
-        ):
-            ops.adamw(**arrays(ADAMW_ARRAYS[:4], 8), **tables([[0, 8, 0]], [adamw_row(amsgrad=1)]))
-
-
-class TestSgd:
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {},
-            {"momentum": 0},
-            {"dampening": 0.5},
-            {"nesterov": 1},
-            {"maximize": 1},
-            {"weight_decay": 0},
-            {"momentum": 0, "maximize": 1},
-        ],
-        ids=str,
-    )
-    def test_follows_torch_and_the_reference(self, changes: dict[str, float]) -> None:
-        row = sgd_row(**changes)
-        lr, momentum, dampening, weight_decay, nesterov, maximize = row
-        state = arrays(SGD_ARRAYS, 1003)  # the buffer holds garbage that the first step must overwrite
-        table = tables([[0, 1003, 0]], [row])
-        theirs = torch.nn.Parameter(state["param"].clone())
-        flags = {"nesterov": bool(nesterov), "maximize": bool(maximize)}
-        optimizer = torch.optim.SGD([theirs], lr, momentum, dampening, weight_decay, **flags)
-        untouched = state["momentum_buffer"].clone()
-        exact = {name: array.double() for name, array in state.items()}
-        for step in range(5):
-            grad = torch.randn(1003, generator=torch.Generator().manual_seed(step))
-            state["grad"].copy_(grad)
-            exact["grad"] = grad.double()
-            exact = reference.sgd(exact, **{**table, "steps": torch.full((1,), float(step))})
-            exact.pop("steps")
-            ops.sgd(**state, **table)
-            theirs.grad = grad
-            optimizer.step()
-        torch.testing.assert_close(state["param"], theirs.detach(), rtol=3e-7, atol=3e-7)
-        torch.testing.assert_close(state["param"].double(), exact["param"], rtol=1e-6, atol=5e-7)
-        if momentum:
-            expected = optimizer.state[theirs]["momentum_buffer"]
-            torch.testing.assert_close(state["momentum_buffer"], expected, rtol=1e-6, atol=1e-6)
-        else:
-            assert torch.equal(state["momentum_buffer"], untouched)
-
-    def test_every_length_and_start(self) -> None:
-        for numel in LENGTHS:
-            check_one_step(ops.sgd, reference.sgd, SGD_ARRAYS, sgd_row(nesterov=numel % 2), numel, shift=numel % 7)
-
-    def test_segments_groups_and_steps_are_independent(self) -> None:
-        groups = [sgd_row(), sgd_row(momentum=0, lr=0.1), sgd_row(nesterov=1, maximize=1)]
-        check_many_segments(ops.sgd, reference.sgd, SGD_ARRAYS, groups)
-
-    def test_no_buffer_without_momentum(self) -> None:
-        state = arrays(SGD_ARRAYS[:2], 100)
-        expected = reference.sgd(state, **tables([[0, 100, 0]], [sgd_row(momentum=0)]))
-        ops.sgd(**state, momentum_buffer=None, **tables([[0, 100, 0]], [sgd_row(momentum=0)]))
-        torch.testing.assert_close(state["param"].double(), expected["param"], rtol=3e-7, atol=3e-7)
-
-    def test_refuses_momentum_without_its_array(self) -> None:
-        with pytest.raises(
-            ConfigError, match="momentum_buffer to be a tensor, for the group of an active segment has momentum"
-        ):
-            ops.sgd(**arrays(SGD_ARRAYS[:2], 8), momentum_buffer=None, **tables([[0, 8, 0]], [sgd_row()]))
-
-
-Kernel = Callable[..., None]
-Reference = Callable[..., dict[str, Tensor]]
-
-
-def check_one_step(
-    kernel: Kernel, expect: Reference, names: Sequence[str], row: list[float], numel: int, shift: int
-) -> None:
-    """One step over one segment that begins `shift` elements into arrays of `numel`, at an unaligned address."""
-    state = arrays(names, numel, seed=numel, shift=shift)
-    rows = [[shift, numel - shift, 0]] if numel > shift else []
-    table = tables(rows, [row], steps=torch.full((len(rows),), 3.0))
-    expected = expect(state, **table)
-    kernel(**state, **table)
-    for name in names:
-        torch.testing.assert_close(state[name].double(), expected[name], rtol=5e-7, atol=5e-7)
-
-
-def check_many_segments(kernel: Kernel, expect: Reference, names: Sequence[str], groups: list[list[float]]) -> None:
-    """Segments of all sizes with gaps between them, over more elements than one thread takes."""
-    sizes = [1, 5, 16, 64, 1000, 100_003, 7, 20_000, 63, 30_000]
-    rows, offset = [], 3
-    for i, size in enumerate(sizes):
-        rows.append([offset, size, i % len(groups)])
-        offset += size + i
-    state = arrays(names, offset + 9)
-    before = {name: array.clone() for name, array in state.items()}
-    steps = torch.arange(float(len(sizes)))
-    active = torch.tensor([i not in (3, 7) for i in range(len(sizes))], dtype=torch.uint8)
-    table = tables(rows[::-1], groups, steps=steps, active=active)  # the order of the rows does not matter
-    expected = expect(state, **table)
-    kernel(**state, **table)
-    assert torch.equal(table["steps"], expected["steps"])
-    stepped = torch.zeros(offset + 9, dtype=torch.bool)
-    for i, (start, size, _) in enumerate(rows[::-1]):
-        stepped[start : start + size] = bool(active[i])
-    for name in names:
-        torch.testing.assert_close(state[name].double(), expected[name], rtol=5e-7, atol=5e-7)
-        assert torch.equal(state[name][~stepped], before[name][~stepped])
-
-
-class TestTables:
-    def test_nothing_to_do(self) -> None:
-        for numel in (0, 5):
-            state = arrays(ADAMW_ARRAYS[:4], numel)
-            before = state["param"].clone()
-            ops.adamw(**state, **tables([], [adamw_row()]))
-            assert torch.equal(state["param"], before)
-
-    def test_checked_table_gives_the_same(self) -> None:
-        one, two = arrays(ADAMW_ARRAYS, 300), arrays(ADAMW_ARRAYS, 300)
-        table = tables([[0, 100, 0], [128, 100, 0]], [adamw_row()])
-        ops.adamw(**one, **table)
-        table["steps"].zero_()
-        checked = ops.SegmentTable.check(table.pop("segments"))
-        ops.adamw(**two, segments=checked, **table)
-        assert torch.equal(one["param"], two["param"])
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"param": torch.zeros(8).double()}, "expected param to be float32, got torch.float64"),
-            ({"grad": torch.zeros(9)}, "expected grad to be 1-D and contiguous with 8 elements"),
-            ({"exp_avg": torch.zeros(16)[::2]}, "expected exp_avg to be 1-D and contiguous"),
-            ({"exp_avg_sq": torch.zeros(2, 4)}, "expected exp_avg_sq to be 1-D"),
-            ({"grad": torch.zeros(8, device="meta")}, "expected grad to be on cpu, got meta"),
-            ({"segments": torch.tensor([[0, 8, 0]], dtype=torch.int32)}, "expected segments to be int64"),
-            ({"segments": torch.tensor([0, 8, 0])}, r"expected segments to be contiguous of shape \[n, 3\]"),
-            ({"segments": torch.tensor([[0, 9, 0]])}, "end within the 8 elements of param, got an end of 9"),
-            ({"segments": torch.tensor([[-1, 4, 0]])}, "offsets of at least 0"),
-            ({"segments": torch.tensor([[0, 0, 0]])}, "at least one element"),
-            ({"segments": torch.tensor([[0, 4, -1]])}, "group indices of at least 0"),
-            ({"segments": torch.tensor([[0, 4, 1]])}, "expected groups to have a row for every group"),
-            ({"segments": torch.tensor([[4, 4, 0], [0, 5, 0]])}, "expected segments not to overlap"),
-            ({"active": torch.ones(1)}, "expected active to be torch.uint8, got torch.float32"),
-            ({"steps": torch.zeros(2)}, r"expected steps to be contiguous of shape \[1\], got \[2\]"),
-            ({"groups": torch.zeros(1, 6, dtype=torch.float64)}, r"expected groups to be contiguous of shape \[1, 8\]"),
-        ],
-    )
-    def test_refuses(self, changes: dict[str, Tensor], message: str) -> None:
-        if "segments" in changes and changes["segments"].dim() == 2:
-            count = changes["segments"].shape[0]
-            changes = {"active": torch.ones(count, dtype=torch.uint8), "steps": torch.zeros(count), **changes}
-        call = {**arrays(ADAMW_ARRAYS[:4], 8), **tables([[0, 8, 0]], [adamw_row()]), **changes}
-        with pytest.raises(ConfigError, match=message):
-            ops.adamw(**call)
-
-    def test_refuses_arrays_that_overlap(self) -> None:
-        whole = torch.zeros(12)
-        state = {**arrays(ADAMW_ARRAYS[:4], 8), "param": whole[:8], "exp_avg": whole[4:]}
-        with pytest.raises(ConfigError, match="expected param and exp_avg not to overlap"):
-            ops.adamw(**state, **tables([[0, 8, 0]], [adamw_row()]))
