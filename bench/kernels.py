@@ -109,6 +109,8 @@ class Report:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         for result in session.config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+            if not result.extra_info:  # it failed
+                continue
             self.rows.append({**result.extra_info, "seconds": result.stats.median})
 
 

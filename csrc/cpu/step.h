@@ -37,15 +37,20 @@ void step(const SegmentTable& table, const Storage& storage, const typename Op::
         Op::scalars(groups[table.rows[piece.segment].group], {steps, grad_factor(control), squares});
   }
 
-  ChunkSums sums(work, Op::kSumsSquares ? 2 : 0);
+  // Where the arrays themselves are float32 and nothing is summed, no buffer limits how much is stepped at once.
+  const bool in_place = storage.param == ParamFormat::float32 && storage.grad == DType::float32 &&
+                        storage.state == StateFormat::float32 && !Op::kSumsSquares;
+  const int64_t length = in_place ? INT64_MAX : kBlock;
+  constexpr int kNumSums = Op::kSumsSquares ? 2 : 0;
+  ChunkSums sums(work, kNumSums);
   const auto sum_squares = isa().leaves->sum_squares;
   work.run(num_threads, [&](const SegmentWork::Piece& piece, int64_t begin, int64_t end) {
     Block block(storage, control.seed, is_signed);
     const SegmentRow& row = table.rows[piece.segment];
     const Scalars& s = scalars[static_cast<size_t>(piece.segment)];
     const auto leaf = leaves(s.num_states);
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t numel = std::min(kBlock, end - i);
+    for (int64_t i = begin, numel; i < end; i += numel) {
+      numel = std::min(length, end - i);
       block.load(row, i, numel, s.num_states, Op::kReadsGrad);
       leaf(s, block.param, block.grad, block.states, block.update(), numel);
       block.store(row, static_cast<uint32_t>(table.steps[piece.segment]), s.num_states, Op::kWritesParam,

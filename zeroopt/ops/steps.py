@@ -231,7 +231,8 @@ def _check_grads(table: SegmentTable, active: Tensor) -> None:
 def _check_states(
     table: SegmentTable, groups: Tensor | None, active: Tensor, signed: tuple[bool, ...], flagged: int | None
 ) -> None:
-    if table.storage.has_scales and tuple(table.signed[: len(signed)]) != signed:
+    known = min(len(signed), len(table.signed))
+    if table.storage.has_scales and tuple(table.signed[:known]) != signed[:known]:
         raise ConfigError(f"expected a table of 8-bit states with signed={signed}, got {tuple(table.signed)}")
     may_be_active = _may_be_active(active)
     always = len(signed) if flagged is None else len(signed) - 1
