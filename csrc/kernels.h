@@ -2,8 +2,8 @@
 //
 // The caller (zeroopt/ops) has checked dtype, device, contiguity, sizes and aliasing; a kernel only computes.
 // "bytes" counts what one element moves to and from memory, the cost that matters: every kernel is bound by memory.
-// Results do not depend on the thread count or the instruction set (but for which NaN a NaN is): no contraction into fused multiply-adds, and sums
-// in a fixed order.
+// Results do not depend on the thread count or the instruction set (but for which NaN a NaN is): no contraction into
+// fused multiply-adds, and sums in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ enum class ParamFormat : int32_t {
 enum class StateFormat : int32_t {
   float32 = 0,
   bfloat16 = 1, ///< rounded stochastically
-  int8 = 2,     ///< codes and one float32 scale for every kQuantBlock elements; the codes of what cannot be negative are
-                ///< rounded stochastically, see common/int8_code.h
+  int8 = 2, ///< codes and one float32 scale for every kQuantBlock elements; the codes of what cannot be negative are
+            ///< rounded stochastically, see common/int8_code.h
 };
 
 /// How all segments of a step are stored.
@@ -125,8 +125,8 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 /// memcpy for what nobody reads from this processor's cache soon: large copies go past it. bytes: 2 a byte.
 void copy(const void* src, void* dst, int64_t bytes, int num_threads);
 
-/// codes[i], scales[i / kQuantBlock]: values as 8-bit codes, rounded to nearest. A signed code is an int8, an unsigned one a uint8.
-/// bytes: 5 and 4 / kQuantBlock.
+/// codes[i], scales[i / kQuantBlock]: values as 8-bit codes, rounded to nearest. A signed code is an int8, an unsigned
+/// one a uint8. bytes: 5 and 4 / kQuantBlock.
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, int num_threads);
 
 /// The inverse. bytes: as quantize.
@@ -190,7 +190,8 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, void* stream);
 void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed, void* stream);
 
-/// Device memory that a kernel over these segments needs, 16-byte aligned. total_numel: sum of the sizes of the segments.
+/// Device memory that a kernel over these segments needs, 16-byte aligned. total_numel: sum of the sizes of the
+/// segments.
 int64_t workspace_bytes(int64_t num_segments, int64_t total_numel);
 
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int64_t total_numel, void* workspace,

@@ -258,15 +258,22 @@ def test_state_of_a_plain_optimizer_is_taken_in(run_on_ranks: RunOnRanks, tier: 
         assert max(errors) <= bound
 
 
-def loaded_parameters_stay(options: dict[str, Any]) -> bool:
-    """Whether a step of learning rate 0 leaves what was loaded into the model, not what the master held before."""
+def written_parameters_stay(options: dict[str, Any], in_place: bool) -> bool:
+    """Whether a step of learning rate 0 leaves what was loaded into the model, or written into its parameters by every rank,
+    not what the master held before."""
     net = build("lm")
     model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.0), **options)
     values = {name: torch.randn_like(value) for name, value in net.state_dict().items()}
     values["out.weight"] = values["embed.weight"]
     for value in values.values():
         dist.broadcast(value, 0)
-    model.load_state_dict(values)
+    if in_place:
+        with torch.no_grad():
+            for name, param in net.named_parameters():
+                values[name] = param.copy_(values[name]).detach().clone()
+        values["out.weight"] = values["embed.weight"]
+    else:
+        model.load_state_dict(values)
     loss_of(model(tokens(0, 0)).float()).backward()
     optimizer.step()
     if options.get("master_weights") == "remainder":  # which keeps what it completed before, less than half a unit
@@ -277,7 +284,12 @@ def loaded_parameters_stay(options: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("tier", [tier for tier in TIERS if "state_dtype" not in TIERS[tier]])
 @pytest.mark.parametrize("share", [False, True])
 def test_masters_follow_what_is_loaded(run_on_ranks: RunOnRanks, tier: str, share: bool) -> None:
-    assert all(run_on_ranks(2, loaded_parameters_stay, {"share_parameters": share, **TIERS[tier]}))
+    assert all(run_on_ranks(2, written_parameters_stay, {"share_parameters": share, **TIERS[tier]}, False))
+
+
+@pytest.mark.parametrize("tier", [tier for tier in TIERS if "state_dtype" not in TIERS[tier]])
+def test_masters_follow_what_is_written_in_place(run_on_ranks: RunOnRanks, tier: str) -> None:
+    assert all(run_on_ranks(2, written_parameters_stay, TIERS[tier], True))
 
 
 def masters_after_wrapping() -> tuple[list[Tensor], list[Tensor]]:

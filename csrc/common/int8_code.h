@@ -9,8 +9,8 @@
 // Three things are ours. In an optimizer's step unsigned codes are rounded stochastically: a second moment decays by a
 // thousandth a step, which rounding to nearest would lose each time, so that a code could never fall. A positive value
 // never gets the unsigned code 0, or its square root could not be divided by. And where a block holds what is not
-// finite, its scale is that and its codes are 0, so that all of it comes back as NaN rather than as something that looks
-// right.
+// finite, its scale is that and its codes are 0, so that all of it comes back as NaN rather than as something that
+// looks right.
 #pragma once
 
 #include <math.h>

@@ -117,8 +117,8 @@ template <bool is_signed> void decode(const uint8_t* codes, const float* scales,
 } // namespace
 
 const FormatTable format_table = {
-    draw_noise, round_ties_away, round_stochastic, split, join, encode_signed, encode_unsigned,
-    {decode<false>, decode<true>},
+    draw_noise, round_ties_away, round_stochastic, split,
+    join,       encode_signed,   encode_unsigned,  {decode<false>, decode<true>},
 };
 
 } // namespace zeroopt::cpu::ZEROOPT_ISA
