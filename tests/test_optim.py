@@ -725,6 +725,8 @@ class TestDropIn:
             more = [nn.Parameter(values(41, seed=5)), nn.Parameter(values(2, 3, seed=6))]
             optimizer.add_param_group({"params": more, "lr": 0.05})
             params.extend(more)
+            if type(optimizer) is torch.optim.Adagrad and more[0] not in optimizer.state:
+                pytest.skip("this torch's Adagrad makes no state for groups that are added later")
             train(optimizer, params, 3, 7)
         self.assert_together(pair, 7)
 
