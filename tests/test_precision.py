@@ -137,6 +137,16 @@ def test_what_is_kept_where_does_not_change_a_bit(run_on_ranks: RunOnRanks, tier
             assert_equal(variant, results[0][0])
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_the_backends_own_collectives(run_on_ranks: RunOnRanks, tier: str) -> None:
+    """Which sum in the dtype that travels, so that 16-bit gradients round once more."""
+    options = {"stage": 2, **TIERS[tier]}
+    results = run_on_ranks(2, train_all, [{**options, "transport": "torch"}, options])
+    assert_equal(results[0][0], results[1][0])
+    for mine, theirs in zip(*(history[0] for history in results[0]), strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.02, atol=0.03)  # a step is up to 0.02
+
+
 @pytest.mark.parametrize("tier", [tier for tier in TIERS if "param_dtype" in TIERS[tier]])
 def test_stage_0_trains_in_every_tier(run_on_ranks: RunOnRanks, tier: str) -> None:
     """Gradients stay in 16 bits there, so they round once more than in the other stages."""

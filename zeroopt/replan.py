@@ -147,6 +147,7 @@ def _gather_array(
             own[first : first + array.size(segment.numel)].copy_(entry.pop(name))
     if transport is not None:
         transport.start_rendezvous("moving state").finish()  # all are through with the array before
-        gather = transport.start_all_gather(full, label=f"state of {bucket.name}")
+        # As bytes: not every backend knows 16-bit integers.
+        gather = transport.start_all_gather(full.view(torch.uint8), label=f"state of {bucket.name}")
         transport.flush()
         gather.finish()
