@@ -8,15 +8,6 @@
 
 namespace zeroopt::cuda {
 
-/// 16 random bits for each of a lane's elements.
-struct LaneNoise {
-  uint64_t half[2]; ///< of elements 0 to 3, and 4 to 7
-};
-
-ZEROOPT_DEVICE uint32_t noise_of(const LaneNoise& noise, int k) {
-  return static_cast<uint32_t>(noise.half[k / 4] >> (k % 4 * 16)) & 0xffffu;
-}
-
 ZEROOPT_DEVICE LaneNoise join_words(const PhiloxWords<uint32_t>& words) {
   return {{words.word[0] | static_cast<uint64_t>(words.word[1]) << 32,
            words.word[2] | static_cast<uint64_t>(words.word[3]) << 32}};
@@ -141,14 +132,11 @@ ZEROOPT_DEVICE void store_state(StateFormat format, const SegmentRow& row, int s
   void* const array = row.states[state];
   if (format == StateFormat::float32) return store_lane(static_cast<float*>(array), lane, values);
   if (format == StateFormat::bfloat16) return store_stochastic(values, lane, array, key, row.first);
-  float dither[kLaneNumel] = {};
-  if (!is_signed) {
-    const LaneNoise noise = draw(key, row.first + lane.first);
-#pragma unroll
-    for (int k = 0; k < kLaneNumel; ++k)
-      dither[k] = int8_dither(noise_of(noise, k));
-  }
-  store_codes(values, dither, is_signed, lane, static_cast<uint8_t*>(array), scale_of(row, state, lane));
+  uint8_t* const codes = static_cast<uint8_t*>(array);
+  float* const scale = scale_of(row, state, lane);
+  if (is_signed) return store_signed_codes(values, lane, codes, scale);
+  const LaneNoise noise = draw(key, row.first + lane.first);
+  store_unsigned_codes(values, lane, codes, scale, [&noise](int k) { return int8_dither(noise_of(noise, k)); });
 }
 
 } // namespace zeroopt::cuda

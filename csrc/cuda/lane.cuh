@@ -45,6 +45,15 @@ struct LaneRange {
   }
 };
 
+/// 16 random bits for each of a lane's elements.
+struct LaneNoise {
+  uint64_t half[2]; ///< of elements 0 to 3, and 4 to 7
+};
+
+ZEROOPT_DEVICE uint32_t noise_of(const LaneNoise& noise, int k) {
+  return static_cast<uint32_t>(noise.half[k / 4] >> (k % 4 * 16)) & 0xffffu;
+}
+
 ZEROOPT_DEVICE bool holds(const LaneRange& lane, int k) {
   return k >= lane.low && k < lane.high;
 }

@@ -21,8 +21,10 @@ __global__ void __launch_bounds__(kThreads)
   for_each_quant_block(values, codes, numel, [&](int64_t block, const LaneRange& lane) {
     float items[kLaneNumel];
     load_lane(values, lane, items);
-    const float to_nearest[kLaneNumel] = {};
-    store_codes(items, to_nearest, is_signed, lane, codes, scales + block);
+    if (is_signed)
+      store_signed_codes(items, lane, codes, scales + block);
+    else
+      store_unsigned_codes(items, lane, codes, scales + block, [](int) { return 0.0f; });
   });
 }
 

@@ -92,8 +92,10 @@ ZEROOPT_DEVICE void step_lane(const typename Op::Scalars& scalars, const Storage
   }
 }
 
+/// Two blocks on a multiprocessor at least, which leaves 128 registers a thread: else the compiler may prefer to spill
+/// a few for a third one.
 template <class Op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     step_kernel(SegmentTable table, Storage storage, StepControl control, Workspace<StepPlan<Op>> workspace) {
   for_each_tile(table, workspace, [&](int64_t segment, int64_t tile, const LaneRange& lane) {
     const SegmentRow& row = table.rows[segment];
