@@ -1,0 +1,230 @@
+"""The fused optimizers in every tier of precision: their state, copies of it, and seeds."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from optim_cases import (
+    ALL_CLASSES,
+    BF16,
+    F16,
+    F32,
+    FULL,
+    INT8,
+    STATE_DTYPES,
+    STEPS,
+    TIER_IDS,
+    TIERS,
+    TORCH_CLASSES,
+    ULPS_A_STEP,
+    Params,
+    assert_close,
+    assert_equal,
+    clone,
+    expected_dtypes,
+    make_params,
+    saved_and_loaded,
+    set_grads,
+    tier_options,
+    train,
+    two_groups,
+    values,
+)
+from torch import nn
+
+from zeroopt import ConfigError, NotSupportedError
+from zeroopt.optim import FusedAdamW, FusedOptimizer
+
+
+class TestTiers:
+    @pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "weights"), TIERS, ids=TIER_IDS)
+    @pytest.mark.parametrize("cls", ALL_CLASSES)
+    def test_state_is_as_documented(
+        self, cls: type[FusedOptimizer], dtype: torch.dtype, weights: str, state: torch.dtype
+    ) -> None:
+        params = make_params(dtype)
+        optimizer = cls(params, **tier_options(cls, weights, state))
+        train(optimizer, params, 0, 3)
+        for param in params:
+            assert param.dtype is dtype and bool(param.isfinite().all())
+            if not param.numel():
+                continue
+            entry = optimizer.state[param]
+            assert {name: value.dtype for name, value in entry.items()} == expected_dtypes(cls, dtype, weights, state)
+            for name, value in entry.items():
+                numel = -(-param.numel() // 256)
+                scalar_or_scales = () if name == "step" else (numel,) if name.endswith("_scale") else param.shape
+                assert value.shape == torch.Size(scalar_or_scales)
+
+    @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
+    @pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "weights"), TIERS, ids=TIER_IDS)
+    @pytest.mark.parametrize("cls", ALL_CLASSES)
+    def test_a_copy_continues_bit_for_bit(
+        self,
+        cls: type[FusedOptimizer],
+        dtype: torch.dtype,
+        weights: str,
+        state: torch.dtype,
+        way: str,
+    ) -> None:
+        params = make_params(dtype)
+        optimizer = cls(two_groups(params), **tier_options(cls, weights, state))
+        train(optimizer, params, 0, 3)
+        copied, others = copy_of(optimizer, params, way)
+        train(optimizer, params, 3, 6)
+        train(copied, others, 3, 6)
+        assert_equal(others, params)
+        assert_equal(copied.state_dict(), optimizer.state_dict())
+
+    @pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
+    @pytest.mark.parametrize("cls", ALL_CLASSES)
+    def test_remainder_follows_float32_bit_for_bit(self, cls: type[FusedOptimizer], state: torch.dtype) -> None:
+        params, others = make_params(BF16), make_params(BF16)
+        optimizer = cls(params, **tier_options(cls, "float32", state))
+        other = cls(others, **tier_options(cls, "remainder", state))
+        for step in range(2 * STEPS):
+            train(optimizer, params, step, step + 1)
+            train(other, others, step, step + 1)
+            assert_equal(others, params)
+
+    @pytest.mark.parametrize(("dtype", "weights"), TIERS[1:], ids=TIER_IDS[1:])
+    @pytest.mark.parametrize("cls", TORCH_CLASSES)
+    def test_torchs_float32_moments_are_not_rounded_on_the_way_in(
+        self, cls: type[torch.optim.Optimizer], dtype: torch.dtype, weights: str
+    ) -> None:
+        references = make_params()
+        theirs = cls(references, **FULL[TORCH_CLASSES[cls]])
+        train(theirs, references, 0, 3)
+        params = make_params(dtype)
+        optimizer = TORCH_CLASSES[cls](params, **tier_options(TORCH_CLASSES[cls], weights, F32))
+        optimizer.load_state_dict(theirs.state_dict())
+        for param, reference in zip(params, references, strict=True):
+            for name, value in theirs.state[reference].items():
+                assert_equal(optimizer.state[param][name], value)
+
+    @pytest.mark.parametrize("dtype", [BF16, F16])
+    @pytest.mark.parametrize("cls", TORCH_CLASSES)
+    def test_masters_follow_torch_in_float32(self, cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> None:
+        """On the same 16-bit gradients, and the parameter is the master to nearest."""
+        params = make_params(dtype)
+        references = [nn.Parameter(param.detach().float()) for param in params]
+        ours = TORCH_CLASSES[cls](params, **FULL[TORCH_CLASSES[cls]])
+        theirs = cls(references, **FULL[TORCH_CLASSES[cls]], foreach=False)
+        for step in range(STEPS):
+            set_grads(params, step)
+            for param, reference in zip(params, references, strict=True):
+                reference.grad = None if param.grad is None else param.grad.float()
+            ours.step()
+            theirs.step()
+        for param, reference in zip(params, references, strict=True):
+            if param.numel():
+                master = ours.state[param]["master_param"]
+                assert_close(master, reference, ULPS_A_STEP * STEPS)
+                assert_close(param, master.to(dtype), 1)  # ties of bfloat16 go away from zero here
+
+    @pytest.mark.parametrize("in_one_group", [True, False])
+    @pytest.mark.parametrize("weights", ["float32", "remainder", "none"])
+    def test_mixed_dtypes_step_as_each_alone(self, weights: str, in_one_group: bool) -> None:
+        single, half = make_params(F32), make_params(BF16)
+        mixed = [*single, *half] if in_one_group else [{"params": single}, {"params": half}]
+        optimizer = FusedAdamW(mixed, **tier_options(FusedAdamW, weights, F32))
+        alone, half_alone = make_params(F32), make_params(BF16)
+        optimizer_alone = FusedAdamW(alone, **tier_options(FusedAdamW, weights, F32))
+        # The numbers of stochastic rounding depend on a parameter's place in its optimizer.
+        half_optimizer = FusedAdamW([*make_params(F32), *half_alone], **tier_options(FusedAdamW, weights, F32))
+        for step in range(STEPS):
+            for each in (single, half, alone, half_alone):
+                set_grads(each, step)
+            for each in (optimizer, optimizer_alone, half_optimizer):
+                each.step()
+        assert_equal(single, alone)
+        assert_equal(half, half_alone)
+
+    @pytest.mark.parametrize("cls", ALL_CLASSES)
+    @pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
+    def test_stochastic_rounding_depends_on_the_seed_alone(self, cls: type[FusedOptimizer], state: torch.dtype) -> None:
+        def run(seed: int, threads: int) -> Params:
+            params = [*make_params(BF16), nn.Parameter(values(300, 1000, seed=9, dtype=BF16))]
+            torch.set_num_threads(threads)
+            options = tier_options(cls, "none", state) | {"seed": seed}
+            torch.manual_seed(seed + threads)  # of no importance
+            train(cls(params, **options), params, 0, 3)
+            return params
+
+        before = torch.get_num_threads()
+        try:
+            first = run(1, 1)
+            assert_equal(run(1, 1), first)
+            assert_equal(run(1, 2), first)
+            assert_equal(run(1, 3), first)
+            assert not torch.equal(run(2, 1)[-1], first[-1])
+        finally:
+            torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("seed", [-1, 2**64])
+    def test_seeds_that_do_not_fit_are_refused(self, seed: int) -> None:
+        params = make_params()
+        with pytest.raises(ConfigError, match="seed"):
+            train(FusedAdamW(params, seed=seed), params, 0, 1)
+
+    @pytest.mark.parametrize("state", [F32, BF16], ids=str)
+    def test_int8_state_takes_numbers_of_other_state_dtypes(self, state: torch.dtype) -> None:
+        params, others = make_params(), make_params()
+        optimizer = FusedAdamW(params, state_dtype=state)
+        train(optimizer, params, 0, 3)
+        other = FusedAdamW(others, state_dtype=INT8)
+        other.load_state_dict(optimizer.state_dict())
+        train(other, others, 3, 6)
+        for param in others:
+            if param.numel():
+                assert other.state[param]["exp_avg"].dtype is INT8
+                assert other.state[param]["exp_avg_sq"].dtype is torch.uint8
+
+    @pytest.mark.parametrize(("saved", "loaded"), [("float32", "remainder"), ("remainder", "float32")])
+    def test_masters_of_the_other_kind_are_not_lost(self, saved: str, loaded: str) -> None:
+        """Both complete a bfloat16 to the same float32, so training goes on as if nothing had been changed."""
+        params, others = make_params(BF16), make_params(BF16)
+        optimizer, other = FusedAdamW(params, master_weights=saved), FusedAdamW(others, master_weights=loaded)
+        train(optimizer, params, 0, 3)
+        with torch.no_grad():
+            for param, of_other in zip(params, others, strict=True):
+                of_other.copy_(param)
+        other.load_state_dict(optimizer.state_dict())
+        train(optimizer, params, 3, 9)
+        train(other, others, 3, 9)
+        assert_equal(others, params)
+
+    @pytest.mark.parametrize("state", [F32, BF16], ids=str)
+    def test_int8_codes_are_not_taken_for_numbers(self, state: torch.dtype) -> None:
+        """They are decoded, or the load is refused."""
+        params = make_params()
+        optimizer = FusedAdamW(params, state_dtype=INT8)
+        train(optimizer, params, 0, 3)
+        other = FusedAdamW(params, state_dtype=state)
+        try:
+            other.load_state_dict(optimizer.state_dict())
+            train(other, params, 3, 4)
+        except (ConfigError, NotSupportedError):
+            return
+        stepped = [p for p in params if p.numel() and p.grad is not None]
+        assert all(float(other.state[p]["exp_avg"].abs().max()) < 10 for p in stepped)
+
+
+def copy_of(optimizer: FusedOptimizer, params: Params, way: str) -> tuple[torch.optim.Optimizer, Params]:
+    """An optimizer in the same state over parameters of its own."""
+    if way == "deepcopy":
+        copied, others = copy.deepcopy((optimizer, params))
+        return copied, others
+    if way == "pickle":
+        copied, others = pickle.loads(pickle.dumps((optimizer, params)))
+        return copied, others
+    others = clone(params)
+    given = {"master_weights": optimizer.master_weights, "state_dtype": optimizer.state_dtype, "seed": optimizer.seed}
+    fresh = type(optimizer)(two_groups(others), **FULL[type(optimizer)], **given)
+    fresh.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    return fresh, others
