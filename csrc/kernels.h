@@ -43,7 +43,7 @@ constexpr int kMaxStates = 3;        // arrays of state of an optimizer
 struct SegmentRow {
   int64_t numel;             ///< > 0
   int64_t group;             ///< row of the table of hyper-parameters
-  int64_t key;               ///< the parameter's number, by which its random numbers differ from those of others
+  int64_t key;               ///< the parameter's number, < 2^32, by which its random numbers differ
   int64_t first;             ///< element of the parameter that the segment begins with: >= 0, < 2^60
   void* param;               ///< in/out, but see ParamFormat
   void* master;              ///< in/out, see ParamFormat

@@ -281,6 +281,7 @@ class TestDropIn:
         for optimizer, params in pair:
             train(optimizer, params, 0, 2)
             optimizer.state[params[3]] = {}
+            optimizer.state[params[4]].clear()
             optimizer.state[params[6]]["exp_avg"] = torch.ones_like(params[6])
             train(optimizer, params, 2, 4)
         self.assert_together(pair, 4)

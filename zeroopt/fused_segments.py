@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +115,11 @@ class FusedSegments(ABC):
             if shown is None:
                 if entry:
                     return False
-            elif entry is not shown[0] or not all(map(operator.is_, entry.values(), shown[1])):
+            elif (
+                entry is not shown[0]
+                or len(entry) != len(shown[1])
+                or not all(map(operator.is_, entry.values(), shown[1]))
+            ):
                 return False
         return True
 
@@ -125,11 +130,7 @@ class FusedSegments(ABC):
             made = [self._state(i, name) for name in self._rule.state_names]
             states = [None if pair is None else pair[0] for pair in made]
             scales = [None if pair is None else pair[1] for pair in made] if self._storage.has_scales else []
-            segments.append(
-                ops.SegmentArrays(
-                    arrays.param, arrays.grad, arrays.master, states, scales, arrays.group, arrays.key, arrays.first
-                )
-            )
+            segments.append(replace(arrays, states=states, scales=scales))
         return ops.SegmentTable(self._storage, segments, self._rule.signed)
 
     def _expose(self, i: int, names: tuple[str, ...]) -> None:
