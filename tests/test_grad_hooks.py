@@ -17,6 +17,7 @@ from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snap
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt.sharded_gradient import ShardedGradient
 
 STAGES = (0, 1, 2)
 Options = dict[str, Any] | None
@@ -101,13 +102,13 @@ def test_unused_parameters_follow_ddp(run_on_ranks: RunOnRanks, world_size: int,
 
 
 def gradients_after_backward(stage: int) -> tuple[list[Tensor | None], list[Tensor]]:
-    """What param.grad shows, and the mean gradient that DDP computes."""
+    """What param.grad shows, None for a sharded gradient, and the mean gradient that DDP computes."""
     net, reference = build("mlp"), build("mlp")
     model, _ = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage)
     loss_of(model(batch("mlp", 0))).backward()
     ddp = DistributedDataParallel(reference)
     loss_of(ddp(batch("mlp", 0))).backward()
-    shown = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    shown = [None if isinstance(p.grad, ShardedGradient) else p.grad.clone() for p in net.parameters()]
     return shown, [p.grad.clone() for p in reference.parameters() if p.grad is not None]
 
 
@@ -275,7 +276,7 @@ def most_buffers_in_use(order: str, options: dict[str, Any]) -> tuple[int, int]:
 
     def count(_: Tensor) -> None:
         lent.append(sum(store.full is not None for store in reducer.stores))
-        waiting.append(sum(param.grad is not None for param in net.parameters()))
+        waiting.append(sum(type(param.grad) is Tensor for param in net.parameters()))
 
     for param in net.parameters():
         param.register_post_accumulate_grad_hook(count)

@@ -369,8 +369,6 @@ def add_group_late() -> str:
         with pytest.raises(zeroopt.NotSupportedError, match="add_param_group"):
             late.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     for call in (
-        lambda: optimizer.grad_norm,
-        lambda: optimizer.full_grad(net.scale),
         optimizer.full_state_dict,
         optimizer.consolidate_state_dict,
         lambda: copy.deepcopy(optimizer),

@@ -152,7 +152,7 @@ class NormalisedSgd(torch.optim.Optimizer):
             "ConfigError: master_weights='remainder' completes or rounds bfloat16 parameters",
         ),
         ("state_dtype=torch.float16", "ConfigError: expected state_dtype"),
-        ("max_grad_norm=1.0", "NotSupportedError: max_grad_norm=1.0"),
+        ("max_grad_norm=-1.0", "ConfigError: expected max_grad_norm to be a positive number or None"),
         ("share_parameters=1", "ConfigError: expected share_parameters"),
         ("share_parameters=True, stage=0", "ConfigError: share_parameters=True needs stage 1 or 2"),
         (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .collectives import Transport
-from .precision import Precision, round_master, split_master
+from .precision import Precision, join_master, round_master, split_master
 
 # A state entry of a parameter, as torch keeps it: "exp_avg" -> tensor, "step" -> 0-dim tensor, …
 ParamState = dict[str, Any]
@@ -176,6 +176,14 @@ class Bucket:
                 round_master(self.master, self.dtype) != self.own_param
             )
             self.master[written] = self.own_param[written].float()
+
+    def exact(self, segment: Segment) -> Tensor:
+        """The float32 values of a segment's parameters, of which the model has them rounded; for buckets with a `master`."""
+        assert self.master is not None
+        own = slice(segment.offset, segment.offset + segment.numel)
+        if self.master.dtype is torch.float32:
+            return self.master[own]
+        return join_master(self.own_param[own], self.master[own])
 
     def within_own_range(self, full: Tensor) -> Tensor:
         """The own range of a flat buffer of this bucket, a view."""

@@ -49,6 +49,8 @@ class Config:
     reduce_dtype: torch.dtype | None
     bucket_buffers: int
     precision: Precision
+    max_grad_norm: float | None
+    cast_inputs: bool
 
     @property
     def placement(self) -> Placement:
@@ -78,6 +80,8 @@ def check_config(
     param_dtype: torch.dtype | None,
     master_weights: str,
     state_dtype: torch.dtype,
+    max_grad_norm: float | None,
+    cast_inputs: bool,
     **later: Any,
 ) -> Config:
     """Return the checked options.
@@ -96,6 +100,7 @@ def check_config(
         ("broadcast_buffers", broadcast_buffers),
         ("sync_module_states", sync_module_states),
         ("share_parameters", share_parameters),
+        ("cast_inputs", cast_inputs),
     ):
         _check_one_of(name, value, (True, False))
     if not isinstance(bucket_buffers, int) or isinstance(bucket_buffers, bool) or bucket_buffers < 1:
@@ -103,7 +108,10 @@ def check_config(
     if share_parameters and stage == 0:
         raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
     _check_reduce_option(reduce_dtype, stage)
+    _check_max_grad_norm(max_grad_norm)
     precision = _check_precision(param_dtype, master_weights, state_dtype)
+    if cast_inputs and param_dtype is None:
+        raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
     _check_later_options(**later)
     return Config(
         int(stage),
@@ -117,6 +125,8 @@ def check_config(
         reduce_dtype,
         bucket_buffers,
         precision,
+        None if max_grad_norm is None else float(max_grad_norm),
+        cast_inputs,
     )
 
 
@@ -161,15 +171,18 @@ def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None
         raise ConfigError(f"expected {name} to be one of {choices}, got {value!r}")
 
 
+def _check_max_grad_norm(max_grad_norm: float | None) -> None:
+    if max_grad_norm is None:
+        return
+    if not isinstance(max_grad_norm, (int, float)) or isinstance(max_grad_norm, bool) or not max_grad_norm > 0:
+        raise ConfigError(f"expected max_grad_norm to be a positive number or None, got {max_grad_norm!r}")
+
+
 def _check_later_options(
     *,
-    max_grad_norm: float | None,
     average_every: int | None,
 ) -> None:
     # Name, value given, value that means "as without it".
-    for name, value, neutral in (
-        ("max_grad_norm", max_grad_norm, None),
-        ("average_every", average_every, None),
-    ):
+    for name, value, neutral in (("average_every", average_every, None),):
         if value != neutral:
             raise NotSupportedError(f"{name}={value!r} is not supported yet; leave it at {neutral!r}")

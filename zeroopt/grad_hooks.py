@@ -27,6 +27,7 @@ from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
 from .precision import Precision
+from .sharded_gradient import ShardedGradient, ShardedGradients
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
 
@@ -41,10 +42,18 @@ def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -
         owner.take_up(index)
 
 
+def _has_local_gradient(managed: ManagedParam) -> bool:
+    """Whether a parameter has a gradient that no reduce has taken up."""
+    grad = managed.param.grad
+    return grad.local is not None if type(grad) is ShardedGradient else grad is not None
+
+
 def _dense_gradient(managed: ManagedParam) -> Tensor:
-    """A parameter's gradient, its elements in memory as those of the parameter are."""
+    """A parameter's local gradient, its elements in memory as those of the parameter are."""
     grad = managed.param.grad
     assert grad is not None
+    if type(grad) is ShardedGradient:
+        grad = grad.take_local()
     if grad.layout is not torch.strided:
         raise StateError(
             f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
@@ -64,6 +73,8 @@ class GradientReducer:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
         has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
+        sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
+        num_backwards: backward passes that have been reduced.
         num_steps: steps that have been taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
@@ -84,6 +95,7 @@ class GradientReducer:
         self.sync = True
         self.has_local_gradients = False
         self.num_steps = 0
+        self.num_backwards = 0
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
         self._params = params
@@ -105,6 +117,10 @@ class GradientReducer:
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
+        self.sharded: ShardedGradients | None = None
+        if placement.shard_state:
+            sums = [precision.sum_dtype(precision.stored_dtype(m.param.dtype), shard_state=True) for m in params]
+            self.sharded = ShardedGradients(params, sums, transport, self.finish)
         for managed in params:
             hook = partial(_on_gradient, weakref.ref(self), managed.index)
             managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -134,13 +150,14 @@ class GradientReducer:
         for bucket in buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
+        if self.sharded is not None:
+            self.sharded.adopt(buckets, self.stores)
 
     def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Put the reduced gradients of this rank's segments into their state, to move with it."""
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             for segment in bucket.segments if store.holds_sum else ():
-                piece = store.reduced[segment.offset : segment.offset + segment.numel]
-                state.setdefault(segment.shard, {})[_GRADIENT] = piece
+                state.setdefault(segment.shard, {})[_GRADIENT] = store.part(segment)
 
     def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Take the gradients out of the state again."""
@@ -148,7 +165,7 @@ class GradientReducer:
             for segment in bucket.segments:
                 entry = state.get(segment.shard, {})
                 if _GRADIENT in entry:
-                    store.reduced[segment.offset : segment.offset + segment.numel].copy_(entry.pop(_GRADIENT))
+                    store.part(segment).copy_(entry.pop(_GRADIENT))
                     store.holds_sum = True
                     if not entry:
                         del state[segment.shard]
@@ -178,6 +195,10 @@ class GradientReducer:
         """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
         return self._used
 
+    def sum_dtype(self, index: int) -> torch.dtype:
+        """Of a parameter's reduced gradient."""
+        return self.stores[self._bucket_of[index]].reduced.dtype
+
     def finish(self) -> None:
         """Wait until every gradient that has been produced is reduced. Collective when a backward has run.
 
@@ -197,6 +218,9 @@ class GradientReducer:
         for gather in self._gathers:
             gather.finish()
         self._gathers.clear()
+        self._finish_flags()
+
+    def _finish_flags(self) -> None:
         for flags, pending in self._pending_flags:
             pending.finish()
             *_, most, least = flags.tolist()
@@ -223,6 +247,10 @@ class GradientReducer:
             store.discard()
         self._used.zero_()
         self.has_local_gradients = False
+        if self.sharded is not None:
+            for managed in self._params:
+                self.sharded.forget(managed.index)
+            self.sharded.changed()
 
     def zero(self) -> None:
         """Set all reduced gradients to zero; parameters that had one count as having one still."""
@@ -230,13 +258,38 @@ class GradientReducer:
         for store in self.stores:
             store.zero()
         self.has_local_gradients = False
+        if self.sharded is not None:
+            self.sharded.zero([managed.index for managed in self._params if self.sharded.is_shown(managed)])
+
+    def take_part(self) -> None:
+        """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
+        every backward is."""
+        self._start_backward()
+        self._end()
 
     def take_visible(self) -> Tensor:
-        """Stage 0: what `param.grad` says holds, for the user may have cleared, replaced or edited it.
+        """What `param.grad` says holds, for the user may have cleared, replaced or edited it. After `finish`.
 
         Returns:
             uint8 [number of parameters], 1 where there is a gradient.
         """
+        return self._take_visible_whole() if self.sharded is None else self._take_visible_pieces(self.sharded)
+
+    def _take_visible_pieces(self, sharded: ShardedGradients) -> Tensor:
+        flags = bytearray(len(self._params))
+        for managed in self._params:
+            grad = managed.param.grad
+            if sharded.is_shown(managed):
+                flags[managed.index] = 1
+            elif grad is not None:
+                sharded.replace(managed, _dense_gradient(managed))
+                self.stores[self._bucket_of[managed.index]].holds_sum = True
+                flags[managed.index] = 1
+            elif sharded.was_cleared(managed):
+                sharded.replace(managed, None)
+        return torch.frombuffer(flags, dtype=torch.uint8)
+
+    def _take_visible_whole(self) -> Tensor:
         flags = bytearray(len(self._params))
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             assert store.full is not None
@@ -283,12 +336,32 @@ class GradientReducer:
             self._start_complete()
 
     def _begin(self) -> None:
+        self._start_backward()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _start_backward(self) -> None:
         self.check_storage()
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
         self._running = True
+        self.num_backwards += 1
         self.arrivals.clear()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        if self.sharded is not None:
+            self._drop_cleared(self.sharded)
+
+    def _drop_cleared(self, sharded: ShardedGradients) -> None:
+        """What somebody has cleared since the last backward, by setting `param.grad`, is not to be added to."""
+        sharded.changed()
+        cleared = {managed.index for managed in self._params if sharded.was_cleared(managed)}
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            gone = [managed for managed in bucket.params if managed.index in cleared]
+            if gone and len(gone) == len(bucket.params):
+                store.discard()
+            for managed in gone:
+                if store.holds_sum:
+                    sharded.replace(managed, None)
+                sharded.forget(managed.index)
+                self._used[managed.index] = 0
 
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn.
@@ -336,7 +409,10 @@ class GradientReducer:
 
     def _note_packed(self, managed: ManagedParam, full: Tensor) -> None:
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
-        managed.param.grad = None if self._placement.shard_state else managed.view_in(full)
+        if self.sharded is None:
+            managed.param.grad = managed.view_in(full)
+        else:
+            self.sharded.show(managed)
         self._packed[managed.index] = 1
 
     def _start_complete(self) -> None:
@@ -351,7 +427,7 @@ class GradientReducer:
         assert full is not None
         late = [managed for managed in bucket.params if not self._packed[managed.index]]
         # Those had no buffer when they came, or were left by a backward under no_sync().
-        self._pack_together([managed for managed in late if managed.param.grad is not None], full)
+        self._pack_together([managed for managed in late if _has_local_gradient(managed)], full)
         for managed in late:
             if not self._packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
@@ -380,6 +456,7 @@ class GradientReducer:
         while self._next < len(self._buckets):
             self._start_next()
         self._agree_on_used()
+        everything = all(self._packed)
         self._arrived = bytearray(len(self._params))
         self._packed = bytearray(len(self._params))
         self._missing = [len(bucket.params) for bucket in self._buckets]
@@ -387,9 +464,12 @@ class GradientReducer:
         self._running = False
         self.has_local_gradients = False
         self._transport.progress()
-        if not self._placement.shard_state:
+        if self.sharded is None:
             self.finish()
             self._show_gradients()
+        elif not everything:  # others may have gradients that this rank has not: all must show the same ones
+            self._finish_flags()
+            self._show_sharded(self.sharded)
 
     def _agree_on_used(self) -> None:
         if self._flags_before is not None:
@@ -409,3 +489,9 @@ class GradientReducer:
                 if managed.param.grad is None and used[managed.index]:
                     assert store.full is not None
                     managed.param.grad = managed.view_in(store.full)
+
+    def _show_sharded(self, sharded: ShardedGradients) -> None:
+        """Stages 1 and 2: likewise."""
+        for managed, used in zip(self._params, self._used.tolist(), strict=True):
+            if used and managed.param.grad is None:
+                sharded.show(managed)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bucket import Bucket
+from . import ops
+from .bucket import Bucket, Segment
 from .collectives import PendingCollective, Transport
 from .config import Placement
 from .precision import Precision
@@ -59,7 +60,9 @@ class GradientStore:
         reduced: [own range], the sum over ranks, valid while `holds_sum`.
         base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
         label: how messages call the bucket.
-        norm: p and the p-norm of `reduced`, where somebody has asked for it; see `grad_clip`.
+        factor: 0-dim, what the sum has yet to be multiplied by, to clip or to unscale it; the step does that on its way, so
+            that it takes no pass of its own. None: nothing.
+        norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `grad_clip`.
         is_open: backward fills it.
         is_reducing: its reduce has started, and nobody has waited for it yet.
     """
@@ -85,6 +88,9 @@ class GradientStore:
         self.is_open = False
         self.is_reducing = False
         self.norm: tuple[float, Tensor] | None = None
+        self._storage = precision.storage(bucket.dtype, sum_dtype)
+        self._table: ops.SegmentTable | None = None
+        self.factor: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None
         if pool is None:
@@ -105,6 +111,7 @@ class GradientStore:
             if self._pool is not None:
                 self.full = self._pool.borrow(self._bucket, self._dtype)
             if self._accumulates and self.holds_sum:
+                self.settle()
                 self.base = self.reduced if self._sums_apart else self.reduced.clone()
         assert self.full is not None
         return self.full
@@ -118,6 +125,7 @@ class GradientStore:
         self.is_reducing = True
         self.holds_sum = False
         self.norm = None
+        self.factor = None
 
     def finish(self) -> None:
         """Wait until `reduced` holds the sum."""
@@ -150,13 +158,40 @@ class GradientStore:
         """Forget the sum; the next backward starts a new one."""
         self.holds_sum = False
         self.norm = None
+        self.factor = None
 
     def zero(self) -> None:
         """Set the sum to zero."""
         self.reduced.zero_()
         self.norm = None
+        self.factor = None
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply the sum by a 0-dim tensor."""
-        self.reduced.mul_(factor.to(self.reduced.dtype))
+        """Have the sum multiplied by a 0-dim tensor when it is used."""
+        factor = factor.detach().to(self.reduced.device)
+        self.factor = factor.clone() if self.factor is None else self.factor * factor
+
+    def settle(self) -> None:
+        """Multiply the sum by its factor now."""
+        if self.factor is not None:
+            self.reduced.mul_(self.factor.to(self.reduced.dtype))
+            self.factor = None
+            self.norm = None
+
+    def square_sum(self) -> Tensor:
+        """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
+        if self._storage is None:
+            norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
+            return norm.square()
+        if self._table is None:
+            arrays = ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master)
+            self._table = ops.SegmentTable(self._storage, [arrays])
+        active = torch.ones(1, dtype=torch.uint8, device=self.reduced.device)
+        found_inf = torch.zeros(1, dtype=torch.float32, device=self.reduced.device)
+        return ops.squared_norms(self._table, active=active, found_inf=found_inf)[0]
+
+    def part(self, segment: Segment) -> Tensor:
+        """The sum for one segment of the own range, to be read or changed in place."""
+        self.settle()
         self.norm = None
+        return self.reduced[segment.offset : segment.offset + segment.numel]

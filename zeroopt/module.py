@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .broadcast import Broadcaster
 from .collectives import Transport
@@ -35,9 +36,11 @@ class ZeroDataParallel(nn.Module):
         broadcaster: Broadcaster | None,
         *,
         shared: bool,
+        input_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         self.module = module
+        self._input_dtype = input_dtype
         self._reducer = reducer
         self._gathers = gathers
         self._transport = transport
@@ -51,10 +54,17 @@ class ZeroDataParallel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. With `broadcast_buffers` it is collective while gradients are enabled and synchronised: ranks
-        first take over the buffers (batch norm statistics and the like) of rank 0."""
+        first take over the buffers (batch norm statistics and the like) of rank 0. With `cast_inputs`, floating-point tensors
+        among the arguments, in whatever containers, are cast to `param_dtype`."""
         if self._broadcaster is not None and torch.is_grad_enabled() and self._reducer.sync:
             self._broadcaster.broadcast(list(self.module.buffers()))
+        if self._input_dtype is not None:
+            args, kwargs = tree_map(self._cast_input, (args, kwargs))
         return self.module(*args, **kwargs)
+
+    def _cast_input(self, value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._input_dtype) if is_float else value
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -8,15 +8,17 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _C
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
 from .collectives import Transport
 from .config import Config
-from .errors import NotSupportedError, StateError
-from .grad_clip import clip_shards
+from .errors import ConfigError, NotSupportedError, StateError
+from .grad_clip import clip_by, norm_of_shards, norm_of_whole
 from .grad_hooks import GradientReducer
+from .loss_scaling import agree_on_overflow
 from .param_gather import ParamGathers
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
@@ -39,9 +41,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     `param_groups` is the wrapped optimizer's own list of its own dicts, so options set through either object, or by a
     scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped.
 
-    `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 it is None after backward: the mean
-    exists only in slices, each on the rank that owns it, and only `zero_grad` of this object, of the wrapped optimizer or
-    of the wrapped model clears it.
+    `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 the mean exists in slices, each on the
+    rank that owns it, and `param.grad` is a `ShardedGradient` that stands for it: torch's clipping, `GradScaler`, clearing,
+    norms and multiplying by a number work on it as usual; `full_grad` gives the whole.
 
     Made by `zeroopt.wrap`.
     """
@@ -77,6 +79,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config, seed)
         # Indices of the parameters, in the order in which the plan takes them.
         self._order = [managed.index for managed in reversed(params)]
+        self._num_backwards = 0  # of the reducer, at the last step
+        self._grad_norm: Tensor | None = None
+        self._norm_of_backward = 0
         self._may_replan = config.overlap and transport.world_size > 1
         self._versions = [managed.param._version for managed in params]
 
@@ -84,6 +89,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def stage(self) -> int:
         """ZeRO stage: 0, 1 or 2."""
         return self._config.stage
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A GradScaler asks before it looks at gradients, which a rank without a backward of its own has yet to get."""
+        self._take_part()
+        return True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -97,17 +108,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
-                reduced, or the last backward raised.
+                reduced, the last backward raised, or the ranks' loss scales differ.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_ready()
+        self._take_part()
         self._gathers.finish_all()
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
+        if self._agree_on_overflow():
+            active.zero_()
+        elif self._config.max_grad_norm is not None:
+            self.clip_grad_norm_(self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
         self._note_changes(active)
@@ -120,6 +136,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._gathers.leave_to_readers()
         self._reducer.reclaim()
         self._reducer.num_steps += 1
+        self._num_backwards = self._reducer.num_backwards
         self._replan_once(active)
         self._note_step_for_schedulers()
         return loss
@@ -227,22 +244,76 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: `norm_type` is not positive.
             StateError: as `step`.
         """
+        if not norm_type > 0:
+            raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
         self._check_ready()
-        self._finish_reduces()
-        if not self._config.placement.shard_state:
-            params = [managed.param for managed in self._params]
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type).float()
+        self._take_part()
+        active = self._finish_reduces()
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
-        return clip_shards(self._reducer.stores, self._transport, max_norm, norm_type)
+        norm = self._compute_norm(active, float(norm_type))
+        clip_by(self._reducer.stores, norm, max_norm)
+        if not self._config.placement.shard_state:  # what `param.grad` shows
+            for store in self._reducer.stores:
+                store.settle()
+        self._grad_norm = norm.float() if norm_type == 2 else None
+        self._norm_of_backward = self._reducer.num_backwards
+        return norm.float()
 
     @property
     def grad_norm(self) -> Tensor:
-        """Not supported yet."""
-        raise NotSupportedError("grad_norm is not supported yet; clip_grad_norm_ returns the norm")
+        """The 2-norm of all gradients, as if they were one vector, a 0-dim float32 tensor, the same on all ranks.
 
-    def full_grad(self, param: Tensor) -> Tensor:
-        """Not supported yet."""
-        raise NotSupportedError("full_grad is not supported yet; in stage 0, param.grad is the whole gradient")
+        After clipping, by `max_grad_norm` or `clip_grad_norm_`, it is the norm before that, until there are other gradients. When
+        it has to be computed first it is collective, so read it on every rank.
+
+        Raises:
+            StateError: as `step`.
+        """
+        if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
+            self._check_ready()
+            self._take_part()
+            self._grad_norm = self._compute_norm(self._finish_reduces(), 2.0).float()
+            self._norm_of_backward = self._reducer.num_backwards
+        return self._grad_norm
+
+    def full_grad(self, param: Tensor) -> Tensor | None:
+        """The whole gradient of a parameter, the mean over all ranks. Collective: every rank must call it.
+
+        Returns:
+            A copy, of the parameter's shape and of the dtype in which gradients are summed (float32 for 16-bit parameters with
+            `param_dtype`, in stages 1 and 2); None when no rank has a gradient for it.
+
+        Raises:
+            ConfigError: the parameter is not one that this optimizer trains.
+            StateError: as `step`.
+        """
+        managed = self._managed(param)
+        self._check_ready()
+        self._take_part()
+        if not self._finish_reduces()[managed.index]:
+            return None
+        if self._reducer.sharded is None:
+            return managed.param.grad.clone() if managed.param.grad is not None else None
+        piece = self._reducer.sharded.piece(managed.index)
+        return self._assemble(managed, piece, self._reducer.sum_dtype(managed.index))
+
+    def full_parameter(self, param: Tensor) -> Tensor:
+        """The whole of a parameter as precisely as it is kept: float32 where `param_dtype` gives it a master or a remainder.
+        Collective: every rank must call it.
+
+        Returns:
+            A copy, of the parameter's shape.
+
+        Raises:
+            ConfigError: the parameter is not one that this optimizer trains.
+        """
+        managed = self._managed(param)
+        bucket = next(bucket for bucket in self._buckets if managed in bucket.params)
+        if bucket.master is None:
+            return managed.param.detach().clone()
+        self._gathers.finish(bucket.index)
+        pieces = [s for s in bucket.segments if s.owner is managed]
+        return self._assemble(managed, bucket.exact(pieces[0]) if pieces else None, torch.float32)
 
     def full_state_dict(self) -> dict[str, Any]:
         """Not supported yet."""
@@ -271,10 +342,58 @@ class ZeroOptimizer(torch.optim.Optimizer):
         where = f"stage={self.stage}, rank={self._transport.rank}, world_size={self._transport.world_size}"
         return f"ZeroOptimizer({where}, transport={self._transport.name}, {self._inner!r})"
 
+    def _managed(self, param: Tensor) -> ManagedParam:
+        for managed in self._params:
+            if managed.param is param:
+                return managed
+        raise ConfigError(
+            f"expected a parameter that this optimizer trains, got another tensor of shape {list(param.shape)}"
+        )
+
+    def _assemble(self, managed: ManagedParam, piece: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """A tensor of a parameter's shape from the pieces that ranks have of it. Collective."""
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        whole = torch.zeros(managed.numel, dtype=wide, device=managed.param.device)
+        segment = next((segment for segment in self._segments() if segment.owner is managed), None)
+        if piece is not None and segment is not None:
+            whole[segment.start : segment.start + segment.numel] = piece
+        if self._config.placement.shard_state and self._transport.world_size > 1:
+            dist.all_reduce(whole, group=self._transport.group)  # the pieces of other ranks are zero here
+        return whole.to(dtype).as_strided(managed.shape, managed.stride)
+
+    def _take_part(self) -> None:
+        """A rank that has run no backward since the last step takes part in that of the others, with zeros."""
+        if self._transport.world_size == 1 or self._num_backwards != self._reducer.num_backwards:
+            return
+        if all(managed.param.grad is None for managed in self._params):
+            self._reducer.take_part()
+
+    def _agree_on_overflow(self) -> bool:
+        """Whether a GradScaler's step is to be skipped. Collective where there is one.
+
+        For the time of its step it sets `found_inf` and `grad_scale`, as the fused optimizers of torch have them.
+        """
+        if "found_inf" not in vars(self):
+            return False
+        sharded = self._reducer.sharded
+        checks = [] if sharded is None else sharded.scaler_checks
+        found_inf = torch.as_tensor(vars(self)["found_inf"], dtype=torch.float32)  # 0 where no gradient was looked at
+        overflow = agree_on_overflow(found_inf, vars(self)["grad_scale"], checks, self._reducer.stores, self._transport)
+        checks.clear()
+        return overflow
+
+    def _compute_norm(self, active: Tensor, norm_type: float) -> Tensor:
+        """0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
+        stores = self._reducer.stores
+        if self._config.placement.shard_state:
+            return norm_of_shards(stores, self._transport, norm_type)
+        grads = [m.param.grad for m in self._params if active[m.index] and m.param.grad is not None]
+        return norm_of_whole(grads, norm_type)
+
     def _finish_reduces(self) -> Tensor:
         """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
         self._reducer.finish()
-        active = self._reducer.used if self._config.placement.shard_state else self._reducer.take_visible()
+        active = self._reducer.take_visible()
         if not active.all():
             self._check_replaced()
         return active
@@ -291,7 +410,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _step_buckets(self, active: Tensor) -> Iterator[Bucket]:
         """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""
-        flags = active.tolist()
+        # What was used on any rank, on which all ranks agree, and what the user has set besides.
+        flags = (active | self._reducer.used).tolist()
         for bucket in self._stepper.step(active):
             if self._config.placement.shard_state and any(flags[managed.index] for managed in bucket.params):
                 yield bucket

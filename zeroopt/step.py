@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,8 +93,7 @@ class ShardStepper:
                 by_group[segment.owner.group].append(segment.shard)
                 segments.append(segment)
                 if flags[segment.owner.index]:
-                    grad = store.reduced[segment.offset : segment.offset + segment.numel]
-                    segment.shard.grad = grad.to(segment.shard.dtype)
+                    segment.shard.grad = store.part(segment).to(segment.shard.dtype)
         with self._shards_in_groups(by_group):
             self._optimizer.step()
         for segment in segments:
@@ -147,6 +147,8 @@ class FusedBucket(FusedSegments):
 
     def step_params(self, active: Tensor, groups: Tensor, control: ops.StepControl) -> None:
         """One step; `active` is uint8 [number of parameters of the model]."""
+        if self._store.factor is not None:
+            control = replace(control, clip_coef=self._store.factor.float())
         self.step(active.index_select(0, self._owners), groups, control)
 
     def _arrays(self, i: int) -> ops.SegmentArrays:

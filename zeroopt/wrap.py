@@ -44,6 +44,7 @@ def wrap(
     average_every: int | None = None,
     *,
     bucket_buffers: int = 2,
+    cast_inputs: bool = False,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -81,7 +82,11 @@ def wrap(
         reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
             the parameters. Stages 1 and 2; between float32 and 16 bits. Transport "torch" sums in that dtype.
         bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
-        max_grad_norm, average_every: reserved; only their defaults are supported so far.
+        cast_inputs: cast floating-point tensors among the model's arguments to `param_dtype`. Without it inputs are left alone,
+            and so are buffers.
+        max_grad_norm: clip gradients in every step so that the 2-norm of all of them is at most that, as `clip_grad_norm_` does, in
+            the same pass. `optimizer.grad_norm` is then the norm before clipping.
+        average_every: reserved; only its default is supported so far.
 
     Returns:
         The model and the optimizer to train with.
@@ -115,6 +120,7 @@ def wrap(
             share_parameters=share_parameters,
             bucket_buffers=bucket_buffers,
             average_every=average_every,
+            cast_inputs=cast_inputs,
         )
         params = inspect(model, optimizer)
         check_param_dtype(param_dtype, {managed.name: managed.param.dtype for managed in params})
@@ -163,6 +169,8 @@ def _wrap_checked(
         reduce_dtype=config.reduce_dtype,
         precision=precision,
     )
+    if config.max_grad_norm is not None:
+        reducer.norm_type = 2.0
     travels = placement.shard_state and transport.world_size > 1
     gathers = ParamGathers(model, buckets, transport, lazy=config.overlap and travels)
     has_buffers = next(model.buffers(), None) is not None
@@ -173,6 +181,7 @@ def _wrap_checked(
         transport,
         broadcaster if config.broadcast_buffers and has_buffers else None,
         shared=shared,
+        input_dtype=precision.param_dtype if config.cast_inputs else None,
     )
     seed = _agree_on_seed(group, params[0].param.device)
     wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
