@@ -214,7 +214,7 @@ def go_wrong(how: str) -> str:
             optimizer.step()
         elif how == "unfrozen":
             net.layers[0].weight.requires_grad_(True)
-            loss_of(model(batch("mlp", 0))).backward()
+            loss_of(net(batch("mlp", 0))).backward()  # past the wrapped model
             optimizer.step()
         elif how == "backward raised":
             net.layers[0].weight.register_hook(fail)
@@ -247,7 +247,7 @@ def fail(grad: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ("unfrozen", "StateError: parameter 'layers.0.weight' was frozen when zeroopt.wrap was called"),
+        ("unfrozen", "StateError: parameter 'layers.0.weight' was frozen and has got a gradient of this rank alone"),
         ("backward raised", "StateError: the last backward did not come to its end"),
         (
             "step between",

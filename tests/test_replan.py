@@ -112,11 +112,11 @@ def replans_in(steps: int, options: dict[str, Any]) -> list[bool]:
     _, model, optimizer = wrapped("adamw", options)
     changed = []
     for number in range(steps):
-        before = optimizer._buckets
+        before = list(optimizer._buckets)
         backward(model, number)
         optimizer.step()
         optimizer.zero_grad()
-        changed.append(optimizer._buckets is not before)
+        changed.append(optimizer._buckets != before)
     return changed
 
 

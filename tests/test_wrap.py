@@ -114,7 +114,7 @@ class NormalisedSgd(torch.optim.Optimizer):
     [
         ("twice", "ConfigError: this model is already wrapped"),
         ("optimizer twice", "ConfigError: this optimizer is already wrapped"),
-        ("result again", "ConfigError: this model is already wrapped"),
+        ("result again", "ConfigError: this optimizer is already wrapped"),
         ("result optimizer", "ConfigError: this optimizer is already wrapped"),
         ("foreign parameters", "ConfigError: parameter 0 of the optimizer (group 0, shape [8, 4]) is not a parameter"),
         ("empty", "ConfigError: the optimizer has no parameters"),
@@ -220,7 +220,9 @@ def wrap_differently(difference: str) -> str:
         ("fewer", ["rank 0 has [parameter '2.weight'", "rank 1 has [optimizer AdamW]"]),
         (
             "frozen",
-            ["rank 1 has [parameter 'extra.weight' of shape [3, 3], torch.float32, which zeroopt does not train]"],
+            [
+                "rank 1 has [parameter 'extra.weight' of shape [3, 3], torch.float32, which this optimizer does not train]"
+            ],
         ),
         ("buffer", ["rank 1 has [buffer 'count' of shape [3], torch.float32]"]),
         ("class", ["rank 0 has [optimizer AdamW], rank 1 has [optimizer SGD]"]),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .bucket import ManagedParam
 from .errors import RankMismatchError
 
 
-def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> None:
+def agree(
+    group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None, what: str = "zeroopt.wrap"
+) -> None:
     """Return when every rank called with the same lines and without a problem; else raise on every rank.
 
     Collective: every rank of the group must call it. Usually it costs one small all-reduce; the lines themselves travel
@@ -21,11 +25,13 @@ def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], 
     Args:
         lines: the description of what this rank is about to wrap, in an order that all ranks share.
         problem: what is wrong on this rank alone, if anything is.
+        what: what is to be agreed on, for messages.
 
     Raises:
         Exception: this rank's own problem, as it is.
         RankMismatchError: another rank has a problem, or the first difference between two ranks; the same text everywhere.
     """
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
     if not _differs(group, device, lines, problem):
         return
     everyone: list[tuple[list[str], str | None]] = [([], None)] * group.size()
@@ -33,7 +39,7 @@ def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], 
     dist.all_gather_object(everyone, mine, group=group)
     if problem is not None:
         raise problem
-    raise RankMismatchError(_first_difference(everyone))
+    raise RankMismatchError(_first_difference(everyone, what))
 
 
 def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:
@@ -48,16 +54,44 @@ def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str
     return largest != smallest or values[-1] != 0
 
 
-def _first_difference(everyone: Sequence[tuple[list[str], str | None]]) -> str:
+def _first_difference(everyone: Sequence[tuple[list[str], str | None]], what: str) -> str:
     for rank, (_, problem) in enumerate(everyone):
         if problem is not None:
-            return f"zeroopt.wrap failed on rank {rank}: {problem}"
+            return f"{what} failed on rank {rank}: {problem}"
     reference = everyone[0][0]
     for rank, (lines, _) in enumerate(everyone):
         for here, there in zip_longest(reference, lines, fillvalue="nothing more"):
             if here != there:
                 return (
-                    f"zeroopt.wrap got different things on different ranks; the first difference: rank 0 has [{here}], "
+                    f"{what} got different things on different ranks; the first difference: rank 0 has [{here}], "
                     f"rank {rank} has [{there}]. Build the same model and optimizer, with the same options, on all ranks"
                 )
     raise AssertionError("the digests of equal descriptions differ")
+
+
+def describe_params(params: Sequence[ManagedParam]) -> list[str]:
+    """What ranks have to have in common of the parameters that they train."""
+    return [
+        f"parameter {m.name!r} of shape {list(m.shape)}, {m.param.dtype}, strides {list(m.stride)}, in param_group {m.group}"
+        for m in params
+    ]
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What ranks have to have in common of an optimizer."""
+    lines = [f"optimizer {type(optimizer).__name__}"]
+    for number, group in enumerate(optimizer.param_groups):
+        options = ", ".join(
+            f"{key}={_plain(group[key])}" for key in sorted(group) if key not in ("params", "param_names")
+        )
+        lines.append(f"param_group {number} with {options}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    """An option as text that is the same on every rank: no addresses of objects."""
+    if isinstance(value, torch.Tensor):
+        return repr(value.tolist())
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_plain, value))})"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__

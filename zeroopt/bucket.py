@@ -83,6 +83,7 @@ class Bucket:
 
     Attributes:
         name: how messages call the bucket.
+        precision: what its parameters are kept in.
         flat_param: [padded_numel], all parameters; the gaps between them are zero.
         own_range: the elements of the bucket that this rank steps; its slice, or all of the bucket in stage 0.
         own_param: view of `flat_param` over the own range.
@@ -102,6 +103,7 @@ class Bucket:
         shared: bool,
     ) -> None:
         self.index = index
+        self.precision = precision
         self.padded_numel = layout.padded_numel
         self.params = [params[i] for i in layout.params]
         self.dtype = precision.stored_dtype(self.params[0].param.dtype)
@@ -234,6 +236,7 @@ def make_buckets(
     *,
     shard_state: bool,
     shared: bool,
+    first_index: int = 0,
 ) -> list[Bucket]:
     """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
 
@@ -241,11 +244,12 @@ def make_buckets(
 
     Args:
         params: those that the plan is for, in its order.
+        first_index: index of the first of the buckets, which come behind others of the model.
     """
     buckets = []
-    for index, layout in enumerate(plan.buckets):
-        own_range = _own_range(plan, index, transport, shard_state=shard_state)
-        bucket = Bucket(index, layout, params, own_range, transport, precision, shared=shared)
-        bucket.cut_segments(plan.segments(index, *own_range), params)
+    for number, layout in enumerate(plan.buckets):
+        own_range = _own_range(plan, number, transport, shard_state=shard_state)
+        bucket = Bucket(first_index + number, layout, params, own_range, transport, precision, shared=shared)
+        bucket.cut_segments(plan.segments(number, *own_range), params)
         buckets.append(bucket)
     return buckets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,16 @@ class Config:
     @property
     def bucket_bytes(self) -> int:
         return max(1, int(self.bucket_mb * 2**20))
+
+    def check_shares(self, first: Config) -> None:
+        """Raise ConfigError when these options of a second optimizer of a model do not go with those of its first."""
+        own = ("fused", "precision")
+        for name, value in vars(first).items():
+            if name not in own and getattr(self, name) != value:
+                raise ConfigError(
+                    f"the model was wrapped with {name}={value!r} for its first optimizer, and is now wrapped with "
+                    f"{name}={getattr(self, name)!r}; only fused, param_dtype, master_weights and state_dtype may differ"
+                )
 
     def describe(self) -> list[str]:
         """One line for each option on which all ranks have to agree."""
@@ -130,21 +140,22 @@ def check_config(
     )
 
 
-def check_param_dtype(param_dtype: torch.dtype | None, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise ConfigError when parameters of these dtypes, by name, cannot be kept in `param_dtype`."""
+def check_param_dtypes(config: Config, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise ConfigError when parameters of these dtypes, by name, cannot be kept in `param_dtype`, or their gradients cannot
+    travel in `reduce_dtype`."""
+    param_dtype = config.precision.param_dtype
     for name, dtype in dtypes.items():
         if param_dtype is not None and dtype not in (torch.float32, param_dtype):
             raise ConfigError(
                 f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {name!r} of {dtype}"
             )
+        _check_reduce_dtype(config.reduce_dtype, config.precision.stored_dtype(dtype))
 
 
-def check_reduce_dtype(reduce_dtype: torch.dtype | None, param_dtypes: Iterable[torch.dtype]) -> None:
-    """Raise ConfigError when sums of gradients in `reduce_dtype` cannot be kept for parameters of these dtypes."""
-    for dtype in param_dtypes:
-        widths = {dtype.itemsize, (reduce_dtype or dtype).itemsize}
-        if reduce_dtype not in (None, dtype) and widths != {2, 4}:
-            raise ConfigError(f"reduce_dtype={reduce_dtype} does not fit parameters of {dtype}: leave it at None")
+def _check_reduce_dtype(reduce_dtype: torch.dtype | None, stored: torch.dtype) -> None:
+    widths = {stored.itemsize, (reduce_dtype or stored).itemsize}
+    if reduce_dtype not in (None, stored) and widths != {2, 4}:
+        raise ConfigError(f"reduce_dtype={reduce_dtype} does not fit parameters of {stored}: leave it at None")
 
 
 def _check_reduce_option(reduce_dtype: torch.dtype | None, stage: int) -> None:

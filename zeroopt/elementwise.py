@@ -72,8 +72,8 @@ def _copy_with(optimizer: torch.optim.Optimizer, group: int, params: list[nn.Par
     own = {p: p for g in optimizer.param_groups for p in g["params"]}
     memo: dict[int, Any] = {id(p): p for p in own}  # references to parameters stay references
     for name, value in vars(optimizer).items():
-        # A scheduler has replaced `step` by a closure over the real optimizer.
-        if name in ("param_groups", "state", "step"):
+        # A scheduler has replaced `step` by a closure over the real optimizer, and zeroopt.wrap some other methods.
+        if name in ("param_groups", "state", "step", "zero_grad", "add_param_group"):
             continue
         vars(probe)[name] = OrderedDict() if name.endswith("_hooks") else copy.deepcopy(value, memo)
     options = copy.deepcopy({k: v for k, v in optimizer.param_groups[group].items() if k != "params"}, memo)

@@ -26,7 +26,6 @@ from .config import Placement
 from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
-from .precision import Precision
 from .sharded_gradient import ShardedGradient, ShardedGradients
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
@@ -82,15 +81,12 @@ class GradientReducer:
 
     def __init__(
         self,
-        params: Sequence[ManagedParam],
-        buckets: Sequence[Bucket],
         transport: Transport,
         placement: Placement,
         *,
         overlap: bool,
         bucket_buffers: int,
         reduce_dtype: torch.dtype | None,
-        precision: Precision,
     ) -> None:
         self.sync = True
         self.has_local_gradients = False
@@ -98,60 +94,93 @@ class GradientReducer:
         self.num_backwards = 0
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
-        self._params = params
         self._transport = transport
         self._placement = placement
         self._overlap = overlap
         self._bucket_buffers = bucket_buffers
         self._reduce_dtype = reduce_dtype
-        self._precision = precision
         self._scale = 1.0 / transport.world_size
         self._running = False  # between the first hook of a backward and its end
-        self._arrived = bytearray(len(params))  # 1: its gradient has come, for this backward
-        self._packed = bytearray(len(params))  # 1: and lies in the bucket; until then in param.grad
+        self._params: list[ManagedParam] = []
+        self._arrived = bytearray()  # 1: its gradient has come, for this backward
+        self._packed = bytearray()  # 1: and lies in the bucket; until then in param.grad
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
         self._gathers: list[PendingCollective] = []
         # What ranks compare after a backward: which parameters had a gradient, and how many steps came before it.
-        self._flags = transport.allocate(len(params) + 2, torch.uint8, buckets[0].device)
+        self._flags: Tensor | None = None
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
-        self._used = torch.zeros(len(params), dtype=torch.uint8)
-        self.sharded: ShardedGradients | None = None
-        if placement.shard_state:
-            sums = [precision.sum_dtype(precision.stored_dtype(m.param.dtype), shard_state=True) for m in params]
-            self.sharded = ShardedGradients(params, sums, transport, self.finish)
+        self._used = torch.zeros(0, dtype=torch.uint8)
+        self._pool: BufferPool | None = None
+        if placement.shard_gradient:
+            self._pool = BufferPool(reduce_dtype, transport, bucket_buffers if overlap else 1)
+        self.sharded = ShardedGradients(transport, self.finish) if placement.shard_state else None
+        self._buckets: list[Bucket] = []
+        self.stores: list[GradientStore] = []
+
+    def extend(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
+        """Take up further parameters, in buckets of their own. Collective. Gradients that there are stay."""
+        self.finish()
+        self._reclaim_all()
         for managed in params:
             hook = partial(_on_gradient, weakref.ref(self), managed.index)
             managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        self.adopt(buckets)
+        self._params += params
+        self._arrived, self._packed = bytearray(len(self._params)), bytearray(len(self._params))
+        self._used = torch.cat([self._used, torch.zeros(len(params), dtype=torch.uint8)])
+        self._make_flags(buckets[0].device)
+        self._take_in(buckets)
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
         """Take up buckets in which the same parameters lie. Collective. No gradients are kept."""
         assert not self._in_flight and not self._running
         self._lent.clear()
-        self._pool = None
-        if self._placement.shard_gradient:
-            count = self._bucket_buffers if self._overlap else 1
-            self._pool = BufferPool(buckets, self._reduce_dtype, self._transport, count)
-        self._buckets = buckets
-        self.stores = [
-            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool, self._precision)
+        self._buckets.clear()
+        self.stores.clear()
+        self._take_in(buckets)
+
+    def start_in_order(self, order: Sequence[int]) -> None:
+        """Have buckets travel in the order in which they are complete when gradients come in this order.
+
+        Args:
+            order: indices of all parameters, the same on all ranks.
+        """
+        assert not self._running
+        place = {index: position for position, index in enumerate(order)}
+        complete = [max(place[managed.index] for managed in bucket.params) for bucket in self._buckets]
+        self._sequence = sorted(range(len(self._buckets)), key=complete.__getitem__)
+
+    def _take_in(self, buckets: Sequence[Bucket]) -> None:
+        self._buckets += buckets
+        if self._pool is not None:
+            self._pool.fit(self._buckets)
+        self.stores += [
+            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool)
             for bucket in buckets
         ]
         # Buckets that travel while another one fills. Stage 0 has to wait for its reduces in any case, to gather them.
         bounded = self._transport.needs_staging or not self._placement.shard_state
-        most = max(1, self._bucket_buffers - 1) if bounded else len(buckets)
+        most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         self._max_in_flight = most if self._overlap else 0
         self._addresses = [managed.param.data_ptr() for managed in self._params]
-        self._missing = [len(bucket.params) for bucket in buckets]
-        self._next = 0  # the bucket that starts next
+        self._missing = [len(bucket.params) for bucket in self._buckets]
+        self._sequence = list(range(len(self._buckets)))  # in which they start
+        self._next = 0  # position in it of the bucket that starts next
         self._bucket_of = [0] * len(self._params)
-        for bucket in buckets:
+        for bucket in self._buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
         if self.sharded is not None:
-            self.sharded.adopt(buckets, self.stores)
+            self.sharded.adopt(self._params, self._buckets, self.stores)
+
+    def _make_flags(self, device: torch.device) -> None:
+        if self._flags is not None:
+            if self._flags_before is not None:
+                self._flags_before.wait_until_read()
+                self._flags_before = None
+            self._transport.free(self._flags)
+        self._flags = self._transport.allocate(len(self._params) + 2, torch.uint8, device)
 
     def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Put the reduced gradients of this rank's segments into their state, to move with it."""
@@ -186,9 +215,8 @@ class GradientReducer:
         for store in self.stores:
             store.let_go(self._transport)
         if self._pool is not None:
-            self._pool.let_go(self._transport)
-        self.stores = []
-        self._pool = None
+            self._pool.let_go()
+        self.stores.clear()
 
     @property
     def used(self) -> Tensor:
@@ -236,30 +264,34 @@ class GradientReducer:
     def reclaim(self) -> None:
         """After the step: where gradients go by messages, wait for the last of them. Theirs is memory that nothing else frees."""
         if self._transport.needs_staging:
-            for store in self.stores:
-                store.reclaim()
-            self._lent.clear()
+            self._reclaim_all()
 
-    def discard(self) -> None:
-        """Forget all gradients, reduced and local."""
-        self.finish()
+    def _reclaim_all(self) -> None:
         for store in self.stores:
-            store.discard()
-        self._used.zero_()
+            store.reclaim()
+        self._lent.clear()
+
+    def discard(self, buckets: Sequence[Bucket] | None = None) -> None:
+        """Forget the gradients, reduced and local, of some buckets or of all."""
+        self.finish()
+        for bucket in self._buckets if buckets is None else buckets:
+            self.stores[bucket.index].discard()
+            for managed in bucket.params:
+                self._used[managed.index] = 0
+                if self.sharded is not None:
+                    self.sharded.forget(managed.index)
         self.has_local_gradients = False
         if self.sharded is not None:
-            for managed in self._params:
-                self.sharded.forget(managed.index)
             self.sharded.changed()
 
-    def zero(self) -> None:
-        """Set all reduced gradients to zero; parameters that had one count as having one still."""
+    def zero(self, buckets: Sequence[Bucket] | None = None) -> None:
+        """Set the reduced gradients of some buckets, or of all, to zero; parameters that had one count as having one still."""
         self.finish()
-        for store in self.stores:
-            store.zero()
+        for bucket in self._buckets if buckets is None else buckets:
+            self.stores[bucket.index].zero()
+            if self.sharded is not None:
+                self.sharded.zero([m.index for m in bucket.params if self.sharded.is_shown(m)])
         self.has_local_gradients = False
-        if self.sharded is not None:
-            self.sharded.zero([managed.index for managed in self._params if self.sharded.is_shown(managed)])
 
     def take_part(self) -> None:
         """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
@@ -368,7 +400,7 @@ class GradientReducer:
 
         The last free buffer is for the bucket that starts next, since no other one can start before it and become free.
         """
-        store, next_store = self.stores[bucket], self.stores[self._next]
+        store, next_store = self.stores[bucket], self.stores[self._sequence[self._next]]
         if self._pool is None or store.is_open:
             return store.open()
         if store is next_store:
@@ -416,13 +448,14 @@ class GradientReducer:
         self._packed[managed.index] = 1
 
     def _start_complete(self) -> None:
-        while self._next < len(self._buckets) and self._missing[self._next] == 0:
+        while self._next < len(self._sequence) and self._missing[self._sequence[self._next]] == 0:
             self._start_next()
         self._transport.progress()
 
     def _start_next(self) -> None:
         """Let the next bucket travel, once it is full: with what has not been packed so far, and zeros for the rest."""
-        bucket, store = self._buckets[self._next], self.stores[self._next]
+        number = self._sequence[self._next]
+        bucket, store = self._buckets[number], self.stores[number]
         full = self._open(bucket.index)
         assert full is not None
         late = [managed for managed in bucket.params if not self._packed[managed.index]]
@@ -476,6 +509,7 @@ class GradientReducer:
             self._flags_before.finish()
             self._flags_before.wait_until_read()
         count = self.num_steps % 256
+        assert self._flags is not None
         self._flags.copy_(torch.frombuffer(self._packed + bytes((count, 255 - count)), dtype=torch.uint8))
         agreed = torch.empty_like(self._flags)
         self._flags_before = self._transport.start_max(self._flags, agreed, label="used parameters")

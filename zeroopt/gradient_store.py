@@ -19,16 +19,28 @@ from . import ops
 from .bucket import Bucket, Segment
 from .collectives import PendingCollective, Transport
 from .config import Placement
-from .precision import Precision
 
 
 class BufferPool:
     """The full gradient buffers that buckets of stage 2 share; there are `count` and never more."""
 
-    def __init__(self, buckets: Sequence[Bucket], dtype: torch.dtype | None, transport: Transport, count: int) -> None:
-        num_bytes = max(bucket.padded_numel * (dtype or bucket.dtype).itemsize for bucket in buckets)
-        self._free = [transport.allocate(num_bytes, torch.uint8, buckets[0].device) for _ in range(count)]
-        self._by_address = {raw.data_ptr(): raw for raw in self._free}
+    def __init__(self, dtype: torch.dtype | None, transport: Transport, count: int) -> None:
+        self._dtype = dtype
+        self._transport = transport
+        self._count = count
+        self._num_bytes = 0
+        self._free: list[Tensor] = []
+        self._by_address: dict[int, Tensor] = {}
+
+    def fit(self, buckets: Sequence[Bucket]) -> None:
+        """Make buffers in which each of these buckets fits. Collective. None may be lent."""
+        num_bytes = max(bucket.padded_numel * (self._dtype or bucket.dtype).itemsize for bucket in buckets)
+        if num_bytes > self._num_bytes:
+            self.let_go()
+            self._num_bytes = num_bytes
+            device = buckets[0].device
+            self._free = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(self._count)]
+            self._by_address = {raw.data_ptr(): raw for raw in self._free}
 
     @property
     def num_free(self) -> int:
@@ -44,10 +56,11 @@ class BufferPool:
         # At the front: of buffers that are used in turn, more would be resident.
         self._free.insert(0, self._by_address[full.data_ptr()])
 
-    def let_go(self, transport: Transport) -> None:
+    def let_go(self) -> None:
         """Free all buffers. Those that are lent belong to reduces that this rank has finished."""
         for raw in self._by_address.values():
-            transport.free(raw)
+            self._transport.free(raw)
+        self._num_bytes = 0
         self._by_address.clear()
         self._free.clear()
 
@@ -74,13 +87,12 @@ class GradientStore:
         reduce_dtype: torch.dtype | None,
         transport: Transport,
         pool: BufferPool | None,
-        precision: Precision,
     ) -> None:
         self._bucket = bucket
         self.label = bucket.name
         self._pool = pool
         self._dtype = reduce_dtype or bucket.dtype
-        sum_dtype = precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)
+        sum_dtype = bucket.precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)
         self._sums_apart = placement.shard_gradient or self._dtype is not sum_dtype
         self._accumulates = placement.shard_state  # in stage 0, autograd itself adds to param.grad, a view of `full`
         self._pending: PendingCollective | None = None
@@ -88,7 +100,7 @@ class GradientStore:
         self.is_open = False
         self.is_reducing = False
         self.norm: tuple[float, Tensor] | None = None
-        self._storage = precision.storage(bucket.dtype, sum_dtype)
+        self._storage = bucket.precision.storage(bucket.dtype, sum_dtype)
         self._table: ops.SegmentTable | None = None
         self.factor: Tensor | None = None
         self.base: Tensor | None = None

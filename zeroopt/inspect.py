@@ -30,33 +30,62 @@ def mark_wrapped(*objects: nn.Module | torch.optim.Optimizer) -> None:
     _wrapped.update(objects)
 
 
-def inspect(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ManagedParam]:
+def inspect(
+    model: nn.Module, optimizer: torch.optim.Optimizer, known: Sequence[ManagedParam] = ()
+) -> list[ManagedParam]:
     """The parameters that zeroopt will train, in the model's order. Changes nothing, and is not collective.
 
     Those are the optimizer's parameters that require gradients now.
+
+    Args:
+        known: those that other optimizers of the model train.
 
     Raises:
         ConfigError: model, optimizer and parameters do not fit together or cannot be trained.
         NotSupportedError: something this release cannot train yet.
     """
-    _check_types(model, optimizer)
-    names = {param: name for name, param in model.named_parameters()}
-    params = _managed_params(names, optimizer)
-    _check_devices(params)
-    _check_storage(params)
+    _check_types(model, optimizer, further=bool(known))
+    params = inspect_further(model, optimizer, known)
+    if not params:
+        raise ConfigError("no parameter of the optimizer requires gradients: there is nothing to train")
     _check_sparse(model)
-    check_elementwise(optimizer)
-    _warn_untrained(names, params)
+    _warn_untrained(model, [*known, *params])
     return params
 
 
-def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def inspect_further(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    known: Sequence[ManagedParam],
+    own: Sequence[ManagedParam] = (),
+) -> list[ManagedParam]:
+    """The parameters of an optimizer that require gradients and are not yet trained, in the model's order. Changes nothing, and
+    is not collective.
+
+    Args:
+        known: those that are trained.
+        own: those of them that this optimizer trains.
+
+    Raises:
+        ConfigError, NotSupportedError: as `inspect`.
+    """
+    params = _managed_params(model, optimizer, known, own)
+    if params:
+        _check_devices([*known, *params])
+        _check_storage([*known, *params])
+        check_elementwise(optimizer)
+    return params
+
+
+def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer, *, further: bool) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
         raise ConfigError("expected a plain module, got a DistributedDataParallel; wrap the module inside it instead")
-    if model in _wrapped:
-        raise ConfigError("this model is already wrapped; call zeroopt.wrap once for each model")
+    if model in _wrapped and not further:
+        raise ConfigError(
+            "this model is already wrapped; to train it with one more optimizer, wrap what zeroopt.wrap returned"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"expected optimizer to be a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
     if isinstance(optimizer, FusedOptimizer) and not optimizer.has_default_precision:
@@ -68,7 +97,10 @@ def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError("this optimizer is already wrapped; call zeroopt.wrap once for each optimizer")
 
 
-def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optimizer) -> list[ManagedParam]:
+def _managed_params(
+    model: nn.Module, optimizer: torch.optim.Optimizer, known: Sequence[ManagedParam], own: Sequence[ManagedParam]
+) -> list[ManagedParam]:
+    names = {param: name for name, param in model.named_parameters()}
     places: dict[Tensor, tuple[int, int]] = {}
     for group_index, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
@@ -80,13 +112,16 @@ def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optim
             places[param] = (group_index, len(places))
     if not places:
         raise ConfigError("the optimizer has no parameters; build it on model.parameters()")
+    trained, own_params = {m.param for m in known}, {m.param for m in own}
     managed: list[ManagedParam] = []
     for param, name in names.items():
-        if param in places and param.requires_grad:
+        if param not in places or not param.requires_grad or param in own_params:
+            continue
+        if param not in trained:
             _check_param(name, param)
-            managed.append(ManagedParam(name, param, len(managed), *places[param]))
-    if not managed:
-        raise ConfigError("no parameter of the optimizer requires gradients: there is nothing to train")
+            managed.append(ManagedParam(name, param, len(known) + len(managed), *places[param]))
+        else:
+            raise ConfigError(f"parameter {name!r} is already trained by another optimizer of this model")
     return managed
 
 
@@ -141,12 +176,13 @@ def _check_sparse(model: nn.Module) -> None:
             )
 
 
-def _warn_untrained(names: dict[nn.Parameter, str], params: Sequence[ManagedParam]) -> None:
+def _warn_untrained(model: nn.Module, params: Sequence[ManagedParam]) -> None:
     managed = {m.param for m in params}
-    left = [name for param, name in names.items() if param.requires_grad and param not in managed]
+    left = [name for name, param in model.named_parameters() if param.requires_grad and param not in managed]
     if left:
         _log.warning(
-            "%d parameters require gradients but are not in the optimizer; zeroopt neither reduces nor steps them: %s%s",
+            "%d parameters require gradients but are not in the optimizer; unless a further optimizer for them is wrapped, "
+            "zeroopt neither reduces nor steps them: %s%s",
             len(left),
             ", ".join(left[:5]),
             ", …" if len(left) > 5 else "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .broadcast import Broadcaster
-from .collectives import Transport
 from .errors import ConfigError, NotSupportedError
-from .grad_hooks import GradientReducer
-from .param_gather import ParamGathers
+from .optimizer import ZeroOptimizer
+from .sharding import Sharding
 
 
 class ZeroDataParallel(nn.Module):
@@ -27,37 +25,39 @@ class ZeroDataParallel(nn.Module):
     Made by `zeroopt.wrap`.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        reducer: GradientReducer,
-        gathers: ParamGathers,
-        transport: Transport,
-        broadcaster: Broadcaster | None,
-        *,
-        shared: bool,
-        input_dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, sharding: Sharding) -> None:
         super().__init__()
+        config, module = sharding.config, sharding.module
         self.module = module
-        self._input_dtype = input_dtype
-        self._reducer = reducer
-        self._gathers = gathers
-        self._transport = transport
-        self._shared = shared
-        self._broadcaster = broadcaster
-        self._after_writing: Callable[[], None] | None = None
+        self._sharding = sharding
+        self._reducer = sharding.reducer
+        self._gathers = sharding.gathers
+        self._transport = sharding.transport
+        self._shared = config.share_parameters
+        self._input_dtype = config.precision.param_dtype if config.cast_inputs else None
+        has_buffers = next(module.buffers(), None) is not None
+        self._broadcaster = sharding.broadcaster if config.broadcast_buffers and has_buffers else None
+        self._optimizers: list[ZeroOptimizer] = []
 
-    def after_writing(self, function: Callable[[], None]) -> None:
-        """Have a function called whenever parameters were written by something other than a step."""
-        self._after_writing = function
+    @property
+    def sharding(self) -> Sharding:
+        """What the model shares with its optimizers."""
+        return self._sharding
+
+    def train_with(self, optimizer: ZeroOptimizer) -> None:
+        """Add an optimizer that trains parameters of the model."""
+        self._optimizers.append(optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. With `broadcast_buffers` it is collective while gradients are enabled and synchronised: ranks
         first take over the buffers (batch norm statistics and the like) of rank 0. With `cast_inputs`, floating-point tensors
-        among the arguments, in whatever containers, are cast to `param_dtype`."""
-        if self._broadcaster is not None and torch.is_grad_enabled() and self._reducer.sync:
-            self._broadcaster.broadcast(list(self.module.buffers()))
+        among the arguments, in whatever containers, are cast to `param_dtype`. Parameters of an optimizer that were frozen and
+        now require gradients are trained from here on."""
+        if torch.is_grad_enabled():
+            for optimizer in self._optimizers:
+                optimizer.take_in_unfrozen()
+            if self._broadcaster is not None and self._reducer.sync:
+                self._broadcaster.broadcast(list(self.module.buffers()))
         if self._input_dtype is not None:
             args, kwargs = tree_map(self._cast_input, (args, kwargs))
         return self.module(*args, **kwargs)
@@ -130,8 +130,8 @@ class ZeroDataParallel(nn.Module):
             return self.module.load_state_dict(state_dict, strict=strict)
 
     def _note_writing(self) -> None:
-        if self._after_writing is not None:
-            self._after_writing()
+        for optimizer in self._optimizers:
+            optimizer.take_up_writes()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

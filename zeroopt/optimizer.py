@@ -9,22 +9,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _C
+from .agreement import agree, describe_groups, describe_params
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
-from .collectives import Transport
-from .config import Config
+from .config import Config, check_param_dtypes
 from .errors import ConfigError, NotSupportedError, StateError
 from .grad_clip import clip_by, norm_of_shards, norm_of_whole
-from .grad_hooks import GradientReducer
+from .gradient_store import GradientStore
+from .inspect import inspect_further
 from .loss_scaling import agree_on_overflow
-from .param_gather import ParamGathers
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
+from .sharding import Sharding
 from .step import ShardStepper
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -50,40 +51,50 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        module: nn.Module,
+        sharding: Sharding,
         optimizer: torch.optim.Optimizer,
-        config: Config,
         params: Sequence[ManagedParam],
-        buckets: Sequence[Bucket],
-        reducer: GradientReducer,
-        gathers: ParamGathers,
-        transport: Transport,
-        seed: int,
+        config: Config,
     ) -> None:
-        self._module = module
+        self._sharding = sharding
+        self._module = sharding.module
         self._inner = optimizer
         self._config = config
-        self._params = params
-        self._buckets = buckets
-        self._reducer = reducer
-        self._gathers = gathers
-        self._transport = transport
+        self._reducer = sharding.reducer
+        self._gathers = sharding.gathers
+        self._transport = sharding.transport
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
         self.param_groups = optimizer.param_groups
-        self._frozen = self._find_frozen()
+        self._params: list[ManagedParam] = []
+        self._buckets: list[Bucket] = []
+        self._generations: list[list[int]] = []
+        self._take_in(params)
         self._take_over_hooks()
         self._take_over_methods()
         self._import_state()
-        self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config, seed)
-        # Indices of the parameters, in the order in which the plan takes them.
-        self._order = [managed.index for managed in reversed(params)]
+        # By the parameters that came before: those of two optimizers are not rounded alike.
+        seed = (sharding.seed + params[0].index) % 2**63
+        self._stepper = ShardStepper(optimizer, self._buckets, self._stores, self._config, seed)
+        self._may_replan = self._config.overlap and self._transport.world_size > 1
         self._num_backwards = 0  # of the reducer, at the last step
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
-        self._may_replan = config.overlap and transport.world_size > 1
-        self._versions = [managed.param._version for managed in params]
+
+    def _take_in(self, params: Sequence[ManagedParam]) -> None:
+        """Have parameters trained from now on. Collective."""
+        self._buckets += self._sharding.take_in(params, self._config.precision)
+        self._params += params
+        # Positions in `_params`, in the order in which the plan takes them; a plan for each time that some were taken in.
+        first = len(self._params) - len(params)
+        self._generations.append(list(reversed(range(first, len(self._params)))))
+        self._frozen = self._find_frozen()
+        self._versions = [managed.param._version for managed in self._params]
+
+    @property
+    def _stores(self) -> list[GradientStore]:
+        return [self._reducer.stores[bucket.index] for bucket in self._buckets]
 
     @property
     def stage(self) -> int:
@@ -116,20 +127,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_ready()
         self._take_part()
-        self._gathers.finish_all()
+        for bucket in self._buckets:
+            self._gathers.finish(bucket.index)
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
-        if self._agree_on_overflow():
+        overflow = self._agree_on_overflow()
+        if overflow:
             active.zero_()
         elif self._config.max_grad_norm is not None:
-            self.clip_grad_norm_(self._config.max_grad_norm)
+            self._clip(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
         self._note_changes(active)
         if self._config.share_parameters:  # stepping writes what the other ranks read
             everyone_came.finish()
-        for bucket in self._step_buckets(active):
+        for bucket in self._step_buckets(active) if not overflow else ():
             everyone_came.finish()
             self._gathers.start(bucket)
         everyone_came.finish()
@@ -150,9 +163,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             set_to_none: False leaves gradients of zero, with which parameters that had a gradient are still stepped.
         """
         if set_to_none:
-            self._reducer.discard()
+            self._reducer.discard(self._buckets)
         else:
-            self._reducer.zero()
+            self._reducer.zero(self._buckets)
         super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +191,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "format": _FORMAT,
                 **self._identity(),
                 "seed": self._stepper.seed,
-                "order": list(self._order),
+                "order": [list(generation) for generation in self._generations],
                 **layout,
             },
         }
@@ -220,11 +233,55 @@ class ZeroOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not supported yet after wrapping: the buckets are planned when `zeroopt.wrap` is called."""
-        if self._ready:
-            raise NotSupportedError("add_param_group after zeroopt.wrap is not supported yet; add all groups before")
-        # The groups are checked and complete already; going through torch's method would only copy their lists.
-        self.param_groups.append(param_group)
+        """Add a param_group, as torch's optimizers do. Collective: every rank must add the same.
+
+        Its parameters, which have to be the model's, get buckets of their own behind the others.
+
+        Raises:
+            ConfigError, NotSupportedError, ValueError: the group cannot be trained. Nothing has been changed.
+            RankMismatchError: another rank adds something else, or failed; on all ranks. Nothing has been changed.
+        """
+        if not self._ready:
+            # The groups are checked and complete already; going through torch's method would only copy their lists.
+            self.param_groups.append(param_group)
+            return
+        before = len(self.param_groups)
+        problem: Exception | None = None
+        try:
+            type(self._inner).add_param_group(self._inner, param_group)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
+            problem = error
+        try:
+            self._take_in_further(problem)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def take_in_unfrozen(self) -> None:
+        """Have parameters trained that were frozen and now require gradients. Collective where there are any: every rank has to
+        unfreeze the same."""
+        if any(param.requires_grad for _, param in self._frozen):
+            # Told through the transport, which notices when another rank goes on to something else.
+            self._transport.gather_scalar(torch.ones((), device=self._params[0].param.device), label="unfreezing")
+            self._take_in_further()
+
+    def _take_in_further(self, problem: Exception | None = None) -> None:
+        """Take in the parameters of the groups that require gradients by now. Collective."""
+        params: list[ManagedParam] = []
+        lines: list[str] = []
+        if problem is None:
+            try:
+                params = inspect_further(self._module, self._inner, self._sharding.params, self._params)
+                check_param_dtypes(self._config, {managed.name: managed.param.dtype for managed in params})
+                lines = describe_params(params) + describe_groups(self._inner)
+            except Exception as error:  # noqa: BLE001  as above
+                problem = error
+        agree(self._sharding.group, lines, problem, "taking in further parameters")
+        self._frozen = self._find_frozen()
+        if params:
+            self._take_in(params)
+            self._stepper.adopt(self._buckets, self._stores)
+            self._may_replan = self._config.overlap and self._transport.world_size > 1
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
@@ -250,13 +307,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_part()
         active = self._finish_reduces()
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
-        norm = self._compute_norm(active, float(norm_type))
-        clip_by(self._reducer.stores, norm, max_norm)
+        norm = self._compute_norm(active, float(norm_type), self._stores)
+        clip_by(self._stores, norm, max_norm)
         if not self._config.placement.shard_state:  # what `param.grad` shows
-            for store in self._reducer.stores:
+            for store in self._stores:
                 store.settle()
-        self._grad_norm = norm.float() if norm_type == 2 else None
-        self._norm_of_backward = self._reducer.num_backwards
+        self._note_norm(norm if norm_type == 2 else None)
         return norm.float()
 
     @property
@@ -272,8 +328,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
             self._check_ready()
             self._take_part()
-            self._grad_norm = self._compute_norm(self._finish_reduces(), 2.0).float()
-            self._norm_of_backward = self._reducer.num_backwards
+            self._note_norm(self._compute_norm(self._finish_reduces(), 2.0, self._stores))
+        assert self._grad_norm is not None
         return self._grad_norm
 
     def full_grad(self, param: Tensor) -> Tensor | None:
@@ -375,20 +431,37 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if "found_inf" not in vars(self):
             return False
+        several = len(self._buckets) < len(self._sharding.buckets)
+        if several and self._config.max_grad_norm is not None and vars(self)["grad_scale"] is not None:
+            raise StateError(
+                "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of them "
+                "before the first scaler.step"
+            )
         sharded = self._reducer.sharded
-        checks = [] if sharded is None else sharded.scaler_checks
+        checks = [] if sharded is None else sharded.take_scaler_checks(managed.index for managed in self._params)
         found_inf = torch.as_tensor(vars(self)["found_inf"], dtype=torch.float32)  # 0 where no gradient was looked at
-        overflow = agree_on_overflow(found_inf, vars(self)["grad_scale"], checks, self._reducer.stores, self._transport)
-        checks.clear()
-        return overflow
+        return agree_on_overflow(found_inf, vars(self)["grad_scale"], checks, self._stores, self._transport)
 
-    def _compute_norm(self, active: Tensor, norm_type: float) -> Tensor:
-        """0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
-        stores = self._reducer.stores
+    def _compute_norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
+        """Of the gradients in some buckets; 0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
         if self._config.placement.shard_state:
             return norm_of_shards(stores, self._transport, norm_type)
-        grads = [m.param.grad for m in self._params if active[m.index] and m.param.grad is not None]
-        return norm_of_whole(grads, norm_type)
+        buckets = [bucket for bucket in self._sharding.buckets if self._reducer.stores[bucket.index] in stores]
+        params = [managed for bucket in buckets for managed in bucket.params if active[managed.index]]
+        return norm_of_whole([m.param.grad for m in params if m.param.grad is not None], norm_type)
+
+    def _clip(self, active: Tensor, max_norm: float) -> None:
+        """Clip by the norm of the gradients of the whole model, all its optimizers together. Collective."""
+        reducer, sharding = self._reducer, self._sharding
+        if sharding.norm is None or sharding.norm[0] != reducer.num_backwards or self._is_alone():
+            norm = self._compute_norm(active, 2.0, reducer.stores)
+            sharding.norm = reducer.num_backwards, norm  # what another optimizer steps next must not be seen clipped
+        clip_by(self._stores, sharding.norm[1], max_norm)
+        self._note_norm(sharding.norm[1])
+
+    def _note_norm(self, norm: Tensor | None) -> None:
+        self._grad_norm = None if norm is None else norm.float()
+        self._norm_of_backward = self._reducer.num_backwards
 
     def _finish_reduces(self) -> Tensor:
         """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
@@ -417,10 +490,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 yield bucket
 
     def _replan_once(self, active: Tensor) -> None:
-        """After the first step: plan the buckets in the order in which the gradients arrived. Collective."""
-        if self._may_replan and bool(active.any()):
-            self._may_replan = False
-            self._replan(agree_on_order(self._reducer.arrivals, self._params, self._transport.group))
+        """After the first step with these parameters: go by the order in which their gradients arrived. Collective."""
+        if not self._may_replan or not bool(active.any()):
+            return
+        self._may_replan = False
+        order = agree_on_order(self._reducer.arrivals, self._sharding.params, self._transport.group)
+        if self._is_alone():
+            self._replan(order)
+        else:
+            self._reducer.start_in_order(order)
+
+    def _is_alone(self) -> bool:
+        """Whether all buckets of the model come from one plan, which another one can replace."""
+        return len(self._buckets) == len(self._sharding.buckets) and len(self._generations) == 1
 
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""
@@ -441,9 +523,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._transport.free(bucket.flat_param)
             bucket.let_go()
         shared = self._config.share_parameters
-        self._buckets = make_buckets(
+        self._buckets[:] = make_buckets(
             plan, ordered, self._transport, self._config.precision, shard_state=shard_state, shared=shared
         )
+        self._sharding.buckets[:] = self._buckets
         for segment in self._segments():
             if segment.owner.index in moved:
                 self._inner.state[segment.shard] = moved.pop(segment.owner.index)
@@ -454,8 +537,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.adopt(self._buckets)
         self._reducer.take_back(self._inner.state)
         self._gathers.adopt(self._buckets)
-        self._stepper.adopt(self._buckets, self._reducer.stores)
-        self._order = list(order)
+        self._stepper.adopt(self._buckets, self._stores)
+        self._generations = [list(order)]
 
     def take_up_writes(self) -> None:
         """Parameters were written by something other than a step: let float32 masters follow. Not collective."""
@@ -485,33 +568,41 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return [(name, p) for name, p in self._module.named_parameters() if p in own and p not in managed]
 
     def _check_frozen(self) -> None:
-        """A parameter that did not require gradients when it was wrapped is in no bucket."""
+        """A parameter that did not require gradients at the last forward is in no bucket."""
         for name, param in self._frozen:
             if param.grad is not None:
                 raise StateError(
-                    f"parameter {name!r} was frozen when zeroopt.wrap was called and now has a gradient, which is not "
-                    "supported yet; set requires_grad before wrapping"
+                    f"parameter {name!r} was frozen and has got a gradient of this rank alone; unfreeze parameters before a "
+                    "forward of the model that zeroopt.wrap returned, with gradients enabled"
                 )
 
     def _follow_order(self, layout: Mapping[str, Any]) -> None:
         """Plan the buckets as they were when a state was saved. Collective when that changes them."""
-        order = list(layout["order"])
-        if sorted(order) != list(range(len(self._params))):
-            raise StateError(f"the state dict is of {len(order)} parameters, this optimizer has {len(self._params)}")
-        ordered = in_order(self._params, order)
+        saved = [list(generation) for generation in layout["order"]]
+        if saved == self._generations:
+            return
+        if sorted(index for generation in saved for index in generation) != list(range(len(self._params))):
+            count = sum(map(len, saved))
+            raise StateError(f"the state dict is of {count} parameters, this optimizer has {len(self._params)}")
+        if len(saved) > 1 or not self._is_alone():
+            raise StateError(
+                "the state dict was saved with other buckets, because parameters were added at other times or more than one "
+                "optimizer was wrapped; loading shards into another layout is not supported yet"
+            )
+        ordered = in_order(self._params, saved[0])
         plan = self._make_plan(ordered)
         for bucket in range(len(plan.buckets)):
             for piece in own_segments(plan, bucket, self._transport, shard_state=self._config.placement.shard_state):
                 check_cut(layout, ordered[piece.param], piece.start, piece.numel)
-        if order != self._order:
-            self._may_replan = False
-            self._replan(order)
+        self._may_replan = False
+        self._replan(saved[0])
 
     def _note_changes(self, active: Tensor) -> None:
         """Kernels and transports write behind autograd's back; tell it, so that it can refuse a backward through a graph
         that was recorded before the step."""
-        for managed, flag in zip(self._params, active.tolist(), strict=True):
-            if flag:
+        flags = active.tolist()
+        for managed in self._params:
+            if flags[managed.index]:
                 torch.autograd.graph.increment_version(managed.param)
         self._versions = [managed.param._version for managed in self._params]
 

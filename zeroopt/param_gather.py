@@ -84,18 +84,25 @@ class ParamGathers:
         lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
     """
 
-    def __init__(self, module: nn.Module, buckets: Sequence[Bucket], transport: Transport, *, lazy: bool) -> None:
+    def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool) -> None:
+        self._module = module
         self._transport = transport
         self._lazy = lazy and not _runs_compiled(module)
         self._pending: dict[int, PendingCollective] = {}
         self._hooks: list[_ForwardHook] = []
+        self._buckets: list[Bucket] = []
+
+    def extend(self, buckets: Sequence[Bucket]) -> None:
+        """Take up buckets of further parameters."""
+        self.finish_all()
         if self._lazy:
-            self._hook_forwards(module, buckets)
-        self.adopt(buckets)
+            self._hook_forwards(buckets)
+        self.adopt([*self._buckets, *buckets])
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
         """Take up buckets in which the same parameters lie."""
         assert not self._pending
+        self._buckets = list(buckets)
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._classes = [_arriving_class(bucket.index) for bucket in buckets]
         # A user's own class of parameters stays as it is.
@@ -151,10 +158,10 @@ class ParamGathers:
             for param, cls in zip(params, classes, strict=True):
                 param.__class__ = cls
 
-    def _hook_forwards(self, module: nn.Module, buckets: Sequence[Bucket]) -> None:
+    def _hook_forwards(self, buckets: Sequence[Bucket]) -> None:
         """Some modules hand their parameters to compiled code, past `__torch_function__`."""
         managed = {managed.param for bucket in buckets for managed in bucket.params}
-        for submodule in module.modules():
+        for submodule in self._module.modules():
             own = [param for param in submodule.parameters(recurse=False) if param in managed]
             if own:
                 hook = _ForwardHook(weakref.ref(self), own)

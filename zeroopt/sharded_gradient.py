@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,29 +117,26 @@ class ShardedGradients:
 
     Args:
         finish: a method that waits until every gradient that has been produced is reduced.
-        sum_dtypes: by parameter.
     """
 
-    def __init__(
-        self,
-        params: Sequence[ManagedParam],
-        sum_dtypes: Sequence[torch.dtype],
-        transport: Transport,
-        finish: Callable[[], None],
-    ) -> None:
+    def __init__(self, transport: Transport, finish: Callable[[], None]) -> None:
         self._transport = transport
         self._wait = weakref.WeakMethod(finish)
         self._norms: dict[float, Tensor] = {}
-        self._objects = [ShardedGradient(m, dtype, self) for m, dtype in zip(params, sum_dtypes, strict=True)]
-        self._shown = [False] * len(params)
-        self.scaler_checks: list[tuple[Tensor, Tensor]] = []  # found_inf and inv_scale, since the last step
+        self._objects: list[ShardedGradient] = []
+        self._shown: list[bool] = []
+        self._scaler_checks: list[tuple[set[int], Tensor, Tensor]] = []
 
-    def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
-        """Take up buckets in which the same parameters lie."""
+    def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
+        """Take up buckets in which the same parameters lie, and more."""
         self._stores = stores
         self._params_of = [[managed.index for managed in bucket.params] for bucket in buckets]
         self._bucket_of = {m.index: bucket.index for bucket in buckets for m in bucket.params}
         self._segments = {segment.owner.index: segment for bucket in buckets for segment in bucket.segments}
+        for managed in params[len(self._objects) :]:
+            self._objects.append(ShardedGradient(managed, self._store(managed.index).reduced.dtype, self))
+            self._shown.append(False)
+        self.changed()
 
     def show(self, managed: ManagedParam) -> None:
         """Make the object the parameter's gradient."""
@@ -227,9 +224,16 @@ class ShardedGradients:
         finite = [is_finite(self._stores[bucket]) for bucket in sorted({self._bucket_of[index] for index in indices})]
         if finite and not torch.stack(finite).all():
             found_inf.fill_(1.0)
-        self.scaler_checks.append((found_inf, inv_scale))
+        self._scaler_checks.append((set(indices), found_inf, inv_scale))
         if not (inv_scale.is_cpu and inv_scale == 1):
             self.scale(indices, inv_scale)
+
+    def take_scaler_checks(self, indices: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+        """`found_inf` and `inv_scale` of the checks of these gradients that a GradScaler has asked for since the last call."""
+        own = set(indices)
+        taken = [(found_inf, inv_scale) for checked, found_inf, inv_scale in self._scaler_checks if checked & own]
+        self._scaler_checks = [check for check in self._scaler_checks if not check[0] & own]
+        return taken
 
     def _finish(self) -> None:
         finish = self._wait()

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from . import _C
-from .agreement import agree
-from .broadcast import Broadcaster
-from .bucket import Bucket, ManagedParam, make_buckets, make_plan
-from .collectives import Transport, check_transport, connect_transport
-from .config import Config, Fused, check_config, check_param_dtype, check_reduce_dtype
-from .errors import StateError
-from .grad_hooks import GradientReducer
+from .agreement import agree, describe_groups, describe_params
+from .bucket import ManagedParam
+from .collectives import check_transport, connect_transport
+from .config import Config, Fused, check_config, check_param_dtypes
+from .errors import ConfigError, StateError
 from .inspect import inspect, mark_wrapped
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
-from .param_gather import ParamGathers
+from .sharding import Sharding
 from .step import check_fused
 
 
@@ -54,6 +51,10 @@ def wrap(
     The model's parameters stay the same objects; their data moves into flat buckets, one bucket at a time. Cast and move
     the model first, and build the optimizer on its parameters.
 
+    A model that is trained by several optimizers (Muon for its matrices, AdamW for the rest) is wrapped with each of them in turn:
+    `model, muon = zeroopt.wrap(model, muon)`, then `model, adamw = zeroopt.wrap(model, adamw)`, with the same options except
+    `fused`, `param_dtype`, `master_weights` and `state_dtype`.
+
     Args:
         model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device.
         optimizer: an element-wise torch optimizer on the model's parameters. State that it already has is kept.
@@ -61,7 +62,7 @@ def wrap(
             the gradients.
         process_group: the ranks to train with; the default group when None.
         bucket_mb: size of a bucket in MiB. A larger parameter has a bucket of its own.
-        param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, and what rounding takes away is kept as
+        param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, frozen ones too, and what rounding takes away is kept as
             `master_weights` says. None leaves parameters as they are.
         master_weights: with `param_dtype`. "float32": each rank keeps a float32 copy of the parameters it steps; "remainder":
             16 bits that complete a bfloat16 to that very copy; "none": nothing, bfloat16 is rounded stochastically.
@@ -100,6 +101,8 @@ def wrap(
         RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
     """
     group = _resolve_group(process_group)
+    first = model.sharding if isinstance(model, ZeroDataParallel) else None
+    module = model if first is None else first.module
     problem: Exception | None = None
     lines: list[str] = []
     params: list[ManagedParam] = []
@@ -122,79 +125,38 @@ def wrap(
             average_every=average_every,
             cast_inputs=cast_inputs,
         )
-        params = inspect(model, optimizer)
-        check_param_dtype(param_dtype, {managed.name: managed.param.dtype for managed in params})
+        if first is not None:
+            config.check_shares(first.config)
+            _check_group(group, first.group)
+        params = inspect(module, optimizer, () if first is None else first.params)
+        check_param_dtypes(config, {managed.name: managed.param.dtype for managed in params})
         check_fused(optimizer, params, config)
-        stored = [config.precision.stored_dtype(managed.param.dtype) for managed in params]
-        check_reduce_dtype(config.reduce_dtype, stored)
         check_transport(config.transport, group, params[0].param.device)
-        lines = _describe(config, model, optimizer, params)
+        lines = _describe(config, module, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
-    agree(group, _agreement_device(group), lines, problem)
+    agree(group, lines, problem)
+    if isinstance(model, ZeroDataParallel):
+        return model, _add_optimizer(model, optimizer, config, params)
     device = params[0].param.device
     connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
-    return _wrap_checked(model, optimizer, config, params, connected, group)
+    wrapped = ZeroDataParallel(Sharding(module, config, connected, group))
+    wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params)
+    wrapped.sharding.cast_frozen()
+    if config.sync_module_states:
+        wrapped.sharding.sync_rest()
+    mark_wrapped(module, wrapped)
+    return wrapped, wrapped_optimizer
 
 
-def _wrap_checked(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    params: Sequence[ManagedParam],
-    transport: Transport,
-    group: dist.ProcessGroup,
-) -> tuple[ZeroDataParallel, ZeroOptimizer]:
-    placement = config.placement
-    precision, shared = config.precision, config.share_parameters
-    plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
-    broadcaster = Broadcaster(group) if transport.world_size > 1 else None
-    if broadcaster is not None and config.sync_module_states and precision.param_dtype is not None:
-        for managed in params:  # before they are rounded, or masters would differ
-            broadcaster.broadcast([managed.param.data])
-    buckets = make_buckets(plan, params, transport, precision, shard_state=placement.shard_state, shared=shared)
-    if broadcaster is not None and config.sync_module_states:
-        writers = transport.writers if config.share_parameters else None
-        _sync_states(model, params, buckets, broadcaster, writers)
-    if config.share_parameters:
-        transport.barrier()  # the writers are through
-    reducer = GradientReducer(
-        params,
-        buckets,
-        transport,
-        placement,
-        overlap=config.overlap,
-        bucket_buffers=config.bucket_buffers,
-        reduce_dtype=config.reduce_dtype,
-        precision=precision,
-    )
-    if config.max_grad_norm is not None:
-        reducer.norm_type = 2.0
-    travels = placement.shard_state and transport.world_size > 1
-    gathers = ParamGathers(model, buckets, transport, lazy=config.overlap and travels)
-    has_buffers = next(model.buffers(), None) is not None
-    wrapped_model = ZeroDataParallel(
-        model,
-        reducer,
-        gathers,
-        transport,
-        broadcaster if config.broadcast_buffers and has_buffers else None,
-        shared=shared,
-        input_dtype=precision.param_dtype if config.cast_inputs else None,
-    )
-    seed = _agree_on_seed(group, params[0].param.device)
-    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
-    wrapped_model.after_writing(wrapped_optimizer.take_up_writes)
-    mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
-    return wrapped_model, wrapped_optimizer
-
-
-def _agree_on_seed(group: dist.ProcessGroup, device: torch.device) -> int:
-    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it."""
-    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
-    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
-    return int(seed.item())
+def _add_optimizer(
+    model: ZeroDataParallel, optimizer: torch.optim.Optimizer, config: Config, params: Sequence[ManagedParam]
+) -> ZeroOptimizer:
+    wrapped = ZeroOptimizer(model.sharding, optimizer, params, config)
+    model.train_with(wrapped)
+    mark_wrapped(optimizer, wrapped)
+    return wrapped
 
 
 def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -211,55 +173,21 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
     return group
 
 
-def _agreement_device(group: dist.ProcessGroup) -> torch.device:
-    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
+    if group is not first:
+        raise ConfigError("the model was wrapped with another process_group for its first optimizer")
 
 
 def _describe(
     config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
 ) -> list[str]:
     """What all ranks have to have in common, one fact a line."""
-    lines = [f"zeroopt {_C.build_info()['version']}", *config.describe()]
-    for managed in params:
-        what = f"shape {list(managed.shape)}, {managed.param.dtype}, strides {list(managed.stride)}"
-        lines.append(f"parameter {managed.name!r} of {what}, in param_group {managed.group}")
+    lines = [f"zeroopt {_C.build_info()['version']}", *config.describe(), *describe_params(params)]
     managed_params = {managed.param for managed in params}
     for name, param in model.named_parameters():
         if param not in managed_params:
             lines.append(
-                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}, which zeroopt does not train"
+                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}, which this optimizer does not train"
             )
     lines += [f"buffer {name!r} of shape {list(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
-    lines.append(f"optimizer {type(optimizer).__name__}")
-    for number, group in enumerate(optimizer.param_groups):
-        options = ", ".join(
-            f"{key}={_plain(group[key])}" for key in sorted(group) if key not in ("params", "param_names")
-        )
-        lines.append(f"param_group {number} with {options}")
-    return lines
-
-
-def _plain(value: Any) -> str:
-    """An option as text that is the same on every rank: no addresses of objects."""
-    if isinstance(value, torch.Tensor):
-        return repr(value.tolist())
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_plain, value))})"
-    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
-
-
-def _sync_states(
-    model: nn.Module,
-    params: Sequence[ManagedParam],
-    buckets: Sequence[Bucket],
-    broadcaster: Broadcaster,
-    writers: Sequence[int] | None,
-) -> None:
-    for bucket in buckets:
-        if writers is None:
-            broadcaster.broadcast_flat(bucket.flat_param)
-        else:
-            broadcaster.broadcast_among(bucket.flat_param, writers)
-    managed = {m.param for m in params}
-    rest = [p.data for p in model.parameters() if p not in managed]
-    broadcaster.broadcast([*rest, *model.buffers()])
+    return [*lines, *describe_groups(optimizer)]

@@ -1,0 +1,123 @@
+"""What a wrapped model and its optimizers work on together: buckets of parameters, and what travels between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .broadcast import Broadcaster
+from .bucket import Bucket, ManagedParam, make_buckets, make_plan
+from .collectives import Transport
+from .config import Config
+from .grad_hooks import GradientReducer
+from .param_gather import ParamGathers
+from .precision import Precision
+
+
+class Sharding:
+    """The buckets of one wrapped model.
+
+    Attributes:
+        module: the model that was wrapped.
+        params: those that are trained, by their index.
+        buckets: by their index.
+        broadcaster: None for a rank alone.
+        seed: of stochastic rounding, the same on all ranks.
+        norm: of all gradients, and the number of the backward that it belongs to; kept by the first optimizer that clips.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, transport: Transport, group: dist.ProcessGroup) -> None:
+        placement = config.placement
+        self.module = module
+        self.config = config
+        self.transport = transport
+        self.group = group
+        self.broadcaster = Broadcaster(group) if transport.world_size > 1 else None
+        self.params: list[ManagedParam] = []
+        self.buckets: list[Bucket] = []
+        self.norm: tuple[int, Tensor] | None = None
+        self.reducer = GradientReducer(
+            transport,
+            placement,
+            overlap=config.overlap,
+            bucket_buffers=config.bucket_buffers,
+            reduce_dtype=config.reduce_dtype,
+        )
+        if config.max_grad_norm is not None:
+            self.reducer.norm_type = 2.0
+        travels = placement.shard_state and transport.world_size > 1
+        self.gathers = ParamGathers(module, transport, lazy=config.overlap and travels)
+        self.seed = _agree_on_seed(group, next(module.parameters()).device)
+
+    def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
+        """Move further parameters into buckets of their own, and return those. Collective.
+
+        Args:
+            params: in the model's order; their indices go on from those of `params`.
+        """
+        config, transport = self.config, self.transport
+        plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
+        if config.sync_module_states and precision.param_dtype is not None:
+            self._sync_params(params)  # before they are rounded, or masters would differ
+        buckets = make_buckets(
+            plan,
+            params,
+            transport,
+            precision,
+            shard_state=config.placement.shard_state,
+            shared=config.share_parameters,
+            first_index=len(self.buckets),
+        )
+        if config.sync_module_states:
+            self._sync_buckets(buckets)
+        if config.share_parameters:
+            transport.barrier()  # the writers are through
+        self.params += params
+        self.buckets += buckets
+        self.reducer.extend(params, buckets)
+        self.gathers.extend(buckets)
+        if len(buckets) < len(self.buckets):
+            self.reducer.start_in_order(self._reverse_order())
+        return buckets
+
+    def _sync_params(self, params: Sequence[ManagedParam]) -> None:
+        if self.broadcaster is not None:
+            for managed in params:
+                self.broadcaster.broadcast([managed.param.data])
+
+    def _sync_buckets(self, buckets: Sequence[Bucket]) -> None:
+        if self.broadcaster is not None:
+            for bucket in buckets:
+                if self.config.share_parameters:
+                    self.broadcaster.broadcast_among(bucket.flat_param, self.transport.writers)
+                else:
+                    self.broadcaster.broadcast_flat(bucket.flat_param)
+
+    def cast_frozen(self) -> None:
+        """Parameters that are not trained become of `param_dtype` too, or layers could not be mixed."""
+        dtype = self.config.precision.param_dtype
+        for param in self.module.parameters():
+            if dtype is not None and not param.requires_grad and param.dtype is torch.float32:
+                param.data = param.data.to(dtype)
+
+    def sync_rest(self) -> None:
+        """Take over what rank 0 has besides the parameters in buckets: others, and buffers. Collective."""
+        managed = {managed.param for managed in self.params}
+        rest = [param.data for param in self.module.parameters() if param not in managed]
+        if self.broadcaster is not None:
+            self.broadcaster.broadcast([*rest, *self.module.buffers()])
+
+    def _reverse_order(self) -> list[int]:
+        """Indices of the parameters in the reverse order of the model's, the likely order of their gradients."""
+        index_of: dict[Tensor, int] = {managed.param: managed.index for managed in self.params}
+        return [index_of[param] for param in reversed(list(self.module.parameters())) if param in index_of]
+
+
+def _agree_on_seed(group: dist.ProcessGroup, device: torch.device) -> int:
+    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it."""
+    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
+    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    return int(seed.item())
