@@ -220,7 +220,7 @@ def load_wrongly(case: str) -> str:
         ("stage", "the state dict was saved with stage=2, this optimizer has stage=1"),
         ("bucket size", "the state dict holds elements"),
         ("groups", "expected param_groups of"),
-        ("format", "expected a state dict of format 3, got 99"),
+        ("format", "expected a state dict of format 4, got 99"),
         ("shape", "the state dict has shape [3, 4] for parameter"),
     ],
 )

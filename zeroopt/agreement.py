@@ -12,28 +12,35 @@ import torch.distributed as dist
 from .errors import RankMismatchError
 
 
-def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> None:
-    """Return when every rank called with the same lines and without a problem; else raise on every rank.
+def agree(groups: Sequence[tuple[dist.ProcessGroup, Sequence[str]]], problem: Exception | None) -> None:
+    """Return when in each group every rank called with the same lines and nobody had a problem; else raise on every rank.
 
-    Collective: every rank of the group must call it. Usually it costs one small all-reduce; the lines themselves travel
-    only when they differ.
+    Collective: every rank of the groups must call it. They are compared one after the other, and a rank in several of them
+    passes a problem on from one to the next: ranks that are in no group together hear of it too. Usually it costs one small
+    all-reduce a group; the lines themselves travel only when they differ.
 
     Args:
-        lines: the description of what this rank is about to wrap, in an order that all ranks share.
+        groups: each with the description of what this rank is about to wrap, in an order that its ranks share.
         problem: what is wrong on this rank alone, if anything is.
 
     Raises:
         Exception: this rank's own problem, as it is.
         RankMismatchError: another rank has a problem, or the first difference between two ranks; the same text everywhere.
     """
+    for group, lines in groups:
+        problem = _disagreement(group, lines, problem)
+    if problem is not None:
+        raise problem
+
+
+def _disagreement(group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None) -> Exception | None:
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
     if not _differs(group, device, lines, problem):
-        return
+        return None
     everyone: list[tuple[list[str], str | None]] = [([], None)] * group.size()
     mine = (list(lines), None if problem is None else str(problem))
     dist.all_gather_object(everyone, mine, group=group)
-    if problem is not None:
-        raise problem
-    raise RankMismatchError(_first_difference(everyone))
+    return problem if problem is not None else RankMismatchError(_first_difference(everyone))
 
 
 def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:

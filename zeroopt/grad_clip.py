@@ -11,22 +11,26 @@ from torch import Tensor
 from .collectives import Transport
 from .errors import ConfigError
 from .gradient_store import GradientStore
+from .norm_groups import NormGroups
 
 # As in torch.nn.utils.clip_grad_norm_: keeps the coefficient finite when all gradients are zero.
 _EPSILON = 1e-6
 
 
-def clip_shards(stores: Sequence[GradientStore], transport: Transport, max_norm: float, norm_type: float) -> Tensor:
+def clip_shards(
+    stores: Sequence[GradientStore], transport: Transport, beyond: NormGroups, max_norm: float, norm_type: float
+) -> Tensor:
     """Scale the reduced gradients so that the norm of all of them, over all ranks, is at most `max_norm`.
 
-    Collective: one exchange of a scalar.
+    Collective, also with the ranks that hold other parts of the model: one exchange of a scalar, and one for each of
+    the groups `beyond` the data-parallel ranks.
 
     Returns:
         The norm before clipping, a 0-dim float32 tensor, the same on all ranks.
     """
     if not norm_type > 0:
         raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
-    norm = _norm_over_ranks(stores, transport, float(norm_type))
+    norm = _norm_over_ranks(stores, transport, beyond, float(norm_type))
     coefficient = (float(max_norm) / (norm + _EPSILON)).clamp(max=1.0)
     if coefficient.is_cpu and coefficient == 1:
         return norm.float()
@@ -48,9 +52,11 @@ def note_norm(store: GradientStore, norm_type: float) -> Tensor:
     return store.norm[1]
 
 
-def _norm_over_ranks(stores: Sequence[GradientStore], transport: Transport, norm_type: float) -> Tensor:
+def _norm_over_ranks(
+    stores: Sequence[GradientStore], transport: Transport, beyond: NormGroups, norm_type: float
+) -> Tensor:
     """(sum over ranks of sum |g|^p)^(1/p), or the largest |g| for inf, in float64."""
-    norms = [note_norm(store, norm_type) for store in stores if store.holds_sum]
+    norms = [note_norm(s, norm_type) * s.norm_weight ** (1.0 / norm_type) for s in stores if s.holds_sum]
     device = stores[0].reduced.device
     local = (
         torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
@@ -58,4 +64,6 @@ def _norm_over_ranks(stores: Sequence[GradientStore], transport: Transport, norm
     local_sum = local if math.isinf(norm_type) else local.pow(norm_type)
     by_slice = transport.gather_scalar(local_sum, label="gradient norms")
     # Summed in the same order on every rank, so that all clip by the same coefficient, whatever the transport.
-    return by_slice.max() if math.isinf(norm_type) else by_slice.sum().pow(1.0 / norm_type)
+    if math.isinf(norm_type):
+        return beyond.max_over_model(by_slice.max())
+    return beyond.sum_over_model(by_slice.sum()).pow(1.0 / norm_type)

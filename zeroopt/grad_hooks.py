@@ -43,7 +43,7 @@ def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -
 
 def _dense_gradient(managed: ManagedParam) -> Tensor:
     """A parameter's gradient, its elements in memory as those of the parameter are."""
-    grad = managed.param.grad
+    grad = managed.local_grad()
     assert grad is not None
     if grad.layout is not torch.strided:
         raise StateError(
@@ -53,7 +53,7 @@ def _dense_gradient(managed: ManagedParam) -> Tensor:
     if grad.is_neg():
         grad = grad.resolve_neg()
     if grad.stride() != managed.stride:
-        grad = torch.empty_like(managed.param, dtype=grad.dtype).copy_(grad)
+        grad = torch.empty_like(managed.local, dtype=grad.dtype).copy_(grad)
     return grad
 
 
@@ -127,7 +127,7 @@ class GradientReducer:
         bounded = self._transport.needs_staging or not self._placement.shard_state
         most = max(1, self._bucket_buffers - 1) if bounded else len(buckets)
         self._max_in_flight = most if self._overlap else 0
-        self._addresses = [managed.param.data_ptr() for managed in self._params]
+        self._addresses = [managed.data_ptr() for managed in self._params]
         self._missing = [len(bucket.params) for bucket in buckets]
         self._next = 0  # the bucket that starts next
         self._bucket_of = [0] * len(self._params)
@@ -159,10 +159,10 @@ class GradientReducer:
         """Stage 0: `param.grad` is in the new buffers."""
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             for managed in bucket.params:
-                if managed.param.grad is not None:
+                grad = managed.local_grad()
+                if grad is not None:
                     assert store.full is not None
-                    view = managed.view_in(store.full)
-                    managed.param.grad = view.copy_(managed.param.grad)
+                    managed.set_local_grad(managed.view_in(store.full).copy_(grad))
 
     def let_go(self) -> None:
         """Free all buffers, before others are adopted."""
@@ -241,7 +241,7 @@ class GradientReducer:
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             assert store.full is not None
             for managed in bucket.params:
-                grad = managed.param.grad
+                grad = managed.local_grad()
                 if grad is None:
                     continue
                 flags[managed.index] = 1
@@ -253,7 +253,7 @@ class GradientReducer:
     def check_storage(self) -> None:
         """Raise StateError when a parameter no longer lies in its bucket."""
         for managed, address in zip(self._params, self._addresses, strict=True):
-            if managed.param.data_ptr() != address:
+            if managed.data_ptr() != address:
                 raise StateError(
                     f"parameter {managed.name!r} no longer lies in zeroopt's storage: the model was moved, cast or "
                     f"given new data after zeroopt.wrap (it is now {managed.param.dtype} on {managed.param.device}). "
@@ -336,7 +336,10 @@ class GradientReducer:
 
     def _note_packed(self, managed: ManagedParam, full: Tensor) -> None:
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
-        managed.param.grad = None if self._placement.shard_state else managed.view_in(full)
+        if self._placement.shard_state:
+            managed.param.grad = None
+        else:
+            managed.set_local_grad(managed.view_in(full))
         self._packed[managed.index] = 1
 
     def _start_complete(self) -> None:
@@ -408,4 +411,4 @@ class GradientReducer:
             for managed in bucket.params:
                 if managed.param.grad is None and used[managed.index]:
                     assert store.full is not None
-                    managed.param.grad = managed.view_in(store.full)
+                    managed.set_local_grad(managed.view_in(store.full))

@@ -59,6 +59,7 @@ class GradientStore:
         reduced: [own range], the sum over ranks, valid while `holds_sum`.
         base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
         label: how messages call the bucket.
+        norm_weight: what its gradients count for in a norm over the whole model.
         norm: p and the p-norm of `reduced`, where somebody has asked for it; see `grad_clip`.
         is_open: backward fills it.
         is_reducing: its reduce has started, and nobody has waited for it yet.
@@ -75,6 +76,7 @@ class GradientStore:
     ) -> None:
         self._bucket = bucket
         self.label = bucket.name
+        self.norm_weight = bucket.norm_weight
         self._pool = pool
         self._dtype = reduce_dtype or bucket.dtype
         sum_dtype = precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)

@@ -15,6 +15,7 @@ from . import _C
 from .bucket import ManagedParam
 from .elementwise import check_elementwise
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
+from .local_tensor import check_state_parts, local_of, manage
 from .optim import FusedOptimizer
 
 _log = logging.getLogger("zeroopt")
@@ -45,6 +46,7 @@ def inspect(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ManagedP
     _check_devices(params)
     _check_storage(params)
     _check_sparse(model)
+    check_state_parts(params, optimizer.state)
     check_elementwise(optimizer)
     _warn_untrained(names, params)
     return params
@@ -84,7 +86,7 @@ def _managed_params(names: dict[nn.Parameter, str], optimizer: torch.optim.Optim
     for param, name in names.items():
         if param in places and param.requires_grad:
             _check_param(name, param)
-            managed.append(ManagedParam(name, param, len(managed), *places[param]))
+            managed.append(manage(name, param, len(managed), *places[param]))
     if not managed:
         raise ConfigError("no parameter of the optimizer requires gradients: there is nothing to train")
     return managed
@@ -95,15 +97,17 @@ def _check_param(name: str, param: nn.Parameter) -> None:
         raise ConfigError(f"parameter {name!r} is not initialised yet; run the model once before wrapping")
     if param.is_meta:
         raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")
-    if type(param.data) is not Tensor:
+    local = local_of(param.data)
+    if type(local) is not Tensor:
         raise NotSupportedError(
-            f"parameter {name!r} is a {type(param.data).__name__}; only plain tensors are supported"
+            f"parameter {name!r} is a {type(local).__name__}; only plain tensors are supported, and DTensors of them with "
+            "torch 2.5 or newer"
         )
     if param.layout is not torch.strided or param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(map(str, SUPPORTED_DTYPES))
         raise NotSupportedError(f"parameter {name!r} is {param.layout} {param.dtype}; supported are dense {supported}")
     # torch keeps the strides of a dense tensor for one like it, and no others.
-    if torch.empty_like(param, device="meta").stride() != param.stride():
+    if torch.empty_like(local, device="meta").stride() != local.stride():
         raise ConfigError(f"parameter {name!r} has gaps or overlaps in memory; make its data contiguous()")
 
 
@@ -124,9 +128,9 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
 
 def _check_storage(params: Sequence[ManagedParam]) -> None:
     """Two parameters in the same memory would come apart when they move into buckets."""
-    by_address = sorted((m for m in params if m.numel), key=lambda m: m.param.data_ptr())
+    by_address = sorted((m for m in params if m.numel), key=lambda m: m.data_ptr())
     for one, next_one in pairwise(by_address):
-        if one.param.data_ptr() + one.param.nbytes > next_one.param.data_ptr():
+        if one.data_ptr() + one.local.nbytes > next_one.data_ptr():
             raise ConfigError(
                 f"parameters {one.name!r} and {next_one.name!r} share memory; to tie them, assign the same Parameter "
                 "object to both modules"

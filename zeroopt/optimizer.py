@@ -17,12 +17,14 @@ from .config import Config
 from .errors import NotSupportedError, StateError
 from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
+from .local_tensor import place_in_mesh
+from .norm_groups import NormGroups, clip_local_gradients
 from .param_gather import ParamGathers
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .step import ShardStepper
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -56,6 +58,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         reducer: GradientReducer,
         gathers: ParamGathers,
         transport: Transport,
+        norm_groups: NormGroups,
         seed: int,
     ) -> None:
         self._module = module
@@ -66,6 +69,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer = reducer
         self._gathers = gathers
         self._transport = transport
+        self._norm_groups = norm_groups
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
@@ -214,14 +218,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Does under every stage what `torch.nn.utils.clip_grad_norm_` does for the averaged gradients of
         DistributedDataParallel (which sees none in stages 1 and 2). Call it between backward and step. Collective: every
-        rank of the process group must call it.
+        rank of the process group must call it, and with them all ranks that hold other parts of the model: those of the
+        mesh of its DTensors, and of the `norm_group` given to `zeroopt.wrap`. The norm covers all parts, every element once.
 
         Args:
             max_norm: the largest norm to leave; gradients of a smaller one stay as they are.
             norm_type: p of the p-norm, positive; `float("inf")` for the largest element.
 
         Returns:
-            The norm before clipping, a 0-dim float32 tensor, the same on all ranks.
+            The norm before clipping, a 0-dim float32 tensor, the same on all these ranks.
 
         Raises:
             ConfigError: `norm_type` is not positive.
@@ -229,11 +234,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._check_ready()
         self._finish_reduces()
+        if not self._config.placement.shard_state and self._norm_groups:
+            return clip_local_gradients(self._params, self._norm_groups, max_norm, norm_type)
         if not self._config.placement.shard_state:
             params = [managed.param for managed in self._params]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type).float()
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
-        return clip_shards(self._reducer.stores, self._transport, max_norm, norm_type)
+        return clip_shards(self._reducer.stores, self._transport, self._norm_groups, max_norm, norm_type)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -432,6 +439,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "rank": transport.rank,
             "world_size": transport.world_size,
             "slice": transport.slice_index,  # another one where ranks are on other hosts
+            "part": place_in_mesh(self._params),
             "param_dtype": str(precision.param_dtype),
             "master_weights": precision.master_weights,
             "state_dtype": str(precision.state_dtype),

@@ -18,7 +18,9 @@ from .config import Config, Fused, check_config, check_param_dtype, check_reduce
 from .errors import StateError
 from .grad_hooks import GradientReducer
 from .inspect import inspect, mark_wrapped
+from .local_tensor import count_copies, describe_part, find_mesh, mesh_groups
 from .module import ZeroDataParallel
+from .norm_groups import NormGroups, check_norm_group
 from .optimizer import ZeroOptimizer
 from .param_gather import ParamGathers
 from .step import check_fused
@@ -44,17 +46,22 @@ def wrap(
     average_every: int | None = None,
     *,
     bucket_buffers: int = 2,
+    norm_group: dist.ProcessGroup | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
     Collective: every rank of the process group must call it, with the same model, optimizer and options. The training
     loop stays as it is: `loss = model(x); loss.backward(); optimizer.step(); optimizer.zero_grad()`.
 
+    A model may be one part of a larger one: a pipeline stage, or one whose parameters are DTensors (tensor parallelism).
+    Then `process_group` holds the ranks that have the same part; with DTensors, the ranks of their mesh must call it too.
+
     The model's parameters stay the same objects; their data moves into flat buckets, one bucket at a time. Cast and move
     the model first, and build the optimizer on its parameters.
 
     Args:
-        model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device.
+        model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device, or with DTensors of
+            such (torch 2.5 or newer) on one device mesh that has none but this rank in common with `process_group`.
         optimizer: an element-wise torch optimizer on the model's parameters. State that it already has is kept.
         stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
             the gradients.
@@ -81,6 +88,8 @@ def wrap(
         reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
             the parameters. Stages 1 and 2; between float32 and 16 bits. Transport "torch" sums in that dtype.
         bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
+        norm_group: ranks that hold the other parts of the model, such as one rank of each pipeline stage; the norm by which
+            gradients are clipped then covers all of them. The mesh of DTensors is taken into account without it.
         max_grad_norm, average_every: reserved; only their defaults are supported so far.
 
     Returns:
@@ -98,7 +107,11 @@ def wrap(
     problem: Exception | None = None
     lines: list[str] = []
     params: list[ManagedParam] = []
+    beyond: list[dist.ProcessGroup] = []  # ranks with other parts of the parameters
+    options: list[str] = []
     try:
+        mesh = find_mesh(model, group) if isinstance(model, nn.Module) else None
+        beyond = mesh_groups(mesh)
         config = check_config(
             stage=stage,
             bucket_mb=bucket_mb,
@@ -116,20 +129,27 @@ def wrap(
             bucket_buffers=bucket_buffers,
             average_every=average_every,
         )
+        check_norm_group(norm_group, [group, *beyond])
+        options = [*config.describe(), f"option norm_group is {'not ' if norm_group else ''}None"]
         params = inspect(model, optimizer)
+        for managed in params:
+            managed.copies = count_copies(managed, mesh)
         check_param_dtype(param_dtype, {managed.name: managed.param.dtype for managed in params})
         check_fused(optimizer, params, config)
         stored = [config.precision.stored_dtype(managed.param.dtype) for managed in params]
         check_reduce_dtype(config.reduce_dtype, stored)
         check_transport(config.transport, group, params[0].param.device)
-        lines = _describe(config, model, optimizer, params)
+        lines = _describe(options, model, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
-    agree(group, _agreement_device(group), lines, problem)
+    agree([(group, lines), *((other, options) for other in beyond)], problem)
     device = params[0].param.device
     connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
-    return _wrap_checked(model, optimizer, config, params, connected, group)
+    norm_groups = beyond if norm_group is None else [*beyond, norm_group]
+    return _wrap_checked(
+        model, optimizer, config, params, connected, NormGroups(norm_groups), _agree_on_seed([group, *beyond], device)
+    )
 
 
 def _wrap_checked(
@@ -138,21 +158,24 @@ def _wrap_checked(
     config: Config,
     params: Sequence[ManagedParam],
     transport: Transport,
-    group: dist.ProcessGroup,
+    norm_groups: NormGroups,
+    seed: int,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     placement = config.placement
     precision, shared = config.precision, config.share_parameters
     plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
-    broadcaster = Broadcaster(group) if transport.world_size > 1 else None
+    broadcaster = Broadcaster(transport.group) if transport.world_size > 1 else None
     if broadcaster is not None and config.sync_module_states and precision.param_dtype is not None:
         for managed in params:  # before they are rounded, or masters would differ
-            broadcaster.broadcast([managed.param.data])
+            broadcaster.broadcast([managed.local])
     buckets = make_buckets(plan, params, transport, precision, shard_state=placement.shard_state, shared=shared)
     if broadcaster is not None and config.sync_module_states:
         writers = transport.writers if config.share_parameters else None
         _sync_states(model, params, buckets, broadcaster, writers)
     if config.share_parameters:
         transport.barrier()  # the writers are through
+    for managed in params:
+        managed.align_gradients()
     reducer = GradientReducer(
         params,
         buckets,
@@ -174,17 +197,22 @@ def _wrap_checked(
         broadcaster if config.broadcast_buffers and has_buffers else None,
         shared=shared,
     )
-    seed = _agree_on_seed(group, params[0].param.device)
-    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
+    wrapped_optimizer = ZeroOptimizer(
+        model, optimizer, config, params, buckets, reducer, gathers, transport, norm_groups, seed
+    )
     wrapped_model.after_writing(wrapped_optimizer.take_up_writes)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
     return wrapped_model, wrapped_optimizer
 
 
-def _agree_on_seed(group: dist.ProcessGroup, device: torch.device) -> int:
-    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it."""
+def _agree_on_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
+    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it.
+
+    Collective in each of the groups; together they hold all ranks that have copies of a parameter, which must stay equal.
+    """
     seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
-    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    for group in groups:
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
     return int(seed.item())
 
 
@@ -202,25 +230,24 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
     return group
 
 
-def _agreement_device(group: dist.ProcessGroup) -> torch.device:
-    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-
-
 def _describe(
-    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
+    options: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
 ) -> list[str]:
     """What all ranks have to have in common, one fact a line."""
-    lines = [f"zeroopt {_C.build_info()['version']}", *config.describe()]
+    lines = [f"zeroopt {_C.build_info()['version']}", *options]
     for managed in params:
         what = f"shape {list(managed.shape)}, {managed.param.dtype}, strides {list(managed.stride)}"
-        lines.append(f"parameter {managed.name!r} of {what}, in param_group {managed.group}")
+        part = describe_part(managed.param)
+        lines.append(f"parameter {managed.name!r} of {what}{part}, in param_group {managed.group}")
     managed_params = {managed.param for managed in params}
     for name, param in model.named_parameters():
         if param not in managed_params:
             lines.append(
-                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}, which zeroopt does not train"
+                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}{describe_part(param)}, which zeroopt does "
+                "not train"
             )
-    lines += [f"buffer {name!r} of shape {list(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
+    for name, buffer in model.named_buffers():
+        lines.append(f"buffer {name!r} of shape {list(buffer.shape)}, {buffer.dtype}{describe_part(buffer)}")
     lines.append(f"optimizer {type(optimizer).__name__}")
     for number, group in enumerate(optimizer.param_groups):
         options = ", ".join(
