@@ -12,18 +12,20 @@ import torch.distributed as dist
 
 from .bucket import ManagedParam
 from .errors import RankMismatchError
+from .local_tensor import describe_part
 
 
 def agree(
-    group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None, what: str = "zeroopt.wrap"
+    groups: Sequence[tuple[dist.ProcessGroup, Sequence[str]]], problem: Exception | None, what: str = "zeroopt.wrap"
 ) -> None:
-    """Return when every rank called with the same lines and without a problem; else raise on every rank.
+    """Return when in each group every rank called with the same lines and nobody had a problem; else raise on every rank.
 
-    Collective: every rank of the group must call it. Usually it costs one small all-reduce; the lines themselves travel
-    only when they differ.
+    Collective: every rank of the groups must call it. They are compared one after the other, and a rank in several of them
+    passes a problem on from one to the next: ranks that are in no group together hear of it too. Usually it costs one small
+    all-reduce a group; the lines themselves travel only when they differ.
 
     Args:
-        lines: the description of what this rank is about to wrap, in an order that all ranks share.
+        groups: each with the description of what this rank is about to do, in an order that its ranks share.
         problem: what is wrong on this rank alone, if anything is.
         what: what is to be agreed on, for messages.
 
@@ -31,15 +33,22 @@ def agree(
         Exception: this rank's own problem, as it is.
         RankMismatchError: another rank has a problem, or the first difference between two ranks; the same text everywhere.
     """
+    for group, lines in groups:
+        problem = _disagreement(group, lines, problem, what)
+    if problem is not None:
+        raise problem
+
+
+def _disagreement(
+    group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None, what: str
+) -> Exception | None:
     device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
     if not _differs(group, device, lines, problem):
-        return
+        return None
     everyone: list[tuple[list[str], str | None]] = [([], None)] * group.size()
     mine = (list(lines), None if problem is None else str(problem))
     dist.all_gather_object(everyone, mine, group=group)
-    if problem is not None:
-        raise problem
-    raise RankMismatchError(_first_difference(everyone, what))
+    return problem if problem is not None else RankMismatchError(_first_difference(everyone, what))
 
 
 def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:
@@ -72,7 +81,8 @@ def _first_difference(everyone: Sequence[tuple[list[str], str | None]], what: st
 def describe_params(params: Sequence[ManagedParam]) -> list[str]:
     """What ranks have to have in common of the parameters that they train."""
     return [
-        f"parameter {m.name!r} of shape {list(m.shape)}, {m.param.dtype}, strides {list(m.stride)}, in param_group {m.group}"
+        f"parameter {m.name!r} of shape {list(m.shape)}, {m.param.dtype}, strides {list(m.stride)}{describe_part(m.param)}, "
+        f"in param_group {m.group}"
         for m in params
     ]
 

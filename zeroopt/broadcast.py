@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .local_tensor import local_of
+
 _TAG = 1 << 23  # out of the way of a user's own messages on the same group
 
 
@@ -20,12 +22,13 @@ class Broadcaster:
 
     @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0. Collective: all ranks pass the same shapes and dtypes.
+        """Overwrite the tensors with those of rank 0. Collective: all ranks pass the same shapes and dtypes. Of DTensors, ranks
+        hold the same part.
 
         Tensors of one dtype travel together, since small messages cost more than the copy.
         """
         by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
+        for tensor in map(local_of, tensors):
             by_dtype.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for alike in by_dtype.values():
             self._broadcast_together(alike)

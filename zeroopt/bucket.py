@@ -28,6 +28,9 @@ class ManagedParam:
         index: position among the managed parameters, in the order of `model.named_parameters()`.
         group: position of its param_group in the optimizer.
         position: position in the optimizer, counted over all groups, as in a torch optimizer's state dict.
+        shape, stride, numel: of the part of it that every rank of the data-parallel group holds, which is the whole
+            parameter unless it is a DTensor; see `local_tensor`. All methods are about that part.
+        copies: ranks outside of the data-parallel group, and this one, that hold the same elements.
     """
 
     name: str
@@ -36,14 +39,56 @@ class ManagedParam:
     group: int
     position: int
     offset: int = field(default=-1, init=False)
+    copies: int = field(default=1, init=False)
     shape: torch.Size = field(init=False)
     stride: tuple[int, ...] = field(init=False)
     numel: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shape = self.param.shape
-        self.stride = self.param.stride()
-        self.numel = self.param.numel()
+        self.shape = self.local.shape
+        self.stride = self.local.stride()
+        self.numel = self.local.numel()
+
+    @property
+    def local(self) -> Tensor:
+        """The parameter's elements on this rank, a tensor without gradient."""
+        return self.param.data
+
+    def set_local(self, view: Tensor) -> None:
+        """Let the parameter's elements be those of `view`, which may be of another dtype."""
+        self.param.data = view
+
+    def data_ptr(self) -> int:
+        """Address of the parameter's elements."""
+        return self.param.data_ptr()
+
+    def local_grad(self) -> Tensor | None:
+        """This rank's part of `param.grad`."""
+        return self.param.grad
+
+    def set_local_grad(self, view: Tensor) -> None:
+        """Let this rank's part of `param.grad` be `view`."""
+        self.param.grad = view
+
+    def layout_like(self, local: Tensor) -> Tensor:
+        """A tensor of the parameter's global shape and placements from this rank's part."""
+        return local
+
+    def aligned(self, grad: Tensor) -> Tensor:
+        """This rank's part of a gradient that autograd gives. Collective in the mesh of a DTensor that is not cut as the
+        parameter is."""
+        return grad
+
+    def align_gradients(self) -> None:
+        """From now on, let gradients arrive cut as the parameter is. To be called before other hooks are registered."""
+
+    def local_part(self, value: Tensor) -> Tensor:
+        """This rank's part of a tensor that belongs to the parameter, such as a moment of its optimizer.
+
+        Raises:
+            StateError: it is cut in another way than the parameter.
+        """
+        return value
 
     def view_in(self, full: Tensor) -> Tensor:
         """The parameter's shape (and memory format) over its range of a flat buffer of its bucket."""
@@ -89,6 +134,7 @@ class Bucket:
         own_param: view of `flat_param` over the own range.
         master: [own range], what completes 16-bit parameters: a float32 copy or int16 remainders; None where nothing does.
         segments: the pieces of parameters in the own range.
+        norm_weight: what its gradients count for in a sum over all ranks that hold parts of the model.
     """
 
     def __init__(
@@ -108,6 +154,7 @@ class Bucket:
         self.params = [params[i] for i in layout.params]
         self.dtype = precision.stored_dtype(self.params[0].param.dtype)
         self.device = self.params[0].param.device
+        self.norm_weight = 1.0 / self.params[0].copies
         for managed, offset in zip(self.params, layout.offsets, strict=True):
             managed.offset = offset
         self.name = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
@@ -123,7 +170,7 @@ class Bucket:
 
     def _take_in(self, managed: ManagedParam, *, writes: bool) -> None:
         """Move a parameter into the bucket, and its master where this rank keeps it."""
-        values = managed.param.data
+        values = managed.local
         view = managed.view_in(self.flat_param)
         if writes:
             view.copy_(round_master(values, self.dtype) if self.master is not None else values)
@@ -134,7 +181,7 @@ class Bucket:
                 own = managed.flatten(values)[first - managed.offset : last - managed.offset]
                 master = own if self.master.dtype is torch.float32 else split_master(own)[1]
                 self.master[first - begin : last - begin].copy_(master)
-        managed.param.data = view
+        managed.set_local(view)
 
     def cut_segments(self, pieces: Sequence[_C.Segment], params: Sequence[ManagedParam]) -> None:
         """Make the segments of the own range, as planned."""
@@ -202,10 +249,10 @@ class Bucket:
 
 
 def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision) -> _C.Plan:
-    """Plan buckets for parameters in the model's order; those of one dtype and device share buckets."""
+    """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets."""
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
-    kinds: dict[tuple[torch.dtype, torch.device], int] = {}
-    kind_of = [kinds.setdefault((d, p.param.device), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
+    kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
+    kind_of = [kinds.setdefault((d, p.param.device, p.copies), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
     return _C.Plan(
         [p.numel for p in params],
         kind_of,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotSupportedError
+from .local_tensor import local_of
 
 _SHAPE = (6, 5)
 _CUTS = (0, 7, 8, 30)
@@ -90,11 +91,11 @@ def _state_like(optimizer: torch.optim.Optimizer, group: int, param: nn.Paramete
     state = optimizer.state
     # 0-dim parameters show least of what is kept for each element.
     models = sorted(optimizer.param_groups[group]["params"], key=lambda p: p.dim(), reverse=True)
-    model = next((p for p in models if state.get(p) and p.numel()), None)
+    model = next((p for p in models if state.get(p) and local_of(p).numel()), None)
     if model is None:
         return {}
     return {
-        name: torch.full_like(param, value.flatten()[0].item())
+        name: torch.full_like(param, local_of(value).flatten()[0].item())
         if is_per_element(name, value, model)
         else copy.deepcopy(value)
         for name, value in state[model].items()

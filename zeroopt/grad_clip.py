@@ -8,15 +8,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .bucket import ManagedParam
 from .collectives import Transport
 from .gradient_store import GradientStore
+from .norm_groups import NormGroups
 
 # As in torch.nn.utils.clip_grad_norm_: keeps the coefficient finite when all gradients are zero.
 _EPSILON = 1e-6
 
 
-def norm_of_shards(stores: Sequence[GradientStore], transport: Transport, norm_type: float) -> Tensor:
-    """The norm of all reduced gradients, over all ranks, 0-dim float64, the same on all ranks. Collective."""
+def norm_of_shards(
+    stores: Sequence[GradientStore], transport: Transport, beyond: NormGroups, norm_type: float
+) -> Tensor:
+    """The norm of all reduced gradients, over all ranks, 0-dim float64, the same on all ranks.
+
+    Collective, also with the ranks that hold other parts of the model: one exchange of a scalar, and one for each of the groups
+    `beyond` the data-parallel ranks.
+    """
     norms = [_norm_of(store, norm_type) for store in stores if store.holds_sum]
     local = (
         torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -26,17 +34,24 @@ def norm_of_shards(stores: Sequence[GradientStore], transport: Transport, norm_t
     local_sum = local if math.isinf(norm_type) else local.pow(norm_type)
     by_slice = transport.gather_scalar(local_sum, label="gradient norms")
     # Summed in the same order on every rank, so that all clip by the same coefficient, whatever the transport.
-    return by_slice.max() if math.isinf(norm_type) else by_slice.sum().pow(1.0 / norm_type)
+    if math.isinf(norm_type):
+        return beyond.max_over_model(by_slice.max())
+    return beyond.sum_over_model(by_slice.sum()).pow(1.0 / norm_type)
 
 
-def norm_of_whole(grads: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The norm of gradients that every rank has whole, 0-dim float64. Not collective."""
-    if not grads:
-        return torch.zeros((), dtype=torch.float64)
-    wide = torch.float64 if grads[0].dtype is torch.float64 else torch.float32
-    norms = [torch.linalg.vector_norm(grad, norm_type, dtype=wide).double() for grad in grads]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    return norm
+def norm_of_whole(params: Sequence[ManagedParam], beyond: NormGroups, norm_type: float) -> Tensor:
+    """The norm of gradients that every data-parallel rank has whole, 0-dim float64. Collective with the groups `beyond` them."""
+    norms = [torch.zeros((), dtype=torch.float64)]
+    for managed in params:
+        grad = managed.local_grad()
+        if grad is not None and grad.numel():
+            wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
+            norm = torch.linalg.vector_norm(grad, norm_type, dtype=wide).double()
+            norms.append(norm * (1.0 / managed.copies) ** (1.0 / norm_type))
+    own = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
+    if math.isinf(norm_type):
+        return beyond.max_over_model(own)
+    return beyond.sum_over_model(own.pow(norm_type)).pow(1.0 / norm_type)
 
 
 def clip_by(stores: Sequence[GradientStore], norm: Tensor, max_norm: float) -> None:
@@ -61,11 +76,12 @@ def note_norm(store: GradientStore, norm_type: float) -> Tensor:
 
 def is_finite(store: GradientStore) -> Tensor:
     """Whether all reduced gradients of a bucket on this rank are finite; 0-dim bool."""
-    return note_norm(store, 2.0).isfinite()
+    finite: Tensor = note_norm(store, 2.0).isfinite()
+    return finite
 
 
 def _norm_of(store: GradientStore, norm_type: float) -> Tensor:
-    norm = note_norm(store, norm_type)
+    norm = note_norm(store, norm_type) * store.norm_weight ** (1.0 / norm_type)
     return norm if store.factor is None else norm * store.factor.abs()
 
 

@@ -17,6 +17,7 @@ from collections.abc import MutableMapping, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import _C, ops
@@ -53,6 +54,9 @@ def _dense_gradient(managed: ManagedParam) -> Tensor:
     assert grad is not None
     if type(grad) is ShardedGradient:
         grad = grad.take_local()
+    else:
+        grad = managed.local_grad()
+        assert grad is not None
     if grad.layout is not torch.strided:
         raise StateError(
             f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
@@ -61,7 +65,7 @@ def _dense_gradient(managed: ManagedParam) -> Tensor:
     if grad.is_neg():
         grad = grad.resolve_neg()
     if grad.stride() != managed.stride:
-        grad = torch.empty_like(managed.param, dtype=grad.dtype).copy_(grad)
+        grad = torch.empty_like(managed.local, dtype=grad.dtype).copy_(grad)
     return grad
 
 
@@ -87,6 +91,7 @@ class GradientReducer:
         overlap: bool,
         bucket_buffers: int,
         reduce_dtype: torch.dtype | None,
+        mesh_groups: Sequence[dist.ProcessGroup] = (),
     ) -> None:
         self.sync = True
         self.has_local_gradients = False
@@ -115,7 +120,7 @@ class GradientReducer:
         self._pool: BufferPool | None = None
         if placement.shard_gradient:
             self._pool = BufferPool(reduce_dtype, transport, bucket_buffers if overlap else 1)
-        self.sharded = ShardedGradients(transport, self.finish) if placement.shard_state else None
+        self.sharded = ShardedGradients(transport, self.finish, mesh_groups) if placement.shard_state else None
         self._buckets: list[Bucket] = []
         self.stores: list[GradientStore] = []
 
@@ -124,6 +129,7 @@ class GradientReducer:
         self.finish()
         self._reclaim_all()
         for managed in params:
+            managed.align_gradients()
             hook = partial(_on_gradient, weakref.ref(self), managed.index)
             managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._params += params
@@ -163,7 +169,7 @@ class GradientReducer:
         bounded = self._transport.needs_staging or not self._placement.shard_state
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         self._max_in_flight = most if self._overlap else 0
-        self._addresses = [managed.param.data_ptr() for managed in self._params]
+        self._addresses = [managed.data_ptr() for managed in self._params]
         self._missing = [len(bucket.params) for bucket in self._buckets]
         self._sequence = list(range(len(self._buckets)))  # in which they start
         self._next = 0  # position in it of the bucket that starts next
@@ -205,10 +211,10 @@ class GradientReducer:
         """Stage 0: `param.grad` is in the new buffers."""
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             for managed in bucket.params:
-                if managed.param.grad is not None:
+                grad = managed.local_grad()
+                if grad is not None:
                     assert store.full is not None
-                    view = managed.view_in(store.full)
-                    managed.param.grad = view.copy_(managed.param.grad)
+                    managed.set_local_grad(managed.view_in(store.full).copy_(grad))
 
     def let_go(self) -> None:
         """Free all buffers, before others are adopted."""
@@ -326,7 +332,7 @@ class GradientReducer:
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             assert store.full is not None
             for managed in bucket.params:
-                grad = managed.param.grad
+                grad = managed.local_grad()
                 if grad is None:
                     continue
                 flags[managed.index] = 1
@@ -338,7 +344,7 @@ class GradientReducer:
     def check_storage(self) -> None:
         """Raise StateError when a parameter no longer lies in its bucket."""
         for managed, address in zip(self._params, self._addresses, strict=True):
-            if managed.param.data_ptr() != address:
+            if managed.data_ptr() != address:
                 raise StateError(
                     f"parameter {managed.name!r} no longer lies in zeroopt's storage: the model was moved, cast or "
                     f"given new data after zeroopt.wrap (it is now {managed.param.dtype} on {managed.param.device}). "
@@ -442,7 +448,7 @@ class GradientReducer:
     def _note_packed(self, managed: ManagedParam, full: Tensor) -> None:
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
         if self.sharded is None:
-            managed.param.grad = managed.view_in(full)
+            managed.set_local_grad(managed.view_in(full))
         else:
             self.sharded.show(managed)
         self._packed[managed.index] = 1
@@ -522,7 +528,7 @@ class GradientReducer:
             for managed in bucket.params:
                 if managed.param.grad is None and used[managed.index]:
                     assert store.full is not None
-                    managed.param.grad = managed.view_in(store.full)
+                    managed.set_local_grad(managed.view_in(store.full))
 
     def _show_sharded(self, sharded: ShardedGradients) -> None:
         """Stages 1 and 2: likewise."""

@@ -73,6 +73,7 @@ class GradientStore:
         reduced: [own range], the sum over ranks, valid while `holds_sum`.
         base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
         label: how messages call the bucket.
+        norm_weight: what its gradients count for in a norm over the whole model.
         factor: 0-dim, what the sum has yet to be multiplied by, to clip or to unscale it; the step does that on its way, so
             that it takes no pass of its own. None: nothing.
         norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `grad_clip`.
@@ -90,6 +91,7 @@ class GradientStore:
     ) -> None:
         self._bucket = bucket
         self.label = bucket.name
+        self.norm_weight = bucket.norm_weight
         self._pool = pool
         self._dtype = reduce_dtype or bucket.dtype
         sum_dtype = bucket.precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)

@@ -15,6 +15,7 @@ from . import _C
 from .bucket import ManagedParam
 from .elementwise import check_elementwise
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
+from .local_tensor import check_state_parts, local_of, manage
 from .optim import FusedOptimizer
 
 _log = logging.getLogger("zeroopt")
@@ -73,6 +74,7 @@ def inspect_further(
     if params:
         _check_devices([*known, *params])
         _check_storage([*known, *params])
+        check_state_parts(params, optimizer.state)
         check_elementwise(optimizer)
     return params
 
@@ -119,7 +121,7 @@ def _managed_params(
             continue
         if param not in trained:
             _check_param(name, param)
-            managed.append(ManagedParam(name, param, len(known) + len(managed), *places[param]))
+            managed.append(manage(name, param, len(known) + len(managed), *places[param]))
         else:
             raise ConfigError(f"parameter {name!r} is already trained by another optimizer of this model")
     return managed
@@ -130,15 +132,17 @@ def _check_param(name: str, param: nn.Parameter) -> None:
         raise ConfigError(f"parameter {name!r} is not initialised yet; run the model once before wrapping")
     if param.is_meta:
         raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")
-    if type(param.data) is not Tensor:
+    local = local_of(param.data)
+    if type(local) is not Tensor:
         raise NotSupportedError(
-            f"parameter {name!r} is a {type(param.data).__name__}; only plain tensors are supported"
+            f"parameter {name!r} is a {type(local).__name__}; only plain tensors are supported, and DTensors of them with "
+            "torch 2.5 or newer"
         )
     if param.layout is not torch.strided or param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(map(str, SUPPORTED_DTYPES))
         raise NotSupportedError(f"parameter {name!r} is {param.layout} {param.dtype}; supported are dense {supported}")
     # torch keeps the strides of a dense tensor for one like it, and no others.
-    if torch.empty_like(param, device="meta").stride() != param.stride():
+    if torch.empty_like(local, device="meta").stride() != local.stride():
         raise ConfigError(f"parameter {name!r} has gaps or overlaps in memory; make its data contiguous()")
 
 
@@ -159,9 +163,9 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
 
 def _check_storage(params: Sequence[ManagedParam]) -> None:
     """Two parameters in the same memory would come apart when they move into buckets."""
-    by_address = sorted((m for m in params if m.numel), key=lambda m: m.param.data_ptr())
+    by_address = sorted((m for m in params if m.numel), key=lambda m: m.data_ptr())
     for one, next_one in pairwise(by_address):
-        if one.param.data_ptr() + one.param.nbytes > next_one.param.data_ptr():
+        if one.data_ptr() + one.local.nbytes > next_one.data_ptr():
             raise ConfigError(
                 f"parameters {one.name!r} and {next_one.name!r} share memory; to tie them, assign the same Parameter "
                 "object to both modules"

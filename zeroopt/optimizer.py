@@ -19,6 +19,7 @@ from .errors import ConfigError, NotSupportedError, StateError
 from .grad_clip import clip_by, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
 from .inspect import inspect_further
+from .local_tensor import place_in_mesh
 from .loss_scaling import agree_on_overflow
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
@@ -272,11 +273,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if problem is None:
             try:
                 params = inspect_further(self._module, self._inner, self._sharding.params, self._params)
+                self._sharding.count_copies(params)
                 check_param_dtypes(self._config, {managed.name: managed.param.dtype for managed in params})
                 lines = describe_params(params) + describe_groups(self._inner)
             except Exception as error:  # noqa: BLE001  as above
                 problem = error
-        agree(self._sharding.group, lines, problem, "taking in further parameters")
+        groups = [(self._sharding.group, lines), *((group, []) for group in self._sharding.mesh_groups)]
+        agree(groups, problem, "taking in further parameters")
         self._frozen = self._find_frozen()
         if params:
             self._take_in(params)
@@ -288,14 +291,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Does under every stage what `torch.nn.utils.clip_grad_norm_` does for the averaged gradients of
         DistributedDataParallel (which sees none in stages 1 and 2). Call it between backward and step. Collective: every
-        rank of the process group must call it.
+        rank of the process group must call it, and with them all ranks that hold other parts of the model: those of the
+        mesh of its DTensors, and of the `norm_group` given to `zeroopt.wrap`. The norm covers all parts, every element once.
 
         Args:
             max_norm: the largest norm to leave; gradients of a smaller one stay as they are.
             norm_type: p of the p-norm, positive; `float("inf")` for the largest element.
 
         Returns:
-            The norm before clipping, a 0-dim float32 tensor, the same on all ranks.
+            The norm before clipping, a 0-dim float32 tensor, the same on all these ranks.
 
         Raises:
             ConfigError: `norm_type` is not positive.
@@ -349,7 +353,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not self._finish_reduces()[managed.index]:
             return None
         if self._reducer.sharded is None:
-            return managed.param.grad.clone() if managed.param.grad is not None else None
+            grad = managed.param.grad
+            return grad.clone() if grad is not None else None
         piece = self._reducer.sharded.piece(managed.index)
         return self._assemble(managed, piece, self._reducer.sum_dtype(managed.index))
 
@@ -415,7 +420,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             whole[segment.start : segment.start + segment.numel] = piece
         if self._config.placement.shard_state and self._transport.world_size > 1:
             dist.all_reduce(whole, group=self._transport.group)  # the pieces of other ranks are zero here
-        return whole.to(dtype).as_strided(managed.shape, managed.stride)
+        return managed.layout_like(whole.to(dtype).as_strided(managed.shape, managed.stride))
 
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step takes part in that of the others, with zeros."""
@@ -445,10 +450,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _compute_norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
         """Of the gradients in some buckets; 0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
         if self._config.placement.shard_state:
-            return norm_of_shards(stores, self._transport, norm_type)
+            return norm_of_shards(stores, self._transport, self._sharding.norm_groups, norm_type)
         buckets = [bucket for bucket in self._sharding.buckets if self._reducer.stores[bucket.index] in stores]
         params = [managed for bucket in buckets for managed in bucket.params if active[managed.index]]
-        return norm_of_whole([m.param.grad for m in params if m.param.grad is not None], norm_type)
+        return norm_of_whole(params, self._sharding.norm_groups, norm_type)
 
     def _clip(self, active: Tensor, max_norm: float) -> None:
         """Clip by the norm of the gradients of the whole model, all its optimizers together. Collective."""
@@ -643,6 +648,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "rank": transport.rank,
             "world_size": transport.world_size,
             "slice": transport.slice_index,  # another one where ranks are on other hosts
+            "part": place_in_mesh(self._params),
             "param_dtype": str(precision.param_dtype),
             "master_weights": precision.master_weights,
             "state_dtype": str(precision.state_dtype),

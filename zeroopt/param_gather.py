@@ -64,7 +64,7 @@ def _arriving_class(bucket: int) -> type[ArrivingParameter]:
     return type("ArrivingParameter", (ArrivingParameter,), {"bucket": bucket})
 
 
-class ReadOnlyParameter(nn.Parameter):
+class _ReadOnly(Tensor):
     """A parameter whose values another rank loads."""
 
     @classmethod
@@ -75,6 +75,10 @@ class ReadOnlyParameter(nn.Parameter):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
+
+
+def _read_only_class(cls: type[Tensor]) -> type[Tensor]:
+    return type(f"ReadOnly{cls.__name__}", (_ReadOnly, cls), {"__slots__": ()})
 
 
 class ParamGathers:
@@ -105,7 +109,7 @@ class ParamGathers:
         self._buckets = list(buckets)
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._classes = [_arriving_class(bucket.index) for bucket in buckets]
-        # A user's own class of parameters stays as it is.
+        # A user's own class of parameters stays as it is. Methods of a DTensor get at its values past `__torch_function__`.
         self._markable = [all(type(param) is nn.Parameter for param in params) for params in self._params]
         bucket_of = {managed.param: bucket.index for bucket in buckets for managed in bucket.params}
         for hook in self._hooks:
@@ -151,7 +155,7 @@ class ParamGathers:
         params = [param for params in self._params for param in params]
         classes = [param.__class__ for param in params]
         for param in params:
-            param.__class__ = ReadOnlyParameter
+            param.__class__ = _read_only_class(param.__class__)  # type: ignore[assignment]
         try:
             yield
         finally:

@@ -25,7 +25,8 @@ def _cut(value: Any, name: str, segment: Segment) -> Any:
     if not isinstance(value, Tensor):
         return value
     owner = segment.owner
-    if not is_per_element(name, value, owner.param):
+    value = owner.local_part(value)
+    if not is_per_element(name, value, owner.local):
         return value.clone()
     piece = owner.flatten(value)[segment.start : segment.start + segment.numel]
     return piece.to(segment.shard.device, segment.state_dtype if piece.is_floating_point() else None, copy=True)
@@ -96,8 +97,8 @@ def check_cut(layout: Mapping[str, Any], owner: ManagedParam, start: int, numel:
 
 def _check_whole(entry: Mapping[str, Any], owner: ManagedParam) -> None:
     for name, value in entry.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape != owner.shape:
+        if isinstance(value, Tensor) and value.dim() > 0 and owner.local_part(value).shape != owner.shape:
             raise StateError(
                 f"the state dict has {name!r} of shape {list(value.shape)} for parameter {owner.name!r} "
-                f"of shape {list(owner.shape)}"
+                f"of shape {list(owner.param.shape)}"
             )

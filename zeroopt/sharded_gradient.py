@@ -36,6 +36,7 @@ class ShardedGradient(Tensor):
     param_name: str
     param_index: int
     local: Tensor | None
+    _managed: ManagedParam
     _owner: weakref.ref[ShardedGradients]
     _sum_dtype: torch.dtype
 
@@ -50,6 +51,7 @@ class ShardedGradient(Tensor):
         made.local = None
         made.param_index = managed.index
         made._owner = weakref.ref(gradients)
+        made._managed = managed
         made.param_name = managed.name
         made._sum_dtype = sum_dtype
         return made
@@ -102,6 +104,7 @@ class ShardedGradient(Tensor):
 
     def add_local(self, grad: Tensor) -> None:
         """Keep what autograd adds until the parameter's hook, or a later backward, takes it up."""
+        grad = self._managed.aligned(grad)
         self.local = grad if self.local is None else self.local + grad
 
     def take_local(self) -> Tensor:
@@ -116,11 +119,15 @@ class ShardedGradients:
     """The gradient objects of one wrapped model, and what is done to gradients through them.
 
     Args:
+        mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
         finish: a method that waits until every gradient that has been produced is reduced.
     """
 
-    def __init__(self, transport: Transport, finish: Callable[[], None]) -> None:
+    def __init__(
+        self, transport: Transport, finish: Callable[[], None], mesh_groups: Sequence[dist.ProcessGroup]
+    ) -> None:
         self._transport = transport
+        self._mesh_groups = mesh_groups
         self._wait = weakref.WeakMethod(finish)
         self._norms: dict[float, Tensor] = {}
         self._objects: list[ShardedGradient] = []
@@ -262,9 +269,11 @@ class ShardedGradients:
             if self._shown[index]:
                 powers[index] = _power(self._store(index), segment, norm_type)
         is_max = math.isinf(norm_type)
+        operation = dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM
         if self._transport.world_size > 1:
-            operation = dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM
             dist.all_reduce(powers, op=operation, group=self._transport.group)
+        for group in self._mesh_groups:
+            dist.all_reduce(powers, op=operation, group=group)
         norms: Tensor = powers if is_max else powers.pow(1.0 / norm_type)
         return norms
 
@@ -279,7 +288,7 @@ def _power(store: GradientStore, segment: Segment, norm_type: float) -> Tensor:
     norm = torch.linalg.vector_norm(piece, norm_type, dtype=wide).double()
     if store.factor is not None:
         norm = norm * store.factor.abs()
-    power: Tensor = norm if math.isinf(norm_type) else norm.pow(norm_type)
+    power: Tensor = norm if math.isinf(norm_type) else norm.pow(norm_type) * store.norm_weight
     return power
 
 

@@ -13,6 +13,8 @@ from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport
 from .config import Config
 from .grad_hooks import GradientReducer
+from .local_tensor import count_copies, find_mesh, mesh_groups
+from .norm_groups import NormGroups
 from .param_gather import ParamGathers
 from .precision import Precision
 
@@ -25,16 +27,28 @@ class Sharding:
         params: those that are trained, by their index.
         buckets: by their index.
         broadcaster: None for a rank alone.
+        mesh: of the model's DTensors, and its groups of more than one rank.
+        norm_groups: over which the norm of the gradients is that of the whole model.
         seed: of stochastic rounding, the same on all ranks.
         norm: of all gradients, and the number of the backward that it belongs to; kept by the first optimizer that clips.
     """
 
-    def __init__(self, module: nn.Module, config: Config, transport: Transport, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        transport: Transport,
+        group: dist.ProcessGroup,
+        norm_group: dist.ProcessGroup | None,
+    ) -> None:
         placement = config.placement
         self.module = module
         self.config = config
         self.transport = transport
         self.group = group
+        self.mesh = find_mesh(module, group)
+        self.mesh_groups = mesh_groups(self.mesh)
+        self.norm_groups = NormGroups([*self.mesh_groups, *([norm_group] if norm_group is not None else [])])
         self.broadcaster = Broadcaster(group) if transport.world_size > 1 else None
         self.params: list[ManagedParam] = []
         self.buckets: list[Bucket] = []
@@ -45,12 +59,13 @@ class Sharding:
             overlap=config.overlap,
             bucket_buffers=config.bucket_buffers,
             reduce_dtype=config.reduce_dtype,
+            mesh_groups=self.mesh_groups,
         )
         if config.max_grad_norm is not None:
             self.reducer.norm_type = 2.0
         travels = placement.shard_state and transport.world_size > 1
         self.gathers = ParamGathers(module, transport, lazy=config.overlap and travels)
-        self.seed = _agree_on_seed(group, next(module.parameters()).device)
+        self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
         """Move further parameters into buckets of their own, and return those. Collective.
@@ -83,10 +98,15 @@ class Sharding:
             self.reducer.start_in_order(self._reverse_order())
         return buckets
 
+    def count_copies(self, params: Sequence[ManagedParam]) -> None:
+        """Note on how many ranks of the mesh each parameter lies."""
+        for managed in params:
+            managed.copies = count_copies(managed, self.mesh)
+
     def _sync_params(self, params: Sequence[ManagedParam]) -> None:
         if self.broadcaster is not None:
             for managed in params:
-                self.broadcaster.broadcast([managed.param.data])
+                self.broadcaster.broadcast([managed.local])
 
     def _sync_buckets(self, buckets: Sequence[Bucket]) -> None:
         if self.broadcaster is not None:
@@ -116,8 +136,12 @@ class Sharding:
         return [index_of[param] for param in reversed(list(self.module.parameters())) if param in index_of]
 
 
-def _agree_on_seed(group: dist.ProcessGroup, device: torch.device) -> int:
-    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it."""
+def _agree_on_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
+    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it.
+
+    Collective in each of the groups; together they hold all ranks that have copies of a parameter, which must stay equal.
+    """
     seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
-    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    for group in groups:
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
     return int(seed.item())

@@ -15,7 +15,9 @@ from .collectives import check_transport, connect_transport
 from .config import Config, Fused, check_config, check_param_dtypes
 from .errors import ConfigError, StateError
 from .inspect import inspect, mark_wrapped
+from .local_tensor import count_copies, describe_part, find_mesh, mesh_groups
 from .module import ZeroDataParallel
+from .norm_groups import check_norm_group
 from .optimizer import ZeroOptimizer
 from .sharding import Sharding
 from .step import check_fused
@@ -42,6 +44,7 @@ def wrap(
     *,
     bucket_buffers: int = 2,
     cast_inputs: bool = False,
+    norm_group: dist.ProcessGroup | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -51,12 +54,16 @@ def wrap(
     The model's parameters stay the same objects; their data moves into flat buckets, one bucket at a time. Cast and move
     the model first, and build the optimizer on its parameters.
 
+    A model may be one part of a larger one: a pipeline stage, or one whose parameters are DTensors (tensor parallelism).
+    Then `process_group` holds the ranks that have the same part; with DTensors, the ranks of their mesh must call it too.
+
     A model that is trained by several optimizers (Muon for its matrices, AdamW for the rest) is wrapped with each of them in turn:
     `model, muon = zeroopt.wrap(model, muon)`, then `model, adamw = zeroopt.wrap(model, adamw)`, with the same options except
     `fused`, `param_dtype`, `master_weights` and `state_dtype`.
 
     Args:
-        model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device.
+        model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device, or with DTensors of
+            such (torch 2.5 or newer) on one device mesh that has none but this rank in common with `process_group`.
         optimizer: an element-wise torch optimizer on the model's parameters. State that it already has is kept.
         stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
             the gradients.
@@ -87,6 +94,8 @@ def wrap(
             and so are buffers.
         max_grad_norm: clip gradients in every step so that the 2-norm of all of them is at most that, as `clip_grad_norm_` does, in
             the same pass. `optimizer.grad_norm` is then the norm before clipping.
+        norm_group: ranks that hold the other parts of the model, such as one rank of each pipeline stage; the norm by which
+            gradients are clipped then covers all of them. The mesh of DTensors is taken into account without it.
         average_every: reserved; only its default is supported so far.
 
     Returns:
@@ -106,7 +115,12 @@ def wrap(
     problem: Exception | None = None
     lines: list[str] = []
     params: list[ManagedParam] = []
+    beyond: list[dist.ProcessGroup] = []  # ranks with other parts of the parameters
+    options: list[str] = []
     try:
+        mesh = find_mesh(module, group) if isinstance(module, nn.Module) else None
+        beyond = mesh_groups(mesh)
+        check_norm_group(norm_group, [group, *beyond])
         config = check_config(
             stage=stage,
             bucket_mb=bucket_mb,
@@ -128,20 +142,23 @@ def wrap(
         if first is not None:
             config.check_shares(first.config)
             _check_group(group, first.group)
+        options = [*config.describe(), f"option norm_group is {'not ' if norm_group else ''}None"]
         params = inspect(module, optimizer, () if first is None else first.params)
+        for managed in params:
+            managed.copies = count_copies(managed, mesh)
         check_param_dtypes(config, {managed.name: managed.param.dtype for managed in params})
         check_fused(optimizer, params, config)
         check_transport(config.transport, group, params[0].param.device)
-        lines = _describe(config, module, optimizer, params)
+        lines = _describe(options, module, optimizer, params)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
-    agree(group, lines, problem)
+    agree([(group, lines), *((other, options) for other in beyond)], problem)
     if isinstance(model, ZeroDataParallel):
         return model, _add_optimizer(model, optimizer, config, params)
     device = params[0].param.device
     connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
-    wrapped = ZeroDataParallel(Sharding(module, config, connected, group))
+    wrapped = ZeroDataParallel(Sharding(module, config, connected, group, norm_group))
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params)
     wrapped.sharding.cast_frozen()
     if config.sync_module_states:
@@ -179,15 +196,17 @@ def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
 
 
 def _describe(
-    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
+    options: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
 ) -> list[str]:
     """What all ranks have to have in common, one fact a line."""
-    lines = [f"zeroopt {_C.build_info()['version']}", *config.describe(), *describe_params(params)]
+    lines = [f"zeroopt {_C.build_info()['version']}", *options, *describe_params(params)]
     managed_params = {managed.param for managed in params}
     for name, param in model.named_parameters():
         if param not in managed_params:
             lines.append(
-                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}, which this optimizer does not train"
+                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}{describe_part(param)}, which this optimizer "
+                "does not train"
             )
-    lines += [f"buffer {name!r} of shape {list(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
+    for name, buffer in model.named_buffers():
+        lines.append(f"buffer {name!r} of shape {list(buffer.shape)}, {buffer.dtype}{describe_part(buffer)}")
     return [*lines, *describe_groups(optimizer)]

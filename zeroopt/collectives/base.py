@@ -215,10 +215,7 @@ class Transport(ABC):
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         """The 0-dim tensors of all ranks, float32 or float64: [world_size], by the slice that a rank owns."""
-        values = [torch.empty_like(value) for _ in range(self.world_size)]
-        work = dist.all_gather(values, value, group=self.group, async_op=True)
-        PendingWork(f"transport {self.name}, gather of {label}", [(None, work)], (value, values)).finish()
-        return torch.stack(values)
+        return gather_scalar(value, self.group, f"transport {self.name}, gather of {label}")
 
     def progress(self) -> None:
         """Do what can be done for started collectives without waiting for anyone."""
@@ -232,6 +229,18 @@ class Transport(ABC):
 
     def give_up(self, reason: str) -> None:
         """Tell the other ranks, as far as the transport can, that this one will not do its part. Not collective."""
+
+
+def gather_scalar(value: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+    """The 0-dim tensors of all ranks of a group: [its size]. Collective; `what` is for messages.
+
+    Raises:
+        CollectiveError: a rank did not do its part.
+    """
+    values = [torch.empty_like(value) for _ in range(group.size())]
+    work = dist.all_gather(values, value, group=group, async_op=True)
+    PendingWork(what, [(None, work)], (value, values)).finish()
+    return torch.stack(values)
 
 
 def slice_of(full: Tensor, index: int, num_slices: int) -> Tensor:
