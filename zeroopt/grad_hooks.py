@@ -27,6 +27,7 @@ from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
 from .precision import Precision
+from .profiling import named_range
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
 
@@ -99,7 +100,7 @@ class GradientReducer:
         self._packed = bytearray(len(params))  # 1: and lies in the bucket; until then in param.grad
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
-        self._gathers: list[PendingCollective] = []
+        self._gathers: list[tuple[str, PendingCollective]] = []  # and how messages call their buckets
         # What ranks compare after a backward: which parameters had a gradient, and how many steps came before it.
         self._flags = transport.allocate(len(params) + 2, torch.uint8, buckets[0].device)
         self._flags_before: PendingCollective | None = None
@@ -194,11 +195,13 @@ class GradientReducer:
         while self._in_flight:
             self._finish_oldest()
         self._transport.flush()
-        for gather in self._gathers:
-            gather.finish()
+        for label, gather in self._gathers:
+            with named_range("wait_for_gather", label):
+                gather.finish()
         self._gathers.clear()
         for flags, pending in self._pending_flags:
-            pending.finish()
+            with named_range("wait_for_used"):
+                pending.finish()
             *_, most, least = flags.tolist()
             if most + least != 255:  # the largest count, and 255 less the smallest one
                 self._transport.give_up("ranks have diverged")
@@ -310,7 +313,9 @@ class GradientReducer:
     def _reclaim_oldest(self) -> None:
         if not self._lent:
             self._finish_oldest()
-        self._lent.popleft().reclaim()
+        store = self._lent.popleft()
+        with named_range("wait_until_read", store.label):
+            store.reclaim()
 
     def _pack(self, managed: ManagedParam, full: Tensor) -> None:
         """Move a gradient into its bucket."""
@@ -351,13 +356,17 @@ class GradientReducer:
         assert full is not None
         late = [managed for managed in bucket.params if not self._packed[managed.index]]
         # Those had no buffer when they came, or were left by a backward under no_sync().
-        self._pack_together([managed for managed in late if managed.param.grad is not None], full)
+        waiting = [managed for managed in late if managed.param.grad is not None]
+        if waiting:
+            with named_range("pack", store.label):
+                self._pack_together(waiting, full)
         for managed in late:
             if not self._packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
         while self._in_flight and len(self._in_flight) >= self._max_in_flight:
             self._finish_oldest()
-        store.start_reduce(self._transport)
+        with named_range("reduce_scatter", store.label):
+            store.start_reduce(self._transport)
         self._in_flight.append(store)
         self._next += 1
         if self._max_in_flight == 0:
@@ -365,13 +374,15 @@ class GradientReducer:
 
     def _finish_oldest(self) -> None:
         store = self._in_flight[0]
-        store.finish()  # when it fails, it is still the oldest
+        with named_range("wait_for_reduce", store.label):
+            store.finish()  # when it fails, it is still the oldest
         self._in_flight.popleft()
         if self.norm_type is not None:
             note_norm(store, self.norm_type)
         if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
-            self._gathers.append(self._transport.start_all_gather(store.full, label=store.label))
+            with named_range("all_gather", store.label):
+                self._gathers.append((store.label, self._transport.start_all_gather(store.full, label=store.label)))
         if self._pool is not None:
             self._lent.append(store)
 
@@ -379,7 +390,8 @@ class GradientReducer:
         """Autograd calls this when backward is through."""
         while self._next < len(self._buckets):
             self._start_next()
-        self._agree_on_used()
+        with named_range("agree_on_used"):
+            self._agree_on_used()
         self._arrived = bytearray(len(self._params))
         self._packed = bytearray(len(self._params))
         self._missing = [len(bucket.params) for bucket in self._buckets]

@@ -18,6 +18,7 @@ from .errors import NotSupportedError, StateError
 from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
 from .param_gather import ParamGathers
+from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .step import ShardStepper
@@ -233,7 +234,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             params = [managed.param for managed in self._params]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type).float()
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
-        return clip_shards(self._reducer.stores, self._transport, max_norm, norm_type)
+        with named_range("clip"):
+            return clip_shards(self._reducer.stores, self._transport, max_norm, norm_type)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -300,7 +302,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """After the first step: plan the buckets in the order in which the gradients arrived. Collective."""
         if self._may_replan and bool(active.any()):
             self._may_replan = False
-            self._replan(agree_on_order(self._reducer.arrivals, self._params, self._transport.group))
+            with named_range("replan"):
+                self._replan(agree_on_order(self._reducer.arrivals, self._params, self._transport.group))
 
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..profiling import named_range
 from .base import PendingCollective, PendingWork, Transport, slice_of
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
@@ -142,6 +143,7 @@ class _PairwiseReduce(PendingCollective):
     ) -> None:
         self._transport = transport
         self._what = f"transport {transport.name}, reduce-scatter of {label}"
+        self._label = label
         self._full, self._out, self._base = full, out, base
         num_peers, item_bytes = len(transport.peers), full.element_size()
         self._part_numel = _part_numel(out.numel(), num_peers, item_bytes)
@@ -193,7 +195,8 @@ class _PairwiseReduce(PendingCollective):
         own = self._part_of(self._transport.own_slice(self._full), part)
         slices = [incoming.get(rank, own) for rank in range(self._transport.world_size)]
         base = None if self._base is None else self._part_of(self._base, part)
-        ops.reduce(slices, self._part_of(self._out, part), base=base)
+        with named_range("sum", self._label):
+            ops.reduce(slices, self._part_of(self._out, part), base=base)
 
     def _part_of(self, tensor: Tensor, part: int) -> Tensor:
         return tensor[part * self._part_numel : (part + 1) * self._part_numel]

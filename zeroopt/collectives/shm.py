@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import _C, ops
 from ..errors import CollectiveError
+from ..profiling import named_range
 from .base import PendingCollective, Transport, slice_of
 from .group_timeout import group_timeout
 from .shared_memory import map_together
@@ -128,7 +129,8 @@ class ShmTransport(Transport):
     ) -> PendingRead:
         def add_slices(buckets: list[Tensor]) -> None:
             slices = [slice_of(bucket, self.slice_index, self.world_size) for bucket in buckets]
-            ops.reduce(slices, out, base=base)
+            with named_range("sum", label):
+                ops.reduce(slices, out, base=base)
 
         return self._start_reading(Kind.REDUCE_SCATTER, full, add_slices, label)
 
