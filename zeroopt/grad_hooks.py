@@ -21,11 +21,12 @@ from torch import Tensor
 
 from . import _C, ops
 from .bucket import Bucket, ManagedParam, ParamState
-from .collectives import PendingCollective, Transport
+from .collectives import ADVICE, PendingCollective, Transport
 from .config import Placement
 from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
+from .lockstep import Lockstep
 from .precision import Precision
 from .profiling import named_range
 
@@ -101,8 +102,9 @@ class GradientReducer:
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
         self._gathers: list[tuple[str, PendingCollective]] = []  # and how messages call their buckets
-        # What ranks compare after a backward: which parameters had a gradient, and how many steps came before it.
-        self._flags = transport.allocate(len(params) + 2, torch.uint8, buckets[0].device)
+        # What ranks compare after a backward: which parameters had a gradient, and how far each rank is.
+        self._lockstep = Lockstep(transport.rank, transport.world_size)
+        self._flags = transport.allocate(len(params) + self._lockstep.numel, torch.uint8, buckets[0].device)
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
@@ -202,14 +204,15 @@ class GradientReducer:
         for flags, pending in self._pending_flags:
             with named_range("wait_for_used"):
                 pending.finish()
-            *_, most, least = flags.tolist()
-            if most + least != 255:  # the largest count, and 255 less the smallest one
+            flags = flags.cpu()
+            difference = self._lockstep.difference(flags[len(self._params) :].tolist())
+            if difference is not None:
                 self._transport.give_up("ranks have diverged")
                 raise CollectiveError(
-                    f"transport {self._transport.name}: the ranks have diverged: this rank had taken {self.num_steps} steps "
-                    "before its last backward, another rank had not. All ranks must call backward and step in the same order"
+                    f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
+                    f"{self._buckets[0].name} and all that follow belong to different steps. {ADVICE}"
                 )
-            self._used |= flags[:-2].cpu()
+            self._used |= flags[: len(self._params)]
         self._pending_flags.clear()
 
     def reclaim(self) -> None:
@@ -272,6 +275,7 @@ class GradientReducer:
             self._begin()
         managed, bucket = self._params[index], self._bucket_of[index]
         if self._arrived[index]:
+            self._transport.give_up("its backward raised")
             raise StateError(
                 f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
                 "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
@@ -407,8 +411,8 @@ class GradientReducer:
         if self._flags_before is not None:
             self._flags_before.finish()
             self._flags_before.wait_until_read()
-        count = self.num_steps % 256
-        self._flags.copy_(torch.frombuffer(self._packed + bytes((count, 255 - count)), dtype=torch.uint8))
+        flags = self._packed + self._lockstep.note_backward(self.num_steps)
+        self._flags.copy_(torch.frombuffer(flags, dtype=torch.uint8))
         agreed = torch.empty_like(self._flags)
         self._flags_before = self._transport.start_max(self._flags, agreed, label="used parameters")
         self._pending_flags.append((agreed, self._flags_before))

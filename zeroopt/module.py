@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .broadcast import Broadcaster
-from .collectives import Transport
+from .collectives import Transport, named_failures
 from .errors import ConfigError, NotSupportedError
 from .grad_hooks import GradientReducer
 from .param_gather import ParamGathers
@@ -53,7 +53,8 @@ class ZeroDataParallel(nn.Module):
         """Run the model. With `broadcast_buffers` it is collective while gradients are enabled and synchronised: ranks
         first take over the buffers (batch norm statistics and the like) of rank 0."""
         if self._broadcaster is not None and torch.is_grad_enabled() and self._reducer.sync:
-            self._broadcaster.broadcast(list(self.module.buffers()))
+            with named_failures("forward, taking over the buffers of rank 0", self._transport.group):
+                self._broadcaster.broadcast(list(self.module.buffers()))
         return self.module(*args, **kwargs)
 
     @contextmanager

@@ -30,7 +30,7 @@ from .base import PendingCollective, PendingWork, Transport, slice_of
 _FIRST_TAG = 1 << 24
 _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
-_REDUCE, _GATHER, _MAX = range(3)
+_REDUCE, _GATHER, _MAX, _SCALAR = range(4)
 _transports_of_group: Counter[str] = Counter()
 
 # Large slices go in several messages: while one is summed, the next arrives. Messages of 4 MiB made an exchange that nothing
@@ -80,12 +80,20 @@ class PairwiseTransport(Transport):
         return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
 
     def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
-        # Straight between all pairs, for an all_reduce that fails does not say for want of which rank.
+        # Straight between all pairs, as scalars too, for an all_reduce that fails does not say for want of which rank.
         tag = self.take_tags(1, _MAX, flags.nbytes)
         received = {peer: torch.empty_like(flags) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, flags), tag)
         pending = PendingWork(f"transport {self.name}, max of {label}", works, (flags, received))
         return _PairwiseMax(pending, [flags, *received.values()], out)
+
+    def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
+        tag = self.take_tags(1, _SCALAR, value.nbytes)
+        own = value.reshape(1)
+        received = {peer: torch.empty_like(own) for peer in self.peers}
+        works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, own), tag)
+        PendingWork(f"transport {self.name}, gather of {label}", works, (own, received)).finish()
+        return torch.cat([received.get(rank, own) for rank in range(self.world_size)])
 
     def take_tags(self, count: int, kind: int, num_bytes: int) -> int:
         """The first of `count` numbers that no message on its way has, for a bucket of so many bytes."""
