@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _C, ops
+from .audit import Audit
 from .bucket import Bucket, ManagedParam, ParamState
 from .collectives import ADVICE, PendingCollective, Transport
 from .config import Placement
@@ -68,6 +69,7 @@ class GradientReducer:
         stores: the gradients of each bucket.
         num_steps: steps that have been taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
+        audit: looks at gradients in some steps; None: in none.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
 
@@ -87,6 +89,7 @@ class GradientReducer:
         self.has_local_gradients = False
         self.num_steps = 0
         self.norm_type: float | None = None
+        self.audit: Audit | None = None
         self.arrivals: list[int] = []
         self._params = params
         self._transport = transport
@@ -229,6 +232,8 @@ class GradientReducer:
             store.discard()
         self._used.zero_()
         self.has_local_gradients = False
+        if self.audit is not None:
+            self.audit.forget()
 
     def zero(self) -> None:
         """Set all reduced gradients to zero; parameters that had one count as having one still."""
@@ -236,6 +241,8 @@ class GradientReducer:
         for store in self.stores:
             store.zero()
         self.has_local_gradients = False
+        if self.audit is not None:
+            self.audit.forget()
 
     def take_visible(self) -> Tensor:
         """Stage 0: what `param.grad` says holds, for the user may have cleared, replaced or edited it.
@@ -369,6 +376,8 @@ class GradientReducer:
                 full[managed.offset : managed.offset + managed.numel].zero_()
         while self._in_flight and len(self._in_flight) >= self._max_in_flight:
             self._finish_oldest()
+        if self.audit is not None and self.audit.is_due(self.num_steps):
+            self.audit.look_at(bucket, full)
         with named_range("reduce_scatter", store.label):
             store.start_reduce(self._transport)
         self._in_flight.append(store)

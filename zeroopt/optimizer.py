@@ -99,6 +99,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
                 reduced, or the last backward raised.
+            NonFiniteError, RankMismatchError: with `check_every`, on all ranks; see `zeroopt.wrap`.
         """
         loss = None
         if closure is not None:
@@ -106,6 +107,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_ready()
         self._gathers.finish_all()
+        self._check_before_step()
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
@@ -122,6 +124,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.reclaim()
         self._reducer.num_steps += 1
         self._replan_once(active)
+        self._check_after_step()
         self._note_step_for_schedulers()
         return loss
 
@@ -290,6 +293,25 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "the last backward ran under no_sync(), so its gradients were never reduced; run the last backward before "
                 "step() or clip_grad_norm_() outside of no_sync(), or call zero_grad() to drop them"
             )
+
+    def _check_before_step(self) -> None:
+        """In steps to be looked at: raise before anything is changed. Collective."""
+        audit, num_steps = self._reducer.audit, self._reducer.num_steps
+        if audit is not None and audit.is_due(num_steps):
+            active = self._finish_reduces()
+            with named_range("check"):
+                # A GradScaler sets it for the time of its step.
+                scaled = getattr(self, "found_inf", None) is not None
+                stores = self._reducer.stores
+                audit.check_before(num_steps + 1, self._buckets, stores, active, overflow_is_normal=scaled)
+
+    def _check_after_step(self) -> None:
+        """In steps to be looked at. Collective."""
+        audit, num_steps = self._reducer.audit, self._reducer.num_steps
+        if audit is not None and audit.is_due(num_steps - 1):
+            self._gathers.finish_all()
+            with named_range("check"):
+                audit.check_after(num_steps, self._buckets)
 
     def _step_buckets(self, active: Tensor) -> Iterator[Bucket]:
         """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""

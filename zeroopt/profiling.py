@@ -11,8 +11,8 @@ In the order in which a bucket goes through them:
     all_gather          the updated slice starts to travel
     wait_for_gather     until all slices are there: in the forward, where gathers are lazy
 
-and once a backward or step, `agree_on_used` (which parameters had a gradient on any rank), `wait_for_used`, `clip`, and
-`replan` after the first step.
+and once a backward or step, `agree_on_used` (which parameters had a gradient on any rank), `wait_for_used`, `clip`,
+`check` (with `check_every`), and `replan` after the first step.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import _C
 from .agreement import agree
+from .audit import Audit
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
@@ -44,6 +45,7 @@ def wrap(
     average_every: int | None = None,
     *,
     bucket_buffers: int = 2,
+    check_every: int | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -81,6 +83,9 @@ def wrap(
         reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
             the parameters. Stages 1 and 2; between float32 and 16 bits. Transport "torch" sums in that dtype.
         bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
+        check_every: k: in every k-th step, look whether all gradients are finite, before anything is changed, and whether the
+            parameters are the same on all ranks, before and after. Where not, `step` raises on every rank, and names the
+            parameter and the ranks. None: never.
         max_grad_norm, average_every: reserved; only their defaults are supported so far.
 
     Returns:
@@ -114,6 +119,7 @@ def wrap(
             max_grad_norm=max_grad_norm,
             share_parameters=share_parameters,
             bucket_buffers=bucket_buffers,
+            check_every=check_every,
             average_every=average_every,
         )
         params = inspect(model, optimizer)
@@ -163,6 +169,8 @@ def _wrap_checked(
         reduce_dtype=config.reduce_dtype,
         precision=precision,
     )
+    if config.check_every is not None:
+        reducer.audit = Audit(config.check_every, params, group)
     travels = placement.shard_state and transport.world_size > 1
     gathers = ParamGathers(model, buckets, transport, lazy=config.overlap and travels)
     has_buffers = next(model.buffers(), None) is not None
