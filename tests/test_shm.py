@@ -177,20 +177,26 @@ def test_a_rank_that_does_not_come(run_on_ranks: RunOnRanks) -> None:
         assert 0.5 <= heard.seconds < NOTICE_S
 
 
-def diverge() -> str:
+def diverge(numel: int) -> str:
+    """Rank 1 is at another bucket than rank 0, which is of `numel` elements. Both have been at bucket 7 before."""
     transport = connect_shm()
     bucket = transport.allocate(4, torch.float32, CPU)
+    transport.start_reduce_scatter(bucket, torch.empty(2), label="bucket 7").finish()
     if transport.rank == 0:
         reduce = transport.start_reduce_scatter(bucket, torch.empty(2), label="bucket 7")
     else:
-        reduce = transport.start_reduce_scatter(bucket[:2], torch.empty(1), label="bucket 8")
+        reduce = transport.start_reduce_scatter(bucket[:numel], torch.empty(numel // 2), label="bucket 8")
     return error_of(reduce.finish).message
 
 
-def test_ranks_that_diverge(run_on_ranks: RunOnRanks) -> None:
-    first, second = run_on_ranks(2, diverge)
-    assert "rank 0 is at the reduce-scatter of bucket 7 (16 bytes), rank 1 at a reduce-scatter of 8 bytes" in first
-    assert "rank 1 is at the reduce-scatter of bucket 8 (8 bytes), rank 0 at a reduce-scatter of 16 bytes" in second
+@pytest.mark.parametrize("numel", [2, 4])
+def test_ranks_that_diverge(run_on_ranks: RunOnRanks, numel: int) -> None:
+    """They say where both are, as far as they have been there, also where two buckets are of one size."""
+    for heard, bucket in zip(
+        run_on_ranks(2, diverge, numel), ["what this rank has not come to yet", "bucket 8"], strict=True
+    ):
+        places = f"rank 0 at the reduce-scatter of bucket 7 (16 bytes); rank 1 at the reduce-scatter of {bucket} ({4 * numel} bytes)"
+        assert heard.startswith(f"transport shm: the ranks have diverged: {places}. ")
 
 
 def work_with_children(world_size: int) -> list[float]:

@@ -161,6 +161,9 @@ class NormalisedSgd(torch.optim.Optimizer):
         ),
         ("bucket_buffers=0", "ConfigError: expected bucket_buffers to be a positive number"),
         ("average_every=4", "NotSupportedError: average_every=4"),
+        ("check_every=0", "ConfigError: expected check_every to be a positive number of steps or None, got 0"),
+        ("check_every=2.0", "ConfigError: expected check_every"),
+        ("check_every=True", "ConfigError: expected check_every"),
     ],
 )
 def test_refusals(run_on_ranks: RunOnRanks, case: str, expected: str) -> None:

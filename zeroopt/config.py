@@ -48,6 +48,7 @@ class Config:
     share_parameters: bool
     reduce_dtype: torch.dtype | None
     bucket_buffers: int
+    check_every: int | None
     precision: Precision
     max_grad_norm: float | None
     cast_inputs: bool
@@ -87,6 +88,7 @@ def check_config(
     share_parameters: bool,
     reduce_dtype: torch.dtype | None,
     bucket_buffers: int,
+    check_every: int | None,
     param_dtype: torch.dtype | None,
     master_weights: str,
     state_dtype: torch.dtype,
@@ -115,6 +117,8 @@ def check_config(
         _check_one_of(name, value, (True, False))
     if not isinstance(bucket_buffers, int) or isinstance(bucket_buffers, bool) or bucket_buffers < 1:
         raise ConfigError(f"expected bucket_buffers to be a positive number of buffers, got {bucket_buffers!r}")
+    if check_every is not None and (type(check_every) is not int or check_every < 1):
+        raise ConfigError(f"expected check_every to be a positive number of steps or None, got {check_every!r}")
     if share_parameters and stage == 0:
         raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
     _check_reduce_option(reduce_dtype, stage)
@@ -134,6 +138,7 @@ def check_config(
         share_parameters,
         reduce_dtype,
         bucket_buffers,
+        check_every,
         precision,
         None if max_grad_norm is None else float(max_grad_norm),
         cast_inputs,

@@ -17,6 +17,10 @@ class RankMismatchError(ZeroOptError, RuntimeError):
     """Raised on every rank when ranks differ in what must be the same on all of them."""
 
 
+class NonFiniteError(ZeroOptError, FloatingPointError):
+    """Raised on every rank when a gradient is infinite or not a number and somebody has asked to be told."""
+
+
 class StateError(ZeroOptError, RuntimeError):
     """Raised when a call comes at the wrong time, such as a step before any backward."""
 

@@ -76,12 +76,11 @@ def note_norm(store: GradientStore, norm_type: float) -> Tensor:
 
 def is_finite(store: GradientStore) -> Tensor:
     """Whether all reduced gradients of a bucket on this rank are finite; 0-dim bool."""
-    finite: Tensor = note_norm(store, 2.0).isfinite()
-    return finite
+    return torch.isfinite(note_norm(store, 2.0))
 
 
 def _norm_of(store: GradientStore, norm_type: float) -> Tensor:
-    norm = note_norm(store, norm_type) * store.norm_weight ** (1.0 / norm_type)
+    norm: Tensor = note_norm(store, norm_type) * store.norm_weight ** (1.0 / norm_type)
     return norm if store.factor is None else norm * store.factor.abs()
 
 

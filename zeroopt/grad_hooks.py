@@ -21,12 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _C, ops
+from .audit import Audit
 from .bucket import Bucket, ManagedParam, ParamState
-from .collectives import PendingCollective, Transport
+from .collectives import ADVICE, PendingCollective, Transport
 from .config import Placement
 from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
+from .lockstep import Lockstep
+from .profiling import named_range
 from .sharded_gradient import ShardedGradient, ShardedGradients
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
@@ -76,6 +79,7 @@ class GradientReducer:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
         has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
+        audit: looks at gradients in some steps; None: in none.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
         num_backwards: backward passes that have been reduced.
         num_steps: steps that have been taken.
@@ -97,6 +101,7 @@ class GradientReducer:
         self.has_local_gradients = False
         self.num_steps = 0
         self.num_backwards = 0
+        self.audit: Audit | None = None
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
         self._transport = transport
@@ -111,8 +116,9 @@ class GradientReducer:
         self._packed = bytearray()  # 1: and lies in the bucket; until then in param.grad
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
-        self._gathers: list[PendingCollective] = []
-        # What ranks compare after a backward: which parameters had a gradient, and how many steps came before it.
+        self._gathers: list[tuple[str, PendingCollective]] = []  # and how messages call their buckets
+        # What ranks compare after a backward: which parameters had a gradient, and how far each rank is.
+        self._lockstep = Lockstep(transport.rank, transport.world_size)
         self._flags: Tensor | None = None
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
@@ -186,7 +192,7 @@ class GradientReducer:
                 self._flags_before.wait_until_read()
                 self._flags_before = None
             self._transport.free(self._flags)
-        self._flags = self._transport.allocate(len(self._params) + 2, torch.uint8, device)
+        self._flags = self._transport.allocate(len(self._params) + self._lockstep.numel, torch.uint8, device)
 
     def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Put the reduced gradients of this rank's segments into their state, to move with it."""
@@ -249,22 +255,25 @@ class GradientReducer:
         while self._in_flight:
             self._finish_oldest()
         self._transport.flush()
-        for gather in self._gathers:
-            gather.finish()
+        for label, gather in self._gathers:
+            with named_range("wait_for_gather", label):
+                gather.finish()
         self._gathers.clear()
         self._finish_flags()
 
     def _finish_flags(self) -> None:
         for flags, pending in self._pending_flags:
-            pending.finish()
-            *_, most, least = flags.tolist()
-            if most + least != 255:  # the largest count, and 255 less the smallest one
+            with named_range("wait_for_used"):
+                pending.finish()
+            flags = flags.cpu()
+            difference = self._lockstep.difference(flags[len(self._params) :].tolist())
+            if difference is not None:
                 self._transport.give_up("ranks have diverged")
                 raise CollectiveError(
-                    f"transport {self._transport.name}: the ranks have diverged: this rank had taken {self.num_steps} steps "
-                    "before its last backward, another rank had not. All ranks must call backward and step in the same order"
+                    f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
+                    f"{self._buckets[0].name} and all that follow belong to different steps. {ADVICE}"
                 )
-            self._used |= flags[:-2].cpu()
+            self._used |= flags[: len(self._params)]
         self._pending_flags.clear()
 
     def reclaim(self) -> None:
@@ -289,6 +298,8 @@ class GradientReducer:
         self.has_local_gradients = False
         if self.sharded is not None:
             self.sharded.changed()
+        if self.audit is not None:
+            self.audit.forget()
 
     def zero(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Set the reduced gradients of some buckets, or of all, to zero; parameters that had one count as having one still."""
@@ -298,6 +309,8 @@ class GradientReducer:
             if self.sharded is not None:
                 self.sharded.zero([m.index for m in bucket.params if self.sharded.is_shown(m)])
         self.has_local_gradients = False
+        if self.audit is not None:
+            self.audit.forget()
 
     def take_part(self) -> None:
         """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
@@ -360,6 +373,7 @@ class GradientReducer:
             self._begin()
         managed, bucket = self._params[index], self._bucket_of[index]
         if self._arrived[index]:
+            self._transport.give_up("its backward raised")
             raise StateError(
                 f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
                 "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
@@ -421,7 +435,9 @@ class GradientReducer:
     def _reclaim_oldest(self) -> None:
         if not self._lent:
             self._finish_oldest()
-        self._lent.popleft().reclaim()
+        store = self._lent.popleft()
+        with named_range("wait_until_read", store.label):
+            store.reclaim()
 
     def _pack(self, managed: ManagedParam, full: Tensor) -> None:
         """Move a gradient into its bucket."""
@@ -466,13 +482,19 @@ class GradientReducer:
         assert full is not None
         late = [managed for managed in bucket.params if not self._packed[managed.index]]
         # Those had no buffer when they came, or were left by a backward under no_sync().
-        self._pack_together([managed for managed in late if _has_local_gradient(managed)], full)
+        waiting = [managed for managed in late if _has_local_gradient(managed)]
+        if waiting:
+            with named_range("pack", store.label):
+                self._pack_together(waiting, full)
         for managed in late:
             if not self._packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
         while self._in_flight and len(self._in_flight) >= self._max_in_flight:
             self._finish_oldest()
-        store.start_reduce(self._transport)
+        if self.audit is not None and self.audit.is_due(self.num_steps):
+            self.audit.look_at(bucket, full)
+        with named_range("reduce_scatter", store.label):
+            store.start_reduce(self._transport)
         self._in_flight.append(store)
         self._next += 1
         if self._max_in_flight == 0:
@@ -480,13 +502,15 @@ class GradientReducer:
 
     def _finish_oldest(self) -> None:
         store = self._in_flight[0]
-        store.finish()  # when it fails, it is still the oldest
+        with named_range("wait_for_reduce", store.label):
+            store.finish()  # when it fails, it is still the oldest
         self._in_flight.popleft()
         if self.norm_type is not None:
             note_norm(store, self.norm_type)
         if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
-            self._gathers.append(self._transport.start_all_gather(store.full, label=store.label))
+            with named_range("all_gather", store.label):
+                self._gathers.append((store.label, self._transport.start_all_gather(store.full, label=store.label)))
         if self._pool is not None:
             self._lent.append(store)
 
@@ -494,7 +518,8 @@ class GradientReducer:
         """Autograd calls this when backward is through."""
         while self._next < len(self._buckets):
             self._start_next()
-        self._agree_on_used()
+        with named_range("agree_on_used"):
+            self._agree_on_used()
         everything = all(self._packed)
         self._arrived = bytearray(len(self._params))
         self._packed = bytearray(len(self._params))
@@ -514,9 +539,9 @@ class GradientReducer:
         if self._flags_before is not None:
             self._flags_before.finish()
             self._flags_before.wait_until_read()
-        count = self.num_steps % 256
         assert self._flags is not None
-        self._flags.copy_(torch.frombuffer(self._packed + bytes((count, 255 - count)), dtype=torch.uint8))
+        flags = self._packed + self._lockstep.note_backward(self.num_steps)
+        self._flags.copy_(torch.frombuffer(flags, dtype=torch.uint8))
         agreed = torch.empty_like(self._flags)
         self._flags_before = self._transport.start_max(self._flags, agreed, label="used parameters")
         self._pending_flags.append((agreed, self._flags_before))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .collectives import named_failures
 from .errors import ConfigError, NotSupportedError
 from .optimizer import ZeroOptimizer
 from .sharding import Sharding
@@ -57,7 +58,8 @@ class ZeroDataParallel(nn.Module):
             for optimizer in self._optimizers:
                 optimizer.take_in_unfrozen()
             if self._broadcaster is not None and self._reducer.sync:
-                self._broadcaster.broadcast(list(self.module.buffers()))
+                with named_failures("forward, taking over the buffers of rank 0", self._transport.group):
+                    self._broadcaster.broadcast(list(self.module.buffers()))
         if self._input_dtype is not None:
             args, kwargs = tree_map(self._cast_input, (args, kwargs))
         return self.module(*args, **kwargs)

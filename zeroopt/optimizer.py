@@ -21,6 +21,7 @@ from .gradient_store import GradientStore
 from .inspect import inspect_further
 from .local_tensor import place_in_mesh
 from .loss_scaling import agree_on_overflow
+from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .sharding import Sharding
@@ -121,6 +122,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
                 reduced, the last backward raised, or the ranks' loss scales differ.
+            NonFiniteError, RankMismatchError: with `check_every`, on all ranks; see `zeroopt.wrap`.
         """
         loss = None
         if closure is not None:
@@ -130,6 +132,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_part()
         for bucket in self._buckets:
             self._gathers.finish(bucket.index)
+        self._check_before_step()
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
@@ -137,7 +140,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if overflow:
             active.zero_()
         elif self._config.max_grad_norm is not None:
-            self._clip(active, self._config.max_grad_norm)
+            with named_range("clip"):
+                self._clip(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
         self._note_changes(active)
@@ -152,6 +156,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.num_steps += 1
         self._num_backwards = self._reducer.num_backwards
         self._replan_once(active)
+        self._check_after_step()
         self._note_step_for_schedulers()
         return loss
 
@@ -311,8 +316,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_part()
         active = self._finish_reduces()
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
-        norm = self._compute_norm(active, float(norm_type), self._stores)
-        clip_by(self._stores, norm, max_norm)
+        with named_range("clip"):
+            norm = self._compute_norm(active, float(norm_type), self._stores)
+            clip_by(self._stores, norm, max_norm)
         if not self._config.placement.shard_state:  # what `param.grad` shows
             for store in self._stores:
                 store.settle()
@@ -486,6 +492,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "step() or clip_grad_norm_() outside of no_sync(), or call zero_grad() to drop them"
             )
 
+    def _check_before_step(self) -> None:
+        """In steps to be looked at: raise before anything is changed. Collective."""
+        audit, num_steps = self._reducer.audit, self._reducer.num_steps
+        if audit is not None and audit.is_due(num_steps):
+            active = self._finish_reduces()
+            with named_range("check"):
+                scaled = "found_inf" in vars(self)
+                audit.check_before(num_steps + 1, self._buckets, self._stores, active, overflow_is_normal=scaled)
+
+    def _check_after_step(self) -> None:
+        """In steps to be looked at. Collective."""
+        audit, num_steps = self._reducer.audit, self._reducer.num_steps
+        if audit is not None and audit.is_due(num_steps - 1):
+            self._gathers.finish_all()
+            with named_range("check"):
+                audit.check_after(num_steps, self._buckets)
+
     def _step_buckets(self, active: Tensor) -> Iterator[Bucket]:
         """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""
         # What was used on any rank, on which all ranks agree, and what the user has set besides.
@@ -499,11 +522,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not self._may_replan or not bool(active.any()):
             return
         self._may_replan = False
-        order = agree_on_order(self._reducer.arrivals, self._sharding.params, self._transport.group)
-        if self._is_alone():
-            self._replan(order)
-        else:
-            self._reducer.start_in_order(order)
+        with named_range("replan"):
+            order = agree_on_order(self._reducer.arrivals, self._sharding.params, self._transport.group)
+            if self._is_alone():
+                self._replan(order)
+            else:
+                self._reducer.start_in_order(order)
 
     def _is_alone(self) -> bool:
         """Whether all buckets of the model come from one plan, which another one can replace."""

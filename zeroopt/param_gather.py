@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .bucket import Bucket
 from .collectives import PendingCollective, Transport
+from .profiling import named_range
 
 
 def _accessors(*names: str) -> Iterator[Any]:
@@ -117,7 +118,8 @@ class ParamGathers:
 
     def start(self, bucket: Bucket) -> None:
         """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`."""
-        self._pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
+        with named_range("all_gather", bucket.name):
+            self._pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
 
     def leave_to_readers(self) -> None:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
@@ -137,7 +139,8 @@ class ParamGathers:
         pending = self._pending.get(bucket)
         if pending is None:
             return
-        pending.finish()
+        with named_range("wait_for_gather", self._buckets[bucket].name):
+            pending.finish()
         del self._pending[bucket]
         if self._classes[bucket].gathers is not None:
             for param in self._params[bucket]:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from . import _C, ops
 from .bucket import Bucket, ManagedParam, ParamState, Segment, own_segments
-from .collectives import Transport
+from .collectives import Transport, named_failures
 from .elementwise import is_per_element
+
+_WHAT = "planning the buckets anew, after the first step"  # for messages
 
 
 def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], group: dist.ProcessGroup) -> list[int]:
@@ -30,7 +32,8 @@ def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], grou
     came = set(arrivals)
     late = [managed.index for managed in reversed(params) if managed.index not in came]
     order = torch.tensor([*arrivals, *late], dtype=torch.int64, device=params[0].param.device)
-    dist.broadcast(order, dist.get_global_rank(group, 0), group=group)
+    with named_failures(_WHAT, group):
+        dist.broadcast(order, dist.get_global_rank(group, 0), group=group)
     return [int(index) for index in order.tolist()]
 
 
@@ -111,7 +114,8 @@ def _describe_together(
         if segment.shard in state
     }
     everyone: list[dict[int, ParamState]] = [{}] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
+    with named_failures(_WHAT, group):
+        dist.all_gather_object(everyone, mine, group=group)
     return {index: entry for one in everyone for index, entry in one.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .audit import Audit
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport
@@ -61,6 +62,8 @@ class Sharding:
             reduce_dtype=config.reduce_dtype,
             mesh_groups=self.mesh_groups,
         )
+        if config.check_every is not None:
+            self.reducer.audit = Audit(config.check_every, self.params, group)
         if config.max_grad_norm is not None:
             self.reducer.norm_type = 2.0
         travels = placement.shard_state and transport.world_size > 1

@@ -17,6 +17,7 @@ from .fused_rules import FusedRule, fused_optimizers, rule_for
 from .fused_segments import FusedSegments, StateArray
 from .gradient_store import GradientStore
 from .precision import Precision, round_master
+from .profiling import named_range
 
 
 class ShardStepper:
@@ -72,7 +73,8 @@ class ShardStepper:
         if self._rule is not None and self._fused_parts:
             yield from self._step_fused(self._rule, active)
         if self._plain:
-            self._step_plain(active)
+            with named_range("step", f"{len(self._plain)} buckets by {type(self._optimizer).__name__}"):
+                self._step_plain(active)
             yield from (bucket for bucket, _ in reversed(self._plain))
 
     def _step_fused(self, rule: FusedRule, active: Tensor) -> Iterator[Bucket]:
@@ -81,7 +83,8 @@ class ShardStepper:
         groups = torch.tensor([rule.hyper_row(g) for g in self._optimizer.param_groups], dtype=torch.float64)
         control = ops.StepControl(seed=self.seed)
         for fused in reversed(self._fused):
-            fused.step_params(active, groups, control)
+            with named_range("step", fused.bucket.name):
+                fused.step_params(active, groups, control)
             yield fused.bucket
 
     def _step_plain(self, active: Tensor) -> None:

@@ -45,6 +45,7 @@ def wrap(
     bucket_buffers: int = 2,
     cast_inputs: bool = False,
     norm_group: dist.ProcessGroup | None = None,
+    check_every: int | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -96,6 +97,9 @@ def wrap(
             the same pass. `optimizer.grad_norm` is then the norm before clipping.
         norm_group: ranks that hold the other parts of the model, such as one rank of each pipeline stage; the norm by which
             gradients are clipped then covers all of them. The mesh of DTensors is taken into account without it.
+        check_every: k: in every k-th step, look whether all gradients are finite, before anything is changed, and whether the
+            parameters are the same on all ranks, before and after. Where not, `step` raises on every rank, and names the
+            parameter and the ranks. None: never.
         average_every: reserved; only its default is supported so far.
 
     Returns:
@@ -138,6 +142,7 @@ def wrap(
             bucket_buffers=bucket_buffers,
             average_every=average_every,
             cast_inputs=cast_inputs,
+            check_every=check_every,
         )
         if first is not None:
             config.check_shares(first.config)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CollectiveError
+from .failure import describe_failure, is_timeout, the_other_rank
 
 
 class PendingCollective(ABC):
@@ -101,10 +102,9 @@ class PendingWork(PendingCollective):
                 work.wait(_AT_ONCE)
             except RuntimeError as error:
                 # Who is merely not there yet is to blame only when the time has gone by for all.
-                if _is_timeout(reason) or not _is_timeout(str(error)):
+                if is_timeout(reason) or not is_timeout(str(error)):
                     missing.append(other)
-        names = ", ".join("other ranks" if r is None else f"rank {r}" for r in dict.fromkeys(missing))
-        return f"{self._what}: failed for want of {names}: {reason}"
+        return describe_failure(self._what, missing, reason)
 
 
 _AT_ONCE = timedelta(milliseconds=1)
@@ -119,16 +119,13 @@ def _finish_at_exit() -> None:
         pending.wait_at_exit(deadline)
 
 
-def _is_timeout(reason: str) -> bool:
-    return "timed out" in reason.lower() or "timeout" in reason.lower()
-
-
 class Transport(ABC):
     """Moves flat buckets between the ranks of one process group.
 
     Every method that starts something, `allocate` and `barrier` are collective: all ranks of the group make the same calls,
     on buffers of the same size, in the same order. Reduces may be finished in any order, gathers after `flush` too, except
-    that between hosts all ranks have to finish them in the same order. `label` names the bucket in messages.
+    that between hosts all ranks have to finish them in the same order. `label` names the bucket in messages, and is
+    the same on all ranks: where it differs, they have diverged.
 
     Attributes:
         group: the process group.
@@ -211,7 +208,7 @@ class Transport(ABC):
         change until it has been read."""
         out.copy_(flags)
         work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return PendingWork(f"transport {self.name}, max of {label}", [(None, work)], (out,))
+        return PendingWork(f"transport {self.name}, max of {label}", [(the_other_rank(self.group), work)], (out,))
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         """The 0-dim tensors of all ranks, float32 or float64: [world_size], by the slice that a rank owns."""
@@ -239,7 +236,7 @@ def gather_scalar(value: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     """
     values = [torch.empty_like(value) for _ in range(group.size())]
     work = dist.all_gather(values, value, group=group, async_op=True)
-    PendingWork(what, [(None, work)], (value, values)).finish()
+    PendingWork(what, [(the_other_rank(group), work)], (value, values)).finish()
     return torch.stack(values)
 
 

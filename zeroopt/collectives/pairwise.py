@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..profiling import named_range
 from .base import PendingCollective, PendingWork, Transport, slice_of
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
@@ -29,7 +30,7 @@ from .base import PendingCollective, PendingWork, Transport, slice_of
 _FIRST_TAG = 1 << 24
 _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
-_REDUCE, _GATHER, _MAX = range(3)
+_REDUCE, _GATHER, _MAX, _SCALAR = range(4)
 _transports_of_group: Counter[str] = Counter()
 
 # Large slices go in several messages: while one is summed, the next arrives. Messages of 4 MiB made an exchange that nothing
@@ -79,12 +80,20 @@ class PairwiseTransport(Transport):
         return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
 
     def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
-        # Straight between all pairs, for an all_reduce that fails does not say for want of which rank.
+        # Straight between all pairs, as scalars too, for an all_reduce that fails does not say for want of which rank.
         tag = self.take_tags(1, _MAX, flags.nbytes)
         received = {peer: torch.empty_like(flags) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, flags), tag)
         pending = PendingWork(f"transport {self.name}, max of {label}", works, (flags, received))
         return _PairwiseMax(pending, [flags, *received.values()], out)
+
+    def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
+        tag = self.take_tags(1, _SCALAR, value.nbytes)
+        own = value.reshape(1)
+        received = {peer: torch.empty_like(own) for peer in self.peers}
+        works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, own), tag)
+        PendingWork(f"transport {self.name}, gather of {label}", works, (own, received)).finish()
+        return torch.cat([received.get(rank, own) for rank in range(self.world_size)])
 
     def take_tags(self, count: int, kind: int, num_bytes: int) -> int:
         """The first of `count` numbers that no message on its way has, for a bucket of so many bytes."""
@@ -142,6 +151,7 @@ class _PairwiseReduce(PendingCollective):
     ) -> None:
         self._transport = transport
         self._what = f"transport {transport.name}, reduce-scatter of {label}"
+        self._label = label
         self._full, self._out, self._base = full, out, base
         num_peers, item_bytes = len(transport.peers), full.element_size()
         self._part_numel = _part_numel(out.numel(), num_peers, item_bytes)
@@ -193,7 +203,8 @@ class _PairwiseReduce(PendingCollective):
         own = self._part_of(self._transport.own_slice(self._full), part)
         slices = [incoming.get(rank, own) for rank in range(self._transport.world_size)]
         base = None if self._base is None else self._part_of(self._base, part)
-        ops.reduce(slices, self._part_of(self._out, part), base=base)
+        with named_range("sum", self._label):
+            ops.reduce(slices, self._part_of(self._out, part), base=base)
 
     def _part_of(self, tensor: Tensor, part: int) -> Tensor:
         return tensor[part * self._part_numel : (part + 1) * self._part_numel]

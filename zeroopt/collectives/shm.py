@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from torch import Tensor
 
 from .. import _C, ops
 from ..errors import CollectiveError
+from ..profiling import named_range
 from .base import PendingCollective, Transport, slice_of
+from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
 from .shared_memory import map_together
 
@@ -68,6 +71,25 @@ class SharedBuffer:
         return self.of_rank[rank][: tensor.nbytes].view(tensor.dtype)
 
 
+class Labels:
+    """What collectives are about, as a number on their tickets: ranks that mean different buckets have diverged, and can say
+    which. All ranks call the same thing by the same label."""
+
+    def __init__(self) -> None:
+        self._label_of: dict[int, str] = {}
+
+    def join(self, kind: Kind, label: str) -> int:
+        """The number that stands for both, positive in 64 bits."""
+        digest = zlib.crc32(label.encode())
+        self._label_of[digest] = label
+        return digest << 8 | kind
+
+    def describe(self, number: int) -> str:
+        """A number of any rank's, in words. A label that this rank has not used so far is not known to it."""
+        label = self._label_of.get(number >> 8, "what this rank has not come to yet")
+        return f"{Kind(number & 0xFF)} of {label}"
+
+
 class ShmTransport(Transport):
     """Works on buckets in memory that all members share.
 
@@ -104,6 +126,7 @@ class ShmTransport(Transport):
         self._board = _C.ShmBoard(memory.data_ptr(), self.rank, self.world_size)
         weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
         self._posted = 0
+        self._labels = Labels()
         self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
         self._scalar_before: PendingCollective | None = None
@@ -128,7 +151,8 @@ class ShmTransport(Transport):
     ) -> PendingRead:
         def add_slices(buckets: list[Tensor]) -> None:
             slices = [slice_of(bucket, self.slice_index, self.world_size) for bucket in buckets]
-            ops.reduce(slices, out, base=base)
+            with named_range("sum", label):
+                ops.reduce(slices, out, base=base)
 
         return self._start_reading(Kind.REDUCE_SCATTER, full, add_slices, label)
 
@@ -202,7 +226,7 @@ class ShmTransport(Transport):
     def _post(self, kind: Kind, tensor: Tensor | None, label: str) -> int:
         buffer, num_bytes = (-1, 0) if tensor is None else (self._buffer_of(tensor).number, tensor.nbytes)
         self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
-        number = self._board.post(_C.Ticket(kind, num_bytes, buffer))
+        number = self._board.post(_C.Ticket(self._labels.join(kind, label), num_bytes, buffer))
         self._posted = number + 1
         if kind is Kind.ALL_GATHER and not self._unread:
             self._board.mark_read(self._posted)  # there is nothing to read for it
@@ -211,7 +235,7 @@ class ShmTransport(Transport):
     def _read_first(self) -> None:
         first = self._unread[0]
         tickets = [self._board.ticket(rank, first.number) for rank in range(self.world_size)]
-        self._check_alike(tickets, first.kind, first.label)
+        self._check_alike(tickets)
         if first.tensor is None:
             first.read([])
         else:
@@ -266,21 +290,22 @@ class ShmTransport(Transport):
     def _is_alive(self, rank: int) -> bool:
         return rank == self.rank or _C.rank_lock_is_held(self._descriptor, rank)
 
-    def check_posted(self, number: int, kind: Kind, label: str) -> None:
+    def check_posted(self, number: int) -> None:
         """Raise CollectiveError when ranks have posted different things for a ticket, as far as the board still knows."""
         tickets = [self._board.ticket(rank, number) for rank in range(self.world_size)]
         if max(self._board.posted()) < number + _C.ShmBoard.CAPACITY:  # asked last: none has been overwritten so far
-            self._check_alike(tickets, kind, label)
+            self._check_alike(tickets)
 
-    def _check_alike(self, tickets: list[_C.Ticket], kind: Kind, label: str) -> None:
-        own = tickets[self.rank]
+    def _check_alike(self, tickets: list[_C.Ticket]) -> None:
+        ranks_at: dict[tuple[int, int], list[int]] = {}
         for rank, ticket in enumerate(tickets):
-            if (ticket.kind, ticket.bytes) != (own.kind, own.bytes):
-                raise self._fail(
-                    f"transport shm: the ranks have diverged: rank {self._members[self.rank]} is at the {kind} of "
-                    f"{label} ({own.bytes} bytes), rank {self._members[rank]} at a {Kind(ticket.kind)} of "
-                    f"{ticket.bytes} bytes. All ranks must call forward, backward and step in the same order"
-                )
+            ranks_at.setdefault((ticket.kind, ticket.bytes), []).append(self._members[rank])
+        if len(ranks_at) > 1:
+            places = "; ".join(
+                f"{name_ranks(ranks)} at the {self._labels.describe(what)} ({num_bytes} bytes)"
+                for (what, num_bytes), ranks in ranks_at.items()
+            )
+            raise self._fail(f"transport shm: the ranks have diverged: {places}. {ADVICE}")
 
     def _buffer_of(self, tensor: Tensor) -> SharedBuffer:
         buffer = self._by_address.get(tensor.data_ptr())
@@ -334,7 +359,7 @@ class _Arrival(PendingCollective):
     def finish(self) -> None:
         self._transport.read_through(self._number)  # peers may wait for that before they post this one
         self._transport.wait_until_posted(self._number, Kind.ALL_GATHER, self._label)
-        self._transport.check_posted(self._number, Kind.ALL_GATHER, self._label)
+        self._transport.check_posted(self._number)
 
 
 def _leave(pid: int, board: _C.ShmBoard, memory: Tensor, descriptor: int) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import PendingCollective, PendingWork, Transport
+from .failure import the_other_rank
 
 # torch 2.13 renamed both and warns when the former names are called.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -30,6 +31,7 @@ class TorchTransport(Transport):
         super().__init__(group)
         self._device_module = torch.get_device_module(device)
         self._stream = self._device_module.Stream()
+        self._missing = the_other_rank(group)  # where a collective fails
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
@@ -41,7 +43,7 @@ class TorchTransport(Transport):
             total = torch.empty_like(out, dtype=full.dtype) if apart else out
             work = _reduce_scatter(total, full, group=self.group, async_op=True)
         self._count(full)
-        pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(None, work)], (full, out))
+        pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(self._missing, work)], (full, out))
         return _StreamCollective(self, pending, (total, base, out) if apart else None)
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
@@ -49,7 +51,7 @@ class TorchTransport(Transport):
         with self._device_module.stream(self._stream):
             work = _all_gather(full, self.own_slice(full), group=self.group, async_op=True)
         self._count(full)
-        pending = PendingWork(f"transport torch, all-gather of {label}", [(None, work)], (full,))
+        pending = PendingWork(f"transport torch, all-gather of {label}", [(self._missing, work)], (full,))
         return _StreamCollective(self, pending, None)
 
     def finish_on_stream(self, pending: PendingWork, to_add: tuple[Tensor, Tensor | None, Tensor] | None) -> None:

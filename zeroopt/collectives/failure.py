@@ -1,0 +1,55 @@
+"""How failed collectives are told: what was going on, for want of which rank, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from ..errors import CollectiveError, ZeroOptError
+
+ADVICE = (
+    "Every rank must run forward, backward and step equally often and in the same order: give all ranks the same number of "
+    "batches, and let none skip a step or go on after an exception alone"
+)
+"""What to do about ranks that have diverged."""
+
+
+def describe_failure(what: str, missing: Sequence[int | None], reason: str) -> str:
+    """The message of a collective that has failed.
+
+    Args:
+        what: transport and collective.
+        missing: ranks that it waited for; None stands for any.
+        reason: the backend's own words, which say whether it was a timeout or a lost connection.
+    """
+    names = ", ".join("other ranks" if rank is None else f"rank {rank}" for rank in dict.fromkeys(missing))
+    advice = f". Unless they are stopped or busy, the ranks have diverged. {ADVICE}" if is_timeout(reason) else ""
+    return f"{what}: failed for want of {names}: {reason}{advice}"
+
+
+def is_timeout(reason: str) -> bool:
+    """Whether these are words of a backend for which the time has gone by."""
+    return "timed out" in reason.lower() or "timeout" in reason.lower()
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Ranks as messages name them: "rank 1", "ranks 0, 2"."""
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
+
+
+def the_other_rank(group: dist.ProcessGroup) -> int | None:
+    """Whom a call that needs all ranks waits for, where there are two; None where it may be any of several."""
+    return 1 - group.rank() if group.size() == 2 else None
+
+
+@contextmanager
+def named_failures(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Let calls of torch.distributed fail as transports do: with a CollectiveError that says what was going on."""
+    try:
+        yield
+    except ZeroOptError:
+        raise
+    except RuntimeError as error:
+        raise CollectiveError(describe_failure(what, [the_other_rank(group)], str(error))) from error
