@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from . import _C, ops
+from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, ParamState
 from .collectives import PendingCollective, Transport
 from .config import Placement
 from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
+from .join import Join, Phase
 from .precision import Precision
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
@@ -67,6 +69,7 @@ class GradientReducer:
         num_steps: steps that have been taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
+        join: tells ranks that have run out of data what this one does.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class GradientReducer:
         self.num_steps = 0
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
+        self.join = Join(transport, buckets[0].device)
         self._params = params
         self._transport = transport
         self._placement = placement
@@ -93,7 +97,7 @@ class GradientReducer:
         self._bucket_buffers = bucket_buffers
         self._reduce_dtype = reduce_dtype
         self._precision = precision
-        self._scale = 1.0 / transport.world_size
+        self._scale = 1.0
         self._running = False  # between the first hook of a backward and its end
         self._arrived = bytearray(len(params))  # 1: its gradient has come, for this backward
         self._packed = bytearray(len(params))  # 1: and lies in the bucket; until then in param.grad
@@ -282,13 +286,52 @@ class GradientReducer:
         if self._missing[bucket] == 0:
             self._start_complete()
 
+    def reduce_nothing(self) -> None:
+        """Take part in a backward of the other ranks, without gradients of this rank's. Collective, as a backward is.
+
+        Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
+        contributes its part once more.
+        """
+        if self.join.divisor < self._transport.world_size:  # then those that still train contribute it all
+            self._clear_visible()
+        self._prepare()
+        self._end()
+
+    def drop_local(self) -> None:
+        """Forget what a backward under `no_sync()` has left. Not collective."""
+        if self.has_local_gradients:
+            self._clear_visible()
+            self.has_local_gradients = False
+
+    def _clear_visible(self) -> None:
+        for managed in self._params:
+            managed.param.grad = None
+
+    def follow_gradients(self, source: int) -> None:
+        """Stage 0: take over what a rank has in `param.grad`, where its user may have edited it. Collective."""
+        broadcaster = Broadcaster(self._transport.group)
+        flags = self.take_visible().to(self._flags.device)
+        broadcaster.broadcast_flat(flags, source)
+        visible = flags.tolist()
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            assert store.full is not None
+            broadcaster.broadcast_flat(store.full, source)
+            for managed in bucket.params:
+                managed.param.grad = managed.view_in(store.full) if visible[managed.index] else None
+
     def _begin(self) -> None:
+        if self.join.is_on:
+            self.join.announce(Phase.BACKWARD)
+        self._prepare()
+        self.arrivals.clear()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _prepare(self) -> None:
         self.check_storage()
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
         self._running = True
-        self.arrivals.clear()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        self._scale = 1.0 / self.join.divisor
 
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn.

@@ -17,6 +17,7 @@ from .config import Config
 from .errors import NotSupportedError, StateError
 from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
+from .join import JoinCalls, Phase, pack_options, take_options
 from .param_gather import ParamGathers
 from .replan import agree_on_order, in_order, is_grouped_alike, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
@@ -104,6 +105,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_ready()
+        if self._reducer.join.is_on:
+            self._announce_step()
         self._gathers.finish_all()
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
@@ -132,6 +135,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Args:
             set_to_none: False leaves gradients of zero, with which parameters that had a gradient are still stepped.
         """
+        if self._reducer.join.is_on:
+            self._reducer.join.note(Phase.ZERO_GRAD, set_to_none)
         if set_to_none:
             self._reducer.discard()
         else:
@@ -179,8 +184,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: the state belongs to other parameters, another rank, world size, stage or bucket size, or its
-                groups are of other sizes. Nothing has been changed.
+                groups are of other sizes; or within `join()`. Nothing has been changed.
         """
+        self._reducer.join.check_outside("load_state_dict()")
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, dict(state_dict))
             state_dict = state_dict if changed is None else changed
@@ -228,6 +234,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             StateError: as `step`.
         """
         self._check_ready()
+        if self._reducer.join.is_on:
+            self._reducer.join.announce(Phase.CLIP, max_norm, norm_type)
         self._finish_reduces()
         if not self._config.placement.shard_state:
             params = [managed.param for managed in self._params]
@@ -336,6 +344,25 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._gathers.adopt(self._buckets)
         self._stepper.adopt(self._buckets, self._reducer.stores)
         self._order = list(order)
+
+    def join_calls(self) -> JoinCalls:
+        """What a rank that has left `join()` calls while others still train."""
+        return {
+            Phase.CLIP: self.clip_grad_norm_,
+            Phase.STEP: self._step_along,
+            Phase.ZERO_GRAD: self.zero_grad,
+        }
+
+    def _announce_step(self) -> None:
+        join = self._reducer.join
+        join.announce(Phase.STEP, pack_options(self.param_groups))
+        if join.some_have_left and not self._config.placement.shard_state:
+            self._reducer.follow_gradients(join.source)
+
+    def _step_along(self, options: Sequence[Mapping[str, Any]]) -> None:
+        """Step as the ranks do that still train."""
+        take_options(self.param_groups, options)
+        self.step()
 
     def take_up_writes(self) -> None:
         """Parameters were written by something other than a step: let float32 masters follow. Not collective."""

@@ -177,6 +177,7 @@ def _wrap_checked(
     seed = _agree_on_seed(group, params[0].param.device)
     wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
     wrapped_model.after_writing(wrapped_optimizer.take_up_writes)
+    wrapped_model.join_with(wrapped_optimizer.join_calls)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
     return wrapped_model, wrapped_optimizer
 
