@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from training import Mlp, batch, build, loss_of, optimizer_for, prepare, snapshot
+from training import Halves, Mlp, batch, build, loss_of, optimizer_for, prepare, snapshot
 from transports import hosts
 from worker_pool import RankError, RunOnRanks
 
@@ -243,17 +243,6 @@ def test_one_context_after_another(run_on_ranks: RunOnRanks) -> None:
     for num_batches in ((2, 4), (3, 1, 2)):
         ranks = run_on_ranks(len(num_batches), train_all, variants(), num_batches, optimizer_name="sgd", epochs=3)
         check_parity(ranks, num_batches)
-
-
-class Halves(nn.Module):
-    """The sign of the input's first element says which half of the parameters is used; a third one never is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.never = nn.Linear(7, 50), nn.Linear(7, 50), nn.Linear(7, 50)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x) if x[0, 0] > 0 else self.down(x)
 
 
 def train_halves(stage: int, num_batches: Sequence[int]) -> list[Tensor]:

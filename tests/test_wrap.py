@@ -160,7 +160,7 @@ class NormalisedSgd(torch.optim.Optimizer):
             "ConfigError: share_parameters=True needs ranks that share memory",
         ),
         ("bucket_buffers=0", "ConfigError: expected bucket_buffers to be a positive number"),
-        ("average_every=4", "NotSupportedError: average_every=4"),
+        ("average_every=0", "ConfigError: expected average_every to be a positive number of steps"),
     ],
 )
 def test_refusals(run_on_ranks: RunOnRanks, case: str, expected: str) -> None:

@@ -36,6 +36,11 @@ def agree(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], 
     raise RankMismatchError(_first_difference(everyone))
 
 
+def agreement_device(group: dist.ProcessGroup) -> torch.device:
+    """Where small tensors lie that ranks of the group compare."""
+    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+
 def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:
     """Whether any rank has other lines or a problem: the largest and the smallest digest over all ranks differ."""
     digest = hashlib.sha256("\n".join(lines).encode()).digest()

@@ -49,6 +49,7 @@ class Config:
     reduce_dtype: torch.dtype | None
     bucket_buffers: int
     precision: Precision
+    average_every: int | None
 
     @property
     def placement(self) -> Placement:
@@ -78,6 +79,7 @@ def check_config(
     param_dtype: torch.dtype | None,
     master_weights: str,
     state_dtype: torch.dtype,
+    average_every: int | None,
     **later: Any,
 ) -> Config:
     """Return the checked options.
@@ -117,6 +119,7 @@ def check_config(
         reduce_dtype,
         bucket_buffers,
         precision,
+        average_every,
     )
 
 
@@ -164,12 +167,8 @@ def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None
 def _check_later_options(
     *,
     max_grad_norm: float | None,
-    average_every: int | None,
 ) -> None:
     # Name, value given, value that means "as without it".
-    for name, value, neutral in (
-        ("max_grad_norm", max_grad_norm, None),
-        ("average_every", average_every, None),
-    ):
+    for name, value, neutral in (("max_grad_norm", max_grad_norm, None),):
         if value != neutral:
             raise NotSupportedError(f"{name}={value!r} is not supported yet; leave it at {neutral!r}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from .averaging import ParameterAverage
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
 from .collectives import Transport
 from .config import Config
@@ -58,6 +59,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         gathers: ParamGathers,
         transport: Transport,
         seed: int,
+        average: ParameterAverage | None = None,
     ) -> None:
         self._module = module
         self._inner = optimizer
@@ -67,6 +69,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer = reducer
         self._gathers = gathers
         self._transport = transport
+        self._average = average
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
@@ -78,7 +81,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config, seed)
         # Indices of the parameters, in the order in which the plan takes them.
         self._order = [managed.index for managed in reversed(params)]
-        self._may_replan = config.overlap and transport.world_size > 1
+        self._may_replan = config.overlap and transport.world_size > 1 and average is None
         self._versions = [managed.param._version for managed in params]
 
     @property
@@ -88,7 +91,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters. Collective: every rank of the process group must call it.
+        """Update all parameters. Collective: every rank of the process group must call it. With `average_every`, in each k-th
+        step every rank of the average group as well.
 
         Args:
             closure: recomputes the loss, with backward; called once, before the step.
@@ -113,10 +117,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         active = self._finish_reduces()
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
-        self._note_changes(active)
+        averages = self._average is not None and self._average.is_due()
+        self._note_changes(torch.ones_like(active) if averages else active)
         if self._config.share_parameters:  # stepping writes what the other ranks read
             everyone_came.finish()
-        for bucket in self._step_buckets(active):
+        for bucket in self._average_buckets(active) if averages else self._step_buckets(active):
             everyone_came.finish()
             self._gathers.start(bucket)
         everyone_came.finish()
@@ -167,6 +172,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 **self._identity(),
                 "seed": self._stepper.seed,
                 "order": list(self._order),
+                "steps_since_average": 0 if self._average is None else self._average.steps,
                 **layout,
             },
         }
@@ -202,6 +208,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             bucket.take_back(self._inner.state)
         if layout is not None:
             self._stepper.seed = layout["seed"]
+        if self._average is not None:
+            self._average.steps = 0 if layout is None else layout.get("steps_since_average", 0)
         self._stepper.adopt_state()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
@@ -304,6 +312,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if self._config.placement.shard_state and any(flags[managed.index] for managed in bucket.params):
                 yield bucket
 
+    def _average_buckets(self, active: Tensor) -> Iterator[Bucket]:
+        """Phase two of a step that averages parameters, of which all may change. Yields as `_step_buckets`."""
+        assert self._average is not None
+        for bucket in self._average.average(self._stepper.step(active), self._order):
+            if self._config.placement.shard_state:
+                yield bucket
+
     def _replan_once(self, active: Tensor) -> None:
         """After the first step: plan the buckets in the order in which the gradients arrived. Collective."""
         if self._may_replan and bool(active.any()):
@@ -346,7 +361,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._order = list(order)
 
     def join_calls(self) -> JoinCalls:
-        """What a rank that has left `join()` calls while others still train."""
+        """What a rank that has left `join()` calls while others still train.
+
+        Raises:
+            NotSupportedError: parameters are averaged, to which all groups have to come after as many steps.
+        """
+        if self._average is not None:
+            raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
         return {
             Phase.CLIP: self.clip_grad_norm_,
             Phase.STEP: self._step_along,

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 from . import _C
-from .agreement import agree
+from .agreement import agree, agreement_device
+from .averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
+from .collectives.single import SingleTransport
 from .config import Config, Fused, check_config, check_param_dtype, check_reduce_dtype
 from .errors import StateError
 from .grad_hooks import GradientReducer
@@ -44,6 +46,7 @@ def wrap(
     average_every: int | None = None,
     *,
     bucket_buffers: int = 2,
+    average_group: dist.ProcessGroup | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -81,7 +84,12 @@ def wrap(
         reduce_dtype: dtype in which gradients travel, for example torch.bfloat16; sums are kept in float32. None: that of
             the parameters. Stages 1 and 2; between float32 and 16 bits. Transport "torch" sums in that dtype.
         bucket_buffers: in stage 2, full gradient buckets that exist at once: one fills while the others travel.
-        max_grad_norm, average_every: reserved; only their defaults are supported so far.
+        average_every: k: train alone, and every k-th step average parameters over the ranks. Every rank then takes as many
+            steps. Without `average_group` each rank of `process_group` trains alone, with gradients of its own, and keeps all of
+            the state: a stage shards nothing. Moments and other state, and buffers, are not averaged.
+        average_group: with `average_every`, the ranks, one of each `process_group` and at the same position in it, over which
+            parameters are averaged; within each `process_group` training stays synchronous and sharded.
+        max_grad_norm: reserved; only its default is supported so far.
 
     Returns:
         The model and the optimizer to train with.
@@ -98,7 +106,9 @@ def wrap(
     problem: Exception | None = None
     lines: list[str] = []
     params: list[ManagedParam] = []
+    average: ParameterAverage | None = None
     try:
+        average = average_over(group, average_every, average_group, shares=share_parameters)
         config = check_config(
             stage=stage,
             bucket_mb=bucket_mb,
@@ -126,10 +136,18 @@ def wrap(
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
-    agree(group, _agreement_device(group), lines, problem)
-    device = params[0].param.device
-    connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
-    return _wrap_checked(model, optimizer, config, params, connected, group)
+    with agreed_across(average_group, group, lines):
+        agree(group, agreement_device(group), [*lines, *describe_place(average)], problem)
+        connected = _connect(config, group, params[0].param.device, average)
+    return _wrap_checked(model, optimizer, config, params, connected, group, average)
+
+
+def _connect(
+    config: Config, group: dist.ProcessGroup, device: torch.device, average: ParameterAverage | None
+) -> Transport:
+    if average is not None and average.alone:
+        return SingleTransport(group)
+    return connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
 
 
 def _wrap_checked(
@@ -139,10 +157,13 @@ def _wrap_checked(
     params: Sequence[ManagedParam],
     transport: Transport,
     group: dist.ProcessGroup,
+    average: ParameterAverage | None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     placement = config.placement
     precision, shared = config.precision, config.share_parameters
     plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
+    if average is not None and config.sync_module_states:
+        average.sync_states(model, group)
     broadcaster = Broadcaster(group) if transport.world_size > 1 else None
     if broadcaster is not None and config.sync_module_states and precision.param_dtype is not None:
         for managed in params:  # before they are rounded, or masters would differ
@@ -175,7 +196,11 @@ def _wrap_checked(
         shared=shared,
     )
     seed = _agree_on_seed(group, params[0].param.device)
-    wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
+    if average is not None:
+        seed = average.vary_seed(seed)
+    wrapped_optimizer = ZeroOptimizer(
+        model, optimizer, config, params, buckets, reducer, gathers, transport, seed, average=average
+    )
     wrapped_model.after_writing(wrapped_optimizer.take_up_writes)
     wrapped_model.join_with(wrapped_optimizer.join_calls)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
@@ -201,10 +226,6 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
             f"expected process_group to be a torch.distributed.ProcessGroup that this rank is in, got {group!r}"
         )
     return group
-
-
-def _agreement_device(group: dist.ProcessGroup) -> torch.device:
-    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
 
 
 def _describe(
