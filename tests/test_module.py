@@ -36,8 +36,6 @@ def names_and_state() -> bool:
     assert all(torch.equal(v, other[k]) for k, v in net.state_dict().items())
     with pytest.raises(zeroopt.ConfigError, match="assign=True"):
         model.load_state_dict(other, assign=True)
-    with pytest.raises(zeroopt.NotSupportedError, match="join"):
-        model.join()
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(zeroopt.NotSupportedError, match=r"\.module"):
             copied(model)

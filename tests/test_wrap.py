@@ -160,7 +160,7 @@ class NormalisedSgd(torch.optim.Optimizer):
             "ConfigError: share_parameters=True needs ranks that share memory",
         ),
         ("bucket_buffers=0", "ConfigError: expected bucket_buffers to be a positive number"),
-        ("average_every=4", "NotSupportedError: average_every=4"),
+        ("average_every=0", "ConfigError: expected average_every to be a positive number of steps"),
         ("check_every=0", "ConfigError: expected check_every to be a positive number of steps or None, got 0"),
         ("check_every=2.0", "ConfigError: expected check_every"),
         ("check_every=True", "ConfigError: expected check_every"),

@@ -73,6 +73,17 @@ class TinyLm(nn.Module):
         return torch.randint(0, 37, (BATCH, 6), generator=generator)
 
 
+class Halves(nn.Module):
+    """The sign of the input's first element says which half of the parameters is used; a third one never is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.never = nn.Linear(7, 50), nn.Linear(7, 50), nn.Linear(7, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) if x[0, 0] > 0 else self.down(x)
+
+
 MODELS: dict[str, type[Mlp | ConvNet | TinyLm]] = {"mlp": Mlp, "conv": ConvNet, "lm": TinyLm}
 
 

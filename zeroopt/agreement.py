@@ -42,13 +42,18 @@ def agree(
 def _disagreement(
     group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None, what: str
 ) -> Exception | None:
-    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    device = agreement_device(group)
     if not _differs(group, device, lines, problem):
         return None
     everyone: list[tuple[list[str], str | None]] = [([], None)] * group.size()
     mine = (list(lines), None if problem is None else str(problem))
     dist.all_gather_object(everyone, mine, group=group)
     return problem if problem is not None else RankMismatchError(_first_difference(everyone, what))
+
+
+def agreement_device(group: dist.ProcessGroup) -> torch.device:
+    """Where small tensors lie that ranks of the group compare."""
+    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
 
 
 def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:

@@ -1,4 +1,4 @@
-"""Rank 0's tensors for everyone: parameters when wrapping, buffers before a forward."""
+"""One rank's tensors for everyone: parameters when wrapping, buffers before a forward."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ _TAG = 1 << 23  # out of the way of a user's own messages on the same group
 
 
 class Broadcaster:
-    """Sends tensors of the first rank of a process group to its other ranks."""
+    """Sends tensors of one rank of a process group, the first if nothing else is said, to its other ranks."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._source = dist.get_global_rank(group, 0)
 
     @torch.no_grad()
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0. Collective: all ranks pass the same shapes and dtypes. Of DTensors, ranks
-        hold the same part.
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrite the tensors with those of rank `source` of the group. Collective: all ranks pass the same shapes and
+        dtypes. Of DTensors, ranks hold the same part.
 
         Tensors of one dtype travel together, since small messages cost more than the copy.
         """
@@ -31,12 +30,12 @@ class Broadcaster:
         for tensor in map(local_of, tensors):
             by_dtype.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for alike in by_dtype.values():
-            self._broadcast_together(alike)
+            self._broadcast_together(alike, source)
 
-    def _broadcast_together(self, tensors: Sequence[Tensor]) -> None:
+    def _broadcast_together(self, tensors: Sequence[Tensor], source: int) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.broadcast(flat, self._source, group=self._group)
-        if self._group.rank() == 0:
+        self.broadcast_flat(flat, source)
+        if self._group.rank() == source:
             return
         for tensor, piece in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view(tensor.shape))
@@ -53,6 +52,6 @@ class Broadcaster:
             self._group.recv([tensor], 0, _TAG).wait()
 
     @torch.no_grad()
-    def broadcast_flat(self, tensor: Tensor) -> None:
+    def broadcast_flat(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite one contiguous tensor in place. Collective."""
-        dist.broadcast(tensor, self._source, group=self._group)
+        dist.broadcast(tensor, dist.get_global_rank(self._group, source), group=self._group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -52,6 +52,7 @@ class Config:
     precision: Precision
     max_grad_norm: float | None
     cast_inputs: bool
+    average_every: int | None
 
     @property
     def placement(self) -> Placement:
@@ -94,7 +95,7 @@ def check_config(
     state_dtype: torch.dtype,
     max_grad_norm: float | None,
     cast_inputs: bool,
-    **later: Any,
+    average_every: int | None,
 ) -> Config:
     """Return the checked options.
 
@@ -126,7 +127,6 @@ def check_config(
     precision = _check_precision(param_dtype, master_weights, state_dtype)
     if cast_inputs and param_dtype is None:
         raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
-    _check_later_options(**later)
     return Config(
         int(stage),
         float(bucket_mb),
@@ -142,6 +142,7 @@ def check_config(
         precision,
         None if max_grad_norm is None else float(max_grad_norm),
         cast_inputs,
+        average_every,
     )
 
 
@@ -192,13 +193,3 @@ def _check_max_grad_norm(max_grad_norm: float | None) -> None:
         return
     if not isinstance(max_grad_norm, (int, float)) or isinstance(max_grad_norm, bool) or not max_grad_norm > 0:
         raise ConfigError(f"expected max_grad_norm to be a positive number or None, got {max_grad_norm!r}")
-
-
-def _check_later_options(
-    *,
-    average_every: int | None,
-) -> None:
-    # Name, value given, value that means "as without it".
-    for name, value, neutral in (("average_every", average_every, None),):
-        if value != neutral:
-            raise NotSupportedError(f"{name}={value!r} is not supported yet; leave it at {neutral!r}")

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from . import _C, ops
 from .audit import Audit
+from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, ParamState
 from .collectives import ADVICE, PendingCollective, Transport
 from .config import Placement
 from .errors import CollectiveError, StateError
 from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
+from .join import Join, Phase
 from .lockstep import Lockstep
 from .profiling import named_range
 from .sharded_gradient import ShardedGradient, ShardedGradients
@@ -79,6 +81,7 @@ class GradientReducer:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
         has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
+        join: tells ranks that have run out of data what this one does.
         audit: looks at gradients in some steps; None: in none.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
         num_backwards: backward passes that have been reduced.
@@ -102,6 +105,7 @@ class GradientReducer:
         self.num_steps = 0
         self.num_backwards = 0
         self.audit: Audit | None = None
+        self.join = Join(transport)
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
         self._transport = transport
@@ -109,7 +113,7 @@ class GradientReducer:
         self._overlap = overlap
         self._bucket_buffers = bucket_buffers
         self._reduce_dtype = reduce_dtype
-        self._scale = 1.0 / transport.world_size
+        self._scale = 1.0
         self._running = False  # between the first hook of a backward and its end
         self._params: list[ManagedParam] = []
         self._arrived = bytearray()  # 1: its gradient has come, for this backward
@@ -126,7 +130,9 @@ class GradientReducer:
         self._pool: BufferPool | None = None
         if placement.shard_gradient:
             self._pool = BufferPool(reduce_dtype, transport, bucket_buffers if overlap else 1)
-        self.sharded = ShardedGradients(transport, self.finish, mesh_groups) if placement.shard_state else None
+        self.sharded = (
+            ShardedGradients(transport, self.finish, self.join, mesh_groups) if placement.shard_state else None
+        )
         self._buckets: list[Bucket] = []
         self.stores: list[GradientStore] = []
 
@@ -314,9 +320,48 @@ class GradientReducer:
 
     def take_part(self) -> None:
         """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
-        every backward is."""
+        every backward is.
+
+        Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
+        contributes its part once more.
+        """
+        if self.join.is_on:
+            self.join.announce(Phase.BACKWARD)
+        if self.join.divisor < self._transport.world_size:  # then those that still train contribute it all
+            self._clear_visible()
         self._start_backward()
         self._end()
+
+    def drop_local(self) -> None:
+        """Forget what a backward under `no_sync()` has left. Not collective."""
+        if self.has_local_gradients:
+            self._clear_visible()
+            self.has_local_gradients = False
+
+    def _clear_visible(self) -> None:
+        """Drop what this rank has in `param.grad` alone: in stages 1 and 2, what is not reduced."""
+        for managed in self._params:
+            grad = managed.param.grad
+            if type(grad) is ShardedGradient:
+                grad.local = None
+            else:
+                managed.param.grad = None
+
+    def follow_gradients(self, source: int) -> None:
+        """Stage 0: take over what a rank has in `param.grad`, where its user may have edited it. Collective."""
+        assert self._flags is not None
+        broadcaster = Broadcaster(self._transport.group)
+        flags = self.take_visible().to(self._flags.device)
+        broadcaster.broadcast_flat(flags, source)
+        visible = flags.tolist()
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            assert store.full is not None
+            broadcaster.broadcast_flat(store.full, source)
+            for managed in bucket.params:
+                if visible[managed.index]:
+                    managed.set_local_grad(managed.view_in(store.full))
+                else:
+                    managed.param.grad = None
 
     def take_visible(self) -> Tensor:
         """What `param.grad` says holds, for the user may have cleared, replaced or edited it. After `finish`.
@@ -388,6 +433,8 @@ class GradientReducer:
             self._start_complete()
 
     def _begin(self) -> None:
+        if self.join.is_on:
+            self.join.announce(Phase.BACKWARD)
         self._start_backward()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
@@ -396,6 +443,7 @@ class GradientReducer:
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
         self._running = True
+        self._scale = 1.0 / self.join.divisor
         self.num_backwards += 1
         self.arrivals.clear()
         if self.sharded is not None:

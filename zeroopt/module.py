@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from .collectives import named_failures
 from .errors import ConfigError, NotSupportedError
+from .join import JoinCalls, Phase
 from .optimizer import ZeroOptimizer
 from .sharding import Sharding
 
@@ -47,6 +48,7 @@ class ZeroDataParallel(nn.Module):
 
     def train_with(self, optimizer: ZeroOptimizer) -> None:
         """Add an optimizer that trains parameters of the model."""
+        optimizer.number = len(self._optimizers)
         self._optimizers.append(optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,12 +59,21 @@ class ZeroDataParallel(nn.Module):
         if torch.is_grad_enabled():
             for optimizer in self._optimizers:
                 optimizer.take_in_unfrozen()
-            if self._broadcaster is not None and self._reducer.sync:
-                with named_failures("forward, taking over the buffers of rank 0", self._transport.group):
-                    self._broadcaster.broadcast(list(self.module.buffers()))
+            follows = self._broadcaster is not None and self._reducer.sync
+            join = self._reducer.join
+            if join.is_on and (follows or join.throws):
+                join.announce(Phase.FORWARD)
+            if follows:
+                self._take_over_buffers()
         if self._input_dtype is not None:
             args, kwargs = tree_map(self._cast_input, (args, kwargs))
         return self.module(*args, **kwargs)
+
+    def _take_over_buffers(self) -> None:
+        if self._broadcaster is not None:
+            source = self._reducer.join.source
+            with named_failures(f"forward, taking over the buffers of rank {source}", self._transport.group):
+                self._broadcaster.broadcast(list(self.module.buffers()), source)
 
     def _cast_input(self, value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
@@ -88,8 +99,9 @@ class ZeroDataParallel(nn.Module):
 
         Collective: every rank of the process group must enter and leave it. It yields whether this rank is to write, which
         is True on every rank unless parameters are shared; of the ranks that share a copy, one writes, and the others wait.
-        No rank may use the parameters within the context for anything else.
+        No rank may use the parameters within the context for anything else. Not within `join()`.
         """
+        self._reducer.join.check_outside("write_parameters()")
         self._gathers.finish_all()
         self._transport.barrier()
         try:
@@ -98,9 +110,63 @@ class ZeroDataParallel(nn.Module):
             self._transport.barrier()
             self._note_writing()
 
-    def join(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported yet: uneven numbers of batches a rank."""
-        raise NotSupportedError("join() is not supported yet; give every rank the same number of batches")
+    @contextmanager
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> Iterator[None]:
+        """Train within it when ranks have different numbers of batches: `with model.join(): for x in data: ...`.
+
+        As `DistributedDataParallel.join`, and it covers the optimizer: a rank whose loop has ended stays in the context's
+        exit, and there takes part in what the others do, without data: their backward passes, `clip_grad_norm_`, and their
+        steps, in which it goes on stepping its shard with the options (learning rates, …) of the first rank that still
+        trains. In the end all ranks have the same parameters, and those that left early have the options of the last
+        steps; with `broadcast_buffers` all have the buffers of the first of the ranks that trained longest.
+
+        Collective: every rank of the process group has to enter it, with the same arguments, also one that has no batch
+        at all. Ranks that have data must do the same in the same order. Each forward (with buffers), backward, clipping
+        and step in it costs one small exchange more.
+
+        What is not repeated on a rank that has left: what the loop itself does on every rank (schedulers: bring their state
+        over with `load_state_dict`; in-place changes of parameters), and collectives of the loop's or the model's own
+        (`SyncBatchNorm`): those need `throw_on_early_termination`. Hooks of the optimizer's step do run there. Gradients of
+        a backward under `no_sync()` that no later one has taken along are dropped when a rank leaves. Clear gradients by
+        `zero_grad` of the optimizer or of this model.
+
+        Args:
+            divide_by_initial_world_size: divide gradients by the number of all ranks, so that every sample counts the same;
+                False divides by the number of ranks that still train.
+            enable: False when ranks are known to have the same number of batches: nothing is exchanged, but on entering.
+            throw_on_early_termination: when one rank leaves, all raise at their next forward or backward, before anything
+                of it has been exchanged. Training may go on after the context.
+
+        Raises:
+            StateError: within `join()` of this or another model; or, with `throw_on_early_termination`, on all ranks when
+                one has run out of data.
+            RankMismatchError: ranks passed different arguments; on all ranks.
+            CollectiveError: ranks with data do different things; on all ranks.
+        """
+        for optimizer in self._optimizers:
+            optimizer.check_can_join()
+        calls: JoinCalls = {
+            Phase.FORWARD: self._take_over_buffers,
+            Phase.BACKWARD: self._reducer.take_part,
+            Phase.LEAVE: self._take_over_buffers,
+            Phase.CLIP: lambda number, *args: self._optimizers[number].clip_grad_norm_(*args),
+            Phase.STEP: lambda number, *args: self._optimizers[number].step_along(*args),
+            Phase.ZERO_GRAD: self._zero_grad_along,
+        }
+        with self._reducer.join.context(
+            calls,
+            drain=self._reducer.finish,
+            leave=self._reducer.drop_local,
+            divide_by_initial_world_size=divide_by_initial_world_size,
+            enable=enable,
+            throw_on_early_termination=throw_on_early_termination,
+        ):
+            yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, the reduced ones too, as the optimizer's `zero_grad` does."""
@@ -109,6 +175,11 @@ class ZeroDataParallel(nn.Module):
         else:
             self._reducer.zero()
         self.module.zero_grad(set_to_none)
+        if self._reducer.join.is_on:
+            self._reducer.join.note(Phase.ZERO_GRAD, None, set_to_none)
+
+    def _zero_grad_along(self, number: int | None, set_to_none: bool) -> None:
+        (self if number is None else self._optimizers[number]).zero_grad(set_to_none)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """`module.state_dict()`. Not collective: every rank holds all parameters."""
@@ -118,10 +189,12 @@ class ZeroDataParallel(nn.Module):
         """`module.load_state_dict()`, which copies the values into zeroopt's storage.
 
         Collective where parameters are shared: one rank of each host writes them, once, and every rank loads its buffers.
+        Not within `join()`.
 
         Raises:
             ConfigError: `assign=True`, which would put the parameters elsewhere.
         """
+        self._reducer.join.check_outside("load_state_dict()")
         if assign:
             raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
         if not self._shared:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from . import _C
 from .agreement import agree, describe_groups, describe_params
+from .averaging import ParameterAverage
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
 from .config import Config, check_param_dtypes
 from .errors import ConfigError, NotSupportedError, StateError
-from .grad_clip import clip_by, norm_of_shards, norm_of_whole
+from .grad_clip import clip_by, is_finite, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
 from .inspect import inspect_further
+from .join import Phase, pack_options, take_options
 from .local_tensor import place_in_mesh
 from .loss_scaling import agree_on_overflow
 from .profiling import named_range
@@ -57,7 +59,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         params: Sequence[ManagedParam],
         config: Config,
+        average: ParameterAverage | None = None,
     ) -> None:
+        self.number = 0  # among the optimizers of the model
+        self._average = average
         self._sharding = sharding
         self._module = sharding.module
         self._inner = optimizer
@@ -78,8 +83,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._import_state()
         # By the parameters that came before: those of two optimizers are not rounded alike.
         seed = (sharding.seed + params[0].index) % 2**63
+        if average is not None:
+            seed = average.vary_seed(seed)
         self._stepper = ShardStepper(optimizer, self._buckets, self._stores, self._config, seed)
-        self._may_replan = self._config.overlap and self._transport.world_size > 1
+        self._may_replan = self._config.overlap and self._transport.world_size > 1 and average is None
         self._num_backwards = 0  # of the reducer, at the last step
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
@@ -111,7 +118,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters. Collective: every rank of the process group must call it.
+        """Update all parameters. Collective: every rank of the process group must call it. With `average_every`, in each k-th
+        step every rank of the average group as well.
 
         Args:
             closure: recomputes the loss, with backward; called once, before the step.
@@ -130,6 +138,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_ready()
         self._take_part()
+        if self._reducer.join.is_on:
+            self._announce_step()
         for bucket in self._buckets:
             self._gathers.finish(bucket.index)
         self._check_before_step()
@@ -144,10 +154,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._clip(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
-        self._note_changes(active)
+        averages = self._average is not None and self._average.is_due()
+        self._note_changes(torch.ones_like(active) if averages else active)
         if self._config.share_parameters:  # stepping writes what the other ranks read
             everyone_came.finish()
-        for bucket in self._step_buckets(active) if not overflow else ():
+        for bucket in self._average_buckets(active) if averages else self._step_buckets(active, skip=overflow):
             everyone_came.finish()
             self._gathers.start(bucket)
         everyone_came.finish()
@@ -173,6 +184,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         else:
             self._reducer.zero(self._buckets)
         super().zero_grad(set_to_none)
+        if self._reducer.join.is_on:
+            self._reducer.join.note(Phase.ZERO_GRAD, self.number, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of the state. Not collective, and works before the first step.
@@ -197,6 +210,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "format": _FORMAT,
                 **self._identity(),
                 "seed": self._stepper.seed,
+                "steps_since_average": 0 if self._average is None else self._average.steps,
                 "order": [list(generation) for generation in self._generations],
                 **layout,
             },
@@ -215,8 +229,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: the state belongs to other parameters, another rank, world size, stage or bucket size, or its
-                groups are of other sizes. Nothing has been changed.
+                groups are of other sizes; or within `join()`. Nothing has been changed.
         """
+        self._reducer.join.check_outside("load_state_dict()")
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, dict(state_dict))
             state_dict = state_dict if changed is None else changed
@@ -232,6 +247,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             bucket.take_back(self._inner.state)
         if layout is not None:
             self._stepper.seed = layout["seed"]
+        if self._average is not None:
+            self._average.steps = 0 if layout is None else layout.get("steps_since_average", 0)
         self._stepper.adopt_state()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
@@ -273,6 +290,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _take_in_further(self, problem: Exception | None = None) -> None:
         """Take in the parameters of the groups that require gradients by now. Collective."""
+        self._reducer.join.check_outside("taking in further parameters")
         params: list[ManagedParam] = []
         lines: list[str] = []
         if problem is None:
@@ -289,7 +307,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if params:
             self._take_in(params)
             self._stepper.adopt(self._buckets, self._stores)
-            self._may_replan = self._config.overlap and self._transport.world_size > 1
+            self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
@@ -314,6 +332,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
         self._check_ready()
         self._take_part()
+        if self._reducer.join.is_on:
+            self._reducer.join.announce(Phase.CLIP, self.number, max_norm, norm_type)
         active = self._finish_reduces()
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
         with named_range("clip"):
@@ -336,6 +356,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             StateError: as `step`.
         """
         if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
+            self._reducer.join.check_outside("grad_norm")
             self._check_ready()
             self._take_part()
             self._note_norm(self._compute_norm(self._finish_reduces(), 2.0, self._stores))
@@ -354,6 +375,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             StateError: as `step`.
         """
         managed = self._managed(param)
+        self._reducer.join.check_outside("full_grad()")
         self._check_ready()
         self._take_part()
         if not self._finish_reduces()[managed.index]:
@@ -375,6 +397,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: the parameter is not one that this optimizer trains.
         """
         managed = self._managed(param)
+        self._reducer.join.check_outside("full_parameter()")
         bucket = next(bucket for bucket in self._buckets if managed in bucket.params)
         if bucket.master is None:
             return managed.param.detach().clone()
@@ -509,8 +532,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with named_range("check"):
                 audit.check_after(num_steps, self._buckets)
 
-    def _step_buckets(self, active: Tensor) -> Iterator[Bucket]:
+    def _average_buckets(self, active: Tensor) -> Iterator[Bucket]:
+        """Phase two of a step that averages parameters, of which all may change. Yields as `_step_buckets`."""
+        assert self._average is not None
+        for bucket in self._average.average(self._stepper.step(active), self._generations):
+            if self._config.placement.shard_state:
+                yield bucket
+
+    def _step_buckets(self, active: Tensor, *, skip: bool) -> Iterator[Bucket]:
         """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""
+        if skip:
+            return
         # What was used on any rank, on which all ranks agree, and what the user has set besides.
         flags = (active | self._reducer.used).tolist()
         for bucket in self._stepper.step(active):
@@ -659,6 +691,35 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for managed in self._params:
             state.pop(managed.param, None)
         state.update(own)
+
+    def check_can_join(self) -> None:
+        """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""
+        if self._average is not None:
+            raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
+
+    def _announce_step(self) -> None:
+        join = self._reducer.join
+        join.announce(Phase.STEP, self.number, pack_options(self.param_groups), "found_inf" in vars(self))
+        if join.some_have_left and not self._config.placement.shard_state:
+            self._reducer.follow_gradients(join.source)
+
+    def step_along(self, options: Sequence[Mapping[str, Any]], scaled: bool) -> None:
+        """Step as the ranks do that still train, when this one has left `join()`.
+
+        Args:
+            options: of their groups.
+            scaled: they step through a GradScaler, for which this rank looks at its slices of the gradients.
+        """
+        take_options(self.param_groups, options)
+        if scaled:
+            self._reducer.finish()
+            finite = [bool(is_finite(store)) for store in self._stores if store.holds_sum]
+            self.grad_scale, self.found_inf = None, torch.tensor(0.0 if all(finite) else 1.0)
+        try:
+            self.step()
+        finally:
+            if scaled:
+                del self.grad_scale, self.found_inf
 
     def _note_step_for_schedulers(self) -> None:
         """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""

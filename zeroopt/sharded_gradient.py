@@ -21,6 +21,7 @@ from .collectives import Transport
 from .errors import StateError
 from .grad_clip import is_finite
 from .gradient_store import GradientStore
+from .join import Join
 
 aten = torch.ops.aten
 
@@ -124,9 +125,14 @@ class ShardedGradients:
     """
 
     def __init__(
-        self, transport: Transport, finish: Callable[[], None], mesh_groups: Sequence[dist.ProcessGroup]
+        self,
+        transport: Transport,
+        finish: Callable[[], None],
+        join: Join,
+        mesh_groups: Sequence[dist.ProcessGroup],
     ) -> None:
         self._transport = transport
+        self._join = join
         self._mesh_groups = mesh_groups
         self._wait = weakref.WeakMethod(finish)
         self._norms: dict[float, Tensor] = {}
@@ -184,9 +190,14 @@ class ShardedGradients:
 
     # What torch's functions do to the objects.
 
+    def check_outside_join(self, what: str) -> None:
+        """Raise StateError within `join()`, where ranks that have left would not do the same."""
+        self._join.check_outside(what)
+
     def norms(self, indices: Sequence[int], norm_type: float) -> list[Tensor]:
         """The p-norm of each gradient, 0-dim, of the dtype of its sum. Collective: one exchange for all gradients, the first
         time that any is asked for after they have changed."""
+        self.check_outside_join("a norm of param.grad")
         self._check_reduced()
         if norm_type not in self._norms:
             self._finish()
@@ -314,6 +325,7 @@ def _number(value: Tensor | float) -> Tensor:
 
 def _multiply(gradients: _OneOrMany, factor: Tensor | float) -> ShardedGradient | None:
     owner, indices = _all(gradients)
+    owner.check_outside_join("multiplying param.grad")
     owner.scale(indices, _number(factor))
     return _changed(gradients)
 
@@ -330,6 +342,7 @@ def _zero(gradients: _OneOrMany) -> ShardedGradient | None:
 
 def _clamp(gradients: _OneOrMany, low: Any = None, high: Any = None) -> ShardedGradient | None:
     owner, indices = _all(gradients)
+    owner.check_outside_join("clamping param.grad")
     owner.edit(indices, lambda piece: piece.clamp_(low, high))
     return _changed(gradients)
 

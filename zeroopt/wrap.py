@@ -10,8 +10,10 @@ from torch import nn
 
 from . import _C
 from .agreement import agree, describe_groups, describe_params
+from .averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .bucket import ManagedParam
-from .collectives import check_transport, connect_transport
+from .collectives import Transport, check_transport, connect_transport
+from .collectives.single import SingleTransport
 from .config import Config, Fused, check_config, check_param_dtypes
 from .errors import ConfigError, StateError
 from .inspect import inspect, mark_wrapped
@@ -46,6 +48,7 @@ def wrap(
     cast_inputs: bool = False,
     norm_group: dist.ProcessGroup | None = None,
     check_every: int | None = None,
+    average_group: dist.ProcessGroup | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -100,7 +103,11 @@ def wrap(
         check_every: k: in every k-th step, look whether all gradients are finite, before anything is changed, and whether the
             parameters are the same on all ranks, before and after. Where not, `step` raises on every rank, and names the
             parameter and the ranks. None: never.
-        average_every: reserved; only its default is supported so far.
+        average_every: k: train alone, and every k-th step average parameters over the ranks. Every rank then takes as many
+            steps. Without `average_group` each rank of `process_group` trains alone, with gradients of its own, and keeps all of
+            the state: a stage shards nothing. Moments and other state, and buffers, are not averaged.
+        average_group: with `average_every`, the ranks, one of each `process_group` and at the same position in it, over which
+            parameters are averaged; within each `process_group` training stays synchronous and sharded.
 
     Returns:
         The model and the optimizer to train with.
@@ -121,7 +128,11 @@ def wrap(
     params: list[ManagedParam] = []
     beyond: list[dist.ProcessGroup] = []  # ranks with other parts of the parameters
     options: list[str] = []
+    average: ParameterAverage | None = None
     try:
+        average = average_over(group, average_every, average_group, shares=share_parameters)
+        if check_every is not None and average is not None and average.alone:
+            raise ConfigError("check_every compares parameters between ranks, which average_every lets train alone")
         mesh = find_mesh(module, group) if isinstance(module, nn.Module) else None
         beyond = mesh_groups(mesh)
         check_norm_group(norm_group, [group, *beyond])
@@ -158,13 +169,18 @@ def wrap(
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         problem = error
-    agree([(group, lines), *((other, options) for other in beyond)], problem)
+    connected: Transport | None = None
+    with agreed_across(average_group, group, lines):
+        agree([(group, [*lines, *describe_place(average)]), *((other, options) for other in beyond)], problem)
+        if first is None:
+            connected = _connect(config, group, params[0].param.device, average)
+    if average is not None and config.sync_module_states:
+        average.sync_states(module, group)
     if isinstance(model, ZeroDataParallel):
-        return model, _add_optimizer(model, optimizer, config, params)
-    device = params[0].param.device
-    connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
+        return model, _add_optimizer(model, optimizer, config, params, average)
+    assert connected is not None
     wrapped = ZeroDataParallel(Sharding(module, config, connected, group, norm_group))
-    wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params)
+    wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params, average)
     wrapped.sharding.cast_frozen()
     if config.sync_module_states:
         wrapped.sharding.sync_rest()
@@ -172,10 +188,22 @@ def wrap(
     return wrapped, wrapped_optimizer
 
 
+def _connect(
+    config: Config, group: dist.ProcessGroup, device: torch.device, average: ParameterAverage | None
+) -> Transport:
+    if average is not None and average.alone:
+        return SingleTransport(group)
+    return connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
+
+
 def _add_optimizer(
-    model: ZeroDataParallel, optimizer: torch.optim.Optimizer, config: Config, params: Sequence[ManagedParam]
+    model: ZeroDataParallel,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    params: Sequence[ManagedParam],
+    average: ParameterAverage | None,
 ) -> ZeroOptimizer:
-    wrapped = ZeroOptimizer(model.sharding, optimizer, params, config)
+    wrapped = ZeroOptimizer(model.sharding, optimizer, params, config, average)
     model.train_with(wrapped)
     mark_wrapped(optimizer, wrapped)
     return wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
@@ -9,11 +10,17 @@ from .base import Done, PendingCollective, Transport
 
 
 class SingleTransport(Transport):
-    """Reduces and gathers at once, without a process group's help."""
+    """Reduces and gathers at once, without a process group's help: for a group of one, or one rank of a group by itself."""
 
     name = "single"
     needs_staging = False
     shares_parameters = True
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.writers = [group.rank()]
+        self.rank = self.slice_index = 0
+        self.world_size = 1
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
