@@ -292,8 +292,8 @@ class GradientReducer:
         Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
         contributes its part once more.
         """
-        if self.join.divisor < self._transport.world_size:  # then those that still train contribute it all
-            self._clear_visible()
+        if not self._placement.shard_state and self.join.divisor < self._transport.world_size:
+            self._clear_visible()  # those that still train contribute it all
         self._prepare()
         self._end()
 
@@ -320,13 +320,13 @@ class GradientReducer:
                 managed.param.grad = managed.view_in(store.full) if visible[managed.index] else None
 
     def _begin(self) -> None:
-        if self.join.is_on:
-            self.join.announce(Phase.BACKWARD)
         self._prepare()
         self.arrivals.clear()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _prepare(self) -> None:
+        if self.join.is_on:
+            self.join.announce(Phase.BACKWARD)
         self.check_storage()
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
