@@ -325,10 +325,8 @@ class GradientReducer:
         Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
         contributes its part once more.
         """
-        if self.join.is_on:
-            self.join.announce(Phase.BACKWARD)
-        if self.join.divisor < self._transport.world_size:  # then those that still train contribute it all
-            self._clear_visible()
+        if self.sharded is None and self.join.divisor < self._transport.world_size:
+            self._clear_visible()  # those that still train contribute it all
         self._start_backward()
         self._end()
 
@@ -433,8 +431,6 @@ class GradientReducer:
             self._start_complete()
 
     def _begin(self) -> None:
-        if self.join.is_on:
-            self.join.announce(Phase.BACKWARD)
         self._start_backward()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
@@ -442,6 +438,8 @@ class GradientReducer:
         self.check_storage()
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
+        if self.join.is_on:
+            self.join.announce(Phase.BACKWARD)
         self._running = True
         self._scale = 1.0 / self.join.divisor
         self.num_backwards += 1
