@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import _C
 from .bucket import ManagedParam
-from .elementwise import check_elementwise
+from .elementwise import find_grains
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
 from .optim import FusedOptimizer
 
@@ -45,7 +45,9 @@ def inspect(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ManagedP
     _check_devices(params)
     _check_storage(params)
     _check_sparse(model)
-    check_elementwise(optimizer)
+    grains = find_grains(optimizer)
+    for managed in params:
+        managed.grain = grains[managed.group]
     _warn_untrained(names, params)
     return params
 

@@ -77,7 +77,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._stepper = ShardStepper(optimizer, buckets, reducer.stores, config, seed)
         # Indices of the parameters, in the order in which the plan takes them.
         self._order = [managed.index for managed in reversed(params)]
-        self._may_replan = config.overlap and transport.world_size > 1
+        # Whole parameters keep their owner: state of any shape would have to move, and gain little, for such buckets are
+        # large and wait for many gradients in any order.
+        self._has_whole = any(managed.is_whole for managed in params)
+        self._may_replan = config.overlap and transport.world_size > 1 and not self._has_whole
         self._versions = [managed.param._version for managed in params]
 
     @property
@@ -143,7 +146,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
-            this rank, and under "zeroopt" the layout that says of which elements. Save one on every rank. With
+            this rank, or the whole state of parameters that it owns whole, and under "zeroopt" the layout that says of which elements. Save one on every rank. With
             `param_dtype`, "master_param" (float32) or "remainder" (int16) completes the parameters of the model's own state
             dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
         """
@@ -254,8 +257,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> Mapping[Tensor, ParamState]:
-        """State by model parameter: 1-D tensors over the part of the parameter that this rank owns (ranks that own none
-        of a parameter have no entry for it). The tensors are live, the mapping is read-only."""
+        """State by model parameter: 1-D tensors over the part of the parameter that this rank owns, or all of it where the
+        rank owns it whole (ranks that own none of a parameter have no entry for it). The tensors are live, the mapping is
+        read-only."""
         inner = self._inner.state
         return MappingProxyType({s.owner.param: inner[s.shard] for s in self._segments() if s.shard in inner})
 
@@ -343,7 +347,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             bucket.take_up_writes()
 
     def _make_plan(self, ordered: Sequence[ManagedParam]) -> _C.Plan:
-        return make_plan(ordered, self._transport.world_size, self._config.bucket_bytes, self._config.precision)
+        config = self._config
+        shard_state = config.placement.shard_state
+        return make_plan(
+            ordered, self._transport.world_size, config.bucket_bytes, config.precision, shard_state=shard_state
+        )
 
     def _segments(self) -> Iterator[Segment]:
         for bucket in self._buckets:
@@ -384,6 +392,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for piece in own_segments(plan, bucket, self._transport, shard_state=self._config.placement.shard_state):
                 check_cut(layout, ordered[piece.param], piece.start, piece.numel)
         if order != self._order:
+            if self._has_whole:
+                raise StateError(
+                    "the state dict was saved when buckets were in another order, which an optimizer that steps whole "
+                    "parameters never changes: it is of another optimizer"
+                )
             self._may_replan = False
             self._replan(order)
 

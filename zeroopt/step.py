@@ -92,8 +92,7 @@ class ShardStepper:
                 by_group[segment.owner.group].append(segment.shard)
                 segments.append(segment)
                 if flags[segment.owner.index]:
-                    grad = store.reduced[segment.offset : segment.offset + segment.numel]
-                    segment.shard.grad = grad.to(segment.shard.dtype)
+                    segment.shard.grad = segment.view_in(store.reduced).to(segment.shard.dtype)
         with self._shards_in_groups(by_group):
             self._optimizer.step()
         for segment in segments:
@@ -180,6 +179,14 @@ class FusedBucket(FusedSegments):
         made = self._state(i, name)
         assert made is not None
         return made
+
+    def _show(self, i: int, array: Tensor) -> Tensor:
+        owner = self.bucket.segments[i].owner
+        return array.as_strided(owner.shape, owner.stride) if owner.is_whole else array
+
+    def _flatten(self, i: int, value: Tensor) -> Tensor:
+        owner = self.bucket.segments[i].owner
+        return owner.flatten(value) if owner.is_whole else value
 
 
 def _part(array: Tensor, segment: Segment) -> Tensor:

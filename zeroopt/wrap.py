@@ -12,7 +12,7 @@ from torch import nn
 from . import _C
 from .agreement import agree
 from .broadcast import Broadcaster
-from .bucket import Bucket, ManagedParam, make_buckets, make_plan
+from .bucket import Bucket, Grain, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
 from .config import Config, Fused, check_config, check_param_dtype, check_reduce_dtype
 from .errors import StateError
@@ -22,6 +22,8 @@ from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
 from .param_gather import ParamGathers
 from .step import check_fused
+
+_GRAINS = {Grain.ELEMENT: "", Grain.PARAMETER: ", stepped whole", Grain.MATRIX: ", stepped as a matrix"}
 
 
 def wrap(
@@ -55,7 +57,9 @@ def wrap(
 
     Args:
         model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device.
-        optimizer: an element-wise torch optimizer on the model's parameters. State that it already has is kept.
+        optimizer: a torch optimizer on the model's parameters that steps each of them by itself. Where it treats each element
+            by itself (as SGD and Adam do), ranks share a parameter; where it needs whole matrices or norms (Muon, Adafactor,
+            LAMB), each parameter of that param_group belongs to one rank in stages 1 and 2. State that it already has is kept.
         stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
             the gradients.
         process_group: the ranks to train with; the default group when None.
@@ -67,7 +71,7 @@ def wrap(
         state_dtype: of the moments: torch.float32, torch.bfloat16 (rounded stochastically) or torch.int8 (codes with a scale
             for every 256 elements).
         fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD and Adagrad,
-            and all of `zeroopt.optim` but LAMB, in float32 or with `param_dtype`) and with the optimizer's own `step`
+            and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
             otherwise; True insists on the kernel, as do the last two options, False on the own step.
         transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
             collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the
@@ -142,7 +146,7 @@ def _wrap_checked(
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     placement = config.placement
     precision, shared = config.precision, config.share_parameters
-    plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
+    plan = make_plan(params, transport.world_size, config.bucket_bytes, precision, shard_state=placement.shard_state)
     broadcaster = Broadcaster(group) if transport.world_size > 1 else None
     if broadcaster is not None and config.sync_module_states and precision.param_dtype is not None:
         for managed in params:  # before they are rounded, or masters would differ
@@ -213,7 +217,7 @@ def _describe(
     lines = [f"zeroopt {_C.build_info()['version']}", *config.describe()]
     for managed in params:
         what = f"shape {list(managed.shape)}, {managed.param.dtype}, strides {list(managed.stride)}"
-        lines.append(f"parameter {managed.name!r} of {what}, in param_group {managed.group}")
+        lines.append(f"parameter {managed.name!r} of {what}, in param_group {managed.group}{_GRAINS[managed.grain]}")
     managed_params = {managed.param for managed in params}
     for name, param in model.named_parameters():
         if param not in managed_params:
