@@ -126,7 +126,7 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses collectives: ranks that step different parameters would wait in them for each other."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional"):
             raise NotSupportedError("its step communicates with other ranks, which is zeroopt's part")
         return func(*args, **(kwargs or {}))
 

@@ -146,9 +146,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
-            this rank, or the whole state of parameters that it owns whole, and under "zeroopt" the layout that says of which elements. Save one on every rank. With
-            `param_dtype`, "master_param" (float32) or "remainder" (int16) completes the parameters of the model's own state
-            dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
+            this rank (whole, of parameters that it owns whole), and under "zeroopt" the layout that says of which
+            elements. Save one on every rank. With `param_dtype`, "master_param" (float32) or "remainder" (int16)
+            completes the parameters of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and
+            the like.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)

@@ -80,6 +80,9 @@ def unpack_state(
         StateError: the state belongs to other shapes or to another cut. Nothing has been changed.
     """
     result: dict[Tensor, ParamState] = {}
+    segments = list(segments)
+    if layout is not None:
+        _check_owned(layout, segments)
     for segment in segments:
         position = segment.owner.position
         if layout is not None:
@@ -114,6 +117,17 @@ def check_cut(layout: Mapping[str, Any], owner: ManagedParam, start: int, numel:
             f"the state dict holds elements {saved} of parameter {owner.name!r}, but this rank owns {expected}: "
             "it was saved with another stage, bucket_mb or set of parameters; wrap with the options it was saved with"
         )
+
+
+def _check_owned(layout: Mapping[str, Any], segments: Iterable[Segment]) -> None:
+    mine = {segment.owner.position for segment in segments}
+    for position, name in layout["names"].items():
+        if position in layout["ranges"] and position not in mine:
+            raise StateError(
+                f"the state dict holds elements {layout['ranges'][position]} of parameter {name!r}, of which this rank "
+                "owns none: it was saved with another stage, bucket_mb or set of parameters; wrap with the options it was "
+                "saved with"
+            )
 
 
 def _check_shapes(entry: Mapping[str, Any], owner: ManagedParam) -> None:
