@@ -208,22 +208,29 @@ void bind_cuda_kernels(py::module_& m) {
       py::arg("found_inf"), py::arg("total_numel"), py::arg("workspace"), py::arg("stream"), GilReleased());
 }
 
+using WholeCosts = std::vector<std::optional<int64_t>>; // none at all: no parameter has to stay whole
+
 std::vector<ParamSpec> param_specs(const std::vector<int64_t>& numels, const std::vector<int64_t>& kinds,
-                                   const std::vector<int64_t>& item_bytes) {
+                                   const std::vector<int64_t>& item_bytes, const WholeCosts& whole_costs) {
   if (kinds.size() != numels.size() || item_bytes.size() != numels.size()) {
     throw std::invalid_argument("expected numels, kinds and item_bytes of one length, got " +
                                 std::to_string(numels.size()) + ", " + std::to_string(kinds.size()) + " and " +
                                 std::to_string(item_bytes.size()));
   }
+  if (!whole_costs.empty() && whole_costs.size() != numels.size()) {
+    throw std::invalid_argument("expected no whole_costs or one for each parameter, got " +
+                                std::to_string(whole_costs.size()) + " for " + std::to_string(numels.size()));
+  }
   std::vector<ParamSpec> params;
   for (size_t i = 0; i < numels.size(); ++i)
-    params.push_back({numels[i], kinds[i], item_bytes[i]});
+    params.push_back({numels[i], kinds[i], item_bytes[i], whole_costs.empty() ? std::nullopt : whole_costs[i]});
   return params;
 }
 
 void bind_planner(py::module_& m) {
   py::class_<BucketPlan>(m, "BucketPlan")
       .def_readonly("kind", &BucketPlan::kind)
+      .def_readonly("whole", &BucketPlan::whole)
       .def_readonly("padded_numel", &BucketPlan::padded_numel)
       .def_readonly("params", &BucketPlan::params)
       .def_readonly("offsets", &BucketPlan::offsets)
@@ -236,11 +243,11 @@ void bind_planner(py::module_& m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::vector<int64_t>& numels, const std::vector<int64_t>& kinds,
                        const std::vector<int64_t>& item_bytes, int64_t world_size, int64_t alignment,
-                       int64_t bucket_bytes) {
-             return Plan(param_specs(numels, kinds, item_bytes), world_size, alignment, bucket_bytes);
+                       int64_t bucket_bytes, const WholeCosts& whole_costs) {
+             return Plan(param_specs(numels, kinds, item_bytes, whole_costs), world_size, alignment, bucket_bytes);
            }),
            py::arg("numels"), py::arg("kinds"), py::arg("item_bytes"), py::arg("world_size"), py::arg("alignment"),
-           py::arg("bucket_bytes"))
+           py::arg("bucket_bytes"), py::arg("whole_costs") = WholeCosts{})
       .def_property_readonly("buckets", &Plan::buckets)
       .def_property_readonly("world_size", &Plan::world_size)
       .def_property_readonly("alignment", &Plan::alignment)

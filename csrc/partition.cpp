@@ -6,14 +6,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "whole_params.h"
+
 namespace zeroopt {
 namespace {
 
 constexpr int64_t kMaxNumel = std::numeric_limits<int64_t>::max() / 16; // times the widest dtype it still fits 64 bits
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -25,7 +23,7 @@ void check_arguments(const std::vector<ParamSpec>& params, int64_t world_size, i
   require(alignment >= 1, "alignment must be at least 1, got " + std::to_string(alignment));
   require(bucket_bytes >= 1, "bucket_bytes must be at least 1, got " + std::to_string(bucket_bytes));
   require(alignment <= kMaxNumel / world_size, "world_size * alignment is beyond 64 bits");
-  int64_t total = 0;
+  int64_t total = 0, whole = 0, cost = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const ParamSpec& p = params[i];
     const std::string name = "parameter " + std::to_string(i);
@@ -35,6 +33,13 @@ void check_arguments(const std::vector<ParamSpec>& params, int64_t world_size, i
             name + ": item_bytes must be 1 to 16, got " + std::to_string(p.item_bytes));
     require(p.numel <= kMaxNumel - alignment - total, name + ": the sum of all sizes is beyond 64 bits");
     total += p.numel + alignment;
+    if (!p.whole_cost) continue;
+    require(*p.whole_cost >= 0, name + ": its cost must not be negative, got " + std::to_string(*p.whole_cost));
+    require(*p.whole_cost <= kMaxNumel - cost, name + ": the sum of all costs is beyond 64 bits");
+    cost += *p.whole_cost;
+    // A bucket may be as large as world_size times its largest parameter, and its padding is priced.
+    whole += p.numel + alignment;
+    require(whole <= kMaxNumel / 16 / world_size, name + ": world_size times the sum of all sizes is beyond 64 bits");
   }
 }
 
@@ -53,6 +58,7 @@ Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t ali
 
   for (int64_t i = static_cast<int64_t>(params.size()) - 1; i >= 0; --i) {
     const ParamSpec& p = params[i];
+    if (p.whole_cost) continue;
     auto found = open.find(p.kind);
     int64_t offset = 0;
     if (found != open.end()) {
@@ -64,17 +70,20 @@ Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t ali
         offset = 0;
       }
     }
-    if (found == open.end()) found = open.emplace(p.kind, BucketPlan{p.kind, 0, {}, {}, {}}).first;
+    if (found == open.end()) found = open.emplace(p.kind, BucketPlan{p.kind, false, 0, {}, {}, {}}).first;
     found->second.params.push_back(i);
     found->second.offsets.push_back(offset);
     found->second.numels.push_back(p.numel);
   }
   for (auto& [kind, bucket] : open)
     close(bucket);
+  for (BucketPlan& bucket : plan_whole(params, world_size, alignment, bucket_bytes))
+    buckets_.push_back(std::move(bucket));
 
-  // The last parameter of a bucket is the one whose gradient comes last: smaller index, later gradient.
+  // A bucket is complete when its last gradient comes: smaller index, later gradient.
+  auto last = [](const BucketPlan& b) { return *std::min_element(b.params.begin(), b.params.end()); };
   std::sort(buckets_.begin(), buckets_.end(),
-            [](const BucketPlan& a, const BucketPlan& b) { return a.params.back() > b.params.back(); });
+            [&](const BucketPlan& a, const BucketPlan& b) { return last(a) > last(b); });
   verify(params);
 }
 
@@ -113,6 +122,7 @@ void Plan::verify(const std::vector<ParamSpec>& params) const {
   std::vector<bool> placed(params.size(), false);
   for (const BucketPlan& b : buckets_) {
     hold(b.padded_numel % (world_size_ * alignment_) == 0, "slices are equal multiples of the alignment");
+    const int64_t slice_numel = b.padded_numel / world_size_;
     int64_t end = 0;
     for (size_t i = 0; i < b.params.size(); ++i) {
       const ParamSpec& p = params[b.params[i]];
@@ -121,6 +131,9 @@ void Plan::verify(const std::vector<ParamSpec>& params) const {
       hold(p.kind == b.kind && p.numel == b.numels[i], "a bucket holds whole parameters of one kind");
       hold(b.offsets[i] >= end && b.offsets[i] % alignment_ == 0, "parameters are aligned and do not overlap");
       end = b.offsets[i] + b.numels[i];
+      hold(b.whole == p.whole_cost.has_value(), "whole parameters share no bucket with those that may be cut");
+      hold(!b.whole || p.numel == 0 || b.offsets[i] / slice_numel == (end - 1) / slice_numel,
+           "a whole parameter lies in one slice");
     }
     hold(end <= b.padded_numel, "parameters lie within their bucket");
   }

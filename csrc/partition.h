@@ -8,9 +8,12 @@
 //
 // Every parameter starts at a multiple of `alignment`, lies in one bucket in one piece, and every bucket is padded so
 // that its slices are equally long multiples of `alignment`. The gaps (.) and the padding belong to no parameter.
+//
+// Slices cut through parameters, except through those that have to stay whole: see whole_params.h.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace zeroopt {
@@ -20,11 +23,13 @@ struct ParamSpec {
   int64_t numel;      ///< elements, >= 0
   int64_t kind;       ///< parameters share a bucket only with parameters of the same kind (dtype and device), >= 0
   int64_t item_bytes; ///< bytes an element, > 0; the same for all parameters of a kind
+  std::optional<int64_t> whole_cost = {}; ///< what it costs to step it in one piece, >= 0; nothing: it may be cut
 };
 
 /// One bucket: parameters side by side in flat storage.
 struct BucketPlan {
   int64_t kind;
+  bool whole;                   ///< each of its parameters lies in one slice; such ones share no bucket with others
   int64_t padded_numel;         ///< a multiple of world_size * alignment
   std::vector<int64_t> params;  ///< indices into the list of parameters, by rising offset
   std::vector<int64_t> offsets; ///< first element of each parameter in the bucket
@@ -44,9 +49,11 @@ public:
   /// Fills buckets with the parameters in reverse order, the order in which backward yields their gradients.
   ///
   /// A bucket is closed when the next parameter would take it beyond bucket_bytes; a parameter larger than that has a
-  /// bucket of its own. Buckets are ordered by the parameter that completes them.
+  /// bucket of its own. For whole parameters, `plan_whole` fills the buckets. Buckets are ordered by the parameter that
+  /// completes them.
   ///
-  /// @throws std::invalid_argument for a negative size, a world_size or alignment below 1, or sizes beyond 64 bits.
+  /// @throws std::invalid_argument for a negative size or cost, a world_size or alignment below 1, or sizes beyond 64
+  /// bits.
   Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment, int64_t bucket_bytes);
 
   const std::vector<BucketPlan>& buckets() const { return buckets_; }
@@ -68,5 +75,9 @@ private:
   int64_t alignment_;
   std::vector<BucketPlan> buckets_;
 };
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 } // namespace zeroopt

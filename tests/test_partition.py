@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -109,6 +111,203 @@ def test_segments_of_any_range(inputs: tuple[list[int], list[int], int, int, int
         assert found == expected
 
 
+class WholeInputs(NamedTuple):
+    """Of a plan in which parameters with a cost stay whole."""
+
+    numels: list[int]
+    kinds: list[int]
+    costs: list[int | None]
+    world_size: int
+    alignment: int
+    bucket_bytes: int
+
+    def plan(self) -> Plan:
+        item_bytes = [ITEM_BYTES[kind] for kind in self.kinds]
+        sizes = (self.world_size, self.alignment, self.bucket_bytes)
+        return Plan(self.numels, self.kinds, item_bytes, *sizes, self.costs)
+
+    def aligned(self, param: int) -> int:
+        return -(-self.numels[param] // self.alignment) * self.alignment
+
+
+@st.composite
+def whole_inputs(draw: st.DrawFn, most: int = 25) -> WholeInputs:
+    costs = st.one_of(st.none(), st.integers(0, 1000))
+    params = draw(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 2), costs), max_size=most))
+    return WholeInputs(
+        [p[0] for p in params],
+        [p[1] for p in params],
+        [p[2] for p in params],
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([1, 2, 16, 64, 5])),
+        draw(st.integers(1, 3000)),
+    )
+
+
+def slices(plan: Plan, index: int) -> list[list[int]]:
+    """The parameters of a bucket by the slice in which they lie, without empty ones, which no rank steps."""
+    bucket, length = plan.buckets[index], plan.shard_numel(index)
+    result: list[list[int]] = [[] for _ in range(plan.world_size)]
+    for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
+        if numel:
+            result[offset // length].append(param)
+    return result
+
+
+def loads(plan: Plan, costs: list[int | None]) -> list[int]:
+    """What each rank has to do."""
+    result = [0] * plan.world_size
+    for index, bucket in enumerate(plan.buckets):
+        for rank, params in enumerate(slices(plan, index) if bucket.whole else ()):
+            result[rank] += sum(costs[param] or 0 for param in params)
+    return result
+
+
+@given(whole_inputs())
+def test_whole_parameters_have_one_owner_each(inputs: WholeInputs) -> None:
+    plan = inputs.plan()
+    assert all(count == 1 for param in owners(plan, inputs.numels) for count in param)
+    for index, bucket in enumerate(plan.buckets):
+        assert {inputs.costs[param] is not None for param in bucket.params} == {bucket.whole}
+        assert {inputs.kinds[param] for param in bucket.params} == {bucket.kind}
+        assert bucket.numels == [inputs.numels[param] for param in bucket.params]
+        assert bucket.offsets == sorted(bucket.offsets)
+        assert all(offset % inputs.alignment == 0 for offset in bucket.offsets)
+        length = plan.shard_numel(index)
+        for rank in range(plan.world_size if bucket.whole else 0):
+            for segment in plan.segments(index, rank * length, (rank + 1) * length):
+                assert (segment.start, segment.numel) == (0, inputs.numels[segment.param])
+    completed = [min(bucket.params) for bucket in plan.buckets]
+    assert completed == sorted(completed, reverse=True)
+
+
+@given(whole_inputs())
+def test_slices_are_as_long_as_the_fullest(inputs: WholeInputs) -> None:
+    """And that one is no longer than filling the emptiest slice each time makes it."""
+    plan = inputs.plan()
+    for index, bucket in enumerate(plan.buckets):
+        if bucket.whole:
+            length = plan.shard_numel(index)
+            aligned = [sum(map(inputs.aligned, params)) for params in slices(plan, index)]
+            assert length == max(*aligned, inputs.alignment)
+            largest = max(map(inputs.aligned, bucket.params))
+            assert length <= max(sum(aligned) / inputs.world_size + largest, inputs.alignment)
+
+
+@given(whole_inputs())
+def test_ranks_have_about_the_same_to_do(inputs: WholeInputs) -> None:
+    """No two differ by more than the costliest slice of a bucket."""
+    plan = inputs.plan()
+    by_rank = loads(plan, inputs.costs)
+    costliest = max(
+        (
+            sum(inputs.costs[param] or 0 for param in params)
+            for i in range(len(plan.buckets))
+            for params in slices(plan, i)
+        ),
+        default=0,
+    )
+    assert max(by_rank) - min(by_rank) <= costliest
+
+
+@given(whole_inputs())
+def test_whole_parameters_change_nothing_for_the_others(inputs: WholeInputs) -> None:
+    cut = [i for i, cost in enumerate(inputs.costs) if cost is None]
+    kinds = [inputs.kinds[i] for i in cut]
+    alone = make_plan([inputs.numels[i] for i in cut], kinds, inputs.world_size, inputs.alignment, inputs.bucket_bytes)
+    with_whole = [bucket for bucket in inputs.plan().buckets if not bucket.whole]
+    for one, other in zip(alone.buckets, with_whole, strict=True):
+        assert ([cut[i] for i in one.params], one.offsets) == (other.params, other.offsets)
+
+
+@given(whole_inputs())
+def test_whole_plans_are_deterministic(inputs: WholeInputs) -> None:
+    one, two = inputs.plan(), inputs.plan()
+    for a, b in zip(one.buckets, two.buckets, strict=True):
+        assert (a.kind, a.whole, a.padded_numel, a.params, a.offsets) == (
+            b.kind,
+            b.whole,
+            b.padded_numel,
+            b.params,
+            b.offsets,
+        )
+
+
+def price(inputs: WholeInputs, params: list[int], target: int) -> int:
+    """Of a bucket, as csrc/whole_params.h says."""
+    sizes = sorted(map(inputs.aligned, params), reverse=True)
+    filled = [0] * inputs.world_size
+    for size in sizes:
+        filled[filled.index(min(filled))] += size
+    padding = inputs.world_size * max(filled) - sum(sizes)
+    return 16 * padding + 8 * max(0, sum(sizes) - target) + target
+
+
+def divisions(params: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to divide a list into consecutive parts."""
+    if not params:
+        yield []
+    for end in range(1, len(params) + 1):
+        for rest in divisions(params[end:]):
+            yield [params[:end], *rest]
+
+
+@given(whole_inputs(most=7))
+def test_no_other_buckets_have_a_lower_price(inputs: WholeInputs) -> None:
+    for kind in set(inputs.kinds):
+        arriving = [
+            i for i in reversed(range(len(inputs.numels))) if inputs.kinds[i] == kind and inputs.costs[i] is not None
+        ]
+        total = max(sum(map(inputs.aligned, arriving)), inputs.alignment)
+        target = min(max(inputs.bucket_bytes // ITEM_BYTES[kind], 1), total)
+        found = [b.params for b in inputs.plan().buckets if b.kind == kind and b.whole]
+        if not arriving:
+            assert not found
+            continue
+        assert [param for params in found for param in sorted(params, reverse=True)] == arriving
+        # Buckets beyond this are not looked at.
+        most = max(target, 2 * inputs.world_size * max(map(inputs.aligned, arriving)))
+        cheapest = min(
+            sum(price(inputs, params, target) for params in division)
+            for division in divisions(arriving)
+            if all(sum(map(inputs.aligned, params[1:])) <= most for params in division)
+        )
+        assert sum(price(inputs, params, target) for params in found) == cheapest
+
+
+def transformer(layers: int, width: int) -> list[tuple[int, int]]:
+    """Shapes of the matrices of a GPT's blocks."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
+
+
+@pytest.mark.parametrize(
+    ("world_size", "padded", "imbalance"), [(1, 1.0, 1.0), (2, 1.0, 1.0), (3, 1.0, 1.0), (4, 1.0, 1.0), (8, 1.06, 1.06)]
+)
+def test_matrices_of_a_transformer(world_size: int, padded: float, imbalance: float) -> None:
+    """144 units of d * d in matrices of 4 and less: slices fill evenly, and so does everyone's time."""
+    shapes = transformer(12, 768)
+    numels = [rows * columns for rows, columns in shapes]
+    costs: list[int | None] = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    plan = Plan(numels, [0] * len(numels), [4] * len(numels), world_size, 32, 25 << 20, costs)
+    assert sum(bucket.padded_numel for bucket in plan.buckets) <= padded * sum(numels)
+    assert max(loads(plan, costs)) * world_size <= imbalance * sum(cost or 0 for cost in costs)
+    largest = max(sum(bucket.numels) for bucket in plan.buckets)
+    assert largest * 4 <= max(1.5 * (25 << 20), 2 * world_size * max(numels) * 4)
+
+
+def test_more_ranks_than_whole_parameters() -> None:
+    plan = Plan([100, 50], [0, 0], [4, 4], 5, 16, 10, [1, 1])
+    assert [bucket.params for bucket in plan.buckets] == [[0, 1]]  # the smaller one costs nothing beside the larger
+    assert plan.shard_numel(0) == 112
+    assert sorted(loads(plan, [1, 1])) == [0, 0, 0, 1, 1]
+
+
+def test_empty_whole_parameters() -> None:
+    plan = Plan([0, 32, 0], [0] * 3, [4] * 3, 2, 32, 100, [0, 5, 0])
+    assert sorted(param for bucket in plan.buckets for param in bucket.params) == [0, 1, 2]
+    assert [s.param for i in range(len(plan.buckets)) for s in plan.segments(i, 0, plan.buckets[i].padded_numel)] == [1]
+
+
 def test_no_parameters() -> None:
     assert Plan([], [], [], 4, 64, 100).buckets == []
 
@@ -136,6 +335,17 @@ def test_large_plan() -> None:
             assert sum(segment.numel for segment in plan.segments(index, begin, end)) == sum(overlaps)
 
 
+def test_large_whole_plan() -> None:
+    """17 billion elements in 10,000 tensors for 64 ranks."""
+    random.seed(0)
+    numels = [random.randrange(1, 3_400_000) for _ in range(10_000)]
+    costs: list[int | None] = [numel * 1000 for numel in numels]
+    plan = Plan(numels, [0] * len(numels), [4] * len(numels), 64, 64, 25 << 20, costs)
+    assert sorted(param for bucket in plan.buckets for param in bucket.params) == list(range(10_000))
+    assert sum(bucket.padded_numel for bucket in plan.buckets) < 1.03 * sum(numels)
+    assert max(loads(plan, costs)) * 64 < 1.02 * sum(cost or 0 for cost in costs)
+
+
 def test_one_parameter_beyond_32_bits() -> None:
     plan = Plan([10**11], [0], [4], 8, 64, 1)
     last = plan.segments(0, 7 * plan.shard_numel(0), 8 * plan.shard_numel(0))[0]
@@ -159,6 +369,20 @@ def test_one_parameter_beyond_32_bits() -> None:
 def test_refuses(arguments: tuple[list[int], list[int], list[int], int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("numels", "world_size", "costs", "message"),
+    [
+        ([1, 2], 2, [3], "expected no whole_costs or one for each parameter, got 1 for 2"),
+        ([1, 2], 2, [None, -3], "parameter 1: its cost must not be negative, got -3"),
+        ([1, 2], 2, [2**58, 2**58], "parameter 1: the sum of all costs is beyond 64 bits"),
+        ([2**40], 2**20, [1], "world_size times the sum of all sizes is beyond 64 bits"),
+    ],
+)
+def test_refuses_costs(numels: list[int], world_size: int, costs: list[int | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(numels, [0] * len(numels), [4] * len(numels), world_size, 1, 100, costs)
 
 
 def test_refuses_what_is_not_there() -> None:

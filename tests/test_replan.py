@@ -159,7 +159,7 @@ def test_every_order_holds_every_parameter_once(sizes: list[int], random: Any) -
     order = list(range(len(sizes)))
     random.shuffle(order)
     ordered = in_order(params, order)
-    plan = make_plan(ordered, 2, 256, Precision())
+    plan = make_plan(ordered, 2, 256, Precision(), shard_state=True)
     held = [ordered[i].index for bucket in plan.buckets for i in bucket.params]
     assert sorted(held) == list(range(len(sizes)))
     assert held == order, "buckets hold the parameters in the order of arrival"

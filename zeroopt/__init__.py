@@ -1,4 +1,4 @@
-"""ZeRO stages 1 and 2 for PyTorch: shard the state of any element-wise torch optimizer with one line.
+"""ZeRO stages 1 and 2 for PyTorch: shard the state of a torch optimizer with one line.
 
     model, optimizer = zeroopt.wrap(model, optimizer)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .bucket import ManagedParam
+from .bucket import Grain, ManagedParam
 from .errors import RankMismatchError
 from .local_tensor import describe_part
 
@@ -51,6 +51,9 @@ def _disagreement(
     return problem if problem is not None else RankMismatchError(_first_difference(everyone, what))
 
 
+_GRAINS = {Grain.ELEMENT: "", Grain.PARAMETER: ", stepped whole", Grain.MATRIX: ", stepped as a matrix"}
+
+
 def agreement_device(group: dist.ProcessGroup) -> torch.device:
     """Where small tensors lie that ranks of the group compare."""
     return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
@@ -87,7 +90,7 @@ def describe_params(params: Sequence[ManagedParam]) -> list[str]:
     """What ranks have to have in common of the parameters that they train."""
     return [
         f"parameter {m.name!r} of shape {list(m.shape)}, {m.param.dtype}, strides {list(m.stride)}{describe_part(m.param)}, "
-        f"in param_group {m.group}"
+        f"in param_group {m.group}{_GRAINS[m.grain]}"
         for m in params
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ ParamState = dict[str, Any]
 _MASTER_NAMES = {torch.float32: "master_param", torch.int16: "remainder"}
 
 
+class Grain(IntEnum):
+    """The smallest piece of a parameter that its optimizer can step by itself."""
+
+    ELEMENT = 0
+    PARAMETER = 1
+    MATRIX = 2
+    """The whole parameter, and it must be a matrix: the step multiplies matrices or factors them."""
+
+
 @dataclass(eq=False)
 class ManagedParam:
     """A parameter that zeroopt trains: what its name is, and where it lies.
@@ -28,6 +38,7 @@ class ManagedParam:
         index: position among the managed parameters, in the order of `model.named_parameters()`.
         group: position of its param_group in the optimizer.
         position: position in the optimizer, counted over all groups, as in a torch optimizer's state dict.
+        grain: whether ranks may share its step. If not, it lies whole in one rank's slice.
         shape, stride, numel: of the part of it that every rank of the data-parallel group holds, which is the whole
             parameter unless it is a DTensor; see `local_tensor`. All methods are about that part.
         copies: ranks outside of the data-parallel group, and this one, that hold the same elements.
@@ -38,6 +49,7 @@ class ManagedParam:
     index: int
     group: int
     position: int
+    grain: Grain = Grain.ELEMENT
     offset: int = field(default=-1, init=False)
     copies: int = field(default=1, init=False)
     shape: torch.Size = field(init=False)
@@ -90,6 +102,25 @@ class ManagedParam:
         """
         return value
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one rank steps all of it, in its own shape."""
+        return self.grain is not Grain.ELEMENT
+
+    @property
+    def whole_cost(self) -> int | None:
+        """What it costs to step it whole, in comparison with others; None where it is not.
+
+        Its number of elements, and for matrices times the smaller side, as for the products of Newton-Schulz iterations
+        (what has more dimensions counts as a matrix of its first one by the rest).
+        """
+        if not self.is_whole:
+            return None
+        if self.grain is Grain.PARAMETER or len(self.shape) < 2 or self.numel == 0:
+            return self.numel
+        rows = self.shape[0]
+        return self.numel * min(rows, self.numel // rows)
+
     def view_in(self, full: Tensor) -> Tensor:
         """The parameter's shape (and memory format) over its range of a flat buffer of its bucket."""
         return full.as_strided(self.shape, self.stride, full.storage_offset() + self.offset)
@@ -108,7 +139,8 @@ class Segment:
     Attributes:
         start: first element of the parameter that is in the segment.
         offset: first element of the own range of the bucket that is in the segment.
-        shard: 1-D, the leaf that an optimizer steps: a view of the flat parameters, or of their float32 master.
+        shard: the leaf that an optimizer steps: a view of the flat parameters, or of their float32 master. 1-D, or in the
+            parameter's own shape (and memory format) where that is whole.
         state_dtype: of the state that an optimizer keeps for it, unless a fused kernel stores it otherwise.
     """
 
@@ -118,6 +150,16 @@ class Segment:
     numel: int
     shard: nn.Parameter
     state_dtype: torch.dtype
+
+    def view_in(self, own: Tensor) -> Tensor:
+        """Its elements of an array over the own range, in the shape of the shard."""
+        return _view(own, self.owner, self.offset, self.numel)
+
+
+def _view(own: Tensor, owner: ManagedParam, offset: int, numel: int) -> Tensor:
+    if owner.is_whole:
+        return own.as_strided(owner.shape, owner.stride, own.storage_offset() + offset)
+    return own[offset : offset + numel]
 
 
 class Bucket:
@@ -187,8 +229,9 @@ class Bucket:
         """Make the segments of the own range, as planned."""
         stepped = self.master if self.master is not None and self.master.dtype is torch.float32 else self.own_param
         for piece in pieces:
-            shard = nn.Parameter(stepped[piece.offset : piece.offset + piece.numel])
             owner = params[piece.param]
+            assert not owner.is_whole or piece.numel == owner.numel
+            shard = nn.Parameter(_view(stepped, owner, piece.offset, piece.numel))
             self.segments.append(Segment(owner, piece.start, piece.offset, piece.numel, shard, self._state_dtype))
 
     def let_go(self) -> None:
@@ -203,8 +246,7 @@ class Bucket:
             return
         name = _MASTER_NAMES[self.master.dtype]
         for segment in self.segments:
-            piece = self.master[segment.offset : segment.offset + segment.numel]
-            state.setdefault(segment.shard, {})[name] = piece
+            state.setdefault(segment.shard, {})[name] = segment.view_in(self.master)
 
     def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Take the master out of the state again, where there is one in it."""
@@ -214,7 +256,7 @@ class Bucket:
         for segment in self.segments:
             entry = state.get(segment.shard, {})
             if name in entry:
-                self.master[segment.offset : segment.offset + segment.numel].copy_(entry.pop(name))
+                segment.view_in(self.master).copy_(entry.pop(name))
                 if not entry:
                     del state[segment.shard]
 
@@ -248,8 +290,13 @@ class Bucket:
         full[end:].zero_()
 
 
-def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision) -> _C.Plan:
-    """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets."""
+def make_plan(
+    params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision, *, shard_state: bool
+) -> _C.Plan:
+    """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
+
+    With `shard_state`, whole parameters lie in one slice each. (Without, every rank steps all slices.)
+    """
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
     kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
     kind_of = [kinds.setdefault((d, p.param.device, p.copies), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
@@ -260,6 +307,7 @@ def make_plan(params: Sequence[ManagedParam], world_size: int, bucket_bytes: int
         world_size,
         precision.alignment,
         bucket_bytes,
+        [p.whole_cost if shard_state else None for p in params],
     )
 
 

@@ -1,73 +1,140 @@
-"""Does an optimizer treat every element by itself? Only then may its parameters be cut into flat pieces.
+"""How small may the pieces be in which ranks share an optimizer's work: elements, or whole parameters?
 
-Rather than keep a list of names, ask the optimizer: it steps small tensors, once whole and in shape and once cut into flat
-pieces. An element-wise rule gives the same numbers both times; a rule that looks at rows, matrices or norms does not.
+Rather than keep a list of names, ask the optimizer. For each of its param_groups it steps small tensors: by themselves, next
+to others, and cut into flat pieces. A rule that looks at rows, matrices or norms of a parameter gives other numbers for the
+pieces, and gets whole parameters. One for which it matters what else is stepped cannot be shared by ranks at all.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from .bucket import Grain
 from .errors import NotSupportedError
 from .local_tensor import local_of
 
-_SHAPE = (6, 5)
+# By number of dimensions, and of more ones at the end; all have 30 elements.
+_SHAPES = {0: (30,), 1: (30,), 2: (6, 5), 3: (3, 2, 5)}
 _CUTS = (0, 7, 8, 30)
 _STEPS = 3
+# Of the gradients of other parameters, in each step: they change a norm over all, and not by the same factor each time,
+# which would be lost on rules that normalise.
+_SCALES = (1e4, 1.0, 1e2)
 _LR = 0.01
 # Far above rounding, far below what a different rule gives.
 _TOLERANCE = 1e-4
 _ADVICE = (
-    "zeroopt shards an optimizer's state by cutting parameters into flat pieces, which is right only for element-wise "
-    "optimizers (SGD, Adam, AdamW, Adagrad, RMSprop and the like); optimizers that need whole matrices or norms of whole "
-    "parameters (Adafactor, LBFGS, Muon, LAMB) are not supported yet"
+    "zeroopt lets ranks step different parameters, or different pieces of one, which is right only where a step needs "
+    "the gradient and the state of that parameter and nothing else"
 )
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    """Raise NotSupportedError unless the optimizer's step is element-wise. The optimizer itself is left alone."""
-    name = type(optimizer).__name__
+def find_grains(optimizer: torch.optim.Optimizer) -> list[Grain]:
+    """For each param_group the smallest pieces that it can be stepped in. The optimizer itself is left alone.
+
+    Raises:
+        NotSupportedError: it cannot step a parameter by itself, or steps it differently when there are others.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise NotSupportedError(f"LBFGS is not element-wise: it calls the model several times a step. {_ADVICE}")
-    for number in range(len(optimizer.param_groups)):
-        try:
-            whole, pieces = _step_whole_and_cut(optimizer, number)
-        except Exception as error:
-            raise NotSupportedError(
-                f"{name} could not step flat pieces of parameters ({type(error).__name__}: {error}). {_ADVICE}"
-            ) from error
-        if not torch.allclose(whole, pieces, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.abs().max()) * 1e-3):
-            raise NotSupportedError(f"{name} is not element-wise: a cut parameter steps differently. {_ADVICE}")
+        raise NotSupportedError(f"LBFGS calls the model several times a step and looks at all parameters. {_ADVICE}")
+    grains = []
+    for number, group in enumerate(optimizer.param_groups):
+        shapes = {_shape_like(param) for param in group["params"] if param.requires_grad}
+        grains.append(max((_find_grain(optimizer, number, shape) for shape in sorted(shapes)), default=Grain.ELEMENT))
+    return grains
 
 
-def _step_whole_and_cut(optimizer: torch.optim.Optimizer, group: int) -> tuple[Tensor, Tensor]:
-    """Change of a parameter by a few steps under one group's options: stepped whole, and stepped in flat pieces."""
+def _shape_like(param: Tensor) -> tuple[int, ...]:
+    """Some rules depend on the number of dimensions."""
+    dim = param.dim()
+    return _SHAPES[dim] if dim in _SHAPES else _SHAPES[3] + (1,) * (dim - 3)
+
+
+def _find_grain(optimizer: torch.optim.Optimizer, group: int, shape: tuple[int, ...]) -> Grain:
+    name = type(optimizer).__name__
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(_SHAPE, generator=generator)
-    grads = [torch.randn(_SHAPE, generator=generator) for _ in range(_STEPS)]
-    whole = [nn.Parameter(start.clone())]
-    pieces = [nn.Parameter(start.flatten()[a:b].clone()) for a, b in pairwise(_CUTS)]
-    for params in (whole, pieces):
-        probe = _copy_with(optimizer, group, params)
-        for grad in grads:
-            for param, part in zip(params, _parts(grad, params), strict=True):
-                param.grad = part
+    start, *grads = (torch.randn(shape, generator=generator) for _ in range(1 + _STEPS))
+    others = [(-grad.roll(1) * scale).contiguous() for grad, scale in zip(grads, _SCALES, strict=True)]
+    between = [[other, grad, other] for other, grad in zip(others, grads, strict=True)]
+    try:
+        alone = _change(optimizer, group, [start], [[grad] for grad in grads])[0]
+        in_company = _change(optimizer, group, [-2 * start, start, 3 * start], between)[1]
+    except Exception as error:
+        raise NotSupportedError(
+            f"{name} could not step a parameter of {len(shape)} dimensions by itself ({type(error).__name__}: {error}). "
+            f"{_ADVICE}"
+        ) from error
+    if not _is_same(alone, in_company):
+        raise NotSupportedError(
+            f"{name} steps a parameter differently when others are stepped with it, as with a norm over all of them (for "
+            f"clipping, call clip_grad_norm_ of the optimizer that zeroopt.wrap returns). {_ADVICE}"
+        )
+    try:
+        pieces = _change(optimizer, group, _cut(start), [_cut(grad) for grad in grads])
+    except Exception:  # noqa: BLE001
+        return Grain.MATRIX
+    return Grain.ELEMENT if _is_same(alone.flatten(), torch.cat(pieces)) else Grain.PARAMETER
+
+
+def _cut(value: Tensor) -> list[Tensor]:
+    return [value.flatten()[begin:end] for begin, end in pairwise(_CUTS)]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE * float(one.abs().max()) * 1e-3)
+
+
+def _change(
+    optimizer: torch.optim.Optimizer, group: int, starts: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Changes of parameters by a few steps under one group's options; `grads` has those of each step."""
+    try:
+        return _change_from(optimizer, group, starts, grads, with_state=False)
+    except Exception:
+        # Some optimizers make their state in the constructor and count on it.
+        if not any(optimizer.state.get(param) for param in optimizer.param_groups[group]["params"]):
+            raise
+        return _change_from(optimizer, group, starts, grads, with_state=True)
+
+
+def _change_from(
+    optimizer: torch.optim.Optimizer,
+    group: int,
+    starts: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    *,
+    with_state: bool,
+) -> list[Tensor]:
+    params = [nn.Parameter(start.clone()) for start in starts]
+    probe = _copy_with(optimizer, group, params, with_state=with_state)
+    with _NoCommunication():  # type: ignore[no-untyped-call]
+        for grads_of_step in grads:
+            for param, grad in zip(params, grads_of_step, strict=True):
+                param.grad = grad.clone()
             probe.step()
-    return whole[0].detach() - start, torch.cat([p.detach() for p in pieces]).view(_SHAPE) - start
+    return [param.detach() - start for param, start in zip(params, starts, strict=True)]
 
 
-def _parts(grad: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
-    flat = torch.split(grad.flatten(), [p.numel() for p in params])
-    return [part.clone().view(param.shape) for part, param in zip(flat, params, strict=True)]
+class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses collectives: ranks that step different parameters would wait in them for each other."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional"):
+            raise NotSupportedError("its step communicates with other ranks, which is zeroopt's part")
+        return func(*args, **(kwargs or {}))
 
 
-def _copy_with(optimizer: torch.optim.Optimizer, group: int, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _copy_with(
+    optimizer: torch.optim.Optimizer, group: int, params: list[nn.Parameter], *, with_state: bool
+) -> torch.optim.Optimizer:
     """An optimizer of the same class and options over other parameters, without hooks."""
     probe: torch.optim.Optimizer = object.__new__(type(optimizer))
     own = {p: p for g in optimizer.param_groups for p in g["params"]}
@@ -82,12 +149,14 @@ def _copy_with(optimizer: torch.optim.Optimizer, group: int, params: list[nn.Par
     # A warm-up may have set lr to 0, with which all rules look alike; capturable steps want a device.
     options.update({k: v for k, v in (("lr", _LR), ("capturable", False)) if k in options})
     probe.param_groups = [{**options, "params": params}]
-    probe.state = defaultdict(dict, {param: _state_like(optimizer, group, param) for param in params})
+    probe.state = defaultdict(dict)
+    if with_state:
+        probe.state.update({param: _state_like(optimizer, group, param) for param in params})
     return probe
 
 
 def _state_like(optimizer: torch.optim.Optimizer, group: int, param: nn.Parameter) -> dict[str, Any]:
-    """State for a probe's parameter. Some optimizers make it in their constructor and count on it: take it from there."""
+    """State for a probe's parameter, like what the optimizer has."""
     state = optimizer.state
     # 0-dim parameters show least of what is kept for each element.
     models = sorted(optimizer.param_groups[group]["params"], key=lambda p: p.dim(), reverse=True)

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import _C
 from .bucket import ManagedParam
-from .elementwise import check_elementwise
+from .elementwise import find_grains
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
-from .local_tensor import check_state_parts, local_of, manage
+from .local_tensor import check_state_parts, is_distributed, local_of, manage
 from .optim import FusedOptimizer
 
 _log = logging.getLogger("zeroopt")
@@ -75,7 +75,10 @@ def inspect_further(
         _check_devices([*known, *params])
         _check_storage([*known, *params])
         check_state_parts(params, optimizer.state)
-        check_elementwise(optimizer)
+        grains = find_grains(optimizer)
+        for managed in params:
+            managed.grain = grains[managed.group]
+        _check_whole_parts(params)
     return params
 
 
@@ -169,6 +172,15 @@ def _check_storage(params: Sequence[ManagedParam]) -> None:
             raise ConfigError(
                 f"parameters {one.name!r} and {next_one.name!r} share memory; to tie them, assign the same Parameter "
                 "object to both modules"
+            )
+
+
+def _check_whole_parts(params: Sequence[ManagedParam]) -> None:
+    for managed in params:
+        if managed.is_whole and is_distributed(managed.param):
+            raise NotSupportedError(
+                f"parameter {managed.name!r} is a DTensor, of which no rank has the whole, and its optimizer needs whole "
+                "parameters; train it with an element-wise optimizer"
             )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .collectives import Transport
 from .errors import StateError
 from .gradient_store import GradientStore
+from .norm_groups import NormGroups
 
 
 def agree_on_overflow(
@@ -23,8 +24,10 @@ def agree_on_overflow(
     checks: Sequence[tuple[Tensor, Tensor]],
     stores: Sequence[GradientStore],
     transport: Transport,
+    beyond: NormGroups,
 ) -> bool:
-    """Whether any rank has found a gradient that is not finite. If none has, gradients are scaled back. Collective.
+    """Whether any rank has found a gradient that is not finite. If none has, gradients are scaled back. Collective, also with
+    the groups `beyond` the data-parallel ranks.
 
     Args:
         found_inf: the scaler's, one element: not 0 when this rank has found one.
@@ -38,7 +41,7 @@ def agree_on_overflow(
     inverse = grad_scale.double().reciprocal() if grad_scale is not None else _only(unscaled_by)
     agreed = _agree_on_scale(inverse.to(found_inf.device), transport)
     by_rank = transport.gather_scalar(found_inf.reshape(()).float(), label="found_inf")
-    overflow = bool(by_rank.ne(0).any())
+    overflow = bool(beyond.max_over_model(by_rank.ne(0).any().float()))
     for seen, _ in checks:
         seen.fill_(float(overflow))
     if not overflow and (grad_scale is not None or not unscaled_by) and agreed not in (0.0, 1.0):

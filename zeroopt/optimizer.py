@@ -192,9 +192,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
-            this rank, and under "zeroopt" the layout that says of which elements. Save one on every rank. With
-            `param_dtype`, "master_param" (float32) or "remainder" (int16) completes the parameters of the model's own state
-            dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
+            this rank (whole, of parameters that it owns whole), and under "zeroopt" the layout that says of which
+            elements. Save one on every rank. With `param_dtype`, "master_param" (float32) or "remainder" (int16)
+            completes the parameters of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and
+            the like.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -415,8 +416,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> Mapping[Tensor, ParamState]:
-        """State by model parameter: 1-D tensors over the part of the parameter that this rank owns (ranks that own none
-        of a parameter have no entry for it). The tensors are live, the mapping is read-only."""
+        """State by model parameter: 1-D tensors over the part of the parameter that this rank owns, or all of it where the
+        rank owns it whole (ranks that own none of a parameter have no entry for it). The tensors are live, the mapping is
+        read-only."""
         inner = self._inner.state
         return MappingProxyType({s.owner.param: inner[s.shard] for s in self._segments() if s.shard in inner})
 
@@ -474,7 +476,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         sharded = self._reducer.sharded
         checks = [] if sharded is None else sharded.take_scaler_checks(managed.index for managed in self._params)
         found_inf = torch.as_tensor(vars(self)["found_inf"], dtype=torch.float32)  # 0 where no gradient was looked at
-        return agree_on_overflow(found_inf, vars(self)["grad_scale"], checks, self._stores, self._transport)
+        return agree_on_overflow(
+            found_inf, vars(self)["grad_scale"], checks, self._stores, self._transport, self._sharding.norm_groups
+        )
 
     def _compute_norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
         """Of the gradients in some buckets; 0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
@@ -562,8 +566,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._reducer.start_in_order(order)
 
     def _is_alone(self) -> bool:
-        """Whether all buckets of the model come from one plan, which another one can replace."""
-        return len(self._buckets) == len(self._sharding.buckets) and len(self._generations) == 1
+        """Whether all buckets of the model come from one plan, which another one can replace.
+
+        Whole parameters keep their owner: state of any shape would have to move.
+        """
+        has_whole = any(managed.is_whole for managed in self._params)
+        return len(self._buckets) == len(self._sharding.buckets) and len(self._generations) == 1 and not has_whole
 
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""
@@ -607,7 +615,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             bucket.take_up_writes()
 
     def _make_plan(self, ordered: Sequence[ManagedParam]) -> _C.Plan:
-        return make_plan(ordered, self._transport.world_size, self._config.bucket_bytes, self._config.precision)
+        config = self._config
+        shard_state = config.placement.shard_state
+        return make_plan(
+            ordered, self._transport.world_size, config.bucket_bytes, config.precision, shard_state=shard_state
+        )
 
     def _segments(self) -> Iterator[Segment]:
         for bucket in self._buckets:
@@ -647,8 +659,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise StateError(f"the state dict is of {count} parameters, this optimizer has {len(self._params)}")
         if len(saved) > 1 or not self._is_alone():
             raise StateError(
-                "the state dict was saved with other buckets, because parameters were added at other times or more than one "
-                "optimizer was wrapped; loading shards into another layout is not supported yet"
+                "the state dict was saved with other buckets: parameters were added at other times, more than one optimizer was "
+                "wrapped, or it is of another optimizer; loading shards into another layout is not supported yet"
             )
         ordered = in_order(self._params, saved[0])
         plan = self._make_plan(ordered)

@@ -77,7 +77,8 @@ class Sharding:
             params: in the model's order; their indices go on from those of `params`.
         """
         config, transport = self.config, self.transport
-        plan = make_plan(params, transport.world_size, config.bucket_bytes, precision)
+        shard_state = config.placement.shard_state
+        plan = make_plan(params, transport.world_size, config.bucket_bytes, precision, shard_state=shard_state)
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
         buckets = make_buckets(
@@ -85,7 +86,7 @@ class Sharding:
             params,
             transport,
             precision,
-            shard_state=config.placement.shard_state,
+            shard_state=shard_state,
             shared=config.share_parameters,
             first_index=len(self.buckets),
         )

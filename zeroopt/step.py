@@ -96,7 +96,8 @@ class ShardStepper:
                 by_group[segment.owner.group].append(segment.shard)
                 segments.append(segment)
                 if flags[segment.owner.index]:
-                    segment.shard.grad = store.part(segment).to(segment.shard.dtype)
+                    store.settle()
+                    segment.shard.grad = segment.view_in(store.reduced).to(segment.shard.dtype)
         with self._shards_in_groups(by_group):
             self._optimizer.step()
         for segment in segments:
@@ -164,6 +165,14 @@ class FusedBucket(FusedSegments):
             key=segment.owner.position,
             first=segment.start,
         )
+
+    def _show(self, i: int, array: Tensor) -> Tensor:
+        owner = self.bucket.segments[i].owner
+        return array.as_strided(owner.shape, owner.stride) if owner.is_whole else array
+
+    def _flatten(self, i: int, value: Tensor) -> Tensor:
+        owner = self.bucket.segments[i].owner
+        return owner.flatten(value) if owner.is_whole else value
 
     def _state(self, i: int, name: str) -> StateArray | None:
         if name not in self._flat:

@@ -68,7 +68,9 @@ def wrap(
     Args:
         model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device, or with DTensors of
             such (torch 2.5 or newer) on one device mesh that has none but this rank in common with `process_group`.
-        optimizer: an element-wise torch optimizer on the model's parameters. State that it already has is kept.
+        optimizer: a torch optimizer on the model's parameters that steps each of them by itself. Where it treats each element
+            by itself (as SGD and Adam do), ranks share a parameter; where it needs whole matrices or norms (Muon, Adafactor,
+            LAMB), each parameter of that param_group belongs to one rank in stages 1 and 2. State that it already has is kept.
         stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
             the gradients.
         process_group: the ranks to train with; the default group when None.
@@ -80,7 +82,7 @@ def wrap(
         state_dtype: of the moments: torch.float32, torch.bfloat16 (rounded stochastically) or torch.int8 (codes with a scale
             for every 256 elements).
         fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD and Adagrad,
-            and all of `zeroopt.optim` but LAMB, in float32 or with `param_dtype`) and with the optimizer's own `step`
+            and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
             otherwise; True insists on the kernel, as do the last two options, False on the own step.
         transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
             collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the

@@ -1,0 +1,189 @@
+#include "whole_params.h"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <queue>
+#include <utility>
+
+namespace zeroopt {
+namespace {
+
+constexpr int64_t kPaddingPrice = 16; // of an element; the bucket itself costs as much as its target in elements
+constexpr int64_t kBeyondPrice = 8;   // of an element beyond the target
+// Of very many parameters, not each may be a bucket's last: planning would take seconds.
+constexpr size_t kAllCuts = 256;   // up to so many, each may
+constexpr int64_t kMostCuts = 128; // of more, about so many
+
+struct Item {
+  int64_t param;
+  int64_t numel; ///< rounded up to the alignment
+  int64_t cost;
+};
+
+using Items = std::vector<Item>;
+
+/// The parameters in each slice of a bucket.
+struct Slices {
+  int64_t kind;
+  int64_t slice_numel;
+  std::vector<Items> items;
+};
+
+bool is_larger(const Item& a, const Item& b) {
+  return a.numel != b.numel ? a.numel > b.numel : a.param > b.param;
+}
+
+int64_t sum_of(const Items& items, int64_t Item::* member) {
+  return std::accumulate(items.begin(), items.end(), int64_t{0},
+                         [member](int64_t sum, const Item& item) { return sum + item.*member; });
+}
+
+/// Puts each item, the largest first, into the emptiest slice (longest processing time first; Graham 1969).
+/// @return elements of the fullest slice
+template <class Put> int64_t fill_slices(const Items& largest_first, int64_t world_size, Put put) {
+  using Slice = std::pair<int64_t, size_t>; // filled so far, number
+  std::priority_queue<Slice, std::vector<Slice>, std::greater<Slice>> slices;
+  const size_t usable = std::min(largest_first.size(), static_cast<size_t>(world_size));
+  for (size_t i = 0; i < usable; ++i)
+    slices.push({0, i});
+  int64_t fullest = 0;
+  for (const Item& item : largest_first) {
+    auto [filled, slice] = slices.top();
+    slices.pop();
+    put(slice, item);
+    slices.push({filled + item.numel, slice});
+    fullest = std::max(fullest, filled + item.numel);
+  }
+  return fullest;
+}
+
+/// Items before which a bucket may begin, and the end. All of them, unless there are very many.
+std::vector<size_t> possible_cuts(const Items& items) {
+  const int64_t least = items.size() <= kAllCuts ? 0 : sum_of(items, &Item::numel) / kMostCuts;
+  std::vector<size_t> cuts{0};
+  int64_t since = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    since += items[i].numel;
+    if (since >= least || i + 1 == items.size()) {
+      cuts.push_back(i + 1);
+      since = 0;
+    }
+  }
+  return cuts;
+}
+
+/// The buckets of one kind, each as the range of items from one cut to the next, at the least price in total.
+std::vector<size_t> best_cuts(const Items& items, int64_t world_size, int64_t target) {
+  const std::vector<size_t> cuts = possible_cuts(items);
+  const Item& largest = *std::min_element(items.begin(), items.end(), is_larger);
+  const int64_t most = std::max(target, 2 * world_size * largest.numel); // of a bucket; more would not fill it better
+  std::vector<int64_t> price(cuts.size(), std::numeric_limits<int64_t>::max());
+  std::vector<size_t> before(cuts.size(), 0);
+  price[0] = 0;
+  for (size_t end = 1; end < cuts.size(); ++end) {
+    Items bucket; // the largest first
+    int64_t contents = 0;
+    for (size_t begin = end; begin-- > 0 && contents <= most;) {
+      for (size_t i = cuts[begin]; i < cuts[begin + 1]; ++i) {
+        bucket.insert(std::upper_bound(bucket.begin(), bucket.end(), items[i], is_larger), items[i]);
+        contents += items[i].numel;
+      }
+      const int64_t rest = price[begin] + target + kBeyondPrice * std::max<int64_t>(0, contents - target);
+      const int64_t least_padding = std::max<int64_t>(0, world_size * bucket.front().numel - contents);
+      if (rest + kPaddingPrice * least_padding >= price[end]) continue; // whatever the slices
+      const int64_t fullest = fill_slices(bucket, world_size, [](size_t, const Item&) {});
+      const int64_t total = rest + kPaddingPrice * (world_size * fullest - contents);
+      if (total < price[end]) {
+        price[end] = total;
+        before[end] = begin;
+      }
+    }
+  }
+  std::vector<size_t> result{items.size()};
+  for (size_t end = cuts.size() - 1; end > 0; end = before[end])
+    result.push_back(cuts[before[end]]);
+  std::reverse(result.begin(), result.end());
+  return result;
+}
+
+Slices slice_up(int64_t kind, Items items, int64_t world_size, int64_t alignment) {
+  std::sort(items.begin(), items.end(), is_larger);
+  Slices slices{kind, 0, std::vector<Items>(world_size)};
+  const int64_t fullest =
+      fill_slices(items, world_size, [&](size_t slice, const Item& item) { slices.items[slice].push_back(item); });
+  slices.slice_numel = std::max(fullest, alignment);
+  return slices;
+}
+
+/// Gives the costliest slice of each bucket to the rank with the least to do so far, buckets with the costliest first.
+void balance(std::vector<Slices>& buckets, int64_t world_size) {
+  std::vector<int64_t> load(world_size, 0);
+  auto cost = [](const Items& items) { return sum_of(items, &Item::cost); };
+  for (Slices& bucket : buckets)
+    std::stable_sort(bucket.items.begin(), bucket.items.end(),
+                     [&](const Items& a, const Items& b) { return cost(a) > cost(b); });
+  std::vector<Slices*> order;
+  for (Slices& bucket : buckets)
+    order.push_back(&bucket);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](const Slices* a, const Slices* b) { return cost(a->items.front()) > cost(b->items.front()); });
+  for (Slices* bucket : order) {
+    std::vector<int64_t> ranks(world_size);
+    std::iota(ranks.begin(), ranks.end(), int64_t{0});
+    std::stable_sort(ranks.begin(), ranks.end(), [&](int64_t a, int64_t b) { return load[a] < load[b]; });
+    std::vector<Items> by_rank(world_size);
+    for (int64_t i = 0; i < world_size; ++i) {
+      load[ranks[i]] += cost(bucket->items[i]);
+      by_rank[ranks[i]] = std::move(bucket->items[i]);
+    }
+    bucket->items = std::move(by_rank);
+  }
+}
+
+BucketPlan lay_out(const Slices& slices, const std::vector<ParamSpec>& params) {
+  const int64_t world_size = static_cast<int64_t>(slices.items.size());
+  BucketPlan bucket{slices.kind, true, world_size * slices.slice_numel, {}, {}, {}};
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    int64_t offset = rank * slices.slice_numel;
+    for (const Item& item : slices.items[rank]) {
+      bucket.params.push_back(item.param);
+      bucket.offsets.push_back(offset);
+      bucket.numels.push_back(params[item.param].numel);
+      offset += item.numel;
+    }
+  }
+  return bucket;
+}
+
+} // namespace
+
+std::vector<BucketPlan> plan_whole(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment,
+                                   int64_t bucket_bytes) {
+  std::map<int64_t, Items> by_kind;
+  for (int64_t i = static_cast<int64_t>(params.size()) - 1; i >= 0; --i)
+    if (params[i].whole_cost)
+      by_kind[params[i].kind].push_back({i, round_up(params[i].numel, alignment),
+                                         params[i].numel ? *params[i].whole_cost : 0}); // no rank steps nothing
+
+  std::vector<Slices> buckets;
+  for (const auto& [kind, items] : by_kind) {
+    const int64_t total = std::max(sum_of(items, &Item::numel), alignment);
+    const int64_t target = std::clamp<int64_t>(bucket_bytes / params[items[0].param].item_bytes, 1, total);
+    const std::vector<size_t> cuts = best_cuts(items, world_size, target);
+    for (size_t i = 0; i + 1 < cuts.size(); ++i)
+      buckets.push_back(slice_up(
+          kind, Items(items.begin() + static_cast<int64_t>(cuts[i]), items.begin() + static_cast<int64_t>(cuts[i + 1])),
+          world_size, alignment));
+  }
+  balance(buckets, world_size);
+
+  std::vector<BucketPlan> plans;
+  for (const Slices& slices : buckets)
+    plans.push_back(lay_out(slices, params));
+  return plans;
+}
+
+} // namespace zeroopt
