@@ -231,10 +231,10 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
 
 
 def _describe(
-    options: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
+    option_lines: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
 ) -> list[str]:
     """What all ranks have to have in common, one fact a line."""
-    lines = [f"zeroopt {_C.build_info()['version']}", *options]
+    lines = [f"zeroopt {_C.build_info()['version']}", *option_lines]
     for managed in params:
         what = f"shape {list(managed.shape)}, {managed.param.dtype}, strides {list(managed.stride)}"
         part = describe_part(managed.param)
