@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+import zeroopt
 from zeroopt.precision import round_master
 
 BATCH, LENGTH, VOCABULARY, WIDTH, HEAD = 4, 6, 37, 16, 4
@@ -94,15 +95,32 @@ PLANS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def build_split(plan: str, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_split(plan: str, mesh: Mesh, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same model, its parameters split over the mesh's "tp" dimension."""
     return parallelize_module(build(dtype), mesh["tp"], PLANS[plan]())
 
 
-@contextmanager
-def square_mesh() -> Iterator[DeviceMesh]:
-    """The four ranks as data-parallel x tensor-parallel. Its groups are destroyed with the default group."""
-    yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+Mesh = dict[str, DeviceMesh]
+"""This rank's one-dimensional meshes, by the name of the dimension."""
+
+_mesh_numbers = count()
+
+
+def make_mesh(**sizes: int) -> Mesh:
+    """All ranks as a mesh of dimensions of these names and sizes.
+
+    torch calls them otherwise each time: it remembers how it distributed what over a mesh, process groups included, and takes
+    a mesh of a test before, whose groups are gone, for this one.
+    """
+    number = next(_mesh_numbers)
+    names = {name: f"{name}{number}" for name in sizes}
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(names.values()))
+    return {name: mesh[names[name]] for name in sizes}
+
+
+def square_mesh() -> Mesh:
+    """Four ranks as data-parallel x tensor-parallel."""
+    return make_mesh(dp=2, tp=2)
 
 
 def tokens(step: int, index: int) -> Tensor:
@@ -177,7 +195,7 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup) -> list[Tensor
     return sums
 
 
-def train_split(plan: str, mesh: DeviceMesh, steps: int, param_dtype: torch.dtype | None = None) -> list[list[Tensor]]:
+def train_split(plan: str, mesh: Mesh, steps: int, param_dtype: torch.dtype | None = None) -> list[list[Tensor]]:
     """The split model under a plain data-parallel loop: this rank's parts of the parameters after each step.
 
     With `param_dtype`, float32 masters are stepped, and rounded.
@@ -190,8 +208,7 @@ def train_split(plan: str, mesh: DeviceMesh, steps: int, param_dtype: torch.dtyp
     optimizer = adamw(model.parameters() if param_dtype is None else masters)
     history = []
     for step in range(steps):
-        batch = tokens(step, mesh["dp"].get_local_rank())
-        loss_of(model(batch), batch).backward()
+        backward(model, mesh, step)
         sums = average_gradients(model, mesh["dp"].get_group())
         if param_dtype is not None:
             for master, total in zip(masters, sums, strict=True):
@@ -209,6 +226,21 @@ def write_rounded(model: nn.Module, masters: Iterable[Tensor]) -> None:
     """Set this rank's parts of the parameters to their masters, as zeroopt rounds them: with ties away from zero."""
     for param, master in zip(model.parameters(), masters, strict=True):
         local(param).copy_(round_master(master.detach(), param.dtype))
+
+
+def wrap_split(
+    plan: str, mesh: Mesh, factory: OptimizerFactory = adamw, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, zeroopt.ZeroDataParallel, zeroopt.ZeroOptimizer]:
+    """The split model, bare and wrapped, and its optimizer; in several buckets."""
+    net = build_split(plan, mesh, dtype)
+    group = mesh["dp"].get_group()
+    return net, *zeroopt.wrap(net, factory(net.parameters()), process_group=group, bucket_mb=0.004, **options)
+
+
+def backward(model: nn.Module, mesh: Mesh, step: int) -> None:
+    """Gradients of this data-parallel rank's batch."""
+    batch = tokens(step, mesh["dp"].get_local_rank())
+    loss_of(model(batch), batch).backward()
 
 
 def parts(model: nn.Module) -> list[Tensor]:

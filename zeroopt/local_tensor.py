@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from .bucket import ManagedParam
 from .errors import ConfigError, NotSupportedError, StateError
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 def is_distributed(value: object) -> bool:
     """Whether something is a DTensor. In torch 2.4, which has them elsewhere, nothing is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def local_of(value: Tensor) -> Tensor:
@@ -64,17 +65,17 @@ class DistributedParam(ManagedParam):
         return self._dtensor._local_tensor
 
     def set_local(self, view: Tensor) -> None:
-        if view.dtype is not self.param.dtype:
-            self._set_dtype(view)
-        # `.data` has a version counter of its own, as parameters have; all views of a bucket would share one.
-        self._dtensor._local_tensor = view.data
+        local = _with_storage_of_its_own(view)
+        if local.dtype is not self.param.dtype:
+            self._set_dtype(local)
+        self._dtensor._local_tensor = local
 
-    def _set_dtype(self, view: Tensor) -> None:
+    def _set_dtype(self, local: Tensor) -> None:
         """Make the parameter, which stays the same object, a DTensor of another dtype."""
         module = sys.modules["torch.distributed.tensor"]
         old = self._dtensor
         cast_to: DTensor = module.DTensor.from_local(
-            view, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+            local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
         )
         self.param.data = cast_to  # the outside: dtype and autograd's view of it
         self._dtensor._spec = cast_to._spec
@@ -99,7 +100,7 @@ class DistributedParam(ManagedParam):
 
     def layout_like(self, local: Tensor) -> Tensor:
         module = sys.modules["torch.distributed.tensor"]
-        return cast(Tensor, module.DTensor(local, self._dtensor._spec, requires_grad=False))
+        return cast(Tensor, module.DTensor(_with_storage_of_its_own(local), self._dtensor._spec, requires_grad=False))
 
     def aligned(self, grad: Tensor) -> Tensor:
         dtensor = cast("DTensor", grad)
@@ -143,6 +144,12 @@ class DistributedParam(ManagedParam):
     @property
     def _dtensor(self) -> DTensor:
         return cast("DTensor", self.param)
+
+
+def _with_storage_of_its_own(view: Tensor) -> Tensor:
+    """The same memory as a storage that begins and ends with it, for DTensors take over the storage offset of their local
+    tensor, and with one they cannot be copied. It also has a version counter of its own, as parameters have."""
+    return from_dlpack(view)
 
 
 @torch.no_grad()

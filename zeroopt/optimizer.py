@@ -192,7 +192,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
-            this rank (whole, of parameters that it owns whole), and under "zeroopt" the layout that says of which
+            this rank (whole, of parameters that it owns whole; of local tensors, with DTensors), and under "zeroopt" the layout that says of which
             elements. Save one on every rank. With `param_dtype`, "master_param" (float32) or "remainder" (int16)
             completes the parameters of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and
             the like.
@@ -223,7 +223,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict()` gave on this rank, or the whole state dict of the plain torch optimizer.
+        """Load what `state_dict()` gave on this rank, or the whole state dict of the plain torch optimizer, in which state of a
+        DTensor is a DTensor placed likewise, this rank's local tensor, or the full tensor.
 
         Every rank has to load its own. Collective when the state was saved after buckets were planned anew (after the first
         step) and this optimizer's have not been, or the other way round: its buckets then follow the saved ones.

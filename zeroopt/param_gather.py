@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -78,6 +79,7 @@ class _ReadOnly(Tensor):
             return function(*args, **(kwargs or {}))
 
 
+@cache
 def _read_only_class(cls: type[Tensor]) -> type[Tensor]:
     return type(f"ReadOnly{cls.__name__}", (_ReadOnly, cls), {"__slots__": ()})
 
