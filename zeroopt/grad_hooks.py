@@ -107,7 +107,7 @@ class GradientReducer:
         self._gathers: list[tuple[str, PendingCollective]] = []  # and how messages call their buckets
         # What ranks compare after a backward: which parameters had a gradient, and how far each rank is.
         self._lockstep = Lockstep(transport.rank, transport.world_size)
-        self._flags = transport.allocate(len(params) + self._lockstep.numel, torch.uint8, buckets[0].device)
+        self._flags = transport.allocate(len(params) + self._lockstep.num_bytes, torch.uint8, buckets[0].device)
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
