@@ -19,7 +19,7 @@ from .grad_clip import clip_shards
 from .grad_hooks import GradientReducer
 from .param_gather import ParamGathers
 from .profiling import named_range
-from .replan import agree_on_order, in_order, is_grouped_alike, move_state
+from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .step import ShardStepper
 
@@ -333,6 +333,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plan = self._make_plan(ordered)
         if is_grouped_alike(self._buckets, plan, ordered):
             return
+        log_new_plan(self._buckets, plan, ordered, self._transport)
         self._gathers.finish_all()
         self._reducer.finish()
         self._stepper.adopt_state()

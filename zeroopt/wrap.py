@@ -17,6 +17,7 @@ from .bucket import Bucket, ManagedParam, make_buckets, make_plan
 from .collectives import Transport, check_transport, connect_transport
 from .config import Config, Fused, check_config, check_param_dtype, check_reduce_dtype
 from .errors import StateError
+from .footprint import log_wrapped
 from .grad_hooks import GradientReducer
 from .inspect import inspect, mark_wrapped
 from .module import ZeroDataParallel
@@ -186,6 +187,7 @@ def _wrap_checked(
     wrapped_optimizer = ZeroOptimizer(model, optimizer, config, params, buckets, reducer, gathers, transport, seed)
     wrapped_model.after_writing(wrapped_optimizer.take_up_writes)
     mark_wrapped(model, optimizer, wrapped_model, wrapped_optimizer)
+    log_wrapped(buckets, reducer.stores, optimizer, config, transport)
     return wrapped_model, wrapped_optimizer
 
 
