@@ -321,7 +321,7 @@ def load_other_orders(same: bool) -> None:
     other = build("mlp")
     model, optimizer = zeroopt.wrap(other, optimizer_for("adamw", other), average_every=1, **groups, **SMALL)
     if states[0] is not None:
-        assert states[0]["zeroopt"]["order"] != optimizer._order
+        assert states[0]["zeroopt"]["order"] != optimizer._generations
         optimizer.load_state_dict(states[0])
     run_steps(model, optimizer, "mlp", range(2))
 

@@ -198,7 +198,7 @@ class GradientReducer:
                 self._flags_before.wait_until_read()
                 self._flags_before = None
             self._transport.free(self._flags)
-        self._flags = self._transport.allocate(len(self._params) + self._lockstep.numel, torch.uint8, device)
+        self._flags = self._transport.allocate(len(self._params) + self._lockstep.num_bytes, torch.uint8, device)
 
     def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Put the reduced gradients of this rank's segments into their state, to move with it."""

@@ -183,7 +183,7 @@ class Join:
         if self._failure is not None:  # was caught within the context; the other ranks are gone
             raise self._failure
         self._drain()
-        numbers = self._gather(int(phase), f"what ranks in join() do next, here {phase}")
+        numbers = self._gather(int(phase), "what ranks in join() do next")
         return {rank: Phase(number) for rank, number in numbers.items()}
 
     def _look_around(self, phases: Mapping[int, Phase]) -> Phase:

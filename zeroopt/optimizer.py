@@ -17,6 +17,7 @@ from .averaging import ParameterAverage
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
 from .config import Config, check_param_dtypes
 from .errors import ConfigError, NotSupportedError, StateError
+from .footprint import log_wrapped
 from .grad_clip import clip_by, is_finite, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
 from .inspect import inspect_further
@@ -24,7 +25,7 @@ from .join import Phase, pack_options, take_options
 from .local_tensor import place_in_mesh
 from .loss_scaling import agree_on_overflow
 from .profiling import named_range
-from .replan import agree_on_order, in_order, is_grouped_alike, move_state
+from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .sharding import Sharding
 from .step import ShardStepper
@@ -90,6 +91,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._num_backwards = 0  # of the reducer, at the last step
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
+        log_wrapped(self._buckets, self._stores, optimizer, config, self._transport)
 
     def _take_in(self, params: Sequence[ManagedParam]) -> None:
         """Have parameters trained from now on. Collective."""
@@ -580,6 +582,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plan = self._make_plan(ordered)
         if is_grouped_alike(self._buckets, plan, ordered):
             return
+        log_new_plan(self._buckets, plan, ordered, self._transport)
         self._gathers.finish_all()
         self._reducer.finish()
         self._stepper.adopt_state()

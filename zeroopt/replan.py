@@ -8,6 +8,7 @@ takes what is its own from now on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from . import _C, ops
 from .bucket import Bucket, ManagedParam, ParamState, Segment, own_segments
 from .collectives import Transport, named_failures
 from .elementwise import is_per_element
+
+_log = logging.getLogger("zeroopt")
 
 _WHAT = "planning the buckets anew, after the first step"  # for messages
 
@@ -47,6 +50,21 @@ def is_grouped_alike(buckets: Sequence[Bucket], plan: _C.Plan, ordered: Sequence
     before = [{managed.index for managed in bucket.params} for bucket in buckets]
     after = [{ordered[i].index for i in layout.params} for layout in plan.buckets]
     return before == after
+
+
+def log_new_plan(
+    buckets: Sequence[Bucket], plan: _C.Plan, ordered: Sequence[ManagedParam], transport: Transport
+) -> None:
+    """Say on rank 0, with level DEBUG, what changes."""
+    if transport.group.rank() == 0:
+        first = [ordered[i].name for i in plan.buckets[0].params]
+        _log.debug(
+            "%d buckets are planned anew, as %d, in the order in which gradients arrive: bucket 0 was of %s … %s, and will be of "
+            "%s … %s",
+            len(buckets),
+            len(plan.buckets),
+            *(buckets[0].params[0].name, buckets[0].params[-1].name, first[0], first[-1]),
+        )
 
 
 def move_state(

@@ -15,6 +15,8 @@ ADVICE = (
 )
 """What to do about ranks that have diverged."""
 
+_MAX_NAMED = 8
+
 
 def describe_failure(what: str, missing: Sequence[int | None], reason: str) -> str:
     """The message of a collective that has failed.
@@ -35,8 +37,10 @@ def is_timeout(reason: str) -> bool:
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Ranks as messages name them: "rank 1", "ranks 0, 2"."""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
+    """Ranks as messages name them: "rank 1", "ranks 0, 2", and of many the first ones."""
+    shown = ", ".join(map(str, ranks[:_MAX_NAMED]))
+    others = len(ranks) - _MAX_NAMED
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}{f' and {others} others' if others > 0 else ''}"
 
 
 def the_other_rank(group: dist.ProcessGroup) -> int | None:
