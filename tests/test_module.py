@@ -6,12 +6,13 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from training import MODELS, batch, build, loss_of, optimizer_for
+from training import MODELS, batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
@@ -36,7 +37,7 @@ def names_and_state() -> bool:
     assert all(torch.equal(v, other[k]) for k, v in net.state_dict().items())
     with pytest.raises(zeroopt.ConfigError, match="assign=True"):
         model.load_state_dict(other, assign=True)
-    for copied in (copy.deepcopy, pickle.dumps):
+    for copied in (copy.copy, pickle.dumps):
         with pytest.raises(zeroopt.NotSupportedError, match=r"\.module"):
             copied(model)
     assert torch.equal(copy.deepcopy(net).head.weight, net.head.weight)
@@ -46,6 +47,34 @@ def names_and_state() -> bool:
 
 def test_names_and_state_are_the_models_own(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, names_and_state) == [True, True]
+
+
+def train_a_copy(options: dict[str, Any]) -> list[Tensor]:
+    """One rank alone copies the wrapped model and does with the copy as it likes; then the original goes on."""
+    net = build("conv")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net), **options)
+    loss_of(model(batch("conv", 0))).backward()
+    optimizer.step()
+    if dist.get_rank() == 0:
+        twin = copy.deepcopy(model)
+        assert type(twin) is type(net)
+        assert not any(module._forward_pre_hooks for module in twin.modules())
+        before = snapshot(net)
+        assert all(torch.equal(a, b) for a, b in zip(snapshot(twin), before, strict=True))
+        loss_of(twin(batch("conv", 1))).backward()
+        assert all((p.grad is not None) is p.requires_grad for p in twin.parameters())
+        optimizer_for("adamw", twin).step()
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=False))
+        assert len(pickle.dumps(twin)) > 0
+    loss_of(model(batch("conv", 1))).backward()
+    optimizer.step()
+    return [param.detach().clone() for param in net.parameters()]
+
+
+@pytest.mark.parametrize("options", [{"stage": 0}, {"stage": 2}, {"stage": 2, "share_parameters": True}], ids=str)
+def test_a_deep_copy_is_a_plain_model_of_its_own(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
+    first, second = run_on_ranks(2, train_a_copy, options)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def forget_everything() -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from .collectives import named_failures
 from .errors import ConfigError, NotSupportedError
 from .join import JoinCalls, Phase
 from .optimizer import ZeroOptimizer
+from .param_gather import remove_idle_hooks
 from .sharding import Sharding
 
 
@@ -23,6 +25,9 @@ class ZeroDataParallel(nn.Module):
     It is called and trained like the model in `.module`. Names are the model's own, without a prefix: `state_dict`,
     `load_state_dict`, `named_parameters` and `named_buffers` are those of `.module`, and so is every attribute that this
     class lacks.
+
+    A deep copy is one of `.module`: a plain model with parameters of its own, which is what
+    `torch.optim.swa_utils.AveragedModel(model)` wants. It cannot be pickled.
 
     Made by `zeroopt.wrap`.
     """
@@ -220,9 +225,14 @@ class ZeroDataParallel(nn.Module):
         """`module.named_buffers()`."""
         return self.module.named_buffers(prefix, recurse, remove_duplicate)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A deep copy of the model in `.module`, with the current parameters. Not collective."""
+        return remove_idle_hooks(copy.deepcopy(self.module, memo))
+
     def __getstate__(self) -> dict[str, Any]:
         raise NotSupportedError(
-            "a ZeroDataParallel cannot be copied or pickled; copy or save the model in .module, or its state_dict()"
+            "a ZeroDataParallel cannot be pickled or copied with copy.copy; save the model in .module or its state_dict(), "
+            "or use copy.deepcopy, which copies the model in .module"
         )
 
     def __getattr__(self, name: str) -> Any:

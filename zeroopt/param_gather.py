@@ -206,6 +206,14 @@ def _idle_hook(module: nn.Module, args: Any) -> None:
     """The hook of a copied model."""
 
 
+def remove_idle_hooks(model: nn.Module) -> nn.Module:
+    """Take the hooks that wait for nothing out of a copied model, and return the model."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _idle_hook]:
+            del module._forward_pre_hooks[key]
+    return model
+
+
 def _has_compiled() -> bool:
     """Whether torch.compile has compiled anything: its code would be compiled again for each change of a parameter's class."""
     dynamo = sys.modules.get("torch._dynamo")

@@ -1,0 +1,102 @@
+"""torch.compile of a model, before it is wrapped, after that, and between steps.
+
+The backend "aot_eager" compiles all but the kernels, and gives the bits that eager mode gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from follow import STEPS, Prepare, follow, inputs, sgd, values, with_ddp
+from torch import Tensor, nn
+from training import build, loss_of
+from worker_pool import RunOnRanks
+
+from zeroopt.param_gather import ArrivingParameter
+
+TIMEOUT_S = 180.0  # a worker's first use of the compiler imports half of torch
+BACKEND = "aot_eager"
+
+
+@contextmanager
+def no_trace_of_compilation() -> Iterator[None]:
+    """Wrapped models wait for less where nothing has been compiled, which other tests want to see."""
+    import torch._dynamo
+
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        loss_of(model(inputs(step, 4, 7))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def compiled_before(prepare: Prepare) -> list[Tensor]:
+    net = build("mlp")
+    model, optimizer = prepare(torch.compile(net, backend=BACKEND), sgd(net))  # type: ignore[arg-type]
+    train(model, optimizer, range(STEPS))
+    return values(net)
+
+
+def compiled_in_place(prepare: Prepare) -> list[Tensor]:
+    net = build("mlp")
+    net.compile(backend=BACKEND)
+    model, optimizer = prepare(net, sgd(net))
+    train(model, optimizer, range(STEPS))
+    return values(net)
+
+
+def compiled_in_part(prepare: Prepare) -> list[Tensor]:
+    net = build("mlp")
+    net.layers[2] = torch.compile(net.layers[2], backend=BACKEND)
+    model, optimizer = prepare(net, sgd(net))
+    train(model, optimizer, range(STEPS))
+    return values(net)
+
+
+def compiled_after(prepare: Prepare) -> list[Tensor]:
+    net = build("mlp")
+    model, optimizer = prepare(net, sgd(net))
+    train(torch.compile(model, backend=BACKEND), optimizer, range(STEPS))  # type: ignore[arg-type]
+    return values(net)
+
+
+def compiled_between_steps(prepare: Prepare) -> list[Tensor]:
+    """Parameters of the last step may still be on their way when they are first seen by the compiler."""
+    net = build("mlp")
+    model, optimizer = prepare(net, sgd(net))
+    train(model, optimizer, range(2))  # the first step waits for all parameters, to plan buckets anew
+    if getattr(optimizer, "stage", 0) > 0:
+        assert any(isinstance(param, ArrivingParameter) for param in net.parameters())
+    train(torch.compile(model, backend=BACKEND), optimizer, range(2, STEPS))  # type: ignore[arg-type]
+    return values(net)
+
+
+def follow_compiled(scenario: Callable[[Prepare], list[Tensor]]) -> None:
+    follow(no_trace_of_compilation()(scenario), with_ddp())
+
+
+@pytest.mark.parametrize(
+    ("scenario", "world_size"),
+    [
+        (compiled_before, 2),
+        (compiled_in_place, 2),
+        (compiled_in_part, 2),
+        (compiled_after, 2),
+        (compiled_after, 3),
+        (compiled_between_steps, 2),
+    ],
+)
+def test_compiled_models_follow_ddp(
+    run_on_ranks: RunOnRanks, scenario: Callable[[Prepare], list[Tensor]], world_size: int
+) -> None:
+    run_on_ranks(world_size, follow_compiled, scenario, timeout=TIMEOUT_S)
