@@ -214,16 +214,8 @@ def hooks_in_every_stage(place: str) -> list[list[tuple[str, bool]]]:
     [
         "wrapped, before",
         "returned",
-        pytest.param(
-            "wrapped, after",
-            marks=pytest.mark.xfail(
-                strict=True, reason="fused kernels step without the wrapped optimizer's late hooks"
-            ),
-        ),
-        pytest.param(
-            "global",
-            marks=pytest.mark.xfail(strict=True, reason="the wrapped optimizer's own step runs global hooks once more"),
-        ),
+        "wrapped, after",
+        "global",
     ],
 )
 def test_step_hooks_run_once(run_on_ranks: RunOnRanks, place: str) -> None:
@@ -239,7 +231,6 @@ def global_hooks_while_wrapping() -> int:
     return len(calls)
 
 
-@pytest.mark.xfail(strict=True, reason="the steps that try whether an optimizer is element-wise run global hooks")
 def test_wrapping_runs_no_global_hooks(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, global_hooks_while_wrapping) == [0, 0]
 

@@ -119,7 +119,7 @@ def _change_from(
         for grads_of_step in grads:
             for param, grad in zip(params, grads_of_step, strict=True):
                 param.grad = grad.clone()
-            probe.step()
+            step_without_hooks(probe)
     return [param.detach() - start for param, start in zip(params, starts, strict=True)]
 
 
@@ -169,6 +169,15 @@ def _state_like(optimizer: torch.optim.Optimizer, group: int, param: nn.Paramete
         else copy.deepcopy(value)
         for name, value in state[model].items()
     }
+
+
+def step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's own step, without its step hooks, the global ones and its range in a profile: those belong to a step of
+    the user's."""
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):  # by torch, when the first optimizer of the class was made
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)
 
 
 def is_per_element(name: str, value: Any, param: Tensor) -> bool:

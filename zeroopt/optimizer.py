@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -689,12 +688,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._inner.add_param_group = self.add_param_group  # type: ignore[method-assign]
 
     def _take_over_hooks(self) -> None:
-        """Step hooks registered on the wrapped optimizer fire on this one, once a step."""
-        inner = self._inner
-        self._optimizer_step_pre_hooks = inner._optimizer_step_pre_hooks
-        self._optimizer_step_post_hooks = inner._optimizer_step_post_hooks
-        inner._optimizer_step_pre_hooks = OrderedDict()
-        inner._optimizer_step_post_hooks = OrderedDict()
+        """Step hooks registered on the wrapped optimizer, at any time, fire on this one, once a step."""
+        self._optimizer_step_pre_hooks = self._inner._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = self._inner._optimizer_step_post_hooks
 
     def _import_state(self) -> None:
         """State that the optimizer had before it was wrapped: keep this rank's part of it."""

@@ -29,6 +29,8 @@ aten = torch.ops.aten
 class ShardedGradient(Tensor):
     """The gradient of one parameter. Norms of it are collective, as those of a DTensor are: every rank must ask for them.
 
+    It must not keep its parameter alive, whose gradient it is: the garbage collector does not look there.
+
     Attributes:
         param_name, param_index: the parameter's.
         local: what autograd has added on this rank and no reduce has taken up yet, as `no_sync()` leaves it.
@@ -37,7 +39,6 @@ class ShardedGradient(Tensor):
     param_name: str
     param_index: int
     local: Tensor | None
-    _managed: ManagedParam
     _owner: weakref.ref[ShardedGradients]
     _sum_dtype: torch.dtype
 
@@ -52,7 +53,6 @@ class ShardedGradient(Tensor):
         made.local = None
         made.param_index = managed.index
         made._owner = weakref.ref(gradients)
-        made._managed = managed
         made.param_name = managed.name
         made._sum_dtype = sum_dtype
         return made
@@ -105,7 +105,7 @@ class ShardedGradient(Tensor):
 
     def add_local(self, grad: Tensor) -> None:
         """Keep what autograd adds until the parameter's hook, or a later backward, takes it up."""
-        grad = self._managed.aligned(grad)
+        grad = self.owner.params[self.param_index].aligned(grad)
         self.local = grad if self.local is None else self.local + grad
 
     def take_local(self) -> Tensor:
@@ -118,6 +118,9 @@ class ShardedGradient(Tensor):
 
 class ShardedGradients:
     """The gradient objects of one wrapped model, and what is done to gradients through them.
+
+    Attributes:
+        params: by their index.
 
     Args:
         mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
@@ -142,6 +145,7 @@ class ShardedGradients:
 
     def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
         """Take up buckets in which the same parameters lie, and more."""
+        self.params = params
         self._stores = stores
         self._params_of = [[managed.index for managed in bucket.params] for bucket in buckets]
         self._bucket_of = {m.index: bucket.index for bucket in buckets for m in bucket.params}

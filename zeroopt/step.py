@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .bucket import Bucket, ManagedParam, Segment
 from .config import Config
+from .elementwise import step_without_hooks
 from .errors import ConfigError, StateError
 from .fused_rules import FusedRule, fused_optimizers, rule_for
 from .fused_segments import FusedSegments, StateArray
@@ -42,7 +43,6 @@ class ShardStepper:
         self._precision = config.precision
         self._rule = rule_for(optimizer) if config.fused else None
         self._fused: list[FusedBucket] = []
-        self._stepping = False
         optimizer.register_step_pre_hook(self._refuse_direct_step)
         self.adopt(buckets, stores)
 
@@ -99,7 +99,7 @@ class ShardStepper:
                     store.settle()
                     segment.shard.grad = segment.view_in(store.reduced).to(segment.shard.dtype)
         with self._shards_in_groups(by_group):
-            self._optimizer.step()
+            step_without_hooks(self._optimizer)
         for segment in segments:
             segment.shard.grad = None
         for bucket, _ in self._plain:
@@ -113,16 +113,14 @@ class ShardStepper:
         whole = [group["params"] for group in groups]
         for group, shards in zip(groups, by_group, strict=True):
             group["params"] = shards
-        self._stepping = True
         try:
             yield
         finally:
-            self._stepping = False
             for group, params in zip(groups, whole, strict=True):
                 group["params"] = params
 
     def _refuse_direct_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._stepping:
+        if optimizer is self._optimizer:
             name = type(optimizer).__name__
             raise StateError(
                 f"this {name} was wrapped by zeroopt.wrap and no longer sees the gradients; "
