@@ -171,7 +171,7 @@ def _wrap_checked(
         precision=precision,
     )
     if config.check_every is not None:
-        reducer.audit = Audit(config.check_every, params, group)
+        reducer.audit = Audit(config.check_every, params, transport)
     travels = placement.shard_state and transport.world_size > 1
     gathers = ParamGathers(model, buckets, transport, lazy=config.overlap and travels)
     has_buffers = next(model.buffers(), None) is not None
