@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +26,7 @@ STAGES = (0, 1, 2)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+@settings(deadline=None)
 @given(st.binary(min_size=8, max_size=96), st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64]))
 @settings(deadline=None)
 def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch.dtype) -> None:
@@ -39,6 +41,7 @@ def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch
         assert int(audit.digest(values)) % 2**64 == expected % 2**64
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_digest_notices_one_element_and_an_exchange(numel: int, data: st.DataObject) -> None:
     values = torch.randn(numel)
@@ -165,6 +168,39 @@ def test_only_steps_that_are_due_are_looked_at(run_on_ranks: RunOnRanks) -> None
     for options in ({"check_every": 3}, {}):
         heard = run_on_ranks(2, step_corrupted_in_all_stages, "before step", options, 2)
         assert heard == [["nothing"] * 3] * 2
+
+
+def diverge(transport: str, timeout_s: float) -> str:
+    """In a training's last step, one rank runs a backward more (shm), or takes no step (messages)."""
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+    net = build("mlp")
+    inner = optimizer_for("adamw", net)
+    model, optimizer = zeroopt.wrap(net, inner, 0, group, bucket_mb=0.01, transport=transport, check_every=1)
+    loss_of(model(batch("mlp", 0))).backward()
+    try:
+        if dist.get_rank() == ODD_RANK and transport == "shm":
+            loss_of(model(batch("mlp", 1))).backward()
+        if dist.get_rank() != ODD_RANK or transport == "shm":
+            optimizer.step()
+    except zeroopt.CollectiveError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_ranks_that_diverge_are_noticed_before_a_checked_step(run_on_ranks: RunOnRanks) -> None:
+    for heard, check in zip(
+        run_on_ranks(2, diverge, "shm", 600.0),
+        ["check before a step", "what this rank has not come to yet"],
+        strict=True,
+    ):
+        assert f"rank 0 at the scalar of {check} (8 bytes); rank 1 at the reduce-scatter of bucket 0" in heard
+
+
+def test_a_last_step_of_the_others_alone_is_noticed(run_on_ranks: RunOnRanks) -> None:
+    """In stage 0 by messages, where a step exchanges nothing else."""
+    first, second = run_on_ranks(2, diverge, "pairwise", 1.0)
+    assert first.startswith("transport pairwise, gather of check before a step: failed for want of rank 1: ")
+    assert second == "nothing"
 
 
 def spoil(net: nn.Module, name: str, value: float) -> None:

@@ -1,8 +1,8 @@
 """What every k-th step looks at, with `check_every=k`: whether gradients are finite, and parameters the same on all ranks.
 
 While backward runs, each full bucket is looked at before it travels, since afterwards nobody can tell on which rank a
-gradient was not finite. Before the step, ranks tell each other in one small exchange whether sums are finite and what the
-digest of their parameters is, and after it the digest of the new ones. Names travel only where something is wrong.
+gradient was not finite. Before the step, ranks tell each other in one number whether sums are finite and what the digest of
+their parameters is, and after it the digest of the new ones. Names travel only where something is wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .bucket import Bucket, ManagedParam
-from .collectives import named_failures
+from .collectives import Transport, named_failures
 from .collectives.failure import name_ranks
 from .errors import NonFiniteError, RankMismatchError
 from .gradient_store import GradientStore
@@ -35,10 +35,11 @@ class Audit:
         params: by their index; more may come.
     """
 
-    def __init__(self, every: int, params: Sequence[ManagedParam], group: dist.ProcessGroup) -> None:
+    def __init__(self, every: int, params: Sequence[ManagedParam], transport: Transport) -> None:
         self._every = every
         self._params = params
-        self._group = group
+        self._transport = transport
+        self._group = transport.group
         # By index of a parameter: in which backward since gradients were cleared this rank's gradient was first not finite.
         self._found: dict[int, int] = {}
         self._num_backwards = 0
@@ -87,10 +88,10 @@ class Audit:
             NonFiniteError: a gradient is not finite.
         """
         bad = [] if overflow_is_normal else _not_finite(buckets, stores, active.tolist())
-        everyone = self._gather([_digest_of(buckets), len(bad)])
-        if any(digest != everyone[0][0] for digest, _ in everyone):
+        everyone = self._exchange(_short_digest(buckets) << 1 | bool(bad), "check before a step")
+        if len({number >> 1 for number in everyone}) > 1:
             self._blame_parameters(f"before step {step}")
-        if any(count for _, count in everyone):
+        if any(number & 1 for number in everyone):
             self._blame_gradients(step, bad)
 
     @torch.no_grad()
@@ -100,8 +101,7 @@ class Audit:
         Raises:
             RankMismatchError: a parameter differs between ranks.
         """
-        everyone = self._gather([_digest_of(buckets)])
-        if everyone.count(everyone[0]) < len(everyone):
+        if len(set(self._exchange(_short_digest(buckets), "check after a step"))) > 1:
             self._blame_parameters(f"after step {step}")
 
     def _blame_parameters(self, when: str) -> None:
@@ -141,6 +141,11 @@ class Audit:
             "torch.autograd.set_detect_anomaly(True) tells which operation yields them"
         )
 
+    def _exchange(self, number: int, label: str) -> list[int]:
+        """Numbers of up to 53 bits of all ranks, in any order. Collective."""
+        value = torch.tensor(number, dtype=torch.float64, device=self._params[0].param.device)
+        return [int(one) for one in self._transport.gather_scalar(value, label=label).tolist()]
+
     def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of all ranks, as many on each, by rank. Collective."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._params[0].param.device)
@@ -164,9 +169,10 @@ def digest(values: Tensor) -> Tensor:
     return total
 
 
-def _digest_of(buckets: Sequence[Bucket]) -> int:
-    """Of all parameters."""
-    return int(digest(torch.stack([digest(bucket.flat_param) for bucket in buckets])))
+def _short_digest(buckets: Sequence[Bucket]) -> int:
+    """Of all parameters, in 52 bits."""
+    whole = int(digest(torch.stack([digest(bucket.flat_param) for bucket in buckets]))) % 2**64
+    return (whole ^ whole >> 52) % 2**52
 
 
 def _elements(managed: ManagedParam) -> Tensor:

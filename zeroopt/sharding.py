@@ -63,7 +63,7 @@ class Sharding:
             mesh_groups=self.mesh_groups,
         )
         if config.check_every is not None:
-            self.reducer.audit = Audit(config.check_every, self.params, group)
+            self.reducer.audit = Audit(config.check_every, self.params, transport)
         if config.max_grad_norm is not None:
             self.reducer.norm_type = 2.0
         travels = placement.shard_state and transport.world_size > 1
