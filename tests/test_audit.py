@@ -28,7 +28,6 @@ STAGES = (0, 1, 2)
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 @settings(deadline=None)
 @given(st.binary(min_size=8, max_size=96), st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64]))
-@settings(deadline=None)
 def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch.dtype) -> None:
     values = torch.frombuffer(bytearray(data[: len(data) // 8 * 8]), dtype=dtype)
     size, expected = dtype.itemsize, 0

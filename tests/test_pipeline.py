@@ -180,19 +180,20 @@ def test_stages_get_the_bits_of_the_whole_model(
     assert run_on_ranks(4, follow_whole_model, schedule, options) == [True] * 4
 
 
-def let_the_schedule_scale() -> float:
-    """Stage 0: the schedule divides `param.grad` itself."""
+def let_the_schedule_scale(stage: int) -> float:
+    """The schedule divides `param.grad` itself, which in stages 1 and 2 stands for slices."""
     mesh = make_mesh(pp=2, dp=2)
     _, expected = parallel.train_alone(parallel.sgd, torch.float64, STEPS)
-    pipeline = Pipeline(mesh, "1F1B", parallel.sgd, stage=0, scale_grads=True)
+    pipeline = Pipeline(mesh, "1F1B", parallel.sgd, stage=stage, scale_grads=True)
     for step in range(STEPS):
         pipeline.backward(step)
         pipeline.step()
     return largest_error(whole_params(pipeline.net), pipeline.whole_model_params(expected[-1]))
 
 
-def test_a_schedule_may_scale_gradients(run_on_ranks: RunOnRanks) -> None:
-    assert all(error < 1e-9 for error in run_on_ranks(4, let_the_schedule_scale))
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_schedule_may_scale_gradients(run_on_ranks: RunOnRanks, stage: int) -> None:
+    assert all(error < 1e-9 for error in run_on_ranks(4, let_the_schedule_scale, stage))
 
 
 def split_both_ways(zero_stage: int) -> tuple[float, list[float], list[float]]:
