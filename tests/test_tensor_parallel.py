@@ -153,6 +153,52 @@ def test_no_sync(run_on_ranks: RunOnRanks, stage: int) -> None:
     assert all(error < 1e-9 for error in run_on_ranks(4, accumulate, stage))
 
 
+CLIP = (0.05, 2.0)
+
+
+def clip_as_torch_does(stage: int, how: str) -> tuple[float, float, float]:
+    """Gradients of two backward passes, clipped over all parts of the model by torch's function or by `max_grad_norm`, scaled by
+    a GradScaler or not: errors of norms, of whole gradients, and of parameters against one process."""
+    mesh = square_mesh()
+    reference = parallel.build(torch.float64)
+    plain = parallel.sgd(reference.parameters())
+    options = {"max_grad_norm": CLIP[0]} if how == "option" else {}
+    net, model, optimizer = wrap_split("sequence", mesh, parallel.sgd, torch.float64, stage=stage, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=how == "scaler")
+    norm_error = grad_error = 0.0
+    for step in range(2):
+        for micro in range(2):
+            batch = torch.cat([parallel.tokens(10 * step + micro, index) for index in range(2)])
+            parallel.loss_of(reference(batch), batch).backward()
+            own = parallel.tokens(10 * step + micro, mesh["dp"].get_local_rank())
+            scaler.scale(parallel.loss_of(model(own), own)).backward()
+        scaler.unscale_(optimizer)
+        full = [optimizer.full_grad(param) for param in net.parameters()]
+        assert all(grad is not None for grad in full)
+        grads = [param.grad for param in reference.parameters()]
+        grad_error = max(grad_error, largest_error((whole(grad) for grad in full if grad is not None), grads))
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), *CLIP)
+        if how == "option":
+            optimizer.step()
+            norm = optimizer.grad_norm
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), *CLIP)
+            scaler.step(optimizer)
+            scaler.update()
+        norm_error = max(norm_error, abs(norm.item() / expected.item() - 1))
+        plain.step()
+        plain.zero_grad()
+        optimizer.zero_grad()
+    return norm_error, grad_error, largest_error(whole_params(net), reference.parameters())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("how", ["function", "scaler", "option"])
+def test_clipping_follows_one_process(run_on_ranks: RunOnRanks, stage: int, how: str) -> None:
+    for norm_error, grad_error, error in run_on_ranks(4, clip_as_torch_does, stage, how):
+        assert norm_error < 1e-6 and grad_error < 1e-9 and error < 1e-6
+
+
 def keep_copies_equal() -> bool:
     """Ranks have seeds of their own, and yet what is replicated is rounded alike: it stays the same on all ranks."""
     mesh = square_mesh()
