@@ -5,9 +5,11 @@ A worker imports transformers with the first model that it builds, not with this
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -58,10 +60,13 @@ class Architecture:
         return self.inputs(torch.Generator().manual_seed(1000 * step + rank))
 
 
+@cache
 def _transformers() -> ModuleType:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
+    from transformers import BertForMaskedLM  # noqa: F401  brings what all models need
 
+    gc.freeze()  # leaves its many objects out of every later collection
     return transformers
 
 
