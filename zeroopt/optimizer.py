@@ -688,9 +688,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._inner.add_param_group = self.add_param_group  # type: ignore[method-assign]
 
     def _take_over_hooks(self) -> None:
-        """Step hooks registered on the wrapped optimizer, at any time, fire on this one, once a step."""
-        self._optimizer_step_pre_hooks = self._inner._optimizer_step_pre_hooks
-        self._optimizer_step_post_hooks = self._inner._optimizer_step_post_hooks
+        """Hooks registered on the wrapped optimizer, at any time, are those of this one, and run once a step."""
+        for name, hooks in vars(self._inner).items():
+            if name.startswith("_optimizer_") and name.endswith("_hooks"):
+                setattr(self, name, hooks)
 
     def _import_state(self) -> None:
         """State that the optimizer had before it was wrapped: keep this rank's part of it."""
