@@ -29,14 +29,24 @@ def norm_of_shards(stores: Sequence[GradientStore], transport: Transport, norm_t
     return by_slice.max() if math.isinf(norm_type) else by_slice.sum().pow(1.0 / norm_type)
 
 
-def norm_of_whole(grads: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The norm of gradients that every rank has whole, 0-dim float64. Not collective."""
+def norm_of_whole(stores: Sequence[GradientStore], grads: Sequence[Sequence[Tensor]], norm_type: float) -> Tensor:
+    """The norm of gradients that every rank has whole, 0-dim float64. Not collective.
+
+    Args:
+        grads: by store.
+    """
+    norms = [_norm_together(store, of_one, norm_type) for store, of_one in zip(stores, grads, strict=True)]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return norm
+
+
+def _norm_together(store: GradientStore, grads: Sequence[Tensor], norm_type: float) -> Tensor:
     if not grads:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=store.reduced.device)
     wide = torch.float64 if grads[0].dtype is torch.float64 else torch.float32
     norms = [torch.linalg.vector_norm(grad, norm_type, dtype=wide).double() for grad in grads]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    return norm
+    return norm if store.factor is None else norm * store.factor.abs()
 
 
 def clip_by(stores: Sequence[GradientStore], norm: Tensor, max_norm: float) -> None:

@@ -71,10 +71,10 @@ class GradientReducer:
 
     Attributes:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
-        has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
-        num_backwards: backward passes that have been reduced.
+        num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
+        is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
@@ -93,11 +93,11 @@ class GradientReducer:
         precision: Precision,
     ) -> None:
         self.sync = True
-        self.has_local_gradients = False
         self.num_steps = 0
         self.num_backwards = 0
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
+        self.is_zeroed = False
         self._params = params
         self._transport = transport
         self._placement = placement
@@ -106,6 +106,7 @@ class GradientReducer:
         self._reduce_dtype = reduce_dtype
         self._precision = precision
         self._scale = 1.0 / transport.world_size
+        self._left_local = False  # by a backward under no_sync()
         self._running = False  # between the first hook of a backward and its end
         self._arrived = bytearray(len(params))  # 1: its gradient has come, for this backward
         self._packed = bytearray(len(params))  # 1: and lies in the bucket; until then in param.grad
@@ -117,6 +118,7 @@ class GradientReducer:
         self._flags_before: PendingCollective | None = None
         self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
         self._used = torch.zeros(len(params), dtype=torch.uint8)
+        self._had_gradients = False  # any rank, in the last backward
         self.sharded: ShardedGradients | None = None
         if placement.shard_state:
             sums = [precision.sum_dtype(precision.stored_dtype(m.param.dtype), shard_state=True) for m in params]
@@ -191,6 +193,20 @@ class GradientReducer:
         self._pool = None
 
     @property
+    def has_local_gradients(self) -> bool:
+        """Whether a backward under `no_sync()` has left gradients that no reduce has taken up, and nobody has cleared."""
+        if self._left_local and not any(_has_local_gradient(managed) for managed in self._params):
+            self._left_local = False
+        return self._left_local
+
+    @property
+    def is_cleared(self) -> bool:
+        """Whether there are no gradients, or zeros only."""
+        if self.is_zeroed:
+            return not self.has_local_gradients
+        return all(managed.param.grad is None for managed in self._params)
+
+    @property
     def used(self) -> Tensor:
         """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
         return self._used
@@ -230,7 +246,9 @@ class GradientReducer:
                     f"transport {self._transport.name}: the ranks have diverged: this rank had taken {self.num_steps} steps "
                     "before its last backward, another rank had not. All ranks must call backward and step in the same order"
                 )
-            self._used |= flags[:-2].cpu()
+            used = flags[:-2].cpu()
+            self._had_gradients = bool(used.any())
+            self._used |= used
         self._pending_flags.clear()
 
     def reclaim(self) -> None:
@@ -246,7 +264,7 @@ class GradientReducer:
         for store in self.stores:
             store.discard()
         self._used.zero_()
-        self.has_local_gradients = False
+        self._left_local = False
         if self.sharded is not None:
             for managed in self._params:
                 self.sharded.forget(managed.index)
@@ -257,15 +275,20 @@ class GradientReducer:
         self.finish()
         for store in self.stores:
             store.zero()
-        self.has_local_gradients = False
+        self.is_zeroed = True
+        self._left_local = False
         if self.sharded is not None:
-            self.sharded.zero([managed.index for managed in self._params if self.sharded.is_shown(managed)])
+            self.sharded.local.clear()
+            self.sharded.changed()
 
     def take_part(self) -> None:
         """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
         every backward is."""
         self._start_backward()
         self._end()
+        self._finish_flags()
+        if not self._had_gradients:
+            self.num_backwards -= 1
 
     def take_visible(self) -> Tensor:
         """What `param.grad` says holds, for the user may have cleared, replaced or edited it. After `finish`.
@@ -281,9 +304,14 @@ class GradientReducer:
             grad = managed.param.grad
             if sharded.is_shown(managed):
                 flags[managed.index] = 1
+            elif type(grad) is ShardedGradient:
+                raise StateError(
+                    f"param.grad of {managed.name!r} was set to the sharded gradient of {grad.param_name!r}; set it to a tensor, "
+                    "such as optimizer.full_grad gives"
+                )
             elif grad is not None:
                 sharded.replace(managed, _dense_gradient(managed))
-                self.stores[self._bucket_of[managed.index]].holds_sum = True
+                sharded.show(managed)  # what is done to it from here on is done to the slices
                 flags[managed.index] = 1
             elif sharded.was_cleared(managed):
                 sharded.replace(managed, None)
@@ -298,9 +326,10 @@ class GradientReducer:
                 if grad is None:
                     continue
                 flags[managed.index] = 1
+                store.holds_sum = True
                 view = managed.view_in(store.full)
                 if grad.data_ptr() != view.data_ptr():
-                    view.copy_(grad)
+                    managed.param.grad = view.copy_(grad)
         return torch.frombuffer(flags, dtype=torch.uint8)
 
     def check_storage(self) -> None:
@@ -316,7 +345,9 @@ class GradientReducer:
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
         if not self.sync:
-            self.has_local_gradients = True
+            self._left_local = True
+            if self.sharded is not None:
+                self.sharded.keep_local(index)
             return
         if not self._running:
             self._begin()
@@ -344,10 +375,15 @@ class GradientReducer:
         while self._in_flight:  # left by the backward before: its buckets are about to be filled again
             self._finish_oldest()
         self._running = True
+        self.is_zeroed = False
         self.num_backwards += 1
         self.arrivals.clear()
         if self.sharded is not None:
             self._drop_cleared(self.sharded)
+        else:
+            for managed in self._params:
+                if managed.param.grad is None:
+                    self._used[managed.index] = 0
 
     def _drop_cleared(self, sharded: ShardedGradients) -> None:
         """What somebody has cleared since the last backward, by setting `param.grad`, is not to be added to."""
@@ -443,9 +479,10 @@ class GradientReducer:
         store = self._in_flight[0]
         store.finish()  # when it fails, it is still the oldest
         self._in_flight.popleft()
-        if self.norm_type is not None:
-            note_norm(store, self.norm_type)
-        if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
+        if self._placement.shard_state:
+            if self.norm_type is not None:
+                note_norm(store, self.norm_type)
+        else:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
             self._gathers.append(self._transport.start_all_gather(store.full, label=store.label))
         if self._pool is not None:
@@ -462,7 +499,7 @@ class GradientReducer:
         self._missing = [len(bucket.params) for bucket in self._buckets]
         self._next = 0
         self._running = False
-        self.has_local_gradients = False
+        self._left_local = False
         self._transport.progress()
         if self.sharded is None:
             self.finish()
@@ -470,6 +507,17 @@ class GradientReducer:
         elif not everything:  # others may have gradients that this rank has not: all must show the same ones
             self._finish_flags()
             self._show_sharded(self.sharded)
+        if self.sharded is not None and self.sharded.local:
+            self._refuse_additions(self.sharded)
+
+    def _refuse_additions(self, sharded: ShardedGradients) -> None:
+        """What somebody's hook has added to a gradient after it was taken up."""
+        name = self._params[next(iter(sharded.local))].name
+        sharded.local.clear()
+        raise StateError(
+            f"something was added to the gradient of {name!r} while backward ran, after it had been taken up; change gradients "
+            "when backward is through, or in a hook on the parameter that was registered before zeroopt.wrap"
+        )
 
     def _agree_on_used(self) -> None:
         if self._flags_before is not None:

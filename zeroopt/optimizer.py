@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
-from .collectives import Transport
+from .collectives import PendingCollective, Transport
 from .config import Config
 from .errors import ConfigError, NotSupportedError, StateError
 from .grad_clip import clip_by, norm_of_shards, norm_of_whole
@@ -92,7 +92,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """A GradScaler asks before it looks at gradients, which a rank without a backward of its own has yet to get."""
+        """A GradScaler asks before it looks at gradients, which a rank without a backward of its own has yet to get.
+
+        Collective, as `step` is, where a rank has run no backward.
+        """
         self._take_part()
         return True
 
@@ -120,10 +123,31 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
-        if self._agree_on_overflow():
-            active.zero_()
-        elif self._config.max_grad_norm is not None:
-            self.clip_grad_norm_(self._config.max_grad_norm)
+        overflow = self._agree_on_overflow()
+        if not overflow:
+            self._update(active, everyone_came)
+        everyone_came.finish()
+        self._gathers.leave_to_readers()
+        self._reducer.reclaim()
+        self._settle_whole()
+        self._reducer.num_steps += 1
+        self._num_backwards = self._reducer.num_backwards
+        if self._reducer.sharded is not None:
+            self._reducer.sharded.scaler_checks.clear()
+        if not overflow:
+            self._replan_once(active)
+        self._note_step_for_schedulers()
+        return loss
+
+    def _update(self, active: Tensor, everyone_came: PendingCollective) -> None:
+        """Clip gradients, step this rank's slices with them, and start to gather what has been stepped. Collective.
+
+        Args:
+            active: uint8 [number of parameters], 1 where there is a gradient to step with.
+            everyone_came: after which no rank reads parameters any more.
+        """
+        if self._config.max_grad_norm is not None:
+            self._clip(active, self._config.max_grad_norm, 2.0)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
         self._note_changes(active)
@@ -132,14 +156,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for bucket in self._step_buckets(active):
             everyone_came.finish()
             self._gathers.start(bucket)
-        everyone_came.finish()
-        self._gathers.leave_to_readers()
-        self._reducer.reclaim()
-        self._reducer.num_steps += 1
-        self._num_backwards = self._reducer.num_backwards
-        self._replan_once(active)
-        self._note_step_for_schedulers()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients: those in `param.grad` and the reduced ones of this step.
@@ -230,8 +246,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
 
         Does under every stage what `torch.nn.utils.clip_grad_norm_` does for the averaged gradients of
-        DistributedDataParallel (which sees none in stages 1 and 2). Call it between backward and step. Collective: every
-        rank of the process group must call it.
+        DistributedDataParallel. In stages 1 and 2 it needs no pass of its own: the step multiplies as it goes. Call it between
+        backward and step. Collective: every rank of the process group must call it, one without a backward too.
 
         Args:
             max_norm: the largest norm to leave; gradients of a smaller one stay as they are.
@@ -248,23 +264,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
         self._check_ready()
         self._take_part()
-        active = self._finish_reduces()
-        self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
-        norm = self._compute_norm(active, float(norm_type))
-        clip_by(self._reducer.stores, norm, max_norm)
-        if not self._config.placement.shard_state:  # what `param.grad` shows
-            for store in self._reducer.stores:
-                store.settle()
-        self._grad_norm = norm.float() if norm_type == 2 else None
-        self._norm_of_backward = self._reducer.num_backwards
-        return norm.float()
+        norm = self._clip(self._finish_reduces(), float(max_norm), float(norm_type))
+        self._settle_whole()
+        return norm
 
     @property
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients, as if they were one vector, a 0-dim float32 tensor, the same on all ranks.
 
-        After clipping, by `max_grad_norm` or `clip_grad_norm_`, it is the norm before that, until there are other gradients. When
-        it has to be computed first it is collective, so read it on every rank.
+        After clipping by the 2-norm, with `max_grad_norm` or `clip_grad_norm_`, it is the norm before that, until the next
+        backward; inf when a GradScaler has skipped a step that was to clip. Any rank may then read it. Otherwise it is computed
+        from the gradients that there are, which is collective: read it on every rank.
 
         Raises:
             StateError: as `step`.
@@ -272,8 +282,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
             self._check_ready()
             self._take_part()
-            self._grad_norm = self._compute_norm(self._finish_reduces(), 2.0).float()
-            self._norm_of_backward = self._reducer.num_backwards
+            return self._compute_norm(self._finish_reduces(), 2.0).float()
         return self._grad_norm
 
     def full_grad(self, param: Tensor) -> Tensor | None:
@@ -312,6 +321,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if bucket.master is None:
             return managed.param.detach().clone()
         self._gathers.finish(bucket.index)
+        bucket.take_up_writes()
         pieces = [s for s in bucket.segments if s.owner is managed]
         return self._assemble(managed, bucket.exact(pieces[0]) if pieces else None, torch.float32)
 
@@ -365,7 +375,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A rank that has run no backward since the last step takes part in that of the others, with zeros."""
         if self._transport.world_size == 1 or self._num_backwards != self._reducer.num_backwards:
             return
-        if all(managed.param.grad is None for managed in self._params):
+        if self._reducer.is_cleared:
             self._reducer.take_part()
 
     def _agree_on_overflow(self) -> bool:
@@ -377,18 +387,49 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return False
         sharded = self._reducer.sharded
         checks = [] if sharded is None else sharded.scaler_checks
-        found_inf = torch.as_tensor(vars(self)["found_inf"], dtype=torch.float32)  # 0 where no gradient was looked at
+        seen = vars(self)["found_inf"]
+        found_inf = seen if isinstance(seen, Tensor) else None  # the number 0 where it has looked at no gradients
         overflow = agree_on_overflow(found_inf, vars(self)["grad_scale"], checks, self._reducer.stores, self._transport)
-        checks.clear()
+        self._note_factors()
+        if overflow and self._config.max_grad_norm is not None:
+            self._grad_norm = torch.tensor(torch.inf, device=self._params[0].param.device)
+            self._norm_of_backward = self._reducer.num_backwards
         return overflow
+
+    def _note_factors(self) -> None:
+        """The gradients of whole buckets have been given a factor."""
+        if self._reducer.sharded is not None:
+            self._reducer.sharded.changed()
+
+    def _settle_whole(self) -> None:
+        """Stage 0: `param.grad` is to show gradients as they are."""
+        if not self._config.placement.shard_state:
+            for store in self._reducer.stores:
+                store.settle()
+
+    def _clip(self, active: Tensor, max_norm: float, norm_type: float) -> Tensor:
+        """Clip the gradients that are there, by a factor that has yet to be applied. Returns the norm before it.
+
+        Collective in stages 1 and 2.
+        """
+        self._reducer.norm_type = norm_type  # from the next backward on, buckets have theirs ready
+        norm = self._compute_norm(active, norm_type)
+        clip_by(self._reducer.stores, norm, max_norm)
+        self._note_factors()
+        self._grad_norm = norm.float() if norm_type == 2 else None
+        self._norm_of_backward = self._reducer.num_backwards
+        return norm.float()
 
     def _compute_norm(self, active: Tensor, norm_type: float) -> Tensor:
         """0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
         stores = self._reducer.stores
         if self._config.placement.shard_state:
             return norm_of_shards(stores, self._transport, norm_type)
-        grads = [m.param.grad for m in self._params if active[m.index] and m.param.grad is not None]
-        return norm_of_whole(grads, norm_type)
+        grads = [
+            [m.param.grad for m in bucket.params if active[m.index] and m.param.grad is not None]
+            for bucket in self._buckets
+        ]
+        return norm_of_whole(stores, grads, norm_type)
 
     def _finish_reduces(self) -> Tensor:
         """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""

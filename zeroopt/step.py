@@ -93,7 +93,7 @@ class ShardStepper:
                 by_group[segment.owner.group].append(segment.shard)
                 segments.append(segment)
                 if flags[segment.owner.index]:
-                    segment.shard.grad = store.part(segment).to(segment.shard.dtype)
+                    segment.shard.grad = store.part_as(segment, segment.shard.dtype)
         with self._shards_in_groups(by_group):
             self._optimizer.step()
         for segment in segments:
