@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -147,3 +148,57 @@ def integer_buffers() -> int:
 
 def test_buffers_of_all_dtypes_are_broadcast(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(3, integer_buffers) == [0, 0, 0]
+
+
+class Listener(torch.nn.Module):
+    """Notes what its forward gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        self.heard = args, kwargs
+        return self.weight.sum()
+
+
+def listen(cast_inputs: bool) -> tuple[list[str], list[bool], torch.dtype]:
+    """The dtypes that arrive, whether containers and what is not a tensor arrive as they are, and the buffer's dtype."""
+    net = Listener()
+    model, _ = zeroopt.wrap(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), param_dtype=torch.bfloat16, cast_inputs=cast_inputs
+    )
+    point = namedtuple("point", "x y")
+    marker = object()
+    double, single, half = torch.ones(2, dtype=torch.float64), torch.ones(2, requires_grad=True), torch.ones(2).half()
+    ints, flags, complexes = torch.ones(2, dtype=torch.int64), torch.ones(2) > 0, torch.ones(2, dtype=torch.complex64)
+    model(
+        single,
+        [double, (half, {"ints": ints})],
+        marker,
+        at=point(single, "y"),
+        rest={"a": [flags, complexes, None, 2.5]},
+    )
+    (first, (second, (third, inner)), last), kwargs = net.heard
+    arrived = [first, second, third, inner["ints"], kwargs["at"].x, *kwargs["rest"]["a"][:2]]
+    kept = [
+        inner["ints"] is ints,
+        kwargs["rest"]["a"][0] is flags,
+        kwargs["rest"]["a"][1] is complexes,
+        last is marker,
+        type(kwargs["at"]) is point and kwargs["at"].y == "y",
+        kwargs["rest"]["a"][2:] == [None, 2.5],
+        (first is single) == (not cast_inputs),
+        first.requires_grad,
+    ]
+    return [str(tensor.dtype).removeprefix("torch.") for tensor in arrived], kept, net.scale.dtype
+
+
+@pytest.mark.parametrize("cast_inputs", [True, False])
+def test_inputs_are_cast_when_asked_for(run_on_ranks: RunOnRanks, cast_inputs: bool) -> None:
+    given = ["float32", "float64", "float16", "int64", "float32", "bool", "complex64"]
+    expected = ["bfloat16" if cast_inputs and "float" in name else name for name in given]
+    for dtypes, kept, buffer in run_on_ranks(2, listen, cast_inputs):
+        assert dtypes == expected and all(kept), (dtypes, kept)
+        assert buffer == torch.float32

@@ -39,15 +39,16 @@ def norm_of_shards(
     return beyond.sum_over_model(by_slice.sum()).pow(1.0 / norm_type)
 
 
-def norm_of_whole(params: Sequence[ManagedParam], beyond: NormGroups, norm_type: float) -> Tensor:
+def norm_of_whole(params: Sequence[tuple[ManagedParam, GradientStore]], beyond: NormGroups, norm_type: float) -> Tensor:
     """The norm of gradients that every data-parallel rank has whole, 0-dim float64. Collective with the groups `beyond` them."""
     norms = [torch.zeros((), dtype=torch.float64)]
-    for managed in params:
+    for managed, store in params:
         grad = managed.local_grad()
         if grad is not None and grad.numel():
             wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
             norm = torch.linalg.vector_norm(grad, norm_type, dtype=wide).double()
-            norms.append(norm * (1.0 / managed.copies) ** (1.0 / norm_type))
+            norm = norm * (1.0 / managed.copies) ** (1.0 / norm_type)
+            norms.append(norm if store.factor is None else norm * store.factor.abs())
     own = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
     if math.isinf(norm_type):
         return beyond.max_over_model(own)

@@ -79,12 +79,12 @@ class GradientReducer:
 
     Attributes:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
-        has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
         join: tells ranks that have run out of data what this one does.
         audit: looks at gradients in some steps; None: in none.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
-        num_backwards: backward passes that have been reduced.
+        num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
+        is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
@@ -101,7 +101,7 @@ class GradientReducer:
         mesh_groups: Sequence[dist.ProcessGroup] = (),
     ) -> None:
         self.sync = True
-        self.has_local_gradients = False
+        self.is_zeroed = False
         self.num_steps = 0
         self.num_backwards = 0
         self.audit: Audit | None = None
@@ -114,6 +114,8 @@ class GradientReducer:
         self._bucket_buffers = bucket_buffers
         self._reduce_dtype = reduce_dtype
         self._scale = 1.0
+        self._left_local = False  # by a backward under no_sync()
+        self._had_gradients = False  # any rank, in the last backward
         self._running = False  # between the first hook of a backward and its end
         self._params: list[ManagedParam] = []
         self._arrived = bytearray()  # 1: its gradient has come, for this backward
@@ -237,6 +239,20 @@ class GradientReducer:
         self.stores.clear()
 
     @property
+    def has_local_gradients(self) -> bool:
+        """Whether a backward under `no_sync()` has left gradients that no reduce has taken up, and nobody has cleared."""
+        if self._left_local and not any(_has_local_gradient(managed) for managed in self._params):
+            self._left_local = False
+        return self._left_local
+
+    @property
+    def is_cleared(self) -> bool:
+        """Whether there are no gradients, or zeros only."""
+        if self.is_zeroed:
+            return not self.has_local_gradients
+        return all(managed.param.grad is None for managed in self._params)
+
+    @property
     def used(self) -> Tensor:
         """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
         return self._used
@@ -279,7 +295,9 @@ class GradientReducer:
                     f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
                     f"{self._buckets[0].name} and all that follow belong to different steps. {ADVICE}"
                 )
-            self._used |= flags[: len(self._params)]
+            used = flags[: len(self._params)]
+            self._had_gradients = bool(used.any())
+            self._used |= used
         self._pending_flags.clear()
 
     def reclaim(self) -> None:
@@ -301,7 +319,8 @@ class GradientReducer:
                 self._used[managed.index] = 0
                 if self.sharded is not None:
                     self.sharded.forget(managed.index)
-        self.has_local_gradients = False
+        if buckets is None:
+            self._left_local = False
         if self.sharded is not None:
             self.sharded.changed()
         if self.audit is not None:
@@ -310,11 +329,17 @@ class GradientReducer:
     def zero(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Set the reduced gradients of some buckets, or of all, to zero; parameters that had one count as having one still."""
         self.finish()
-        for bucket in self._buckets if buckets is None else buckets:
+        chosen = self._buckets if buckets is None else buckets
+        for bucket in chosen:
             self.stores[bucket.index].zero()
             if self.sharded is not None:
-                self.sharded.zero([m.index for m in bucket.params if self.sharded.is_shown(m)])
-        self.has_local_gradients = False
+                for managed in bucket.params:
+                    self.sharded.local.pop(managed.index, None)
+        if self.sharded is not None:
+            self.sharded.changed()
+        if len(chosen) == len(self._buckets):
+            self.is_zeroed = True
+            self._left_local = False
         if self.audit is not None:
             self.audit.forget()
 
@@ -329,21 +354,23 @@ class GradientReducer:
             self._clear_visible()  # those that still train contribute it all
         self._start_backward()
         self._end()
+        self._finish_flags()
+        if not self._had_gradients:
+            self.num_backwards -= 1
 
     def drop_local(self) -> None:
         """Forget what a backward under `no_sync()` has left. Not collective."""
         if self.has_local_gradients:
             self._clear_visible()
-            self.has_local_gradients = False
+            self._left_local = False
 
     def _clear_visible(self) -> None:
         """Drop what this rank has in `param.grad` alone: in stages 1 and 2, what is not reduced."""
         for managed in self._params:
-            grad = managed.param.grad
-            if type(grad) is ShardedGradient:
-                grad.local = None
-            else:
+            if type(managed.param.grad) is not ShardedGradient:
                 managed.param.grad = None
+        if self.sharded is not None:
+            self.sharded.local.clear()
 
     def follow_gradients(self, source: int) -> None:
         """Stage 0: take over what a rank has in `param.grad`, where its user may have edited it. Collective."""
@@ -375,9 +402,14 @@ class GradientReducer:
             grad = managed.param.grad
             if sharded.is_shown(managed):
                 flags[managed.index] = 1
+            elif type(grad) is ShardedGradient:
+                raise StateError(
+                    f"param.grad of {managed.name!r} was set to the sharded gradient of {grad.param_name!r}; set it to a tensor, "
+                    "such as optimizer.full_grad gives"
+                )
             elif grad is not None:
                 sharded.replace(managed, _dense_gradient(managed))
-                self.stores[self._bucket_of[managed.index]].holds_sum = True
+                sharded.show(managed)  # what is done to it from here on is done to the slices
                 flags[managed.index] = 1
             elif sharded.was_cleared(managed):
                 sharded.replace(managed, None)
@@ -392,9 +424,10 @@ class GradientReducer:
                 if grad is None:
                     continue
                 flags[managed.index] = 1
+                store.holds_sum = True
                 view = managed.view_in(store.full)
                 if grad.data_ptr() != view.data_ptr():
-                    view.copy_(grad)
+                    managed.set_local_grad(view.copy_(grad))
         return torch.frombuffer(flags, dtype=torch.uint8)
 
     def check_storage(self) -> None:
@@ -410,7 +443,9 @@ class GradientReducer:
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
         if not self.sync:
-            self.has_local_gradients = True
+            self._left_local = True
+            if self.sharded is not None:
+                self.sharded.keep_local(index)
             return
         if not self._running:
             self._begin()
@@ -441,11 +476,16 @@ class GradientReducer:
         if self.join.is_on:
             self.join.announce(Phase.BACKWARD)
         self._running = True
+        self.is_zeroed = False
         self._scale = 1.0 / self.join.divisor
         self.num_backwards += 1
         self.arrivals.clear()
         if self.sharded is not None:
             self._drop_cleared(self.sharded)
+        else:
+            for managed in self._params:
+                if managed.param.grad is None:
+                    self._used[managed.index] = 0
 
     def _drop_cleared(self, sharded: ShardedGradients) -> None:
         """What somebody has cleared since the last backward, by setting `param.grad`, is not to be added to."""
@@ -551,9 +591,10 @@ class GradientReducer:
         with named_range("wait_for_reduce", store.label):
             store.finish()  # when it fails, it is still the oldest
         self._in_flight.popleft()
-        if self.norm_type is not None:
-            note_norm(store, self.norm_type)
-        if not self._placement.shard_state:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
+        if self._placement.shard_state:
+            if self.norm_type is not None:
+                note_norm(store, self.norm_type)
+        else:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
             with named_range("all_gather", store.label):
                 self._gathers.append((store.label, self._transport.start_all_gather(store.full, label=store.label)))
@@ -572,7 +613,7 @@ class GradientReducer:
         self._missing = [len(bucket.params) for bucket in self._buckets]
         self._next = 0
         self._running = False
-        self.has_local_gradients = False
+        self._left_local = False
         self._transport.progress()
         if self.sharded is None:
             self.finish()
@@ -580,6 +621,17 @@ class GradientReducer:
         elif not everything:  # others may have gradients that this rank has not: all must show the same ones
             self._finish_flags()
             self._show_sharded(self.sharded)
+        if self.sharded is not None and self.sharded.local:
+            self._refuse_additions(self.sharded)
+
+    def _refuse_additions(self, sharded: ShardedGradients) -> None:
+        """What somebody's hook has added to a gradient after it was taken up."""
+        name = self._params[next(iter(sharded.local))].name
+        sharded.local.clear()
+        raise StateError(
+            f"something was added to the gradient of {name!r} while backward ran, after it had been taken up; change gradients "
+            "when backward is through, or in a hook on the parameter that was registered before zeroopt.wrap"
+        )
 
     def _agree_on_used(self) -> None:
         if self._flags_before is not None:

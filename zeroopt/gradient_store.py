@@ -188,7 +188,7 @@ class GradientStore:
     def settle(self) -> None:
         """Multiply the sum by its factor now."""
         if self.factor is not None:
-            self.reduced.mul_(self.factor.to(self.reduced.dtype))
+            self.reduced.mul_(self.factor)  # not in the dtype of `reduced`, which may have few digits
             self.factor = None
             self.norm = None
 
@@ -203,6 +203,15 @@ class GradientStore:
         active = torch.ones(1, dtype=torch.uint8, device=self.reduced.device)
         found_inf = torch.zeros(1, dtype=torch.float32, device=self.reduced.device)
         return ops.squared_norms(self._table, active=active, found_inf=found_inf)[0]
+
+    def part_as(self, segment: Segment, dtype: torch.dtype) -> Tensor:
+        """The sum for one segment in the shape of its shard and in a dtype, which is that of the sum or wider; not to be
+        changed."""
+        if self.reduced.dtype is dtype:
+            self.settle()
+            return segment.view_in(self.reduced)
+        part = segment.view_in(self.reduced).to(dtype)
+        return part if self.factor is None else part.mul_(self.factor)
 
     def part(self, segment: Segment) -> Tensor:
         """The sum for one segment of the own range, to be read or changed in place."""

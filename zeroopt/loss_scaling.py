@@ -7,7 +7,9 @@ writes the common answer back to where its scaler will look for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +20,21 @@ from .gradient_store import GradientStore
 from .norm_groups import NormGroups
 
 
+@dataclass(frozen=True)
+class LossScaling:
+    """By what a GradScaler has the gradients of a step multiplied.
+
+    Attributes:
+        is_unscaled: they have been multiplied back.
+        inverse: by what they are or were; 0 when it is not known.
+    """
+
+    is_unscaled: bool
+    inverse: float
+
+
 def agree_on_overflow(
-    found_inf: Tensor,
+    found_inf: Tensor | None,
     grad_scale: Tensor | None,
     checks: Sequence[tuple[Tensor, Tensor]],
     stores: Sequence[GradientStore],
@@ -30,39 +45,45 @@ def agree_on_overflow(
     the groups `beyond` the data-parallel ranks.
 
     Args:
-        found_inf: the scaler's, one element: not 0 when this rank has found one.
+        found_inf: the scaler's, one element: not 0 when this rank has found one; None when it saw no gradients here.
         grad_scale: by which gradients are still multiplied; None when the scaler has had them unscaled.
         checks: `found_inf` and `inv_scale` of each check of sharded gradients that the scaler has asked for since the last step.
 
     Raises:
-        StateError: on every rank: the scalers multiply by different scales.
+        StateError: on every rank: the scalers multiply by different scales, or one of them had no gradients to look at.
     """
-    unscaled_by = [inv_scale for _, inv_scale in checks]
-    inverse = grad_scale.double().reciprocal() if grad_scale is not None else _only(unscaled_by)
-    agreed = _agree_on_scale(inverse.to(found_inf.device), transport)
-    by_rank = transport.gather_scalar(found_inf.reshape(()).float(), label="found_inf")
-    overflow = bool(beyond.max_over_model(by_rank.ne(0).any().float()))
+    device = stores[0].reduced.device
+    _check_scales(inverse_of_scale(grad_scale, checks).to(device), transport)
+    seen_here = torch.tensor(math.nan) if found_inf is None else found_inf.detach().reshape(()).float().ne(0).float()
+    by_rank = transport.gather_scalar(seen_here.to(device), label="found_inf")
+    if by_rank.isnan().any():
+        raise StateError(
+            "a GradScaler found no gradients on some rank, which has run no backward: leave out its unscale_() on all ranks, "
+            "for its step() does the same (max_grad_norm clips after that), or run a backward on every rank"
+        )
+    overflow = bool(beyond.max_over_model(by_rank.max()))
     for seen, _ in checks:
         seen.fill_(float(overflow))
-    if not overflow and (grad_scale is not None or not unscaled_by) and agreed not in (0.0, 1.0):
+    if grad_scale is not None and not overflow:
         for store in stores:
             if store.holds_sum:
-                store.scale(torch.tensor(agreed, dtype=torch.float64))
+                store.scale(inverse_of_scale(grad_scale, checks))
     return overflow
 
 
-def _only(unscaled_by: Sequence[Tensor]) -> Tensor:
-    """0 when nothing is known: stage 0, or a rank that had no gradients to unscale."""
-    return unscaled_by[0].double().reshape(()) if unscaled_by else torch.zeros((), dtype=torch.float64)
+def inverse_of_scale(grad_scale: Tensor | None, checks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What gradients are scaled back by, 0-dim float64; 0 when it is not known, as in stage 0 once they have been."""
+    if grad_scale is not None:
+        # As a GradScaler rounds it: gradients are the same wherever they are multiplied by it.
+        return grad_scale.detach().double().reshape(()).reciprocal().float().double()
+    return checks[0][1].double().reshape(()) if checks else torch.zeros((), dtype=torch.float64)
 
 
-def _agree_on_scale(inverse: Tensor, transport: Transport) -> float:
+def _check_scales(inverse: Tensor, transport: Transport) -> None:
     by_rank = transport.gather_scalar(inverse, label="loss scales").tolist()
-    known = {value for value in by_rank if value != 0}
-    if len(known) > 1:
-        scales = ", ".join("none" if value == 0 else f"{1 / value:g}" for value in by_rank)
+    if len({value for value in by_rank if value != 0}) > 1:
+        scales = ", ".join("unknown" if value == 0 else f"{1 / value:g}" for value in by_rank)
         raise StateError(
             f"the ranks multiply their losses by different scales ({scales}): make the GradScaler alike on all ranks, load its "
             "state on all of them, and call its update() on all of them after each step"
         )
-    return known.pop() if known else 0.0

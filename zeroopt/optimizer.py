@@ -22,7 +22,7 @@ from .gradient_store import GradientStore
 from .inspect import inspect_further
 from .join import Phase, pack_options, take_options
 from .local_tensor import place_in_mesh
-from .loss_scaling import agree_on_overflow
+from .loss_scaling import LossScaling, agree_on_overflow, inverse_of_scale
 from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
@@ -113,7 +113,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """A GradScaler asks before it looks at gradients, which a rank without a backward of its own has yet to get."""
+        """A GradScaler asks before it looks at gradients, which a rank without a backward of its own has yet to get.
+
+        Collective, as `step` is, where a rank has run no backward.
+        """
         self._take_part()
         return True
 
@@ -151,8 +154,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if overflow:
             active.zero_()
         elif self._config.max_grad_norm is not None:
-            with named_range("clip"):
-                self._clip(active, self._config.max_grad_norm)
+            self._clip_by_model(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
         averages = self._average is not None and self._average.is_due()
@@ -165,9 +167,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         everyone_came.finish()
         self._gathers.leave_to_readers()
         self._reducer.reclaim()
+        self._settle_whole()
         self._reducer.num_steps += 1
         self._num_backwards = self._reducer.num_backwards
-        self._replan_once(active)
+        if not overflow:
+            self._replan_once(active)
         self._check_after_step()
         self._note_step_for_schedulers()
         return loss
@@ -316,9 +320,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
 
         Does under every stage what `torch.nn.utils.clip_grad_norm_` does for the averaged gradients of
-        DistributedDataParallel (which sees none in stages 1 and 2). Call it between backward and step. Collective: every
-        rank of the process group must call it, and with them all ranks that hold other parts of the model: those of the
-        mesh of its DTensors, and of the `norm_group` given to `zeroopt.wrap`. The norm covers all parts, every element once.
+        DistributedDataParallel. In stages 1 and 2 it needs no pass of its own: the step multiplies as it goes. Call it between
+        backward and step. Collective: every rank of the process group must call it, one without a backward too, and with
+        them all ranks that hold other parts of the model: those of the mesh of its DTensors, and of the `norm_group` given to
+        `zeroopt.wrap`. The norm covers all parts, every element once; of several optimizers, the parameters of this one.
 
         Args:
             max_norm: the largest norm to leave; gradients of a smaller one stay as they are.
@@ -341,19 +346,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
         with named_range("clip"):
             norm = self._compute_norm(active, float(norm_type), self._stores)
-            clip_by(self._stores, norm, max_norm)
-        if not self._config.placement.shard_state:  # what `param.grad` shows
-            for store in self._stores:
-                store.settle()
-        self._note_norm(norm if norm_type == 2 else None)
+            self._clip(norm, float(max_norm), float(norm_type))
+        self._settle_whole()
         return norm.float()
 
     @property
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients, as if they were one vector, a 0-dim float32 tensor, the same on all ranks.
 
-        After clipping, by `max_grad_norm` or `clip_grad_norm_`, it is the norm before that, until there are other gradients. When
-        it has to be computed first it is collective, so read it on every rank.
+        After clipping by the 2-norm, with `max_grad_norm` or `clip_grad_norm_`, it is the norm before that, until the next
+        backward; inf when a GradScaler has skipped a step that was to clip. Any rank may then read it. Otherwise it is computed
+        from the gradients that there are, which is collective: read it on every rank.
 
         Raises:
             StateError: as `step`.
@@ -362,8 +365,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._reducer.join.check_outside("grad_norm")
             self._check_ready()
             self._take_part()
-            self._note_norm(self._compute_norm(self._finish_reduces(), 2.0, self._stores))
-        assert self._grad_norm is not None
+            return self._compute_norm(self._finish_reduces(), 2.0, self._stores).float()
         return self._grad_norm
 
     def full_grad(self, param: Tensor) -> Tensor | None:
@@ -459,7 +461,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A rank that has run no backward since the last step takes part in that of the others, with zeros."""
         if self._transport.world_size == 1 or self._num_backwards != self._reducer.num_backwards:
             return
-        if all(managed.param.grad is None for managed in self._params):
+        if self._reducer.is_cleared:
             self._reducer.take_part()
 
     def _agree_on_overflow(self) -> bool:
@@ -477,27 +479,58 @@ class ZeroOptimizer(torch.optim.Optimizer):
             )
         sharded = self._reducer.sharded
         checks = [] if sharded is None else sharded.take_scaler_checks(managed.index for managed in self._params)
-        found_inf = torch.as_tensor(vars(self)["found_inf"], dtype=torch.float32)  # 0 where no gradient was looked at
-        return agree_on_overflow(
+        seen = vars(self)["found_inf"]
+        found_inf = seen if isinstance(seen, Tensor) else None  # the number 0 where it has looked at no gradients
+        overflow = agree_on_overflow(
             found_inf, vars(self)["grad_scale"], checks, self._stores, self._transport, self._sharding.norm_groups
         )
+        self._note_factors()
+        if overflow and self._config.max_grad_norm is not None:
+            self._note_norm(torch.tensor(torch.inf, device=self._params[0].param.device))
+        return overflow
+
+    def _note_factors(self) -> None:
+        """The gradients of whole buckets have been given a factor."""
+        if self._reducer.sharded is not None:
+            self._reducer.sharded.changed()
+
+    def _settle_whole(self) -> None:
+        """Stage 0: `param.grad` is to show gradients as they are."""
+        if not self._config.placement.shard_state:
+            for store in self._stores:
+                store.settle()
 
     def _compute_norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
         """Of the gradients in some buckets; 0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
         if self._config.placement.shard_state:
             return norm_of_shards(stores, self._transport, self._sharding.norm_groups, norm_type)
-        buckets = [bucket for bucket in self._sharding.buckets if self._reducer.stores[bucket.index] in stores]
-        params = [managed for bucket in buckets for managed in bucket.params if active[managed.index]]
+        params = [
+            (managed, self._reducer.stores[bucket.index])
+            for bucket in self._sharding.buckets
+            for managed in bucket.params
+            if active[managed.index] and self._reducer.stores[bucket.index] in stores
+        ]
         return norm_of_whole(params, self._sharding.norm_groups, norm_type)
 
-    def _clip(self, active: Tensor, max_norm: float) -> None:
-        """Clip by the norm of the gradients of the whole model, all its optimizers together. Collective."""
+    def _clip_by_model(self, active: Tensor, max_norm: float) -> None:
+        """Clip by the 2-norm of the gradients of the whole model, all its optimizers together. Collective."""
         reducer, sharding = self._reducer, self._sharding
-        if sharding.norm is None or sharding.norm[0] != reducer.num_backwards or self._is_alone():
-            norm = self._compute_norm(active, 2.0, reducer.stores)
-            sharding.norm = reducer.num_backwards, norm  # what another optimizer steps next must not be seen clipped
-        clip_by(self._stores, sharding.norm[1], max_norm)
-        self._note_norm(sharding.norm[1])
+        reducer.norm_type = 2.0
+        with named_range("clip"):
+            several = len(self._buckets) < len(sharding.buckets)
+            if sharding.norm is None or sharding.norm[0] != reducer.num_backwards or not several:
+                norm = self._compute_norm(active, 2.0, reducer.stores)
+                sharding.norm = (
+                    reducer.num_backwards,
+                    norm,
+                )  # what another optimizer steps next must not be seen clipped
+            self._clip(sharding.norm[1], max_norm, 2.0)
+
+    def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:
+        """Clip the gradients that are there, by a factor that has yet to be applied."""
+        clip_by(self._stores, norm, max_norm)
+        self._note_factors()
+        self._note_norm(norm if norm_type == 2 else None)
 
     def _note_norm(self, norm: Tensor | None) -> None:
         self._grad_norm = None if norm is None else norm.float()
@@ -712,27 +745,49 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _announce_step(self) -> None:
         join = self._reducer.join
-        join.announce(Phase.STEP, self.number, pack_options(self.param_groups), "found_inf" in vars(self))
+        join.announce(Phase.STEP, self.number, pack_options(self.param_groups), self._loss_scaling())
         if join.some_have_left and not self._config.placement.shard_state:
             self._reducer.follow_gradients(join.source)
 
-    def step_along(self, options: Sequence[Mapping[str, Any]], scaled: bool) -> None:
+    def _loss_scaling(self) -> LossScaling | None:
+        """By what a GradScaler has gradients multiplied, for ranks that have left `join()`; None where there is none."""
+        if "found_inf" not in vars(self):
+            return None
+        sharded, grad_scale = self._reducer.sharded, vars(self)["grad_scale"]
+        checks = [] if sharded is None else sharded.peek_scaler_checks(managed.index for managed in self._params)
+        return LossScaling(grad_scale is None, inverse_of_scale(grad_scale, checks).item())
+
+    def step_along(self, options: Sequence[Mapping[str, Any]], scaling: LossScaling | None) -> None:
         """Step as the ranks do that still train, when this one has left `join()`.
 
         Args:
             options: of their groups.
-            scaled: they step through a GradScaler, for which this rank looks at its slices of the gradients.
+            scaling: they step through a GradScaler, for which this rank looks at its slices of the gradients.
         """
         take_options(self.param_groups, options)
-        if scaled:
+        if scaling is not None:
             self._reducer.finish()
-            finite = [bool(is_finite(store)) for store in self._stores if store.holds_sum]
-            self.grad_scale, self.found_inf = None, torch.tensor(0.0 if all(finite) else 1.0)
+            self._scale_along(scaling)
         try:
             self.step()
         finally:
-            if scaled:
+            if scaling is not None:
                 del self.grad_scale, self.found_inf
+
+    def _scale_along(self, scaling: LossScaling) -> None:
+        """Do what a GradScaler of this rank would have done before its step."""
+        sharded, device = self._reducer.sharded, self._params[0].param.device
+        finite = [bool(is_finite(store)) for store in self._stores if store.holds_sum]
+        self.found_inf = torch.tensor(0.0 if all(finite) else 1.0, device=device)
+        self.grad_scale: Tensor | None = None
+        if sharded is None and not scaling.is_unscaled:
+            self.grad_scale = torch.tensor(scaling.inverse, dtype=torch.float64, device=device).reciprocal()
+        elif sharded is not None:
+            inverse = torch.tensor(scaling.inverse, dtype=torch.float64, device=device)
+            sharded.note_scaler_check((m.index for m in self._params), self.found_inf, inverse)
+            for store in self._stores:
+                if store.holds_sum:
+                    store.scale(inverse)
 
     def _note_step_for_schedulers(self) -> None:
         """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""

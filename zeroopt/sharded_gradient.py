@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,16 +30,14 @@ aten = torch.ops.aten
 class ShardedGradient(Tensor):
     """The gradient of one parameter. Norms of it are collective, as those of a DTensor are: every rank must ask for them.
 
-    It must not keep its parameter alive, whose gradient it is: the garbage collector does not look there.
+    It must not keep its parameter alive, for the garbage collector does not look there.
 
     Attributes:
         param_name, param_index: the parameter's.
-        local: what autograd has added on this rank and no reduce has taken up yet, as `no_sync()` leaves it.
     """
 
     param_name: str
     param_index: int
-    local: Tensor | None
     _owner: weakref.ref[ShardedGradients]
     _sum_dtype: torch.dtype
 
@@ -50,7 +49,6 @@ class ShardedGradient(Tensor):
         made: ShardedGradient = Tensor._make_wrapper_subclass(
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
         )
-        made.local = None
         made.param_index = managed.index
         made._owner = weakref.ref(gradients)
         made.param_name = managed.name
@@ -72,26 +70,21 @@ class ShardedGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        known = _OPS.get(op)
-        first = args[0][0] if args and isinstance(args[0], (list, tuple)) else args[0]
-        if known is None or not isinstance(first, cls):
-            raise StateError(
-                f"{op} of a sharded gradient: in stages 1 and 2 each rank holds a slice of every gradient, and param.grad "
-                "has none of its elements. Call optimizer.full_grad(param) on all ranks for the whole gradient, or "
-                "optimizer.clip_grad_norm_ or optimizer.grad_norm"
-            )
-        return known(*args, **(kwargs or {}))
+        change = _OPS.get(op)
+        if change is None or not isinstance(args[0], (cls, list, tuple)):
+            _refuse(str(op))
+        if isinstance(args[0], cls):
+            return _on_one(change, *args, **(kwargs or {}))
+        return _on_many(op, *args, **(kwargs or {}))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShardedGradient({self.param_name!r}, shape={list(self.shape)}, dtype={self.dtype})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise StateError(
-            f"the gradient of {self.param_name!r} lies on all ranks: save optimizer.full_grad(param) instead"
-        )
+        _refuse("copying or pickling")
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """A copy of a parameter has no gradient."""
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        _refuse("a deep copy")
 
     @property
     def owner(self) -> ShardedGradients:
@@ -99,32 +92,50 @@ class ShardedGradient(Tensor):
         owner = self._owner()
         if owner is None:
             raise StateError(
-                f"the gradient of {self.param_name!r} is gone: nothing refers to the wrapped model any more"
+                f"the gradient of {self.param_name!r} is gone: nothing refers to the wrapped model any more; set param.grad "
+                "to None before you train the model without it"
             )
         return owner
 
-    def add_local(self, grad: Tensor) -> None:
-        """Keep what autograd adds until the parameter's hook, or a later backward, takes it up."""
-        grad = self.owner.params[self.param_index].aligned(grad)
-        self.local = grad if self.local is None else self.local + grad
+    @property
+    def local(self) -> Tensor | None:
+        """What autograd has added on this rank and no reduce has taken up yet, as `no_sync()` leaves it."""
+        return self.owner.local.get(self.param_index)
 
     def take_local(self) -> Tensor:
         """What autograd has added, which is no longer kept."""
-        taken = self.local
-        assert taken is not None
-        self.local = None
-        return taken
+        return self.owner.local.pop(self.param_index)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise StateError(
+        f"{what} of a sharded gradient: in stages 1 and 2 each rank holds a slice of every gradient, and param.grad has none "
+        "of its elements. Call optimizer.full_grad(param) on all ranks for the whole gradient (param.grad may be set to "
+        "another tensor), or optimizer.clip_grad_norm_ or optimizer.grad_norm"
+    )
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(_: ShardedGradient, *__: Any, **___: Any) -> NoReturn:
+        _refuse(name)
+
+    return refuse
+
+
+# Methods of tensors that use memory without asking the dispatcher first. (torch.compile looks for the storage.)
+for _name in ("__array__", "__dlpack__", "data_ptr", "numpy", "share_memory_", "tolist"):
+    setattr(ShardedGradient, _name, _refusal(_name))
 
 
 class ShardedGradients:
     """The gradient objects of one wrapped model, and what is done to gradients through them.
 
     Attributes:
-        params: by their index.
+        local: by index of the parameter, what autograd has added to the objects and no reduce has taken up yet.
 
     Args:
-        mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
         finish: a method that waits until every gradient that has been produced is reduced.
+        mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
     """
 
     def __init__(
@@ -138,14 +149,17 @@ class ShardedGradients:
         self._join = join
         self._mesh_groups = mesh_groups
         self._wait = weakref.WeakMethod(finish)
-        self._norms: dict[float, Tensor] = {}
+        self._norms: dict[float, dict[int, Tensor]] = {}  # by p and parameter, of those that have not changed since
+        self._params: Sequence[ManagedParam] = ()
         self._objects: list[ShardedGradient] = []
         self._shown: list[bool] = []
+        self.local: dict[int, Tensor] = {}
+        # Which gradients a GradScaler has checked since their last step, `found_inf` and `inv_scale`.
         self._scaler_checks: list[tuple[set[int], Tensor, Tensor]] = []
 
     def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
         """Take up buckets in which the same parameters lie, and more."""
-        self.params = params
+        self._params = params
         self._stores = stores
         self._params_of = [[managed.index for managed in bucket.params] for bucket in buckets]
         self._bucket_of = {m.index: bucket.index for bucket in buckets for m in bucket.params}
@@ -164,6 +178,10 @@ class ShardedGradients:
         """Whether the parameter's gradient is the object, and nobody has replaced it."""
         return managed.param.grad is self._objects[managed.index]
 
+    def shape_of(self, index: int) -> torch.Size:
+        """That of the whole gradient."""
+        return self._objects[index].shape
+
     def was_cleared(self, managed: ManagedParam) -> bool:
         """Whether somebody has replaced the object by None or by a tensor since it was shown."""
         return self._shown[managed.index] and not self.is_shown(managed)
@@ -171,11 +189,16 @@ class ShardedGradients:
     def forget(self, index: int) -> None:
         """A parameter has no gradient any more."""
         self._shown[index] = False
-        self._objects[index].local = None
+        self.local.pop(index, None)
 
-    def changed(self) -> None:
-        """Gradients are other ones from now on."""
-        self._norms.clear()
+    def changed(self, indices: Iterable[int] | None = None) -> None:
+        """These gradients, or all, are other ones from now on."""
+        if indices is None:
+            self._norms.clear()
+            return
+        for norms in self._norms.values():
+            for index in indices:
+                norms.pop(index, None)
 
     def piece(self, index: int) -> Tensor | None:
         """This rank's piece of a reduced gradient, 1-D, to be read or changed in place; None where it has none."""
@@ -183,117 +206,180 @@ class ShardedGradients:
         return None if segment is None else self._store(index).part(segment)
 
     def replace(self, managed: ManagedParam, grad: Tensor | None) -> None:
-        """Set this rank's piece of a gradient, which then counts as one of this step."""
-        piece, segment = self.piece(managed.index), self._segments.get(managed.index)
-        if piece is not None and segment is not None:
+        """Set a gradient to a tensor that this rank has whole, which then counts as one of this step, or to zero."""
+        store, segment = self._store(managed.index), self._segments.get(managed.index)
+        if grad is not None and not store.holds_sum:
+            store.zero()  # what else lies there is of an earlier step
+            store.holds_sum = True
+        if segment is not None:
+            piece = store.part(segment)
             if grad is None:
                 piece.zero_()
             else:
                 piece.copy_(managed.flatten(grad)[segment.start : segment.start + segment.numel])
-        self.changed()
+        self.changed([managed.index])
 
-    # What torch's functions do to the objects.
+    # What torch's functions do to the objects, by the parameters' indices.
 
-    def check_outside_join(self, what: str) -> None:
-        """Raise StateError within `join()`, where ranks that have left would not do the same."""
-        self._join.check_outside(what)
+    def add_local(self, indices: Sequence[int], grad: Tensor) -> None:
+        """Keep what autograd adds until the parameter's hook, or a later backward, takes it up."""
+        if not _is_in_backward():
+            _refuse("adding to the elements")
+        for index in indices:
+            before, aligned = self.local.get(index), self._params[index].aligned(grad)
+            self.local[index] = aligned if before is None else before + aligned
 
-    def norms(self, indices: Sequence[int], norm_type: float) -> list[Tensor]:
-        """The p-norm of each gradient, 0-dim, of the dtype of its sum. Collective: one exchange for all gradients, the first
-        time that any is asked for after they have changed."""
-        self.check_outside_join("a norm of param.grad")
-        self._check_reduced()
-        if norm_type not in self._norms:
-            self._finish()
-            self._norms[norm_type] = self._norms_over_ranks(norm_type)
-        return [self._norms[norm_type][i].to(self._objects[i].dtype) for i in indices]
+    def keep_local(self, index: int) -> None:
+        """What autograd has added to a gradient stays there when backward is through. Until then it may be anyone's tensor."""
+        if index in self.local:
+            self.local[index] = self.local[index].clone()
+
+    def norms(self, indices: Sequence[int], norm_type: float, dtype: torch.dtype | None) -> list[Tensor]:
+        """The p-norm of each gradient, 0-dim, of `dtype` or that of its sum. Collective: one exchange for all gradients, the
+        first time that one is asked for after it has changed."""
+        self._join.check_outside("a norm of param.grad")
+        if not norm_type > 0:
+            raise StateError(f"a norm of a sharded gradient is a p-norm with p > 0 or inf, got p = {norm_type}")
+        self._prepare(indices)
+        known = self._norms.setdefault(norm_type, {})
+        if not known.keys() >= set(indices):
+            known.update(self._norms_over_ranks(known.keys(), norm_type))
+        return [known[index].to(dtype or self._objects[index].dtype) for index in indices]
 
     def zero(self, indices: Sequence[int]) -> None:
         """Set gradients to zero, local ones too."""
         for index in indices:
-            self._objects[index].local = None
-        self.edit(indices, Tensor.zero_)
+            self.local.pop(index, None)
+        self._change(indices, Tensor.zero_)
 
-    def edit(self, indices: Sequence[int], change: Callable[[Tensor], Any]) -> None:
-        """Change gradients element by element, in place."""
-        self._check_reduced()
-        self._finish()
-        for index in indices:
-            piece = self.piece(index)
-            if piece is not None:
-                change(piece)
-        self.changed()
+    def clamp(self, indices: Sequence[int], low: float | None, high: float | None) -> None:
+        """Limit every element."""
+        self._join.check_outside("clamping param.grad")
+        self._prepare(indices)
+        self._change(indices, lambda piece: piece.clamp_(low, high))
 
     def scale(self, indices: Sequence[int], factor: Tensor) -> None:
         """Multiply gradients by a 0-dim tensor: whole buckets when they are used, others at once."""
-        self._check_reduced()
-        self._finish()
-        self.changed()
-        chosen = set(indices)
-        for store, members in zip(self._stores, self._params_of, strict=True):
-            wanted = [index for index in members if self._shown[index]]
-            if not chosen.isdisjoint(wanted):
-                if chosen.issuperset(wanted):
-                    store.scale(factor)
-                else:
-                    self._scale_pieces(chosen.intersection(wanted), factor)
+        self._join.check_outside("multiplying param.grad")
+        self._scale(indices, factor)
+
+    def _scale(self, indices: Sequence[int], factor: Tensor) -> None:
+        self._prepare(indices)
+        for bucket, chosen in self._by_bucket(indices):
+            if self._is_all_of(bucket, chosen):
+                self._stores[bucket].scale(factor)
+                self.changed(chosen)
+            else:
+                self._change(chosen, lambda piece: piece.mul_(factor.to(piece.device)))
 
     def check_and_unscale(self, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
         """What a GradScaler asks for: set `found_inf` to 1 when an element on this rank is not finite, and multiply by
         `inv_scale`. The step has the ranks agree on both."""
-        self._check_reduced()
-        self._finish()
-        finite = [is_finite(self._stores[bucket]) for bucket in sorted({self._bucket_of[index] for index in indices})]
+        self._prepare(indices)
+        finite = [flag for bucket, chosen in self._by_bucket(indices) for flag in self._are_finite(bucket, chosen)]
         if finite and not torch.stack(finite).all():
             found_inf.fill_(1.0)
-        self._scaler_checks.append((set(indices), found_inf, inv_scale))
+        self.note_scaler_check(indices, found_inf, inv_scale)
         if not (inv_scale.is_cpu and inv_scale == 1):
-            self.scale(indices, inv_scale)
+            self._scale(indices, inv_scale)
+
+    def note_scaler_check(self, indices: Iterable[int], found_inf: Tensor, inv_scale: Tensor) -> None:
+        """Gradients have been checked and multiplied for a GradScaler."""
+        self._scaler_checks.append((set(indices), found_inf, inv_scale))
 
     def take_scaler_checks(self, indices: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
         """`found_inf` and `inv_scale` of the checks of these gradients that a GradScaler has asked for since the last call."""
         own = set(indices)
-        taken = [(found_inf, inv_scale) for checked, found_inf, inv_scale in self._scaler_checks if checked & own]
+        taken = self.peek_scaler_checks(own)
         self._scaler_checks = [check for check in self._scaler_checks if not check[0] & own]
         return taken
+
+    def peek_scaler_checks(self, indices: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+        """What `take_scaler_checks` will give."""
+        own = set(indices)
+        return [(found_inf, inv_scale) for checked, found_inf, inv_scale in self._scaler_checks if checked & own]
+
+    def _prepare(self, indices: Sequence[int]) -> None:
+        """Before gradients are used: have them all reduced."""
+        if _is_in_backward():
+            raise StateError(
+                "a sharded gradient was used while backward runs; it is reduced, and may be used, when backward is through"
+            )
+        for index in indices:
+            if not self._shown[index]:
+                raise StateError(
+                    f"the gradient of {self._params[index].name!r} was cleared; it is not param.grad any more"
+                )
+        for index in self.local:
+            if self.is_shown(self._params[index]):
+                raise StateError(
+                    f"the last backward ran under no_sync(), so the gradient of {self._params[index].name!r} is not reduced "
+                    "yet on any rank; run the last backward before a step outside of no_sync()"
+                )
+        self._finish()
 
     def _finish(self) -> None:
         finish = self._wait()
         if finish is not None:
             finish()
 
-    def _check_reduced(self) -> None:
-        for gradient in self._objects:
-            if gradient.local is not None:
-                raise StateError(
-                    f"the last backward ran under no_sync(), so the gradient of {gradient.param_name!r} is not reduced yet on any rank; "
-                    "run the last backward before a step outside of no_sync()"
-                )
-
-    def _scale_pieces(self, indices: set[int], factor: Tensor) -> None:
+    def _change(self, indices: Sequence[int], change: Callable[[Tensor], Any]) -> None:
+        """Change gradients element by element, in place."""
+        self._finish()
         for index in indices:
             piece = self.piece(index)
             if piece is not None:
-                piece.mul_(factor.to(piece.dtype))
+                change(piece)
+        self.changed(indices)
 
-    def _norms_over_ranks(self, norm_type: float) -> Tensor:
-        """float64 [number of parameters]."""
-        device = self._stores[0].reduced.device
-        powers = torch.zeros(len(self._objects), dtype=torch.float64, device=device)
-        for index, segment in self._segments.items():
-            if self._shown[index]:
+    def _by_bucket(self, indices: Sequence[int]) -> Iterable[tuple[int, list[int]]]:
+        chosen: defaultdict[int, list[int]] = defaultdict(list)
+        for index in indices:
+            chosen[self._bucket_of[index]].append(index)
+        return chosen.items()
+
+    def _is_all_of(self, bucket: int, chosen: Sequence[int]) -> bool:
+        """Whether nothing else in the bucket has a gradient."""
+        members = self._params_of[bucket]
+        if len(chosen) == 1 and len(members) > 1:  # loops over the gradients of a large bucket come here often
+            return False
+        return len(set(chosen)) == sum(self._shown[index] for index in members)
+
+    def _are_finite(self, bucket: int, chosen: Sequence[int]) -> Iterator[Tensor]:
+        """0-dim bools, of elements on this rank."""
+        if self._is_all_of(bucket, chosen):
+            yield is_finite(self._stores[bucket])
+            return
+        for piece in map(self.piece, chosen):
+            if piece is not None:
+                yield piece.isfinite().all()
+
+    def _norms_over_ranks(self, known: Collection[int], norm_type: float) -> dict[int, Tensor]:
+        """0-dim float64, of all gradients but the known ones."""
+        missing = [index for index, shown in enumerate(self._shown) if shown and index not in known]
+        # Of all parameters, so that ranks exchange as much whatever each knows.
+        powers = torch.zeros(len(self._objects), dtype=torch.float64, device=self._stores[0].reduced.device)
+        for index in missing:
+            segment = self._segments.get(index)
+            if segment is not None:
                 powers[index] = _power(self._store(index), segment, norm_type)
         is_max = math.isinf(norm_type)
-        operation = dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM
         if self._transport.world_size > 1:
-            dist.all_reduce(powers, op=operation, group=self._transport.group)
+            by_rank = [torch.empty_like(powers) for _ in range(self._transport.world_size)]
+            dist.all_gather(by_rank, powers, group=self._transport.group)
+            together = torch.stack(by_rank)  # not reduced on the way, where a maximum may lose a NaN
+            powers = together.amax(dim=0) if is_max else together.sum(dim=0)
         for group in self._mesh_groups:
-            dist.all_reduce(powers, op=operation, group=group)
-        norms: Tensor = powers if is_max else powers.pow(1.0 / norm_type)
-        return norms
+            dist.all_reduce(powers, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
+        norms = powers if is_max else powers.pow(1.0 / norm_type)
+        return {index: norms[index] for index in missing}
 
     def _store(self, index: int) -> GradientStore:
         return self._stores[self._bucket_of[index]]
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _power(store: GradientStore, segment: Segment, norm_type: float) -> Tensor:
@@ -307,96 +393,109 @@ def _power(store: GradientStore, segment: Segment, norm_type: float) -> Tensor:
     return power
 
 
-# Torch's operators, for one gradient or a list of them.
+# Torch's operators, for the gradients of one model. Those that change gradients return nothing.
 
-_OneOrMany = ShardedGradient | Sequence[ShardedGradient]
+_Results = list[Tensor] | None
 
 
-def _all(gradients: _OneOrMany) -> tuple[ShardedGradients, list[int]]:
-    several = [gradients] if isinstance(gradients, ShardedGradient) else list(gradients)
-    return several[0].owner, [gradient.param_index for gradient in several]
+def _multiply(gradients: ShardedGradients, indices: Sequence[int], factor: Tensor | float) -> None:
+    gradients.scale(indices, _number(factor))
+
+
+def _divide(gradients: ShardedGradients, indices: Sequence[int], divisor: Tensor | float) -> None:
+    gradients.scale(indices, _number(divisor).double().reciprocal())
 
 
 def _number(value: Tensor | float) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise StateError(
-                f"expected a number to multiply a sharded gradient by, got a tensor of shape {list(value.shape)}"
-            )
-        return value.reshape(())
-    return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, ShardedGradient) or value.numel() != 1:
+        what = "another sharded gradient" if isinstance(value, ShardedGradient) else f"a tensor of {list(value.shape)}"
+        raise StateError(
+            f"expected a number or a tensor of one element to multiply a sharded gradient by, got {what}; for more, set "
+            "param.grad to a tensor made from optimizer.full_grad(param)"
+        )
+    return value.reshape(())
 
 
-def _multiply(gradients: _OneOrMany, factor: Tensor | float) -> ShardedGradient | None:
-    owner, indices = _all(gradients)
-    owner.check_outside_join("multiplying param.grad")
-    owner.scale(indices, _number(factor))
-    return _changed(gradients)
+def _clamp(gradients: ShardedGradients, indices: Sequence[int], low: Any = None, high: Any = None) -> None:
+    gradients.clamp(indices, low, high)
 
 
-def _divide(gradients: _OneOrMany, divisor: Tensor | float) -> ShardedGradient | None:
-    return _multiply(gradients, _number(divisor).double().reciprocal())
+def _clamp_above(gradients: ShardedGradients, indices: Sequence[int], high: Any) -> None:
+    gradients.clamp(indices, None, high)
 
 
-def _zero(gradients: _OneOrMany) -> ShardedGradient | None:
-    owner, indices = _all(gradients)
-    owner.zero(indices)
-    return _changed(gradients)
+def _norm(
+    gradients: ShardedGradients,
+    indices: Sequence[int],
+    norm_type: float = 2,
+    dims: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    (index,) = indices
+    if keepdim or (dims and len(dims) != len(gradients.shape_of(index))):
+        _refuse("a norm over some dimensions")
+    return gradients.norms(indices, float(norm_type), dtype)
 
 
-def _clamp(gradients: _OneOrMany, low: Any = None, high: Any = None) -> ShardedGradient | None:
-    owner, indices = _all(gradients)
-    owner.check_outside_join("clamping param.grad")
-    owner.edit(indices, lambda piece: piece.clamp_(low, high))
-    return _changed(gradients)
+def _norm_of_each(
+    gradients: ShardedGradients, indices: Sequence[int], norm_type: float = 2, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    return gradients.norms(indices, float(norm_type), dtype)
 
 
-def _changed(gradients: _OneOrMany) -> ShardedGradient | None:
-    """What an operator in place returns."""
-    return gradients if isinstance(gradients, ShardedGradient) else None
+def _accumulate(gradients: ShardedGradients, indices: Sequence[int], grad: Tensor, alpha: float = 1) -> None:
+    if alpha != 1:
+        _refuse("adding to the elements")
+    gradients.add_local(indices, grad)
 
 
-def _norm(gradient: ShardedGradient, norm_type: float = 2, *_: Any, **__: Any) -> Tensor:
-    owner, indices = _all(gradient)
-    return owner.norms(indices, float(norm_type))[0]
+def _nothing(gradients: ShardedGradients, indices: Sequence[int]) -> None:
+    """Detached gradients are the same objects."""
 
 
-def _norm_of_each(gradients: Sequence[ShardedGradient], norm_type: float = 2, dtype: Any = None) -> list[Tensor]:
-    owner, indices = _all(gradients)
-    return [norm.to(dtype) for norm in owner.norms(indices, float(norm_type))]
-
-
-def _check_and_unscale(gradients: Sequence[ShardedGradient], found_inf: Tensor, inv_scale: Tensor) -> None:
-    owner, indices = _all(gradients)
-    owner.check_and_unscale(indices, found_inf, inv_scale)
-
-
-def _accumulate(gradient: ShardedGradient, grad: Tensor) -> ShardedGradient:
-    gradient.add_local(grad)
-    return gradient
-
-
-def _same(gradient: ShardedGradient) -> ShardedGradient:
-    return gradient
-
-
-_OPS: dict[Any, Callable[..., Any]] = {
+_OPS: dict[Any, Callable[..., _Results]] = {
     aten.add_.Tensor: _accumulate,  # by which autograd adds to a gradient that is there
-    aten.detach.default: _same,
+    aten.detach.default: _nothing,
     aten.mul_.Tensor: _multiply,
     aten.mul_.Scalar: _multiply,
     aten.div_.Tensor: _divide,
     aten.div_.Scalar: _divide,
-    aten.zero_.default: _zero,
+    aten.zero_.default: ShardedGradients.zero,
     aten.clamp_.default: _clamp,
     aten.linalg_vector_norm.default: _norm,
     aten._foreach_mul_.Tensor: _multiply,
     aten._foreach_mul_.Scalar: _multiply,
     aten._foreach_div_.Tensor: _divide,
     aten._foreach_div_.Scalar: _divide,
-    aten._foreach_zero_.default: _zero,
-    aten._foreach_clamp_min_.Scalar: lambda gradients, low: _clamp(gradients, low, None),
-    aten._foreach_clamp_max_.Scalar: lambda gradients, high: _clamp(gradients, None, high),
+    aten._foreach_zero_.default: ShardedGradients.zero,
+    aten._foreach_clamp_min_.Scalar: _clamp,
+    aten._foreach_clamp_max_.Scalar: _clamp_above,
     aten._foreach_norm.Scalar: _norm_of_each,
-    aten._amp_foreach_non_finite_check_and_unscale_.default: _check_and_unscale,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: ShardedGradients.check_and_unscale,
 }
+
+
+def _on_one(change: Callable[..., _Results], gradient: ShardedGradient, *args: Any, **kwargs: Any) -> Tensor:
+    results = change(gradient.owner, [gradient.param_index], *args, **kwargs)
+    return gradient if results is None else results[0]
+
+
+def _on_many(op: Any, gradients: Sequence[Tensor], *args: Any, **kwargs: Any) -> _Results:
+    """Gradients of several models, and tensors that a user has put in the place of some, may stand side by side."""
+    results: dict[int, Tensor] = {}
+    places: defaultdict[ShardedGradients | None, list[int]] = defaultdict(list)
+    for place, gradient in enumerate(gradients):
+        places[gradient.owner if isinstance(gradient, ShardedGradient) else None].append(place)
+    for owner, chosen in places.items():
+        some = [gradients[place] for place in chosen]
+        if owner is None:
+            values = op(some, *args, **kwargs)
+        else:
+            indices = [gradient.param_index for gradient in some if isinstance(gradient, ShardedGradient)]
+            values = _OPS[op](owner, indices, *args, **kwargs)
+        results.update(zip(chosen, values or (), strict=False))
+    return [results[place] for place in range(len(gradients))] if results else None

@@ -96,8 +96,7 @@ class ShardStepper:
                 by_group[segment.owner.group].append(segment.shard)
                 segments.append(segment)
                 if flags[segment.owner.index]:
-                    store.settle()
-                    segment.shard.grad = segment.view_in(store.reduced).to(segment.shard.dtype)
+                    segment.shard.grad = store.part_as(segment, segment.shard.dtype)
         with self._shards_in_groups(by_group):
             step_without_hooks(self._optimizer)
         for segment in segments:

@@ -1,0 +1,473 @@
+"""torch.amp.GradScaler over sharded gradients: what it does under DistributedDataParallel, on every rank alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.utils import clip_grad_norm_
+from training import OptimizerFactory, batch, build, loss_of, optimizer_for, prepare, snapshot
+from worker_pool import RunOnRanks
+
+import zeroopt
+
+INF = float("inf")
+STAGES = (0, 1, 2)
+ZERO: list[dict[str, Any]] = [
+    {"stage": 0},
+    {"stage": 1, "bucket_mb": 0.002, "transport": "pairwise"},
+    {"stage": 2, "bucket_mb": 0.01},
+    {"stage": 2, "bucket_mb": 0.01, "share_parameters": True},
+]
+# Those that divide by a root of the gradient get an eps that keeps rounding as small as it is.
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, eps=1e-3),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.5, eps=1e-3),
+}
+STEPS = 7
+# Overflows by step and rank. With a growth interval of 2 the scale goes down twice and up three times.
+OVERFLOWS = {(2, 0), (4, 1), (4, 0)}
+
+# Scales after each step, whether each step was taken, norms, and the parameters at the end.
+Outcome = tuple[list[float], list[bool], list[float], list[Tensor]]
+
+
+def spoil(net: nn.Module, step: int, value: float = INF) -> None:
+    """Overflow on one rank, in one element of one parameter, of which it may own nothing."""
+    if (step, dist.get_rank()) in OVERFLOWS:
+        params = list(net.parameters())
+        param = params[(step + dist.get_rank()) % len(params)]
+        handle = param.register_hook(lambda grad: _spoilt(grad, value))
+        handles.append(handle)
+
+
+handles: list[Any] = []
+
+
+def _spoilt(grad: Tensor, value: float) -> Tensor:
+    grad = grad.clone()
+    grad.view(-1)[-1] = value
+    return grad
+
+
+def train_scaled(optimizer_name: str, options: dict[str, Any] | None, how: str, init_scale: float) -> Outcome:
+    net = build("mlp")
+    model, optimizer = prepare(net, OPTIMIZERS[optimizer_name](net.parameters()), options)
+    scaler = GradScaler("cpu", init_scale=init_scale, growth_factor=1.7, backoff_factor=0.3, growth_interval=2)
+    scales, taken, norms = [], [], []
+    for step in range(STEPS):
+        spoil(net, step, float("nan") if step == 4 else INF)
+        for micro in range(2 if how == "accumulate" else 1):
+            scaler.scale(loss_of(model(batch("mlp", 10 * step + micro)))).backward()
+        while handles:
+            handles.pop().remove()
+        if how != "step":
+            scaler.unscale_(optimizer)
+        if how == "clip":
+            norms.append(clip_grad_norm_(net.parameters(), 0.1, foreach=step % 2 == 0).item())
+        elif how == "clip inf":
+            norms.append(clip_grad_norm_(net.parameters(), 0.01, INF).item())
+        before = snapshot(net)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        taken.append(any(not torch.equal(a, b) for a, b in zip(before, snapshot(net), strict=True)))
+        scales.append(scaler.get_scale())
+    return scales, taken, norms, snapshot(net)
+
+
+def train_scaled_all(optimizer_name: str, how: str) -> list[Outcome]:
+    # A scale that is no power of two: gradients are rounded as they are scaled back.
+    fused: list[bool | str] = ["auto", False] if optimizer_name == "rmsprop" else [True, False]
+    variants = [None, *({**options, "fused": choice} for options in ZERO for choice in fused)]
+    return [train_scaled(optimizer_name, options, how, 1000.0) for options in variants]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("optimizer_name", "how"),
+    [
+        ("adamw", "step"),
+        ("rmsprop", "step"),
+        ("sgd", "unscale"),
+        ("sgd", "clip"),
+        ("sgd", "clip inf"),
+        ("rmsprop", "clip"),
+        ("adamw", "accumulate"),
+    ],
+)
+def test_scaling_follows_ddp(run_on_ranks: RunOnRanks, world_size: int, optimizer_name: str, how: str) -> None:
+    ranks = run_on_ranks(world_size, train_scaled_all, optimizer_name, how)
+    for by_variant in ranks:
+        scales, taken, norms, expected = by_variant[0]
+        assert taken == [step not in (2, 4) for step in range(STEPS)]
+        for outcome in by_variant[1:]:
+            assert outcome[0] == scales == ranks[0][0][0]
+            assert outcome[1] == taken
+            assert outcome[2] == pytest.approx(norms, rel=1e-5, nan_ok=True)
+            check_close(expected, outcome[3])
+
+
+def check_close(expected: list[Tensor], values: list[Tensor]) -> None:
+    for want, got in zip(expected, values, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+# Sixteen bits.
+
+
+def train_half(
+    param_dtype: torch.dtype, options: dict[str, Any], how: str, scale: float = 2.0**12
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters as precisely as they are kept, and the gradients that the last step leaves."""
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(
+        net, optimizer_for("adamw", net), param_dtype=param_dtype, cast_inputs=True, bucket_mb=0.005, **options
+    )
+    scaler = GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model(batch("mlp", step)).float())
+        if how == "by hand":  # what a scaler does, with the same roundings
+            (loss * scale).backward()
+            for param in net.parameters():
+                param.grad.mul_(1 / scale)  # type: ignore[union-attr]
+            optimizer.step()
+            continue
+        scaler.scale(loss).backward()
+        if how == "unscale":
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    grads = [optimizer.full_grad(param) for param in net.parameters()]
+    return [optimizer.full_parameter(param) for param in net.parameters()], [g for g in grads if g is not None]
+
+
+def train_half_all(param_dtype: torch.dtype) -> list[list[tuple[list[Tensor], list[Tensor]]]]:
+    tiers: list[dict[str, Any]] = [{"fused": False}, {"fused": True}]
+    if param_dtype is torch.bfloat16:
+        tiers.append({"master_weights": "remainder"})
+    return [
+        [
+            train_half(param_dtype, {"stage": stage, **tier}, how)
+            for stage in (1, 2)
+            for how in ("by hand", "step", "unscale")
+        ]
+        for tier in tiers
+    ]
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_parameters(run_on_ranks: RunOnRanks, param_dtype: torch.dtype) -> None:
+    """A power of two as scale leaves float32 sums what they are, and it does not matter who multiplies by it."""
+    for by_tier in run_on_ranks(2, train_half_all, param_dtype):
+        for runs in by_tier:
+            params, grads = runs[0]
+            assert params[0].dtype == grads[0].dtype == torch.float32 and len(grads) == len(params)
+            for other_params, other_grads in runs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
+
+
+def train_half_in_stage_0(param_dtype: torch.dtype) -> tuple[list[list[Tensor]], list[str]]:
+    """In stage 0, 16-bit gradients are unscaled by the step, in float32: a huge scale flushes none of them to zero."""
+    runs = []
+    for fused in (True, False):
+        options = {"stage": 0, "fused": fused}
+        runs += [train_half(param_dtype, options, "step", scale)[0] for scale in (2.0**12, 2.0**14)]
+    messages = []
+    for how in ("unscale", "step"):
+        try:
+            train_half(param_dtype, {"stage": 0}, how)
+            messages.append("works")
+        except ValueError as error:
+            messages.append(str(error))
+    return runs, messages
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_in_stage_0(run_on_ranks: RunOnRanks, param_dtype: torch.dtype) -> None:
+    for runs, messages in run_on_ranks(2, train_half_in_stage_0, param_dtype):
+        for other in runs[1:]:
+            check_close(runs[0], other)
+        refused = "Attempting to unscale FP16 gradients." if param_dtype is torch.float16 else "works"
+        assert messages == [refused, "works"]
+
+
+# Skipped steps.
+
+
+def skip(stage: int, optimizer_name: str) -> dict[str, Any]:
+    net = build("mlp")
+    inner = optimizer_for(optimizer_name, net)
+    model, optimizer = zeroopt.wrap(net, inner, stage=stage, max_grad_norm=0.5, bucket_mb=0.002)
+    scaler = GradScaler("cpu", init_scale=64.0)
+    result: dict[str, Any] = {}
+    for step in range(3):
+        loss = scaler.scale(loss_of(model(batch("mlp", step))))
+        (loss * INF if step == 1 and dist.get_rank() == 1 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if dist.get_rank() == 0:  # after a step that clips, or was to, one rank may look alone
+            result.setdefault("norms", []).append(optimizer.grad_norm.item())
+        result.setdefault("values", []).append(snapshot(net))
+        optimizer.zero_grad()
+    counts = [entry["step"] for entry in optimizer.state_dict()["state"].values() if "step" in entry]
+    return {**result, "steps": {float(count) for count in counts}, "calls": getattr(inner, "calls", None)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_skipped_step_leaves_everything_as_it_is(run_on_ranks: RunOnRanks, stage: int) -> None:
+    for optimizer_name in ("adamw", "own"):
+        ranks = run_on_ranks(2, skip, stage, optimizer_name)
+        for result in ranks:
+            first, second, third = result["values"]
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+            assert result["steps"] == ({2.0} if optimizer_name == "adamw" else set())
+            assert result["calls"] == (None if optimizer_name == "adamw" else 2)
+        before, skipped, after = ranks[0]["norms"]
+        assert 0 < before < 10 and skipped == INF and 0 < after < 10
+
+
+# Ranks that run no backward.
+
+
+def reference_with_absences(absent: dict[int, int], world_size: int, max_norm: float | None) -> list[Tensor]:
+    """Absent ranks count with gradients of zero in the mean. By step: who is."""
+    net = build("mlp")
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    for step in range(4):
+        total = [torch.zeros_like(param) for param in net.parameters()]
+        for rank in range(world_size):
+            if absent.get(step) != rank:
+                net.zero_grad()
+                loss_of(net(type(net).inputs(torch.Generator().manual_seed(1000 * step + rank)))).backward()
+                for one, param in zip(total, net.parameters(), strict=True):
+                    one += param.grad  # type: ignore[arg-type]
+        for one, param in zip(total, net.parameters(), strict=True):
+            param.grad = one / world_size
+        if max_norm is not None:
+            clip_grad_norm_(net.parameters(), max_norm)
+        optimizer.step()
+    return snapshot(net)
+
+
+def train_with_absences(
+    options: dict[str, Any], absent: dict[int, int], how: str, scaler: GradScaler | None
+) -> list[Tensor]:
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, OPTIMIZERS["adamw"](net.parameters()), **options)
+    for step in range(4):
+        here = absent.get(step) != dist.get_rank()
+        if here:
+            loss = loss_of(model(batch("mlp", step)))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if how == "clip":
+            optimizer.clip_grad_norm_(0.2)
+        if how == "look":
+            norm = optimizer.grad_norm
+            assert all(grad is not None for grad in map(optimizer.full_grad, net.parameters())) and norm > 0
+        if scaler is None:
+            optimizer.step()
+        else:
+            if here and how == "unscale":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        if how == "look":
+            optimizer.zero_grad()
+            assert optimizer.full_grad(net.scale) is None and optimizer.grad_norm == 0
+        optimizer.zero_grad(set_to_none=how != "zeros")
+    return snapshot(net)
+
+
+def train_with_absences_all() -> tuple[list[Tensor], list[list[Tensor]], list[Tensor], list[list[Tensor]]]:
+    """Never in step 0, where scalers are made. Whoever is absent owns its slices of everything as ever."""
+    world_size = dist.get_world_size()
+    absent = {1: 1, 2: 0, 3: world_size - 1}
+    unclipped, clipped = [], []
+    for options in ZERO:
+        for how in ("plain", "zeros", "look"):
+            unclipped.append(train_with_absences(options, absent, how, None))
+        for how in ("plain", "zeros", "unscale"):
+            scaler = GradScaler("cpu", init_scale=1000.0, growth_interval=2)
+            unclipped.append(train_with_absences(options, absent, how, scaler))
+            scaler = GradScaler("cpu", init_scale=1000.0, growth_interval=2)
+            clipped.append(train_with_absences({**options, "max_grad_norm": 0.2}, absent, how, scaler))
+        clipped.append(train_with_absences(options, absent, "clip", None))
+    return (
+        reference_with_absences(absent, world_size, None),
+        unclipped,
+        reference_with_absences(absent, world_size, 0.2),
+        clipped,
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_without_a_backward(run_on_ranks: RunOnRanks, world_size: int) -> None:
+    for unclipped, runs, clipped, clipped_runs in run_on_ranks(world_size, train_with_absences_all):
+        for values in runs:
+            check_close(unclipped, values)
+        for values in clipped_runs:
+            check_close(clipped, values)
+
+
+# Mistakes, and what surrounds a step.
+
+
+def go_wrong(how: str, stage: int) -> list[str]:
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage, bucket_mb=0.002)
+    scaler = GradScaler("cpu", init_scale=2.0 ** (10 + (dist.get_rank() if "scales" in how else 0)))
+    scaler.scale(torch.zeros(()))
+    scaler.scale(loss_of(model(batch("mlp", 0)))).backward()
+    messages: list[str] = []
+
+    def note(call: Any) -> None:
+        try:
+            call()
+            messages.append("fine")
+        except (RuntimeError, AssertionError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+
+    if how == "unscaled scales":
+        note(lambda: scaler.unscale_(optimizer))
+    if how == "order":
+        for call in (scaler.unscale_, scaler.unscale_, scaler.step, scaler.step, scaler.unscale_):
+            note(lambda call=call: call(optimizer))
+        note(lambda: scaler.step(optimizer, closure=lambda: 0.0))
+        note(scaler.update)
+    else:
+        note(lambda: scaler.step(optimizer))
+    return messages
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_mistakes_are_named_on_all_ranks(run_on_ranks: RunOnRanks, world_size: int, stage: int) -> None:
+    scales = ", ".join(("1024", "2048", "4096")[:world_size])
+    different = f"StateError: the ranks multiply their losses by different scales ({scales}): make the GradScaler alike"
+    for (message,) in run_on_ranks(world_size, go_wrong, "scales", stage):
+        assert message.startswith(different), message
+    if stage > 0:  # in stage 0 it is torch that unscales, and says nothing to anybody
+        for unscale, message in run_on_ranks(world_size, go_wrong, "unscaled scales", stage):
+            assert unscale == "fine" and message.startswith(different), message
+    for messages in run_on_ranks(world_size, go_wrong, "order", stage):
+        assert messages == [
+            "fine",
+            "RuntimeError: unscale_() has already been called on this optimizer since the last update().",
+            "fine",
+            "RuntimeError: step() has already been called since the last update().",
+            "RuntimeError: unscale_() is being called after step().",
+            "RuntimeError: Closure use is not currently supported if GradScaler is enabled.",
+            "fine",
+        ]
+
+
+def unscale_without_gradients(stage: int) -> str:
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage)
+    scaler = GradScaler("cpu")
+    loss = scaler.scale(loss_of(model(batch("mlp", 0))))
+    if dist.get_rank() == 1:
+        scaler.unscale_(optimizer)
+    else:
+        loss.backward()
+    try:
+        scaler.step(optimizer)
+    except zeroopt.StateError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unscaling_without_gradients_is_named_on_all_ranks(run_on_ranks: RunOnRanks, stage: int) -> None:
+    """torch's scaler would assert on that rank alone, after the step."""
+    for message in run_on_ranks(2, unscale_without_gradients, stage):
+        assert message.startswith("a GradScaler found no gradients on some rank")
+
+
+def mix_with_plain_steps(options: dict[str, Any] | None) -> tuple[list[float], list[Tensor]]:
+    """Steps with a scaler, unscaled by it and stepped without it, without one, and with one that is off; its state is
+    saved and loaded on the way."""
+    net = build("mlp")
+    model, optimizer = prepare(net, optimizer_for("adamw", net), options)
+    scaler = GradScaler("cpu", init_scale=512.0, growth_interval=1)
+    off = GradScaler("cpu", enabled=False)
+    scales = []
+    for step in range(8):
+        loss = loss_of(model(batch("mlp", step)))
+        if step % 4 == 0:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        elif step % 4 == 1:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            optimizer.step()
+            scaler.update()
+        elif step % 4 == 2:
+            off.scale(loss).backward()
+            off.unscale_(optimizer)
+            off.step(optimizer)
+            off.update()
+        else:
+            loss.backward()
+            optimizer.step()
+            state = scaler.state_dict()
+            scaler = GradScaler("cpu", growth_interval=1)
+            scaler.load_state_dict(state)
+        scales.append(scaler.get_scale())
+        optimizer.zero_grad()
+    return scales, snapshot(net)
+
+
+def mix_all() -> list[tuple[list[float], list[Tensor]]]:
+    return [mix_with_plain_steps(options) for options in (None, *ZERO)]
+
+
+def test_steps_with_and_without_a_scaler(run_on_ranks: RunOnRanks) -> None:
+    for (scales, expected), *others in run_on_ranks(2, mix_all):
+        assert scales[-1] == 512.0 * 2**4
+        for other_scales, values in others:
+            assert other_scales == scales
+            check_close(expected, values)
+
+
+def gradients_after_a_step(options: dict[str, Any] | None) -> list[list[Tensor]]:
+    """What may still be logged, and added to: gradients that are scaled back, and clipped."""
+    net = build("mlp")
+    model, optimizer = prepare(net, optimizer_for("sgd", net), options)
+    scaler = GradScaler("cpu", init_scale=1000.0)
+    seen = []
+    for step in range(2):
+        scaler.scale(loss_of(model(batch("mlp", step)))).backward()
+        if options is None or options["stage"] > 0:  # else max_grad_norm does
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(net.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        if isinstance(optimizer, zeroopt.ZeroOptimizer):
+            grads = [optimizer.full_grad(param) for param in net.parameters()]
+        else:
+            grads = [param.grad for param in net.parameters()]
+        seen.append([grad.clone() for grad in grads if grad is not None])
+    return [*seen, snapshot(net)]
+
+
+def gradients_after_a_step_all() -> list[list[list[Tensor]]]:
+    variants = [{**ZERO[0], "max_grad_norm": 0.1}, {**ZERO[0], "max_grad_norm": 0.1, "fused": False}, *ZERO[1:]]
+    return [gradients_after_a_step(options) for options in (None, *variants)]
+
+
+def test_gradients_after_a_step(run_on_ranks: RunOnRanks) -> None:
+    for expected, *others in run_on_ranks(2, gradients_after_a_step_all):
+        for seen in others:
+            for want, got in zip(expected, seen, strict=True):
+                check_close(want, got)
