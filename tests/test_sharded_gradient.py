@@ -10,6 +10,7 @@ import random
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -589,6 +590,26 @@ def two_models_in_one_call() -> list[float]:
 def test_gradients_of_several_models(run_on_ranks: RunOnRanks) -> None:
     first, second = run_on_ranks(2, two_models_in_one_call)
     assert first == second
+
+
+def count_exchanges() -> list[int]:
+    """How often ranks talk for norms: of all gradients, once; again only for those that have changed since."""
+    net, model, optimizer = wrapped(bucket_mb=0.002)
+    counts = []
+    for step in range(2):
+        loss_of(model(batch("mlp", step))).backward()
+        for edit in (clip_by_norm(2.0, None), clip_by_norm(2.0, True), clip_each, look, look):
+            with patch.object(dist, "all_gather", wraps=dist.all_gather) as spy:
+                edit(net, optimizer)
+            counts.append(spy.call_count)
+        optimizer.step()
+        optimizer.zero_grad()
+    return counts
+
+
+def test_norms_are_exchanged_once(run_on_ranks: RunOnRanks) -> None:
+    # look asks for five kinds of norms, one of which clip_each has asked for, before it changed them all.
+    assert run_on_ranks(2, count_exchanges) == [[1, 1, 1, 5, 0] * 2] * 2
 
 
 class Branches(nn.Module):

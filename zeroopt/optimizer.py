@@ -407,6 +407,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if bucket.master is None:
             return managed.param.detach().clone()
         self._gathers.finish(bucket.index)
+        bucket.take_up_writes()
         pieces = [s for s in bucket.segments if s.owner is managed]
         return self._assemble(managed, bucket.exact(pieces[0]) if pieces else None, torch.float32)
 
