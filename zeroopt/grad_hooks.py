@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import MutableMapping, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -70,11 +71,11 @@ class GradientReducer:
 
     Attributes:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
-        has_local_gradients: a backward under `no_sync()` has left gradients that no reduce has taken up yet.
         stores: the gradients of each bucket.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
         num_backwards: backward passes that have been reduced.
         num_steps: steps that have been taken.
+        num_backwards_stepped: `num_backwards` when the last of them was taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
@@ -89,9 +90,9 @@ class GradientReducer:
         reduce_dtype: torch.dtype | None,
     ) -> None:
         self.sync = True
-        self.has_local_gradients = False
         self.num_steps = 0
         self.num_backwards = 0
+        self.num_backwards_stepped = 0
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
         self._transport = transport
@@ -104,6 +105,7 @@ class GradientReducer:
         self._params: list[ManagedParam] = []
         self._arrived = bytearray()  # 1: its gradient has come, for this backward
         self._packed = bytearray()  # 1: and lies in the bucket; until then in param.grad
+        self._local = bytearray()  # by bucket. 1: there are gradients that no reduce has taken up yet
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
         self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
         self._gathers: list[PendingCollective] = []
@@ -138,7 +140,10 @@ class GradientReducer:
         self._lent.clear()
         self._buckets.clear()
         self.stores.clear()
+        has_local = self.has_local_gradients
+        self._local.clear()
         self._take_in(buckets)
+        self._local = bytearray([has_local]) * len(buckets)
 
     def start_in_order(self, order: Sequence[int]) -> None:
         """Have buckets travel in the order in which they are complete when gradients come in this order.
@@ -149,7 +154,12 @@ class GradientReducer:
         assert not self._running
         place = {index: position for position, index in enumerate(order)}
         complete = [max(place[managed.index] for managed in bucket.params) for bucket in self._buckets]
-        self._sequence = sorted(range(len(self._buckets)), key=complete.__getitem__)
+        self._set_sequence(sorted(range(len(self._buckets)), key=complete.__getitem__))
+
+    def _set_sequence(self, sequence: Sequence[int]) -> None:
+        self._sequence = list(sequence)  # of buckets, in which they start
+        self._place = {bucket: place for place, bucket in enumerate(sequence)}
+        self._next = 0  # place of the bucket that starts next
 
     def _take_in(self, buckets: Sequence[Bucket]) -> None:
         self._buckets += buckets
@@ -163,14 +173,15 @@ class GradientReducer:
         bounded = self._transport.needs_staging or not self._placement.shard_state
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         self._max_in_flight = most if self._overlap else 0
-        self._addresses = [managed.param.data_ptr() for managed in self._params]
+        self._local += bytes(len(buckets))
+        self._addresses = [0] * len(self._params)
         self._missing = [len(bucket.params) for bucket in self._buckets]
-        self._sequence = list(range(len(self._buckets)))  # in which they start
-        self._next = 0  # position in it of the bucket that starts next
+        self._set_sequence(range(len(self._buckets)))
         self._bucket_of = [0] * len(self._params)
         for bucket in self._buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
+                self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
         if self.sharded is not None:
             self.sharded.adopt(self._params, self._buckets, self.stores)
 
@@ -219,6 +230,11 @@ class GradientReducer:
         self.stores.clear()
 
     @property
+    def has_local_gradients(self) -> bool:
+        """Whether a backward under `no_sync()` has left gradients that no reduce has taken up yet."""
+        return any(self._local)
+
+    @property
     def used(self) -> Tensor:
         """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
         return self._used
@@ -261,6 +277,11 @@ class GradientReducer:
             self._used |= flags[:-2].cpu()
         self._pending_flags.clear()
 
+    def note_step(self) -> None:
+        """A step has been taken."""
+        self.num_steps += 1
+        self.num_backwards_stepped = self.num_backwards
+
     def reclaim(self) -> None:
         """After the step: where gradients go by messages, wait for the last of them. Theirs is memory that nothing else frees."""
         if self._transport.needs_staging:
@@ -276,11 +297,11 @@ class GradientReducer:
         self.finish()
         for bucket in self._buckets if buckets is None else buckets:
             self.stores[bucket.index].discard()
+            self._local[bucket.index] = 0
             for managed in bucket.params:
                 self._used[managed.index] = 0
                 if self.sharded is not None:
                     self.sharded.forget(managed.index)
-        self.has_local_gradients = False
         if self.sharded is not None:
             self.sharded.changed()
 
@@ -289,9 +310,9 @@ class GradientReducer:
         self.finish()
         for bucket in self._buckets if buckets is None else buckets:
             self.stores[bucket.index].zero()
+            self._local[bucket.index] = 0
             if self.sharded is not None:
                 self.sharded.zero([m.index for m in bucket.params if self.sharded.is_shown(m)])
-        self.has_local_gradients = False
 
     def take_part(self) -> None:
         """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
@@ -348,7 +369,7 @@ class GradientReducer:
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
         if not self.sync:
-            self.has_local_gradients = True
+            self._local[self._bucket_of[index]] = 1
             return
         if not self._running:
             self._begin()
@@ -398,16 +419,20 @@ class GradientReducer:
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn.
 
-        The last free buffer is for the bucket that starts next, since no other one can start before it and become free.
+        Free buffers are first of all for the buckets that start before it, since it becomes free only after them.
         """
-        store, next_store = self.stores[bucket], self.stores[self._sequence[self._next]]
+        store = self.stores[bucket]
         if self._pool is None or store.is_open:
             return store.open()
-        if store is next_store:
+        place = self._place[bucket]
+        if place == self._next:
             while self._pool.num_free == 0:
                 self._reclaim_oldest()
-        elif self._pool.num_free <= (0 if next_store.is_open else 1):
-            return None
+        else:
+            free = self._pool.num_free
+            before = (number for number in self._sequence[self._next : place] if not self.stores[number].is_open)
+            if len(list(islice(before, free))) == free:
+                return None
         if store in self._lent:  # of the backward before; opening reclaims it
             self._lent.remove(store)
         return store.open()
@@ -495,7 +520,7 @@ class GradientReducer:
         self._missing = [len(bucket.params) for bucket in self._buckets]
         self._next = 0
         self._running = False
-        self.has_local_gradients = False
+        self._local = bytearray(len(self._buckets))
         self._transport.progress()
         if self.sharded is None:
             self.finish()

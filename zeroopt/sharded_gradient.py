@@ -180,7 +180,7 @@ class ShardedGradients:
     def norms(self, indices: Sequence[int], norm_type: float) -> list[Tensor]:
         """The p-norm of each gradient, 0-dim, of the dtype of its sum. Collective: one exchange for all gradients, the first
         time that any is asked for after they have changed."""
-        self._check_reduced()
+        self._check_reduced(indices)
         if norm_type not in self._norms:
             self._finish()
             self._norms[norm_type] = self._norms_over_ranks(norm_type)
@@ -194,7 +194,7 @@ class ShardedGradients:
 
     def edit(self, indices: Sequence[int], change: Callable[[Tensor], Any]) -> None:
         """Change gradients element by element, in place."""
-        self._check_reduced()
+        self._check_reduced(indices)
         self._finish()
         for index in indices:
             piece = self.piece(index)
@@ -204,7 +204,7 @@ class ShardedGradients:
 
     def scale(self, indices: Sequence[int], factor: Tensor) -> None:
         """Multiply gradients by a 0-dim tensor: whole buckets when they are used, others at once."""
-        self._check_reduced()
+        self._check_reduced(indices)
         self._finish()
         self.changed()
         chosen = set(indices)
@@ -219,7 +219,7 @@ class ShardedGradients:
     def check_and_unscale(self, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
         """What a GradScaler asks for: set `found_inf` to 1 when an element on this rank is not finite, and multiply by
         `inv_scale`. The step has the ranks agree on both."""
-        self._check_reduced()
+        self._check_reduced(indices)
         self._finish()
         finite = [is_finite(self._stores[bucket]) for bucket in sorted({self._bucket_of[index] for index in indices})]
         if finite and not torch.stack(finite).all():
@@ -240,12 +240,12 @@ class ShardedGradients:
         if finish is not None:
             finish()
 
-    def _check_reduced(self) -> None:
-        for gradient in self._objects:
-            if gradient.local is not None:
+    def _check_reduced(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            if self._objects[index].local is not None:
                 raise StateError(
-                    f"the last backward ran under no_sync(), so the gradient of {gradient.param_name!r} is not reduced yet on any rank; "
-                    "run the last backward before a step outside of no_sync()"
+                    f"the last backward ran under no_sync(), so the gradient of {self._objects[index].param_name!r} is not reduced "
+                    "yet on any rank; run the last backward before a step outside of no_sync()"
                 )
 
     def _scale_pieces(self, indices: set[int], factor: Tensor) -> None:
