@@ -17,7 +17,7 @@ from .errors import ConfigError, StateError
 from .inspect import inspect, mark_wrapped
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
-from .sharding import Sharding
+from .sharding import Sharding, cast_frozen
 from .step import check_fused
 
 
@@ -100,8 +100,9 @@ def wrap(
         StateError: there is no process group, or this rank is not in it.
         RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
     """
-    group = _resolve_group(process_group)
+    given_group = _resolve_group(process_group)
     first = model.sharding if isinstance(model, ZeroDataParallel) else None
+    group = given_group if first is None else first.group  # whose ranks hear of what is wrong
     module = model if first is None else first.module
     problem: Exception | None = None
     lines: list[str] = []
@@ -127,7 +128,7 @@ def wrap(
         )
         if first is not None:
             config.check_shares(first.config)
-            _check_group(group, first.group)
+            _check_group(given_group, first.group)
         params = inspect(module, optimizer, () if first is None else first.params)
         check_param_dtypes(config, {managed.name: managed.param.dtype for managed in params})
         check_fused(optimizer, params, config)
@@ -143,7 +144,7 @@ def wrap(
     connected = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
     wrapped = ZeroDataParallel(Sharding(module, config, connected, group))
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params)
-    wrapped.sharding.cast_frozen()
+    cast_frozen(module.parameters(), param_dtype)
     if config.sync_module_states:
         wrapped.sharding.sync_rest()
     mark_wrapped(module, wrapped)
@@ -154,6 +155,7 @@ def _add_optimizer(
     model: ZeroDataParallel, optimizer: torch.optim.Optimizer, config: Config, params: Sequence[ManagedParam]
 ) -> ZeroOptimizer:
     wrapped = ZeroOptimizer(model.sharding, optimizer, params, config)
+    cast_frozen((param for group in optimizer.param_groups for param in group["params"]), config.precision.param_dtype)
     model.train_with(wrapped)
     mark_wrapped(optimizer, wrapped)
     return wrapped
@@ -175,7 +177,9 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
 
 def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
     if group is not first:
-        raise ConfigError("the model was wrapped with another process_group for its first optimizer")
+        raise ConfigError(
+            "the model was wrapped with another process_group for its first optimizer; wrap the further ones with the same"
+        )
 
 
 def _describe(
