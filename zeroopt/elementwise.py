@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -29,12 +30,16 @@ _ADVICE = (
 )
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    """Raise NotSupportedError unless the optimizer's step is element-wise. The optimizer itself is left alone."""
+def check_elementwise(optimizer: torch.optim.Optimizer, groups: Iterable[int] | None = None) -> None:
+    """Raise NotSupportedError unless the optimizer's step is element-wise. The optimizer itself is left alone.
+
+    Args:
+        groups: positions of the param_groups whose options are tried; all of them when None.
+    """
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise NotSupportedError(f"LBFGS is not element-wise: it calls the model several times a step. {_ADVICE}")
-    for number in range(len(optimizer.param_groups)):
+    for number in range(len(optimizer.param_groups)) if groups is None else groups:
         try:
             whole, pieces = _step_whole_and_cut(optimizer, number)
         except Exception as error:
