@@ -234,6 +234,38 @@ def test_max_grad_norm_is_over_all_optimizers(run_on_ranks: RunOnRanks) -> None:
             check_close(values, ddp)
 
 
+def wrap_later(options: Options) -> list[Tensor]:
+    """The second optimizer comes when the first has taken two steps, and its buckets have been planned anew."""
+    net = build("mlp")
+    first, second = optimizers_for(net)
+    model, optimizers = prepare_all(net, [first], options)
+    for step in range(4):
+        if step == 2:
+            net.zero_grad()
+            model, further = prepare_all(net if options is None else model, [second], options)
+            optimizers += further
+        backward(model, "mlp", step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return snapshot(net)
+
+
+def wrap_later_all(variants: list[Options]) -> list[list[Tensor]]:
+    return [wrap_later(options) for options in variants]
+
+
+def test_a_second_optimizer_may_come_later(run_on_ranks: RunOnRanks) -> None:
+    variants = [
+        {"stage": stage, "fused": False, "bucket_mb": 0.001, "transport": transport}
+        for stage in STAGES
+        for transport in ("shm", "pairwise")
+    ]
+    for ddp, *wrapped in run_on_ranks(2, wrap_later_all, [None, *variants]):
+        for options, values in zip(variants, wrapped, strict=True):
+            assert equal(values, ddp), options
+
+
 class Branches(nn.Module):
     """Which branches run depends on the rank; one never runs."""
 

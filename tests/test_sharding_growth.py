@@ -212,6 +212,47 @@ def test_freezing_and_unfreezing_time_and_again(run_on_ranks: RunOnRanks, world_
                 check_close(values, ddp)
 
 
+def train_clipped(options: Options) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Parameters, whole gradients of one that came and of one that was there, and norms, where all gradients are clipped."""
+    run = Run(options, frozen="layers.2", make=torch.optim.SGD, lr=0.1)
+    watched = [run.net.layers[2].weight, run.net.layers[4].bias]
+    grads: list[Tensor] = []
+    norms: list[float] = []
+    for number in range(4):
+        if number == 2:
+            run.unfreeze("layers.2")
+        run.backward(number)
+        if isinstance(run.optimizer, zeroopt.ZeroOptimizer):
+            found = [run.optimizer.full_grad(param) for param in watched if param.requires_grad]
+            grads += [grad for grad in found if grad is not None]
+            if run.optimizer._config.max_grad_norm is None:
+                norms.append(nn.utils.clip_grad_norm_(run.model.parameters(), 0.05).item())
+                run.step()
+            else:
+                run.step()
+                norms.append(run.optimizer.grad_norm.item())
+        else:
+            grads += [param.grad.clone() for param in watched if param.grad is not None]
+            norms.append(nn.utils.clip_grad_norm_(run.model.parameters(), 0.05).item())
+            run.step()
+    return snapshot(run.net), grads, norms
+
+
+def train_clipped_all(variants: list[Options]) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:
+    return [train_clipped(options) for options in variants]
+
+
+def test_clipping(run_on_ranks: RunOnRanks) -> None:
+    variants: list[Options] = [
+        {"stage": stage, "bucket_mb": 0.001, "max_grad_norm": max_norm} for stage in STAGES for max_norm in (None, 0.05)
+    ]
+    for (values, grads, norms), *wrapped in run_on_ranks(3, train_clipped_all, [None, *variants]):
+        for got, found, mine in wrapped:
+            check_close(got, values)
+            check_close(found, grads)
+            assert mine == pytest.approx(norms, rel=1e-5)
+
+
 def train_two(options: Options) -> list[Tensor]:
     """Two optimizers of which both grow."""
     net = build("mlp")
