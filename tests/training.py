@@ -168,6 +168,19 @@ def prepare(
     return ddp(model, optimizer) if options is None else zeroopt.wrap(model, optimizer, **options)
 
 
+def prepare_all(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], options: dict[str, Any] | None
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """Wrap with several optimizers, or with DDP for None."""
+    if options is None:
+        return DistributedDataParallel(model, find_unused_parameters=True), optimizers
+    wrapped = []
+    for optimizer in optimizers:
+        model, one = zeroopt.wrap(model, optimizer, **options)
+        wrapped.append(one)
+    return model, wrapped
+
+
 def snapshot(model: nn.Module) -> list[Tensor]:
     """Copies of all parameters and buffers."""
     return [value.detach().clone() for value in (*model.parameters(), *model.buffers())]

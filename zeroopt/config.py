@@ -64,7 +64,9 @@ class Config:
 
     def check_shares(self, first: Config) -> None:
         """Raise ConfigError when these options of a second optimizer of a model do not go with those of its first."""
-        own = ("fused", "precision")
+        own = {"fused", "precision"}
+        if self.precision.param_dtype is None:
+            own.add("cast_inputs")  # which could not be given
         for name, value in vars(first).items():
             if name not in own and getattr(self, name) != value:
                 raise ConfigError(

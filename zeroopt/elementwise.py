@@ -37,8 +37,11 @@ _ADVICE = (
 )
 
 
-def find_grains(optimizer: torch.optim.Optimizer) -> list[Grain]:
+def find_grains(optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None) -> list[Grain]:
     """For each param_group the smallest pieces that it can be stepped in. The optimizer itself is left alone.
+
+    Args:
+        groups: positions of the param_groups that are tried; all of them when None.
 
     Raises:
         NotSupportedError: it cannot step a parameter by itself, or steps it differently when there are others.
@@ -46,8 +49,8 @@ def find_grains(optimizer: torch.optim.Optimizer) -> list[Grain]:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise NotSupportedError(f"LBFGS calls the model several times a step and looks at all parameters. {_ADVICE}")
     grains = []
-    for number, group in enumerate(optimizer.param_groups):
-        shapes = {_shape_like(param) for param in group["params"] if param.requires_grad}
+    for number in range(len(optimizer.param_groups)) if groups is None else groups:
+        shapes = {_shape_like(param) for param in optimizer.param_groups[number]["params"] if param.requires_grad}
         grains.append(max((_find_grain(optimizer, number, shape) for shape in sorted(shapes)), default=Grain.ELEMENT))
     return grains
 

@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import MutableMapping, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,7 @@ class GradientReducer:
         num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
         is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
+        num_backwards_stepped: `num_backwards` when the last of them was taken.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
@@ -104,6 +106,7 @@ class GradientReducer:
         self.is_zeroed = False
         self.num_steps = 0
         self.num_backwards = 0
+        self.num_backwards_stepped = 0
         self.audit: Audit | None = None
         self.join = Join(transport)
         self.norm_type: float | None = None
@@ -169,7 +172,12 @@ class GradientReducer:
         assert not self._running
         place = {index: position for position, index in enumerate(order)}
         complete = [max(place[managed.index] for managed in bucket.params) for bucket in self._buckets]
-        self._sequence = sorted(range(len(self._buckets)), key=complete.__getitem__)
+        self._set_sequence(sorted(range(len(self._buckets)), key=complete.__getitem__))
+
+    def _set_sequence(self, sequence: Sequence[int]) -> None:
+        self._sequence = list(sequence)  # of buckets, in which they start
+        self._place = {bucket: place for place, bucket in enumerate(sequence)}
+        self._next = 0  # place of the bucket that starts next
 
     def _take_in(self, buckets: Sequence[Bucket]) -> None:
         self._buckets += buckets
@@ -183,14 +191,14 @@ class GradientReducer:
         bounded = self._transport.needs_staging or not self._placement.shard_state
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         self._max_in_flight = most if self._overlap else 0
-        self._addresses = [managed.data_ptr() for managed in self._params]
+        self._addresses = [0] * len(self._params)
         self._missing = [len(bucket.params) for bucket in self._buckets]
-        self._sequence = list(range(len(self._buckets)))  # in which they start
-        self._next = 0  # position in it of the bucket that starts next
+        self._set_sequence(range(len(self._buckets)))
         self._bucket_of = [0] * len(self._params)
         for bucket in self._buckets:
             for managed in bucket.params:
                 self._bucket_of[managed.index] = bucket.index
+                self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
         if self.sharded is not None:
             self.sharded.adopt(self._params, self._buckets, self.stores)
 
@@ -245,12 +253,11 @@ class GradientReducer:
             self._left_local = False
         return self._left_local
 
-    @property
-    def is_cleared(self) -> bool:
-        """Whether there are no gradients, or zeros only."""
+    def is_cleared(self, params: Sequence[ManagedParam]) -> bool:
+        """Whether these parameters have no gradients, or zeros only."""
         if self.is_zeroed:
             return not self.has_local_gradients
-        return all(managed.param.grad is None for managed in self._params)
+        return all(managed.param.grad is None for managed in params)
 
     @property
     def used(self) -> Tensor:
@@ -299,6 +306,11 @@ class GradientReducer:
             self._had_gradients = bool(used.any())
             self._used |= used
         self._pending_flags.clear()
+
+    def note_step(self) -> None:
+        """A step has been taken."""
+        self.num_steps += 1
+        self.num_backwards_stepped = self.num_backwards
 
     def reclaim(self) -> None:
         """After the step: where gradients go by messages, wait for the last of them. Theirs is memory that nothing else frees."""
@@ -504,16 +516,20 @@ class GradientReducer:
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn.
 
-        The last free buffer is for the bucket that starts next, since no other one can start before it and become free.
+        Free buffers are first of all for the buckets that start before it, since it becomes free only after them.
         """
-        store, next_store = self.stores[bucket], self.stores[self._sequence[self._next]]
+        store = self.stores[bucket]
         if self._pool is None or store.is_open:
             return store.open()
-        if store is next_store:
+        place = self._place[bucket]
+        if place == self._next:
             while self._pool.num_free == 0:
                 self._reclaim_oldest()
-        elif self._pool.num_free <= (0 if next_store.is_open else 1):
-            return None
+        else:
+            free = self._pool.num_free
+            before = (number for number in self._sequence[self._next : place] if not self.stores[number].is_open)
+            if len(list(islice(before, free))) == free:
+                return None
         if store in self._lent:  # of the backward before; opening reclaims it
             self._lent.remove(store)
         return store.open()

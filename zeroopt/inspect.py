@@ -59,6 +59,7 @@ def inspect_further(
     optimizer: torch.optim.Optimizer,
     known: Sequence[ManagedParam],
     own: Sequence[ManagedParam] = (),
+    first_group: int = 0,
 ) -> list[ManagedParam]:
     """The parameters of an optimizer that require gradients and are not yet trained, in the model's order. Changes nothing, and
     is not collective.
@@ -66,6 +67,7 @@ def inspect_further(
     Args:
         known: those that are trained.
         own: those of them that this optimizer trains.
+        first_group: of those that are looked at for the first time.
 
     Raises:
         ConfigError, NotSupportedError: as `inspect`.
@@ -75,10 +77,11 @@ def inspect_further(
         _check_devices([*known, *params])
         _check_storage([*known, *params])
         check_state_parts(params, optimizer.state)
-        grains = find_grains(optimizer)
-        for managed in params:
-            managed.grain = grains[managed.group]
-        _check_whole_parts(params)
+    groups = sorted({*range(first_group, len(optimizer.param_groups)), *(m.group for m in params)})
+    grains = dict(zip(groups, find_grains(optimizer, groups), strict=True))
+    for managed in params:
+        managed.grain = grains[managed.group]
+    _check_whole_parts(params)
     return params
 
 
@@ -114,6 +117,8 @@ def _managed_params(
                     f"parameter {len(places)} of the optimizer (group {group_index}, shape {list(param.shape)}) is not a "
                     "parameter of the model; build the optimizer on model.parameters() of the model that is wrapped"
                 )
+            if param in places:
+                raise ConfigError(f"parameter {names[param]!r} is in the optimizer twice")
             places[param] = (group_index, len(places))
     if not places:
         raise ConfigError("the optimizer has no parameters; build it on model.parameters()")

@@ -27,7 +27,7 @@ from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
 from .shard_state import check_cut, cut_state, pack_state, unpack_state
 from .sharding import Sharding
-from .step import ShardStepper
+from .step import ShardStepper, check_fused
 
 _FORMAT = 4
 
@@ -77,19 +77,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._params: list[ManagedParam] = []
         self._buckets: list[Bucket] = []
         self._generations: list[list[int]] = []
+        self._versions: list[int] = []
         self._take_in(params)
         self._take_over_hooks()
         self._take_over_methods()
-        self._import_state()
         # By the parameters that came before: those of two optimizers are not rounded alike.
         seed = (sharding.seed + params[0].index) % 2**63
         if average is not None:
             seed = average.vary_seed(seed)
         self._stepper = ShardStepper(optimizer, self._buckets, self._stores, self._config, seed)
-        self._may_replan = self._config.overlap and self._transport.world_size > 1 and average is None
-        self._num_backwards = 0  # of the reducer, at the last step
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
+        self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
         log_wrapped(self._buckets, self._stores, optimizer, config, self._transport)
 
     def _take_in(self, params: Sequence[ManagedParam]) -> None:
@@ -100,7 +99,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         first = len(self._params) - len(params)
         self._generations.append(list(reversed(range(first, len(self._params)))))
         self._frozen = self._find_frozen()
-        self._versions = [managed.param._version for managed in self._params]
+        self._versions += [managed.param._version for managed in params]
+        self._import_state()
+        # Ranks that average their parameters must have cut them alike.
+        self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
+        self._taken_in_after = self._reducer.num_backwards
 
     @property
     def _stores(self) -> list[GradientStore]:
@@ -168,8 +171,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._gathers.leave_to_readers()
         self._reducer.reclaim()
         self._settle_whole()
-        self._reducer.num_steps += 1
-        self._num_backwards = self._reducer.num_backwards
+        self._reducer.note_step()
         if not overflow:
             self._replan_once(active)
         self._check_after_step()
@@ -248,7 +250,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._check_identity(layout)
             self._follow_order(layout)
         state = unpack_state(state_dict["state"], layout, self._segments())
-        self._inner.state.clear()
+        for segment in self._segments():
+            self._inner.state.pop(segment.shard, None)  # what frozen parameters have stays
         self._inner.state.update(state)
         for bucket in self._buckets:
             bucket.take_back(self._inner.state)
@@ -265,7 +268,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param_group, as torch's optimizers do. Collective: every rank must add the same.
 
-        Its parameters, which have to be the model's, get buckets of their own behind the others.
+        Its parameters, which have to be the model's, get buckets of their own behind the others. Those that are frozen are
+        taken in when they no longer are. Gradients that there are stay; those of the new parameters become the mean over ranks.
 
         Raises:
             ConfigError, NotSupportedError, ValueError: the group cannot be trained. Nothing has been changed.
@@ -282,7 +286,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
         try:
-            self._take_in_further(problem)
+            self._take_in_further(before, problem)
         except Exception:
             del self.param_groups[before:]
             raise
@@ -291,20 +295,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Have parameters trained that were frozen and now require gradients. Collective where there are any: every rank has to
         unfreeze the same."""
         if any(param.requires_grad for _, param in self._frozen):
-            # Told through the transport, which notices when another rank goes on to something else.
-            self._transport.gather_scalar(torch.ones((), device=self._params[0].param.device), label="unfreezing")
-            self._take_in_further()
+            self._take_in_further(len(self.param_groups))
 
-    def _take_in_further(self, problem: Exception | None = None) -> None:
-        """Take in the parameters of the groups that require gradients by now. Collective."""
+    def _take_in_further(self, first_group: int, problem: Exception | None = None) -> None:
+        """Take in the parameters of the groups that require gradients by now. Collective.
+
+        Args:
+            first_group: of those that are new.
+            problem: what is wrong on this rank, if anything is.
+        """
         self._reducer.join.check_outside("taking in further parameters")
+        # Told through the transport, which notices when another rank goes on to something else.
+        device = self._params[0].param.device
+        self._transport.gather_scalar(torch.ones((), dtype=torch.float32, device=device), label="further parameters")
         params: list[ManagedParam] = []
         lines: list[str] = []
         if problem is None:
             try:
-                params = inspect_further(self._module, self._inner, self._sharding.params, self._params)
+                params = inspect_further(
+                    self._module, self._inner, self._sharding.params, self._params, first_group=first_group
+                )
                 self._sharding.count_copies(params)
                 check_param_dtypes(self._config, {managed.name: managed.param.dtype for managed in params})
+                check_fused(self._inner, params, self._config)
                 lines = describe_params(params) + describe_groups(self._inner)
             except Exception as error:  # noqa: BLE001  as above
                 problem = error
@@ -313,8 +326,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._frozen = self._find_frozen()
         if params:
             self._take_in(params)
-            self._stepper.adopt(self._buckets, self._stores)
-            self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
+        self._stepper.adopt(self._buckets, self._stores)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
@@ -352,7 +364,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor:
-        """The 2-norm of all gradients, as if they were one vector, a 0-dim float32 tensor, the same on all ranks.
+        """The 2-norm of all gradients of this optimizer's parameters, as if they were one vector, a 0-dim float32 tensor, the same
+        on all ranks; after clipping by `max_grad_norm`, of those of the whole model.
 
         After clipping by the 2-norm, with `max_grad_norm` or `clip_grad_norm_`, it is the norm before that, until the next
         backward; inf when a GradScaler has skipped a step that was to clip. Any rank may then read it. Otherwise it is computed
@@ -459,11 +472,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return managed.layout_like(whole.to(dtype).as_strided(managed.shape, managed.stride))
 
     def _take_part(self) -> None:
-        """A rank that has run no backward since the last step takes part in that of the others, with zeros."""
-        if self._transport.world_size == 1 or self._num_backwards != self._reducer.num_backwards:
+        """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
+        zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
+        reducer = self._reducer
+        if self._transport.world_size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
-        if self._reducer.is_cleared:
-            self._reducer.take_part()
+        if reducer.is_cleared(self._params):
+            reducer.take_part()
 
     def _agree_on_overflow(self) -> bool:
         """Whether a GradScaler's step is to be skipped. Collective where there is one.
@@ -518,13 +533,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         reducer, sharding = self._reducer, self._sharding
         reducer.norm_type = 2.0
         with named_range("clip"):
-            several = len(self._buckets) < len(sharding.buckets)
-            if sharding.norm is None or sharding.norm[0] != reducer.num_backwards or not several:
-                norm = self._compute_norm(active, 2.0, reducer.stores)
-                sharding.norm = (
-                    reducer.num_backwards,
-                    norm,
-                )  # what another optimizer steps next must not be seen clipped
+            number = reducer.num_backwards
+            if sharding.norm is None or sharding.norm[0] != number or self._clipped_backward == number:
+                sharding.norm = number, self._compute_norm(active, 2.0, reducer.stores)
+            # Otherwise as another optimizer has found it before it clipped its own gradients.
+            self._clipped_backward = number
             self._clip(sharding.norm[1], max_norm, 2.0)
 
     def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:
@@ -591,7 +604,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _replan_once(self, active: Tensor) -> None:
         """After the first step with these parameters: go by the order in which their gradients arrived. Collective."""
-        if not self._may_replan or not bool(active.any()):
+        seen = self._reducer.num_backwards > self._taken_in_after
+        if not self._may_replan or not seen or not bool(active.any()):
             return
         self._may_replan = False
         with named_range("replan"):

@@ -310,7 +310,7 @@ class ShardedGradients:
                 raise StateError(
                     f"the gradient of {self._params[index].name!r} was cleared; it is not param.grad any more"
                 )
-        for index in self.local:
+        for index in self.local.keys() & set(indices):
             if self.is_shown(self._params[index]):
                 raise StateError(
                     f"the last backward ran under no_sync(), so the gradient of {self._params[index].name!r} is not reduced "

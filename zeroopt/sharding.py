@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -73,10 +73,13 @@ class Sharding:
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
         """Move further parameters into buckets of their own, and return those. Collective.
 
+        Gradients that they have, which are those of each rank alone, become the mean over ranks.
+
         Args:
             params: in the model's order; their indices go on from those of `params`.
         """
         config, transport = self.config, self.transport
+        self._average_gradients(params)
         shard_state = config.placement.shard_state
         plan = make_plan(params, transport.world_size, config.bucket_bytes, precision, shard_state=shard_state)
         if config.sync_module_states and precision.param_dtype is not None:
@@ -102,6 +105,19 @@ class Sharding:
             self.reducer.start_in_order(self._reverse_order())
         return buckets
 
+    def _average_gradients(self, params: Sequence[ManagedParam]) -> None:
+        if self.transport.world_size == 1:
+            return
+        flags = [managed.param.grad is not None for managed in params]
+        used = torch.tensor(flags, dtype=torch.uint8, device=params[0].param.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
+        for managed in (managed for managed, flag in zip(params, used.tolist(), strict=True) if flag):
+            mean, grad = torch.zeros_like(managed.local), managed.local_grad()
+            if grad is not None:
+                mean.copy_(grad).div_(self.transport.world_size)
+            dist.all_reduce(managed.flatten(mean), group=self.group)
+            managed.set_local_grad(mean)
+
     def count_copies(self, params: Sequence[ManagedParam]) -> None:
         """Note on how many ranks of the mesh each parameter lies."""
         for managed in params:
@@ -120,13 +136,6 @@ class Sharding:
                 else:
                     self.broadcaster.broadcast_flat(bucket.flat_param)
 
-    def cast_frozen(self) -> None:
-        """Parameters that are not trained become of `param_dtype` too, or layers could not be mixed."""
-        dtype = self.config.precision.param_dtype
-        for param in self.module.parameters():
-            if dtype is not None and not param.requires_grad and param.dtype is torch.float32:
-                param.data = param.data.to(dtype)
-
     def sync_rest(self) -> None:
         """Take over what rank 0 has besides the parameters in buckets: others, and buffers. Collective."""
         managed = {managed.param for managed in self.params}
@@ -137,7 +146,15 @@ class Sharding:
     def _reverse_order(self) -> list[int]:
         """Indices of the parameters in the reverse order of the model's, the likely order of their gradients."""
         index_of: dict[Tensor, int] = {managed.param: managed.index for managed in self.params}
-        return [index_of[param] for param in reversed(list(self.module.parameters())) if param in index_of]
+        present = [index_of.pop(param) for param in reversed(list(self.module.parameters())) if param in index_of]
+        return [*present, *index_of.values()]  # and those of modules that were replaced
+
+
+def cast_frozen(params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
+    """Parameters that are not trained become of `param_dtype` too, or layers could not be mixed."""
+    for param in params:
+        if dtype is not None and not param.requires_grad and param.dtype is torch.float32:
+            param.data = param.data.to(dtype)
 
 
 def _agree_on_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:

@@ -41,13 +41,14 @@ class ShardStepper:
         self.seed = seed
         self._optimizer = optimizer
         self._precision = config.precision
-        self._rule = rule_for(optimizer) if config.fused else None
+        self._may_fuse = bool(config.fused)
         self._fused: list[FusedBucket] = []
         optimizer.register_step_pre_hook(self._refuse_direct_step)
         self.adopt(buckets, stores)
 
     def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
-        """Take up buckets in which the same parameters lie, and the optimizer's state for their segments."""
+        """Take up the optimizer's groups and buckets as they are now, and its state for their segments."""
+        self._rule = rule_for(self._optimizer) if self._may_fuse else None
         self._plain: list[tuple[Bucket, GradientStore]] = []
         self._fused_parts: list[tuple[Bucket, GradientStore, ops.Storage]] = []
         for bucket, store in zip(buckets, stores, strict=True):

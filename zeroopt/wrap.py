@@ -21,7 +21,7 @@ from .local_tensor import count_copies, describe_part, find_mesh, mesh_groups
 from .module import ZeroDataParallel
 from .norm_groups import check_norm_group
 from .optimizer import ZeroOptimizer
-from .sharding import Sharding
+from .sharding import Sharding, cast_frozen
 from .step import check_fused
 
 
@@ -122,8 +122,9 @@ def wrap(
         StateError: there is no process group, or this rank is not in it.
         RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
     """
-    group = _resolve_group(process_group)
+    given_group = _resolve_group(process_group)
     first = model.sharding if isinstance(model, ZeroDataParallel) else None
+    group = given_group if first is None else first.group  # whose ranks hear of what is wrong
     module = model if first is None else first.module
     problem: Exception | None = None
     lines: list[str] = []
@@ -159,7 +160,7 @@ def wrap(
         )
         if first is not None:
             config.check_shares(first.config)
-            _check_group(group, first.group)
+            _check_group(given_group, first.group)
         options = [*config.describe(), f"option norm_group is {'not ' if norm_group else ''}None"]
         params = inspect(module, optimizer, () if first is None else first.params)
         for managed in params:
@@ -183,7 +184,7 @@ def wrap(
     assert connected is not None
     wrapped = ZeroDataParallel(Sharding(module, config, connected, group, norm_group))
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params, average)
-    wrapped.sharding.cast_frozen()
+    cast_frozen(module.parameters(), param_dtype)
     if config.sync_module_states:
         wrapped.sharding.sync_rest()
     mark_wrapped(module, wrapped)
@@ -206,6 +207,7 @@ def _add_optimizer(
     average: ParameterAverage | None,
 ) -> ZeroOptimizer:
     wrapped = ZeroOptimizer(model.sharding, optimizer, params, config, average)
+    cast_frozen((param for group in optimizer.param_groups for param in group["params"]), config.precision.param_dtype)
     model.train_with(wrapped)
     mark_wrapped(optimizer, wrapped)
     return wrapped
@@ -227,7 +229,9 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
 
 def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
     if group is not first:
-        raise ConfigError("the model was wrapped with another process_group for its first optimizer")
+        raise ConfigError(
+            "the model was wrapped with another process_group for its first optimizer; wrap the further ones with the same"
+        )
 
 
 def _describe(
