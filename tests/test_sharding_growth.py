@@ -494,24 +494,25 @@ def test_save_and_resume(run_on_ranks: RunOnRanks) -> None:
             assert equal(straight, resumed)
 
 
-class Centred(torch.optim.Optimizer):
-    """Element-wise unless an option says otherwise."""
+class Coupled(torch.optim.Optimizer):
+    """Steps each parameter by itself unless an option says otherwise."""
 
-    def __init__(self, params: Any, *, centred: bool = False) -> None:
-        super().__init__(params, {"lr": 0.1, "centred": centred})
+    def __init__(self, params: Any, *, coupled: bool = False) -> None:
+        super().__init__(params, {"lr": 0.1, "coupled": coupled})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.sub_(param.grad - param.grad.mean() if group["centred"] else param.grad, alpha=group["lr"])
+            params = [param for param in group["params"] if param.grad is not None]
+            norm = sum(param.grad.norm() for param in params) if group["coupled"] else 1.0
+            for param in params:
+                param.sub_(param.grad / norm, alpha=group["lr"])
 
 
 def add_wrongly(case: str) -> tuple[str, bool]:
     """The error, and whether training then goes on as if nothing had been tried."""
     odd = dist.get_rank() == 1
-    make = Centred if "element-wise" in case else torch.optim.AdamW
+    make = Coupled if case == "coupled" else torch.optim.AdamW
     options = {"fused": True} if case == "no kernel" else {}
     runs = [Run(options, left_out="layers.2", make=make) for _ in range(2)]
     run = runs[0]
@@ -525,8 +526,7 @@ def add_wrongly(case: str) -> tuple[str, bool]:
         "twice": {"params": [bias, weight, bias]},
         "complex": {"params": [bias, extra]},
         "no kernel": {"params": [bias]},
-        "not element-wise": {"params": [weight], "centred": True},
-        "not element-wise, empty": {"params": [], "centred": True},
+        "coupled": {"params": [weight], "coupled": True},
         "other optimizer": {"params": [bias, weight]},
         "shares memory": {"params": [weight, bias]},
         "not a dict": [weight],
@@ -570,8 +570,7 @@ def add_wrongly(case: str) -> tuple[str, bool]:
         ("twice", "ConfigError: parameter 'layers.2.bias' is in the optimizer twice"),
         ("complex", "NotSupportedError: parameter 'extra' is torch.strided torch.complex64"),
         ("no kernel", "ConfigError: fused=True: parameter 'layers.2.bias' is torch.float64"),
-        ("not element-wise", "NotSupportedError: Centred is not element-wise"),
-        ("not element-wise, empty", "NotSupportedError: Centred is not element-wise"),
+        ("coupled", "NotSupportedError: Coupled"),
         ("other optimizer", "ConfigError: parameter 'layers.2.weight' is already trained by another optimizer"),
         ("shares memory", "ConfigError: parameters 'layers.2.weight' and 'layers.2.bias' share memory"),
         ("not a dict", "TypeError: param_group must be a dict"),
