@@ -67,9 +67,9 @@ def train_variants(name: str, variants: list[Options], count: int) -> list[list[
     return [first, *(train(name, options, count, first) for options in variants[1:])]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("name", ["lm", "conv"])
+@pytest.mark.parametrize(
+    ("name", "world_size", "count"), [("lm", 2, 2), ("lm", 3, 3), ("conv", 2, 3), ("conv", 3, 2), ("mlp", 2, 3)]
+)
 def test_parity(run_on_ranks: RunOnRanks, name: str, world_size: int, count: int) -> None:
     variants = [
         {"stage": stage, "fused": fused, "bucket_mb": bucket_mb, "transport": transport}

@@ -30,6 +30,10 @@ from .sharding import Sharding
 from .step import ShardStepper, check_fused
 
 _FORMAT = 4
+_UNSCALE_ALL = (
+    "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of them before the first "
+    "scaler.step"
+)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -489,10 +493,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return False
         several = len(self._buckets) < len(self._sharding.buckets)
         if several and self._config.max_grad_norm is not None and vars(self)["grad_scale"] is not None:
-            raise StateError(
-                "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of them "
-                "before the first scaler.step"
-            )
+            raise StateError(_UNSCALE_ALL)
         sharded = self._reducer.sharded
         checks = [] if sharded is None else sharded.take_scaler_checks(managed.index for managed in self._params)
         seen = vars(self)["found_inf"]
@@ -535,10 +536,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with named_range("clip"):
             number = reducer.num_backwards
             if sharding.norm is None or sharding.norm[0] != number or self._clipped_backward == number:
+                self._check_unscaled()
                 sharding.norm = number, self._compute_norm(active, 2.0, reducer.stores)
             # Otherwise as another optimizer has found it before it clipped its own gradients.
             self._clipped_backward = number
             self._clip(sharding.norm[1], max_norm, 2.0)
+
+    def _check_unscaled(self) -> None:
+        """With a GradScaler: raise StateError when gradients of other optimizers are still multiplied."""
+        sharded = self._reducer.sharded
+        if sharded is None or "found_inf" not in vars(self):
+            return
+        for bucket in self._sharding.buckets:
+            checks = sharded.peek_scaler_checks(managed.index for managed in bucket.params)
+            if bucket not in self._buckets and self._reducer.stores[bucket.index].holds_sum and not checks:
+                raise StateError(_UNSCALE_ALL)
 
     def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:
         """Clip the gradients that are there, by a factor that has yet to be applied."""
