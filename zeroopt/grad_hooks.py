@@ -493,6 +493,7 @@ class GradientReducer:
         self.num_backwards += 1
         self.arrivals.clear()
         if self.sharded is not None:
+            self.sharded.checked.clear()
             self._drop_cleared(self.sharded)
         else:
             for managed in self._params:

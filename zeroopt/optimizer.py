@@ -548,8 +548,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if sharded is None or "found_inf" not in vars(self):
             return
         for bucket in self._sharding.buckets:
-            checks = sharded.peek_scaler_checks(managed.index for managed in bucket.params)
-            if bucket not in self._buckets and self._reducer.stores[bucket.index].holds_sum and not checks:
+            checked = any(managed.index in sharded.checked for managed in bucket.params)
+            if bucket not in self._buckets and self._reducer.stores[bucket.index].holds_sum and not checked:
                 raise StateError(_UNSCALE_ALL)
 
     def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:

@@ -131,6 +131,7 @@ class ShardedGradients:
     """The gradient objects of one wrapped model, and what is done to gradients through them.
 
     Attributes:
+        checked: indices of those that a GradScaler has checked since the last backward.
         local: by index of the parameter, what autograd has added to the objects and no reduce has taken up yet.
 
     Args:
@@ -156,6 +157,7 @@ class ShardedGradients:
         self.local: dict[int, Tensor] = {}
         # Which gradients a GradScaler has checked since their last step, `found_inf` and `inv_scale`.
         self._scaler_checks: list[tuple[set[int], Tensor, Tensor]] = []
+        self.checked: set[int] = set()
 
     def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
         """Take up buckets in which the same parameters lie, and more."""
@@ -286,6 +288,7 @@ class ShardedGradients:
     def note_scaler_check(self, indices: Iterable[int], found_inf: Tensor, inv_scale: Tensor) -> None:
         """Gradients have been checked and multiplied for a GradScaler."""
         self._scaler_checks.append((set(indices), found_inf, inv_scale))
+        self.checked.update(self._scaler_checks[-1][0])
 
     def take_scaler_checks(self, indices: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
         """`found_inf` and `inv_scale` of the checks of these gradients that a GradScaler has asked for since the last call."""
