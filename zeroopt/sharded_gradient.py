@@ -83,8 +83,10 @@ class ShardedGradient(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         _refuse("copying or pickling")
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        _refuse("a deep copy")
+    def __deepcopy__(self, memo: Any) -> None:
+        if not memo:
+            _refuse("a deep copy")
+        # Copied along with a DTensor, in a model: like that of a plain parameter, the copy has no gradient.
 
     @property
     def owner(self) -> ShardedGradients:
