@@ -88,4 +88,4 @@ def test_sums_and_maxima_over_the_model(run_on_ranks: RunOnRanks) -> None:
 def test_without_other_parts_nothing_is_exchanged() -> None:
     value = torch.tensor(2.0)
     assert NormGroups([]).sum_over_model(value) is value
-    assert not NormGroups([])
+    assert NormGroups([]).max_over_model(value) is value

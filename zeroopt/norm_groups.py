@@ -27,9 +27,6 @@ class NormGroups:
     def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
         self._groups = groups
 
-    def __bool__(self) -> bool:
-        return bool(self._groups)
-
     def sum_over_model(self, value: Tensor) -> Tensor:
         """The sum over all parts of the model. Collective: all ranks that hold parts must call it.
 

@@ -11,7 +11,7 @@ from ..errors import CollectiveError, ZeroOptError
 
 ADVICE = (
     "Every rank must run forward, backward and step equally often and in the same order: give all ranks the same number of "
-    "batches, and let none skip a step or go on after an exception alone"
+    "batches, or train within model.join(), and let none skip a step or go on after an exception alone"
 )
 """What to do about ranks that have diverged."""
 
