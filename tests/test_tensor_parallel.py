@@ -377,7 +377,9 @@ def test_state_dicts(run_on_ranks: RunOnRanks, stage: int) -> None:
 
 def load_foreign_state(what: str) -> str:
     mesh = square_mesh()
-    net, _, optimizer = wrap_split("tensor", mesh)
+    net, model, optimizer = wrap_split("tensor", mesh)
+    backward(model, mesh, 0)
+    optimizer.step()
     net_before = parts(net)
     if what == "part":
         states: list[Any] = [None] * 4

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from . import _C
 from .collectives import Transport
 from .precision import Precision, join_master, round_master, split_master
+from .regions import FlatLayout
 
 # A state entry of a parameter, as torch keeps it: "exp_avg" -> tensor, "step" -> 0-dim tensor, …
 ParamState = dict[str, Any]
 
 # What a master is called among a segment's state, where that is saved or moves to other buckets.
-_MASTER_NAMES = {torch.float32: "master_param", torch.int16: "remainder"}
+MASTER_NAMES = {torch.float32: "master_param", torch.int16: "remainder"}
 
 
 class Grain(IntEnum):
@@ -120,6 +121,11 @@ class ManagedParam:
             return self.numel
         rows = self.shape[0]
         return self.numel * min(rows, self.numel // rows)
+
+    @property
+    def flat_layout(self) -> FlatLayout:
+        """In which order its elements lie in the bucket, and where they are in the whole of a DTensor."""
+        return FlatLayout.of(self.shape, self.stride)
 
     def view_in(self, full: Tensor) -> Tensor:
         """The parameter's shape (and memory format) over its range of a flat buffer of its bucket."""
@@ -244,7 +250,7 @@ class Bucket:
         """Put the master of this rank's segments into their state, to be saved or moved with it."""
         if self.master is None:
             return
-        name = _MASTER_NAMES[self.master.dtype]
+        name = MASTER_NAMES[self.master.dtype]
         for segment in self.segments:
             state.setdefault(segment.shard, {})[name] = segment.view_in(self.master)
 
@@ -252,7 +258,7 @@ class Bucket:
         """Take the master out of the state again, where there is one in it."""
         if self.master is None:
             return
-        name = _MASTER_NAMES[self.master.dtype]
+        name = MASTER_NAMES[self.master.dtype]
         for segment in self.segments:
             entry = state.get(segment.shard, {})
             if name in entry:
@@ -275,6 +281,17 @@ class Bucket:
         if self.master.dtype is torch.float32:
             return self.master[own]
         return join_master(self.own_param[own], self.master[own])
+
+    def write_exact(self, segment: Segment, values: Tensor) -> None:
+        """Set a segment's parameters, and what completes them.
+
+        Args:
+            values: float32, in the shape of the segment's shard; rounded where nothing completes the parameters.
+        """
+        segment.view_in(self.own_param).copy_(round_master(values, self.dtype) if self.master is not None else values)
+        if self.master is not None:
+            master = values if self.master.dtype is torch.float32 else split_master(values)[1]
+            segment.view_in(self.master).copy_(master)
 
     def within_own_range(self, full: Tensor) -> Tensor:
         """The own range of a flat buffer of this bucket, a view."""

@@ -170,13 +170,15 @@ class FusedSegments(ABC):
         self._steps[i] = float(entry.get("step", bool(names)))
 
     def _write(self, i: int, name: str, values: Tensor, stored_scales: Tensor | None = None) -> None:
-        """Set a segment's state, from what it is stored as or from plain numbers."""
+        """Set a segment's state, from what it is stored as, or from plain numbers, which may come with the scales of the codes
+        that they were decoded from."""
         array, scales = self._ensure(i, name)
+        is_decoded = values.is_floating_point()
         if scales is not None and stored_scales is not None:
-            array.copy_(values)
             scales.copy_(stored_scales)
+            array.copy_(ops.encode_again(values, stored_scales, array.dtype) if is_decoded else values)
             return
-        if stored_scales is not None:
+        if stored_scales is not None and not is_decoded:
             codes, values = values.contiguous(), torch.empty(values.numel(), dtype=torch.float32, device=values.device)
             ops.dequantize(codes, stored_scales.to(codes.device), values)
         if scales is None:

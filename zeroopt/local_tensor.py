@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .bucket import ManagedParam
 from .errors import ConfigError, NotSupportedError, StateError
+from .regions import FlatLayout
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -101,6 +102,11 @@ class DistributedParam(ManagedParam):
     def layout_like(self, local: Tensor) -> Tensor:
         module = sys.modules["torch.distributed.tensor"]
         return cast(Tensor, module.DTensor(_with_storage_of_its_own(local), self._dtensor._spec, requires_grad=False))
+
+    @property
+    def flat_layout(self) -> FlatLayout:
+        param = self._dtensor
+        return FlatLayout.of(self.shape, self.stride, param.shape, _corner(param))
 
     def aligned(self, grad: Tensor) -> Tensor:
         dtensor = cast("DTensor", grad)
@@ -240,6 +246,26 @@ def _coordinate(mesh: DeviceMesh) -> list[int]:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank has no parameters on a mesh that it is not in"
     return list(coordinate)
+
+
+def _corner(tensor: DTensor) -> list[int]:
+    """Where the first element of this rank's part is in the whole."""
+    corner, sizes = [0] * tensor.dim(), list(tensor.shape)
+    mesh = tensor.device_mesh
+    for count, index, placement in zip(mesh.shape, _coordinate(mesh), tensor.placements, strict=True):
+        if placement.is_replicate():
+            continue
+        if not _is_plain_shard(placement):
+            raise NotSupportedError(
+                f"a DTensor of shape {list(tensor.shape)} is placed {placement}, of which checkpoints cannot say where its parts "
+                "are; redistribute it"
+            )
+        dim = cast(Any, placement).dim
+        chunk = -(-sizes[dim] // count)  # as torch.chunk cuts
+        before = min(chunk * index, sizes[dim])
+        corner[dim] += before
+        sizes[dim] = min(chunk, sizes[dim] - before)
+    return corner
 
 
 def _is_plain_shard(placement: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from . import _C
 from .agreement import agree, describe_groups, describe_params
 from .averaging import ParameterAverage
-from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan, own_segments
+from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan
 from .config import Config, check_param_dtypes
 from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
@@ -21,15 +23,14 @@ from .grad_clip import clip_by, is_finite, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
 from .inspect import inspect_further
 from .join import Phase, pack_options, take_options
-from .local_tensor import place_in_mesh
 from .loss_scaling import LossScaling, agree_on_overflow, inverse_of_scale
 from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
-from .shard_state import check_cut, cut_state, pack_state, unpack_state
+from .shard_layout import ShardLayout
 from .sharding import Sharding
+from .state_dicts import LoadedState, StateDicts
 from .step import ShardStepper, check_fused
 
-_FORMAT = 4
 _UNSCALE_ALL = (
     "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of them before the first "
     "scaler.step"
@@ -82,14 +83,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._buckets: list[Bucket] = []
         self._generations: list[list[int]] = []
         self._versions: list[int] = []
-        self._take_in(params)
-        self._take_over_hooks()
-        self._take_over_methods()
         # By the parameters that came before: those of two optimizers are not rounded alike.
         seed = (sharding.seed + params[0].index) % 2**63
         if average is not None:
             seed = average.vary_seed(seed)
-        self._stepper = ShardStepper(optimizer, self._buckets, self._stores, self._config, seed)
+        self._stepper = ShardStepper(optimizer, seed, config)
+        self._state_dicts = StateDicts(sharding, optimizer, self._params, self._buckets, self._stepper, config, average)
+        self._has_begun = False  # whether any rank may have state
+        self._whole: dict[str, Any] | None = None
+        self._take_in(params)
+        self._stepper.adopt(self._buckets, self._stores)
+        self._take_over_hooks()
+        self._take_over_methods()
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
         self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
@@ -104,7 +109,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._generations.append(list(reversed(range(first, len(self._params)))))
         self._frozen = self._find_frozen()
         self._versions += [managed.param._version for managed in params]
-        self._import_state()
+        self._has_begun |= any(managed.param in self._inner.state for managed in params)
+        self._state_dicts.take_in_state()
         # Ranks that average their parameters must have cut them alike.
         self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
         self._taken_in_after = self._reducer.num_backwards
@@ -158,6 +164,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
         overflow = self._agree_on_overflow()
+        self._whole = None
+        self._has_begun |= not overflow and bool(active.any())
         if overflow:
             active.zero_()
         elif self._config.max_grad_norm is not None:
@@ -202,72 +210,96 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """This rank's shard of the state. Not collective, and works before the first step.
 
         Returns:
-            A dict like torch's ("state" by position of the parameter, "param_groups"), whose tensors are 1-D pieces of
-            this rank (whole, of parameters that it owns whole; of local tensors, with DTensors), and under "zeroopt" the layout that says of which
-            elements. Save one on every rank. With `param_dtype`, "master_param" (float32) or "remainder" (int16)
-            completes the parameters of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and
-            the like.
+            A dict like torch's ("state" by position of the parameter, "param_groups"), and under "zeroopt" the layout that says
+            which elements this rank has. Where it has all of a parameter, tensors are plain ones of the parameter's shape; where
+            it has some, `ShardTensor`s, which `torch.save` writes as plain 1-D tensors of these elements; where it has none,
+            the entry is empty. With `param_dtype`, "master_param" (float32) or "remainder" (int16) completes the parameters
+            of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
+
+            Save one on every rank, with `torch.save`, or with torch.distributed.checkpoint, which understands it as it is.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        segments = list(self._segments())
-        with_masters = {shard: dict(entry) for shard, entry in self._inner.state.items()}
-        for bucket in self._buckets:
-            bucket.hand_over(with_masters)
-        state, layout = pack_state(with_masters, segments, self._params)
-        result: dict[str, Any] = {
-            "state": state,
-            "param_groups": self._pack_groups(),
-            "zeroopt": {
-                "format": _FORMAT,
-                **self._identity(),
-                "seed": self._stepper.seed,
-                "steps_since_average": 0 if self._average is None else self._average.steps,
-                "order": [list(generation) for generation in self._generations],
-                **layout,
-            },
-        }
+        result = self._state_dicts.shard(self._generations, has_begun=self._has_begun)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
         return result
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict()` gave on this rank, or the whole state dict of the plain torch optimizer, in which state of a
-        DTensor is a DTensor placed likewise, this rank's local tensor, or the full tensor.
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+        """Load state: on every rank, after the model's own state dict.
 
-        Every rank has to load its own. Collective when the state was saved after buckets were planned anew (after the first
-        step) and this optimizer's have not been, or the other way round: its buckets then follow the saved ones.
+        Args:
+            state_dict: one of
+                - what `full_state_dict()` gave, or `state_dict()` of the plain torch optimizer, also with the names of
+                  parameters for positions, as `torch.distributed.checkpoint.state_dict` has it. State of a DTensor is a DTensor
+                  placed likewise, this rank's local tensor, or the full tensor;
+                - what `state_dict()` gave on this rank, with the same world size, stage and bucket size;
+                - what `state_dict()` gave on all ranks of another run, in any order, as a list or as an iterator that reads one
+                  after the other: of any world size, stage, bucket size, and precision.
+
+        Moments that were kept in another precision are converted; in the same one they come back bit for bit. What completes
+        16-bit parameters ("master_param", "remainder") goes into parameters or masters here, to which the model's state dict
+        of the same moment belongs.
+
+        Not collective when all of that is as it was. Collective, with every rank of the process group: for a shard that was saved
+        after buckets were planned anew (after the first step), when this optimizer's have not been, or the other way round, and
+        when the state was saved with other `param_dtype` or `master_weights`.
 
         Raises:
-            StateError: the state belongs to other parameters, another rank, world size, stage or bucket size, or its
-                groups are of other sizes; or within `join()`. Nothing has been changed.
+            StateError: the state belongs to other parameters, some of it is missing, or its groups are of other sizes; or
+                within `join()`. Nothing has been changed.
         """
         self._reducer.join.check_outside("load_state_dict()")
+        given = iter([state_dict] if isinstance(state_dict, Mapping) else state_dict)
+        shards = (self._prepare_load(shard) for shard in given)
+        first = next(shards, None)
+        if first is None:
+            raise StateError("expected a state dict, or those of all ranks of a run; got none")
+        layout = ShardLayout.of(first)
+        if layout is not None and isinstance(state_dict, Mapping):
+            self._follow_order(layout)
+        if self._state_dicts.crosses_tiers(layout):
+            self._load_and_gather(chain([first], shards))
+        else:
+            self._state_dicts.adopt(self._state_dicts.read(chain([first], shards)))
+        self._has_begun = bool(first["state"])
+        self._whole = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _prepare_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, dict(state_dict))
             state_dict = state_dict if changed is None else changed
-        layout = state_dict.get("zeroopt")
-        self._check_groups(state_dict["param_groups"])
-        if layout is not None:
-            self._check_identity(layout)
-            self._follow_order(layout)
-        state = unpack_state(state_dict["state"], layout, self._segments())
-        for segment in self._segments():
-            self._inner.state.pop(segment.shard, None)  # what frozen parameters have stays
-        self._inner.state.update(state)
-        for bucket in self._buckets:
-            bucket.take_back(self._inner.state)
-        if layout is not None:
-            self._stepper.seed = layout["seed"]
-        if self._average is not None:
-            self._average.steps = 0 if layout is None else layout.get("steps_since_average", 0)
-        self._stepper.adopt_state()
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        return state_dict
+
+    def _load_and_gather(self, shards: Iterable[Mapping[str, Any]]) -> None:
+        """Load state that comes with more exact parameters than the model has, each rank its own. Collective."""
+        loaded: LoadedState | None = None
+        problem: Exception | None = None
+        try:
+            loaded = self._state_dicts.read(shards)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
+            problem = error
+        agree([(self._sharding.group, [])], problem, "load_state_dict")
+        assert loaded is not None
+        with self.rewriting_parameters():
+            self._state_dicts.adopt(loaded)
+
+    @contextmanager
+    def rewriting_parameters(self) -> Iterator[None]:
+        """Within it, every rank writes its own range of the buckets; then all get them. Collective."""
+        self._gathers.finish_all()
+        everyone_came = self._transport.start_rendezvous("writing parameters")
+        everyone_came.finish()  # nobody reads them any more
+        yield
+        if self._config.placement.shard_state:
+            for bucket in self._buckets:
+                self._gathers.start(bucket)
+            self._gathers.leave_to_readers()
+        self._note_changes(torch.ones(len(self._sharding.params), dtype=torch.uint8))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param_group, as torch's optimizers do. Collective: every rank must add the same.
@@ -428,21 +460,54 @@ class ZeroOptimizer(torch.optim.Optimizer):
         pieces = [s for s in bucket.segments if s.owner is managed]
         return self._assemble(managed, bucket.exact(pieces[0]) if pieces else None, torch.float32)
 
-    def full_state_dict(self) -> dict[str, Any]:
-        """Not supported yet."""
-        raise NotSupportedError("full_state_dict is not supported yet; save state_dict() on every rank")
-
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Not supported yet."""
-        raise NotSupportedError("consolidate_state_dict is not supported yet; save state_dict() on every rank")
+        """Gather the whole state in the CPU memory of one rank, for `full_state_dict()`. Collective: every rank of the process
+        group must call it.
+
+        It travels parameter by parameter. The other ranks need no more memory than for a piece of one.
+
+        Args:
+            to: rank in the process group that gets it.
+
+        Raises:
+            ConfigError: there is no such rank. On every rank that asks for it.
+            StateError: within `join()`.
+        """
+        if not 0 <= to < self._transport.group.size():
+            raise ConfigError(f"expected a rank below {self._transport.group.size()}, got to={to}")
+        self._reducer.join.check_outside("consolidate_state_dict()")
+        self._whole = self._state_dicts.whole(to)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole state as `consolidate_state_dict()` has gathered it, on the rank that it went to. Not collective.
+
+        Returns:
+            The state dict that the plain torch optimizer would have under DistributedDataParallel: the same keys in the same
+            order, and tensors of the parameters' shapes, on the CPU. It loads into that, and here at any world size. 8-bit
+            moments are float32 in it. Where there is more to keep (what completes 16-bit parameters, the scales of
+            8-bit moments, step counts for stochastic rounding), that is under a further key, "zeroopt", which torch ignores.
+
+        Raises:
+            StateError: the state has not been gathered since the last step or load, or went to another rank.
+        """
+        if self._whole is None:
+            raise StateError(
+                f"rank {self._transport.rank} has no whole state: call consolidate_state_dict(to={self._transport.rank}) on all "
+                "ranks after the last step, and full_state_dict() on that rank alone"
+            )
+        return self._whole
 
     @property  # type: ignore[override]
     def state(self) -> Mapping[Tensor, ParamState]:
         """State by model parameter: 1-D tensors over the part of the parameter that this rank owns, or all of it where the
-        rank owns it whole (ranks that own none of a parameter have no entry for it). The tensors are live, the mapping is
-        read-only."""
+        rank owns it whole; an empty entry for a parameter of which it owns nothing. Empty before the first step. The tensors are
+        live, the mapping is read-only."""
         inner = self._inner.state
-        return MappingProxyType({s.owner.param: inner[s.shard] for s in self._segments() if s.shard in inner})
+        if not self._has_begun:
+            return MappingProxyType({})
+        state: dict[Tensor, ParamState] = {managed.param: {} for managed in self._params}
+        state.update((s.owner.param, inner[s.shard]) for s in self._segments() if s.shard in inner)
+        return MappingProxyType(state)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -712,26 +777,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     "forward of the model that zeroopt.wrap returned, with gradients enabled"
                 )
 
-    def _follow_order(self, layout: Mapping[str, Any]) -> None:
-        """Plan the buckets as they were when a state was saved. Collective when that changes them."""
-        saved = [list(generation) for generation in layout["order"]]
-        if saved == self._generations:
+    def _follow_order(self, layout: ShardLayout) -> None:
+        """Plan the buckets as they were when this rank's shard was saved. Collective when they were planned otherwise, whether
+        that can be done or not."""
+        order = [list(generation) for generation in layout.order]
+        if not order or order == self._generations:
             return
-        if sorted(index for generation in saved for index in generation) != list(range(len(self._params))):
-            count = sum(map(len, saved))
-            raise StateError(f"the state dict is of {count} parameters, this optimizer has {len(self._params)}")
-        if len(saved) > 1 or not self._is_alone():
-            raise StateError(
-                "the state dict was saved with other buckets: parameters were added at other times, more than one optimizer was "
-                "wrapped, or it is of another optimizer; loading shards into another layout is not supported yet"
-            )
-        ordered = in_order(self._params, saved[0])
-        plan = self._make_plan(ordered)
-        for bucket in range(len(plan.buckets)):
-            for piece in own_segments(plan, bucket, self._transport, shard_state=self._config.placement.shard_state):
-                check_cut(layout, ordered[piece.param], piece.start, piece.numel)
-        self._may_replan = False
-        self._replan(saved[0])
+        plan: _C.Plan | None = None
+        ordered: list[ManagedParam] = []
+        if len(order) == 1 and sorted(order[0]) == list(range(len(self._params))) and self._is_alone():
+            ordered = in_order(self._params, order[0])
+            plan = self._make_plan(ordered)
+        fits_now = self._state_dicts.matches(layout)
+        would_fit = plan is not None and self._state_dicts.would_match(layout, plan, ordered)
+        votes = torch.tensor(2.0 * fits_now + would_fit, dtype=torch.float32, device=self._params[0].param.device)
+        everyone = [int(vote) for vote in self._transport.gather_scalar(votes, label="load_state_dict").tolist()]
+        if not all(vote & 2 for vote in everyone) and all(vote & 1 for vote in everyone):
+            self._may_replan = False
+            self._replan(order[0])
 
     def _note_changes(self, active: Tensor) -> None:
         """Kernels and transports write behind autograd's back; tell it, so that it can refuse a backward through a graph
@@ -752,18 +815,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for name, hooks in vars(self._inner).items():
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 setattr(self, name, hooks)
-
-    def _import_state(self) -> None:
-        """State that the optimizer had before it was wrapped: keep this rank's part of it."""
-        state = self._inner.state
-        own: dict[Tensor, ParamState] = {
-            segment.shard: cut_state(state[segment.owner.param], segment)
-            for segment in self._segments()
-            if segment.owner.param in state
-        }
-        for managed in self._params:
-            state.pop(managed.param, None)
-        state.update(own)
 
     def check_can_join(self) -> None:
         """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""
@@ -820,44 +871,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""
         if hasattr(self._inner.step, "_wrapped_by_lr_sched"):
             self._inner._opt_called = True  # type: ignore[attr-defined]
-
-    def _identity(self) -> dict[str, int | str]:
-        transport, precision = self._transport, self._config.precision
-        return {
-            "stage": self.stage,
-            "rank": transport.rank,
-            "world_size": transport.world_size,
-            "slice": transport.slice_index,  # another one where ranks are on other hosts
-            "part": place_in_mesh(self._params),
-            "param_dtype": str(precision.param_dtype),
-            "master_weights": precision.master_weights,
-            "state_dtype": str(precision.state_dtype),
-        }
-
-    def _pack_groups(self) -> list[dict[str, Any]]:
-        packed, first = [], 0
-        for group in self.param_groups:
-            options = {name: _copy(value) for name, value in group.items() if name != "params"}
-            packed.append({**options, "params": list(range(first, first + len(group["params"])))})
-            first += len(group["params"])
-        return packed
-
-    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        mine = [len(group["params"]) for group in self.param_groups]
-        theirs = [len(group["params"]) for group in saved]
-        if mine != theirs:
-            raise StateError(f"expected param_groups of {mine} parameters, the state dict has {theirs}")
-
-    def _check_identity(self, layout: Mapping[str, Any]) -> None:
-        if layout["format"] != _FORMAT:
-            raise StateError(f"expected a state dict of format {_FORMAT}, got {layout['format']}; update zeroopt")
-        for name, value in self._identity().items():
-            if layout[name] != value:
-                raise StateError(
-                    f"the state dict was saved with {name}={layout[name]}, this optimizer has {name}={value}; loading "
-                    "shards into another layout is not supported yet"
-                )
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _C, ops
-from .bucket import Bucket, ManagedParam, ParamState, Segment, own_segments
+from . import _C
+from .bucket import Bucket, ManagedParam, ParamState, own_segments
 from .collectives import Transport, named_failures
-from .elementwise import is_per_element
+from .shard_state import block_of, is_array
 
 _log = logging.getLogger("zeroopt")
 
@@ -124,7 +124,7 @@ def _describe_together(
     counts and the like, which an element-wise optimizer has alike for all parts."""
     mine = {
         segment.owner.index: {
-            name: _Array(value.dtype, _block(name)) if is_array(name, value, segment) else _alone(value)
+            name: _Array(value.dtype, block_of(name)) if is_array(name, value, segment) else _alone(value)
             for name, value in state[segment.shard].items()
         }
         for bucket in buckets
@@ -139,16 +139,6 @@ def _describe_together(
 
 def _alone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
-
-
-def is_array(name: str, value: Any, segment: Segment) -> bool:
-    """Whether a state entry has an element for each of the segment's, or for each block of them."""
-    return isinstance(value, Tensor) and (_block(name) > 1 or is_per_element(name, value, segment.shard))
-
-
-def _block(name: str) -> int:
-    """Elements of the parameter for which a state tensor of that name has one."""
-    return ops.QUANT_BLOCK if name.endswith(ops.SCALE_SUFFIX) else 1
 
 
 def _gather_array(

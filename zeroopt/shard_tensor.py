@@ -92,10 +92,14 @@ class ShardTensor(Tensor):
         shard: ShardTensor = args[0]
         options = {name: value for name, value in (kwargs or {}).items() if name != "memory_format"}
         if op is aten.new_empty.default and tuple(args[1]) == tuple(shard.shape):
-            return ShardTensor(shard.flat_layout, shard.start, op(shard.local, [shard.local.numel()], **options))
+            return shard._with(op(shard.local, shard.local.shape, **options))
         if op not in _COPIES:
             _refuse(str(op))
-        return ShardTensor(shard.flat_layout, shard.start, op(shard.local, *args[1:], **options))
+        return shard._with(op(shard.local, *args[1:], **options))
+
+    def _with(self, local: Tensor) -> ShardTensor:
+        """The same elements of another tensor."""
+        return ShardTensor(self.flat_layout, self.start, local)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (
@@ -104,10 +108,11 @@ class ShardTensor(Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
-        return memo.setdefault(id(self), ShardTensor(self.flat_layout, self.start, self.local.clone()))
+        memo[id(self)] = copied = self._with(self.local.clone())
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.local.__reduce_ex__(protocol)
+        return self.local.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     # What torch.distributed.checkpoint asks for (torch/distributed/_checkpointable.py). It is imported by whoever asks.
 
@@ -132,6 +137,38 @@ class ShardTensor(Tensor):
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         return next(self.view_of(box) for box in self.boxes if box.offsets == tuple(index.offset))
+
+
+class OwnTensor(ShardTensor):
+    """What is of this rank alone, such as the layout of its shard.
+
+    `torch.save` writes it like any other. torch.distributed.checkpoint, which would keep that of one rank for all, sees a
+    tensor of one element that means nothing, and leaves this rank's own as it is.
+    """
+
+    _ELEMENT = FlatLayout.of([1], [1])
+
+    @staticmethod
+    def __new__(cls, own: Tensor) -> OwnTensor:  # noqa: PYI034
+        """Make one of a tensor of any shape."""
+        made: OwnTensor = Tensor._make_wrapper_subclass(cls, [1], dtype=own.dtype, device=own.device)
+        made.flat_layout, made.start, made._local, made._read = cls._ELEMENT, 0, own, None
+        return made
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's tensor."""
+        return self._local
+
+    @property
+    def boxes(self) -> list[Box]:
+        return self._ELEMENT.boxes(0, 1)
+
+    def view_of(self, box: Box) -> Tensor:
+        return self._local.new_zeros(1)
+
+    def _with(self, local: Tensor) -> OwnTensor:
+        return OwnTensor(local)
 
 
 def _refuse(what: str) -> NoReturn:

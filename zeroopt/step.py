@@ -33,10 +33,8 @@ class ShardStepper:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        buckets: Sequence[Bucket],
-        stores: Sequence[GradientStore],
-        config: Config,
         seed: int,
+        config: Config,
     ) -> None:
         self.seed = seed
         self._optimizer = optimizer
@@ -44,7 +42,7 @@ class ShardStepper:
         self._may_fuse = bool(config.fused)
         self._fused: list[FusedBucket] = []
         optimizer.register_step_pre_hook(self._refuse_direct_step)
-        self.adopt(buckets, stores)
+        self.adopt((), ())
 
     def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
         """Take up the optimizer's groups and buckets as they are now, and its state for their segments."""

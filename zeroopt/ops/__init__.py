@@ -8,7 +8,7 @@ contain raises `KernelUnavailableError`; `csrc/kernels.h` states what each one m
 
 from .checks import DTYPE_CODES
 from .move import copy, pack, pack_segments, reduce
-from .quantize import dequantize, quantize
+from .quantize import dequantize, encode_again, quantize
 from .segments import SegmentArrays, SegmentTable
 from .steps import StepControl, adagrad, adamw, lamb, lion, sgd, squared_norms
 from .storage import QUANT_BLOCK, SCALE_SUFFIX, Storage, num_blocks
@@ -25,6 +25,7 @@ __all__ = [
     "adamw",
     "copy",
     "dequantize",
+    "encode_again",
     "lamb",
     "lion",
     "num_blocks",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _C
 from .checks import check_device, check_flat, current_stream, require
-from .storage import num_blocks
+from .storage import QUANT_BLOCK, num_blocks
 
 
 def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
@@ -46,6 +46,28 @@ def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> None:
         return
     with torch.cuda.device(values.device):
         _C.cuda_dequantize(*addresses, current_stream(values))
+
+
+def encode_again(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The very codes that `dequantize` has decoded to `values`. Not collective.
+
+    `quantize` finds the same ones only where a block's largest code is the largest of all, which rounding in an optimizer's step
+    may miss.
+
+    Args:
+        values: float32, 1-D.
+        scales: float32, one element for every 256 begun ones.
+        dtype: of the codes: int8 (signed) or uint8.
+    """
+    scale = scales.repeat_interleave(QUANT_BLOCK)[: values.numel()].to(values.device)
+    # Where the scale is not finite, or 0, all codes are 0.
+    inverse = torch.where(scale.isfinite() & (scale > 0), scale.double().reciprocal(), 0.0)
+    if dtype is torch.int8:
+        share = values.double() * inverse
+        codes = 254 * share / (1 + share.abs())
+    else:
+        codes = 255 * values.double().sqrt() * inverse
+    return codes.round().nan_to_num(0.0).to(dtype)
 
 
 def _check(values: Tensor, codes: Tensor, scales: Tensor) -> bool:
