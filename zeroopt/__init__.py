@@ -10,6 +10,7 @@ import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP r
 from . import ops, optim
 from ._C import build_info
 from .errors import (
+    CheckpointError,
     CollectiveError,
     ConfigError,
     KernelUnavailableError,
@@ -26,6 +27,7 @@ from .wrap import wrap
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "ConfigError",
     "KernelUnavailableError",

@@ -31,3 +31,7 @@ class KernelUnavailableError(ZeroOptError, RuntimeError):
 
 class CollectiveError(ZeroOptError, RuntimeError):
     """Raised when a collective cannot come to its end: a rank died, stopped, gave up or does something else."""
+
+
+class CheckpointError(ZeroOptError, RuntimeError):
+    """Raised when a checkpoint cannot be written whole, or is damaged, foreign or not there."""

@@ -1,0 +1,1 @@
+"""Checkpoints: directories that torch.distributed.checkpoint (DCP) reads, there entirely or not at all."""

@@ -1,0 +1,93 @@
+"""The file that is written last, and says of which files a checkpoint consists."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._C import build_info
+from ..errors import CheckpointError
+from .files import CheckedFiles, FileRecord
+
+NAME = "zeroopt.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        facts: of the run that wrote it, plain JSON.
+        files: all files but the manifest, by name.
+        saved_at: when it was complete, in nanoseconds since 1970.
+        zeroopt, torch: versions that wrote it.
+    """
+
+    facts: dict[str, Any]
+    files: dict[str, FileRecord]
+    saved_at: int
+    zeroopt: str
+    torch: str
+
+    @staticmethod
+    def of(facts: dict[str, Any], files: dict[str, FileRecord], saved_at: int) -> Manifest:
+        """That of a checkpoint which is written now."""
+        return Manifest(facts, files, saved_at, build_info()["version"], torch.__version__)
+
+    def write(self, directory: Path, files: CheckedFiles) -> None:
+        """Write it into the directory.
+
+        Raises:
+            CheckpointError: the facts are not JSON, or the file cannot be written.
+        """
+        content = {
+            "format": FORMAT,
+            "zeroopt": self.zeroopt,
+            "torch": self.torch,
+            "saved_at": self.saved_at,
+            "facts": self.facts,
+            "files": {name: record._asdict() for name, record in sorted(self.files.items())},
+        }
+        try:
+            content = json.loads(json.dumps(content))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"facts for the manifest have to be plain JSON: {error}") from error
+        text = json.dumps({**content, "crc32": _checksum(content)}, indent=1)
+        with files.create_stream(directory / NAME, "wb") as stream:
+            stream.write(text.encode())
+
+    @staticmethod
+    def read(directory: Path) -> Manifest:
+        """That of a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: it is damaged, or of a newer zeroopt.
+        """
+        path = directory / NAME
+        try:
+            content = json.loads(path.read_bytes())
+            expected = content.pop("crc32")
+            if not isinstance(content["format"], int) or expected != _checksum(content):
+                raise ValueError("its checksum is wrong")
+            if content["format"] > FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {content['format']}, of zeroopt {content.get('zeroopt')}; this zeroopt "
+                    f"({build_info()['version']}) reads formats up to {FORMAT}. Install a newer one"
+                )
+            files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            return Manifest(content["facts"], files, content["saved_at"], content["zeroopt"], content["torch"])
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
