@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -50,6 +50,11 @@ class ZeroDataParallel(nn.Module):
     def sharding(self) -> Sharding:
         """What the model shares with its optimizers."""
         return self._sharding
+
+    @property
+    def optimizers(self) -> Sequence[ZeroOptimizer]:
+        """Those that train it, in the order of wrapping."""
+        return self._optimizers
 
     def train_with(self, optimizer: ZeroOptimizer) -> None:
         """Add an optimizer that trains parameters of the model."""

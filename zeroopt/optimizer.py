@@ -120,6 +120,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return [self._reducer.stores[bucket.index] for bucket in self._buckets]
 
     @property
+    def sharding(self) -> Sharding:
+        """What the optimizer shares with the model."""
+        return self._sharding
+
+    @property
+    def state_dicts(self) -> StateDicts:
+        """How its state is saved and loaded."""
+        return self._state_dicts
+
+    @property
     def stage(self) -> int:
         """ZeRO stage: 0, 1 or 2."""
         return self._config.stage
@@ -263,9 +273,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._state_dicts.crosses_tiers(layout):
             self._load_and_gather(chain([first], shards))
         else:
-            self._state_dicts.adopt(self._state_dicts.read(chain([first], shards)))
+            self.adopt(self._state_dicts.read(chain([first], shards)))
         self._has_begun = bool(first["state"])
-        self._whole = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -286,7 +295,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         agree([(self._sharding.group, [])], problem, "load_state_dict")
         assert loaded is not None
         with self.rewriting_parameters():
-            self._state_dicts.adopt(loaded)
+            self.adopt(loaded)
+
+    def adopt(self, loaded: LoadedState) -> None:
+        """Let state that was read be this optimizer's. Not collective."""
+        self._state_dicts.adopt(loaded)
+        self._has_begun = True
+        self._whole = None
 
     @contextmanager
     def rewriting_parameters(self) -> Iterator[None]:
@@ -815,6 +830,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for name, hooks in vars(self._inner).items():
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 setattr(self, name, hooks)
+
+    def names(self) -> dict[int, str]:
+        """Names of all parameters in the groups, frozen ones too, by their position."""
+        names = {param: name for name, param in self._module.named_parameters()}
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        return {position: names[param] for position, param in enumerate(params)}
+
+    def check_can_save(self, group: dist.ProcessGroup) -> None:
+        """Raise NotSupportedError when ranks of a group that save together train alone."""
+        if self._average is not None and group.size() > self._transport.world_size:
+            raise NotSupportedError(
+                "with average_every, ranks that train alone differ between averagings: save each such group of ranks as a "
+                "checkpoint of its own, with its process_group and a path of its own, or save state_dict() on every rank"
+            )
 
     def check_can_join(self) -> None:
         """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""

@@ -41,15 +41,17 @@ class ShardTensor(Tensor):
         start: int,
         local: Tensor,
         read: Callable[[int, int], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> ShardTensor:
         """Make one.
 
         Args:
-            local: 1-D; with `read` only its dtype, device and number of elements count.
+            local: 1-D; with `read` only its device and number of elements count.
             read: gives elements [begin, end) of `local`, 1-D, computed when they are asked for.
+            dtype: of what it gives, where that is another one.
         """
         made: ShardTensor = Tensor._make_wrapper_subclass(
-            cls, layout.full_shape, dtype=local.dtype, device=local.device
+            cls, layout.full_shape, dtype=dtype or local.dtype, device=local.device
         )
         made.flat_layout, made.start, made._local, made._read = layout, start, local, read
         return made

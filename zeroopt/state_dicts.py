@@ -17,6 +17,7 @@ from .consolidate import gather_state
 from .errors import StateError
 from .fused_rules import rule_for
 from .local_tensor import place_in_mesh
+from .precision import Precision
 from .saved_state import SavedState
 from .shard_layout import ShardLayout, describe_layout
 from .shard_state import pack_state
@@ -43,8 +44,10 @@ class LoadedState:
 class StateDicts:
     """The state dicts of one optimizer.
 
-    Args:
+    Attributes:
         params, buckets: those of the optimizer, which may change.
+
+    Args:
         stepper: that of the optimizer.
     """
 
@@ -61,8 +64,8 @@ class StateDicts:
         self._sharding = sharding
         self._transport = sharding.transport
         self._inner = inner
-        self._params = params
-        self._buckets = buckets
+        self.params = params
+        self.buckets = buckets
         self._stepper = stepper
         self._config = config
         self._average = average
@@ -74,18 +77,18 @@ class StateDicts:
             order: in which the parameters were planned.
             has_begun: whether any rank may have state.
         """
-        with_masters = self._with_masters()
+        with_masters = self.with_masters()
         layout = describe_layout(
-            self._params,
+            self.params,
             self._segments(),
-            facts=self._facts(),
-            seed=self._stepper.seed,
-            steps_since_average=self._steps_since_average(),
-            part=place_in_mesh(self._params),
+            facts={"rank": self._transport.rank, **self.facts()},
+            seed=self.seed,
+            steps_since_average=self.steps_since_average,
+            part=place_in_mesh(self.params),
             order=order,
         )
         return {
-            "state": pack_state(with_masters, self._segments(), self._params) if has_begun else {},
+            "state": pack_state(with_masters, self._segments(), self.params) if has_begun else {},
             "param_groups": self.pack_groups(),
             "zeroopt": layout.to_dict(),
         }
@@ -98,9 +101,9 @@ class StateDicts:
             return None
         rule = rule_for(self._inner)
         state = gather_state(
-            self._with_masters(),
+            self.with_masters(),
             list(self._segments()),
-            self._params,
+            self.params,
             None if alone else transport.group,
             to,
             has_step=rule is None or rule.has_step,
@@ -109,9 +112,7 @@ class StateDicts:
             return None
         result = {"state": state.torch, "param_groups": self.pack_groups()}
         if state.beyond:
-            layout = ShardLayout(
-                self._facts(), self._stepper.seed, self._steps_since_average(), beyond_torch=state.beyond
-            )
+            layout = ShardLayout(self.facts(), self.seed, self.steps_since_average, beyond_torch=state.beyond)
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
@@ -121,7 +122,7 @@ class StateDicts:
         Raises:
             StateError: it does not fit, or something is missing.
         """
-        saved = SavedState(self._segments(), self._params, place_in_mesh(self._params), self._inner.state)
+        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), self._inner.state)
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
         for shard in shards:
@@ -140,7 +141,7 @@ class StateDicts:
         for segment in self._segments():
             state.pop(segment.shard, None)  # what frozen parameters have stays
         state.update(loaded.state)
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.take_back(state)
         for bucket, segment, values in completed:
             bucket.write_exact(segment, values)
@@ -156,11 +157,11 @@ class StateDicts:
     def take_in_state(self) -> None:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
         state = self._inner.state
-        held = {managed.position: state[managed.param] for managed in self._params if managed.param in state}
-        saved = SavedState(self._segments(), self._params, place_in_mesh(self._params), {})
+        held = {managed.position: state[managed.param] for managed in self.params if managed.param in state}
+        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), {})
         saved.take({"state": held, "param_groups": self.pack_groups()})
         own = saved.finish()
-        for managed in self._params:
+        for managed in self.params:
             state.pop(managed.param, None)
         state.update(own)
 
@@ -207,7 +208,7 @@ class StateDicts:
         """Take out of loaded state what completes parameters, where they are completed by something else here. Returns the exact
         values of parameters that can take them up."""
         completed = []
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             here = None if bucket.master is None else MASTER_NAMES[bucket.master.dtype]
             for segment in bucket.segments:
                 entry = state.get(segment.shard, {})
@@ -223,25 +224,37 @@ class StateDicts:
                     completed.append((bucket, segment, exact.view(segment.shard.shape)))
         return completed
 
-    def _with_masters(self) -> dict[Tensor, ParamState]:
+    def with_masters(self) -> dict[Tensor, ParamState]:
         """State by segment, with what completes 16-bit parameters in it."""
         state = {shard: dict(entry) for shard, entry in self._inner.state.items()}
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.hand_over(state)
         return state
 
     def _segments(self) -> Iterator[Segment]:
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             yield from bucket.segments
 
-    def _steps_since_average(self) -> int:
+    @property
+    def precision(self) -> Precision:
+        """In what parameters and state are kept."""
+        return self._config.precision
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding, the same on all ranks."""
+        return self._stepper.seed
+
+    @property
+    def steps_since_average(self) -> int:
+        """See `averaging`; 0 without it."""
         return 0 if self._average is None else self._average.steps
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """How the state is kept, the same on all ranks; plain JSON."""
         precision = self._config.precision
         return {
             "stage": self._config.stage,
-            "rank": self._transport.rank,
             "world_size": self._transport.world_size,
             "param_dtype": str(precision.param_dtype),
             "master_weights": precision.master_weights,

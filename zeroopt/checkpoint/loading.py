@@ -1,0 +1,188 @@
+"""`load`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import CheckpointError
+from ..module import ZeroDataParallel
+from ..optimizer import ZeroOptimizer
+from ..shard_layout import ShardLayout
+from ..state_dicts import LoadedState
+from .extra import EXTRA, check_extra, rank_file, unpack_extra
+from .groups import match_groups, read_groups
+from .parts import first_param
+from .reading import Checkpoint, open_checkpoint
+from .saving import Optimizers, finish_background, optimizers_of, resolve_group
+from .targets import Names, model_target, state_target
+from .together import together
+
+
+@torch.no_grad()
+def load(
+    path: str | os.PathLike[str],
+    model: ZeroDataParallel,
+    optimizer: Optimizers,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    rank_extra: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    strict: bool = True,
+    model_key: str = "model",
+    optimizer_key: str = "optimizer",
+) -> dict[str, Any]:
+    """Load a checkpoint into a wrapped model and its optimizer.
+
+    The checkpoint may be of any world size, stage, bucket size, precision and split into DTensors, or one that
+    torch.distributed.checkpoint alone wrote, of a model and an optimizer of plain torch, of DistributedDataParallel or of
+    FSDP2. Each rank reads what it needs, into memory of its own; only when all ranks have theirs is anything changed. No
+    code that the files might contain is run.
+
+    Collective: every rank of the process group must call it.
+
+    Args:
+        path: the checkpoint's directory; see `latest`.
+        optimizer, process_group: as for `save`.
+        extra, rank_extra: objects with `load_state_dict()` by the names that they were saved under. `rank_extra` is loaded
+            where as many ranks saved.
+        strict: the model and the checkpoint have to have the same names; else what both have is loaded.
+        model_key, optimizer_key: under which names a checkpoint that zeroopt did not write has the model and the optimizer.
+
+    Returns:
+        All extra values that were saved, by name, with this rank's own: state dicts of objects, and plain values.
+
+    Raises:
+        CheckpointError: on all ranks, with the rank, the file or the name: the checkpoint is not there, damaged (all files
+            are compared with their checksums first), or of another model. Nothing has been changed.
+        ConfigError: model and optimizer do not belong together.
+    """
+    finish_background(process_group)
+    group = resolve_group(process_group)
+    source = _Source(path, model_key, optimizer_key)
+    together(group, f"opening the checkpoint {path}", source.open, _check_same)
+    source.checkpoint.verify(group)
+    reading = _Reading()
+
+    def read() -> None:
+        optimizers = optimizers_of(model, optimizer)
+        reading.take_extra(source.checkpoint, extra, rank_extra, group)
+        reading.take_model(source, model, strict=strict)
+        for one in optimizers:
+            reading.take_state(source, one)
+
+    together(group, f"reading the checkpoint {path}", read, lambda done: done)
+    reading.commit(model)
+    return {**unpack_extra(extra, reading.extra), **unpack_extra(rank_extra, reading.rank_extra)}
+
+
+class _Source:
+    """A checkpoint, and the names in it."""
+
+    def __init__(self, path: str | os.PathLike[str], model_key: str, optimizer_key: str) -> None:
+        self._path, self._model_key, self._optimizer_key = path, model_key, optimizer_key
+
+    def open(self) -> tuple[str, int]:
+        """Open it, and return what tells it from others."""
+        self.checkpoint = open_checkpoint(self._path)
+        self.model = self._names(self._model_key)
+        self.optimizer = self._names(self._optimizer_key)
+        manifest = self.checkpoint.manifest
+        return str(os.path.realpath(self._path)), 0 if manifest is None else manifest.saved_at
+
+    @cached_property
+    def groups(self) -> list[dict[str, Any]]:
+        """The saved param_groups."""
+        return read_groups(self.checkpoint, self.optimizer)
+
+    def layout_for(self, optimizer: ZeroOptimizer) -> dict[str, Any]:
+        """What a state dict says of itself under "zeroopt", as far as the checkpoint knows."""
+        facts = self.checkpoint.facts
+        of_all = [] if facts is None else facts["optimizers"]
+        mine = next((one for one in of_all if one["first_param"] == first_param(optimizer)), None)
+        if mine is None:
+            return {}
+        layout = ShardLayout({}, mine["seed"], mine["steps_since_average"])
+        return {"zeroopt": layout.to_whole_dict()}
+
+    def _names(self, prefix: str) -> Names:
+        names = Names(self.checkpoint.metadata, prefix)
+        if not names:
+            found = sorted({key.partition(".")[0] for key in self.checkpoint.metadata.state_dict_metadata})
+            raise CheckpointError(
+                f"{self._path} has nothing under {prefix!r}, only {', '.join(map(repr, found))}: say with model_key and "
+                "optimizer_key where it has the model and the optimizer"
+            )
+        return names
+
+
+def _check_same(identities: list[tuple[str, int]]) -> list[None]:
+    for rank, identity in enumerate(identities):
+        if identity != identities[0]:
+            raise CheckpointError(
+                f"rank 0 opened {identities[0][0]} and rank {rank} opened {identity[0]}, which are not the same checkpoint: give "
+                "all ranks the same path of a file system that they share"
+            )
+    return [None] * len(identities)
+
+
+class _Reading:
+    """What this rank has read, in memory of its own.
+
+    Attributes:
+        extra, rank_extra: as they were saved.
+    """
+
+    def __init__(self) -> None:
+        self.extra: dict[str, Any] = {}
+        self.rank_extra: dict[str, Any] = {}
+        self._model_commits: list[Callable[[], None]] = []
+        self._states: list[tuple[ZeroOptimizer, LoadedState]] = []
+
+    def take_extra(
+        self,
+        checkpoint: Checkpoint,
+        extra: Mapping[str, Any] | None,
+        rank_extra: Mapping[str, Any] | None,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Read the extra values, and see that all are there that are to be loaded."""
+        self.extra = checkpoint.side_file(EXTRA) or {}
+        check_extra(extra, self.extra)
+        facts = checkpoint.facts
+        if facts is not None and facts["world_size"] == group.size():
+            self.rank_extra = checkpoint.side_file(rank_file(group.rank())) or {}
+            check_extra(rank_extra, self.rank_extra)
+
+    def take_model(self, source: _Source, model: ZeroDataParallel, *, strict: bool) -> None:
+        """Read this rank's part of the model."""
+        target = model_target(model, source.model, strict=strict)
+        values = source.checkpoint.read(target.entries)
+        self._model_commits = [partial(commit, values) for commit in target.commits]
+
+    def take_state(self, source: _Source, optimizer: ZeroOptimizer) -> None:
+        """Read this rank's part of an optimizer's state."""
+        target = state_target(optimizer, source.optimizer)
+        state = target.assemble(source.checkpoint.read(target.entries))
+        state_dict = {
+            "state": state,
+            "param_groups": match_groups(optimizer, source.groups),
+            **source.layout_for(optimizer),
+        }
+        self._states.append((optimizer, optimizer.state_dicts.read([state_dict])))
+
+    def commit(self, model: ZeroDataParallel) -> None:
+        """Let all of it be the model's and the optimizers'. Collective in the model's process group."""
+        with ExitStack() as rewriting:
+            for optimizer in model.optimizers:
+                rewriting.enter_context(optimizer.rewriting_parameters())
+            for commit in self._model_commits:
+                commit()
+        for optimizer, loaded in self._states:
+            optimizer.adopt(loaded)

@@ -1,0 +1,201 @@
+"""`save` and `async_save`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..module import ZeroDataParallel
+from ..optimizer import ZeroOptimizer
+from ..shard_state import map_tensors
+from .contents import model_contents, state_contents
+from .extra import EXTRA, pack_extra, rank_file
+from .parts import Part, describe_part, join_parts
+from .together import together
+from .writing import write_checkpoint
+
+Optimizers = ZeroOptimizer | Sequence[ZeroOptimizer]
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: ZeroDataParallel,
+    optimizer: Optimizers,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    rank_extra: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    keep: int | None = None,
+) -> None:
+    """Save a wrapped model and its optimizer to the directory `path`, which is there entirely or not at all.
+
+    Every rank writes its own part at the same time, and holds no more than one tensor's copy besides what it has. The
+    directory is put in place when all is on the disk; a process killed before leaves `path`, and what was there, as they were.
+
+    It is a checkpoint of torch.distributed.checkpoint, with the names and shapes of plain torch: a plain model and
+    optimizer load it as `{"model": get_model_state_dict(m), "optimizer": get_optimizer_state_dict(m, o)}`.
+
+    Collective: every rank of the process group must call it, with paths of one file system that all of them see.
+
+    Args:
+        path: where nothing is, or a checkpoint, which is replaced at once.
+        optimizer: what `zeroopt.wrap` returned, or all of them in the order of wrapping.
+        extra: by name, what else is to be saved, the same on all ranks (that of the first rank is): objects with
+            `state_dict()` (schedulers, GradScaler, …), or plain containers, numbers, strings and tensors.
+        rank_extra: the same, of each rank alone, such as the state of its random number generators.
+        process_group: ranks that together hold the model: all ranks when None. With other models on other ranks, or ranks that
+            train replicas alone (`average_every`), those of this one.
+        keep: how many checkpoints next to `path` remain, with this one; the oldest are removed. All when None.
+
+    Raises:
+        CheckpointError: on all ranks, with the rank, the file and the reason. What was at `path` is as it was.
+        ConfigError, NotSupportedError: this cannot be saved; on all ranks where they agree on it.
+    """
+    finish_background(process_group)
+    group = resolve_group(process_group)
+    snapshot = _take(model, optimizer, extra, rank_extra, group)
+    write_checkpoint(path, snapshot.entries, snapshot.facts, snapshot.side_files, group, keep)
+
+
+def async_save(
+    path: str | os.PathLike[str],
+    model: ZeroDataParallel,
+    optimizer: Optimizers,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    rank_extra: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    keep: int | None = None,
+) -> Future[None]:
+    """As `save`, but return as soon as this rank's part has been copied to CPU memory, and write it in the background.
+
+    Collective in the call; what follows is done by a thread, over a Gloo group of its own. The next `save`, `async_save` or
+    `load` over the same ranks waits for it first, and raises what it raised. Wait for the result before the process ends or
+    the process group is destroyed.
+
+    Returns:
+        A future. `result()` waits until the checkpoint is in place, and raises what `save` would.
+    """
+    finish_background(process_group)
+    group = resolve_group(process_group)
+    snapshot = _take(model, optimizer, extra, rank_extra, group).copied()
+    background = _background_group(group)
+    pending = _thread().submit(
+        write_checkpoint, path, snapshot.entries, snapshot.facts, snapshot.side_files, background, keep
+    )
+    _pending[group] = pending
+    return pending
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What this rank is to write; see `write_checkpoint`."""
+
+    entries: dict[str, Any]
+    facts: dict[str, Any]
+    side_files: dict[str, Any]
+
+    def copied(self) -> _Snapshot:
+        """The same in memory of its own, on the CPU."""
+        return _Snapshot(map_tensors(self.entries, _copy), self.facts, map_tensors(self.side_files, _copy))
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers) -> list[ZeroOptimizer]:
+    """The optimizers that were given, checked."""
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not isinstance(model, ZeroDataParallel):
+        raise ConfigError(
+            f"expected the model that zeroopt.wrap returned, got a {type(model).__name__}; torch.distributed.checkpoint saves and "
+            "loads plain models"
+        )
+    for one in optimizers:
+        if not isinstance(one, ZeroOptimizer):
+            raise ConfigError(f"expected optimizers that zeroopt.wrap returned, got a {type(one).__name__}")
+        if one.sharding is not model.sharding:
+            raise ConfigError("the optimizer was not wrapped with this model")
+    if len(optimizers) != len(model.optimizers):
+        raise ConfigError(
+            f"the model has {len(model.optimizers)} optimizers, {len(optimizers)} were given: give all of them as a list"
+        )
+    return optimizers
+
+
+def _take(
+    model: ZeroDataParallel,
+    optimizer: Optimizers,
+    extra: Mapping[str, Any] | None,
+    rank_extra: Mapping[str, Any] | None,
+    group: dist.ProcessGroup,
+) -> _Snapshot:
+    """What this rank is to write. Collective."""
+    taken: list[_Snapshot] = []
+
+    def take() -> Part | None:
+        optimizers = optimizers_of(model, optimizer)
+        model.sharding.gathers.finish_all()
+        for one in optimizers:
+            one.check_can_save(group)
+            one.take_up_writes()
+        state = {name: entry for one in optimizers for name, entry in state_contents(one).items()}
+        side_files: dict[str, Any] = {} if rank_extra is None else {rank_file(group.rank()): pack_extra(rank_extra)}
+        if group.rank() == 0:
+            side_files[EXTRA] = pack_extra(extra)
+        taken.append(_Snapshot({"model": model_contents(model), "optimizer": {"state": state}}, {}, side_files))
+        return describe_part(model, optimizers) if model.sharding.group.rank() == 0 else None
+
+    parts = together(group, "saving a checkpoint", take, lambda found: [_joined(found), *[[]] * (group.size() - 1)])
+    snapshot = taken[0]
+    if group.rank() == 0:
+        snapshot.entries["optimizer"]["param_groups"] = [entry for part in parts for entry in part.param_groups]
+        snapshot.facts.update(world_size=group.size(), optimizers=[entry for part in parts for entry in part.facts])
+    return snapshot
+
+
+def _joined(found: Sequence[Part | None]) -> list[Part]:
+    return join_parts([part for part in found if part is not None])
+
+
+def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group of ranks that save or load together."""
+    group = dist.group.WORLD if process_group is None else process_group
+    assert group is not None
+    return group
+
+
+# By the group whose ranks save: the thread's own group, and the save that is under way.
+_background_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+_pending: WeakKeyDictionary[dist.ProcessGroup, Future[None]] = WeakKeyDictionary()
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="zeroopt.checkpoint")
+
+
+def _background_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks for another thread: collectives of two threads in one group would mix. Collective."""
+    if group not in _background_groups:
+        ranks = dist.get_process_group_ranks(group)
+        _background_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _background_groups[group]
+
+
+def finish_background(process_group: dist.ProcessGroup | None) -> None:
+    """Wait for the save over these ranks that is under way, if any, and raise what it raises."""
+    pending = _pending.pop(resolve_group(process_group), None)
+    if pending is not None:
+        pending.result()
