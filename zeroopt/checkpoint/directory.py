@@ -95,13 +95,10 @@ def is_aside(path: Path) -> bool:
     return _ASIDE.fullmatch(path.name) is not None
 
 
-def foreign_names(path: Path) -> list[str]:
-    """Names in a directory that no valid manifest there accounts for. Raises OSError."""
-    try:
-        files = {NAME, *Manifest.read(path).files}
-    except (CheckpointError, FileNotFoundError):
-        files = set()
-    return sorted(name for name in os.listdir(path) if name not in files)
+def foreign_names(path: Path, manifest: Manifest | None) -> list[str]:
+    """Names in a directory that its manifest does not account for. Raises OSError."""
+    known = set() if manifest is None else {NAME, *manifest.files}
+    return sorted(name for name in os.listdir(path) if name not in known)
 
 
 def _check_replaceable(target: Path) -> bool:
@@ -110,14 +107,21 @@ def _check_replaceable(target: Path) -> bool:
         return False
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file. Choose another path for the checkpoint")
-    if not os.listdir(target):
-        return False
-    if foreign := foreign_names(target):
+    manifest = None
+    try:
+        manifest = Manifest.read(target)
+    except FileNotFoundError:
+        pass
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. A checkpoint of which not all is known is not replaced: move it away"
+        ) from error
+    if foreign := foreign_names(target, manifest):
         raise CheckpointError(
             f"{target} holds {foreign[0]!r}, which is not part of a whole checkpoint of zeroopt: it would be lost. Move it away, "
             "or choose another path"
         )
-    return True
+    return manifest is not None
 
 
 def _name_aside(target: Path) -> Path:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from ..errors import CheckpointError
+from .directory import foreign_names
 from .files import FileRecord
 from .manifest import NAME, Manifest
 from .plain import MetadataUnpickler, load_plain
@@ -129,14 +130,8 @@ class Checkpoint:
 
     def _foreign(self) -> list[str]:
         """Names of the directory that the manifest does not know."""
-        if self.manifest is None:
-            return []
-        known = {NAME, *self.manifest.files}
-        return [
-            f"{name} is not a file of this checkpoint: move it away"
-            for name in os.listdir(self.path)
-            if name not in known
-        ]
+        names = [] if self.manifest is None else foreign_names(self.path, self.manifest)
+        return [f"{name} is not a file of this checkpoint: move it away" for name in names]
 
     def _problem(self, name: str) -> str | None:
         """What is wrong with a file, if anything is."""

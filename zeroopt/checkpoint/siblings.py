@@ -47,7 +47,7 @@ def keep_newest(target: Path, count: int) -> None:
         for path in target.parent.iterdir():
             with suppress(NewerFormatError):
                 manifest = _manifest_of(path)
-                if manifest is not None and path != target and not foreign_names(path):
+                if manifest is not None and path != target and not foreign_names(path, manifest):
                     others.append((manifest.saved_at, path))
         for _, path in sorted(others, reverse=True)[count - 1 :]:
             remove(path)
