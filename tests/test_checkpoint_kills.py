@@ -1,0 +1,167 @@
+"""SIGKILL of one or all ranks before any of the calls with which a save changes the disk: the old or the new checkpoint loads."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from checkpoints import version_of, write
+from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT
+
+from zeroopt.checkpoint import files
+from zeroopt.checkpoint.siblings import latest
+
+EVENTS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.listdir",
+    "os.scandir",
+    "shutil.rmtree",
+    "fcntl.flock",
+}
+CONTEXT = multiprocessing.get_context("spawn")
+KILLED, UNHURT, FAILED = "killed", "unhurt", "failed"
+
+
+class Countdown:
+    """Kills this process before call number `calls` of those that change or look at the disk."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def start(self, *, writes: bool) -> None:
+        sys.addaudithook(lambda event, _: self.count() if event in EVENTS else None)
+        fsync, crc32, dll = os.fsync, files.zlib.crc32, ctypes.CDLL
+
+        def counted(call: Any) -> Any:
+            def counting(*args: Any, **options: Any) -> Any:
+                self.count()
+                return call(*args, **options)
+
+            return counting
+
+        os.fsync = counted(fsync)
+        ctypes.CDLL = counted(dll)  # type: ignore[misc]  renameat2 comes next
+        if writes:
+            files.zlib.crc32 = counted(crc32)
+
+
+def save_and_die(path: Path, version: int, rank: int, size: int, calls: int) -> None:
+    group = None
+    if size > 1:
+        dist.init_process_group(
+            "gloo", f"file://{path.parent}/store{version}", timedelta(seconds=TIMEOUT_S / 4), rank=rank, world_size=size
+        )
+        group = dist.group.WORLD
+    Countdown(calls).start(writes=size == 1)
+    write(path, version, group)
+
+
+def serve(connection: Connection, rank: int, size: int) -> None:
+    """Save in processes that die; none of them has to import anything."""
+    os.environ.update(WORKER_ENVIRONMENT)
+    while True:
+        path, version, calls = connection.recv()
+        child = os.fork()
+        if child == 0:
+            try:
+                save_and_die(path, version, rank, size, calls)
+                os._exit(0)
+            except BaseException as error:  # noqa: BLE001  whatever a rank makes of the death of another
+                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        connection.send(KILLED if os.WIFSIGNALED(status) else [UNHURT, FAILED][os.WEXITSTATUS(status)])
+
+
+class Ranks:
+    """Processes that save in children of theirs, and outlive them."""
+
+    def __init__(self, size: int) -> None:
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=serve, args=(there, rank, size), daemon=True)
+            process.start()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    def save(self, path: Path, version: int, calls: list[int]) -> list[str]:
+        """How each rank ended, whose call of that number is its last."""
+        for connection, number in zip(self._connections, calls, strict=True):
+            connection.send((path, version, number))
+        answers = []
+        for connection in self._connections:
+            assert connection.poll(TIMEOUT_S), "a rank hangs"
+            answers.append(connection.recv())
+        return answers
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Ranks]]:
+    with closing(Ranks(1)) as alone, closing(Ranks(2)) as two:
+        yield {1: alone, 2: two}
+
+
+NEVER = 1 << 30
+
+
+@pytest.mark.parametrize(
+    "victims", [[True], [True, False], [False, True], [True, True]], ids=["alone", "rank 0 of 2", "rank 1 of 2", "both"]
+)
+def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(
+    victims: list[bool], tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    path = tmp_path / "last"
+    write(path, 0)
+    old, calls, found_new = 0, 0, set()
+    outcomes = [KILLED]
+    while KILLED in outcomes:
+        calls += 1
+        outcomes = ranks[len(victims)].save(path, calls, [calls if victim else NEVER for victim in victims])
+        found = version_of(path)
+        assert found in (old, calls)
+        assert latest(tmp_path) == path
+        found_new.add(found == calls)
+        old = found
+    assert outcomes == [UNHURT] * len(victims)
+    assert found_new == {True, False}
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["last"], "killed runs have left something"
+
+
+def test_a_kill_during_the_first_save_leaves_nothing_or_all(tmp_path: Path, ranks: dict[int, Ranks]) -> None:
+    outcome, calls = KILLED, 0
+    while outcome == KILLED:
+        calls += 1
+        root = tmp_path / f"{calls}"
+        [outcome] = ranks[1].save(root / "first", calls, [calls])
+        if (found := latest(root)) is None:
+            assert not (root / "first").exists()
+        else:
+            assert version_of(found) == calls
+    assert found is not None
