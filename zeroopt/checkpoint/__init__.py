@@ -4,8 +4,8 @@
 """
 
 from ..errors import CheckpointError
-from .directory import latest
 from .loading import load
 from .saving import async_save, save
+from .siblings import latest
 
 __all__ = ["CheckpointError", "async_save", "latest", "load", "save"]
