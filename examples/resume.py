@@ -30,7 +30,7 @@ def train(args: argparse.Namespace) -> None:
     scheduler = LinearLR(optimizer, total_iters=100)
 
     first = 0
-    newest = zeroopt.checkpoint.latest(args.checkpoints) if args.checkpoints.is_dir() else None
+    newest = zeroopt.checkpoint.latest(args.checkpoints)
     if newest is not None:
         first = zeroopt.checkpoint.load(newest, model, optimizer, {"scheduler": scheduler})["step"]
         if rank == 0:

@@ -1,77 +1,104 @@
-"""Small checkpoints for tests, and the values that have to be in them."""
+"""What tests of checkpoints share: models that train on the same batch on all ranks, and all that is to be found again."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from training import build, loss_of, optimizer_for
 
-from zeroopt.checkpoint.reading import open_checkpoint
-from zeroopt.checkpoint.writing import write_checkpoint
-from zeroopt.regions import FlatLayout
-from zeroopt.shard_tensor import ShardTensor
+import zeroopt
 
-SHAPE = (5, 7)
+BF16 = torch.bfloat16
+TIERS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "master": {"param_dtype": BF16},
+    "remainder": {"param_dtype": BF16, "master_weights": "remainder"},
+    "none": {"param_dtype": BF16, "master_weights": "none"},
+    "int8": {"param_dtype": BF16, "master_weights": "remainder", "state_dtype": torch.int8},
+    "bfloat16 state": {"state_dtype": BF16},
+}
 
-
-def whole(version: int) -> Tensor:
-    """The tensor that the ranks share in this version of the checkpoint."""
-    return torch.arange(35.0).reshape(SHAPE) + 100 * version
-
-
-def shard(tensor: Tensor, start: int, stop: int) -> ShardTensor:
-    """The elements [start, stop) of a tensor without gaps, in memory of their own."""
-    layout = FlatLayout.of(tensor.shape, tensor.stride())
-    in_memory = tensor.permute(layout.dims).reshape(-1)
-    return ShardTensor(layout, start, in_memory[start:stop].clone())
-
-
-def even_shard(tensor: Tensor, rank: int, size: int) -> ShardTensor:
-    """A rank's share of a tensor."""
-    return shard(tensor, tensor.numel() * rank // size, tensor.numel() * (rank + 1) // size)
+Model = zeroopt.ZeroDataParallel
+Wrapped = tuple[Model, list[zeroopt.ZeroOptimizer]]
+Recipe = Callable[[], tuple[nn.Module, list[torch.optim.Optimizer]]]
+"""Makes a model and its optimizers, with the same weights each time."""
 
 
-def entries(version: int, rank: int = 0, size: int = 1) -> dict[str, Any]:
-    """What a rank gives to a checkpoint."""
-    return {
-        "model": {"weight": even_shard(whole(version), rank, size)},
-        "optimizer": {
-            "state": {
-                "weight": {"exp_avg": even_shard(-whole(version), rank, size), "step": torch.tensor(float(version))}
-            },
-            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": ["weight"]}],
-        },
-    }
+def wrap_all(recipe: Recipe, **options: Any) -> Wrapped:
+    """What a recipe makes, wrapped."""
+    torch.manual_seed(7)
+    net, optimizers = recipe()
+    model: Any = net
+    wrapped = []
+    for optimizer in optimizers:
+        model, one = zeroopt.wrap(model, optimizer, **options)
+        wrapped.append(one)
+    return model, wrapped
 
 
-def write(path: Path, version: int, group: dist.ProcessGroup | None = None, **options: Any) -> None:
-    """Write that version."""
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    side = {f"rank{rank}.pt": {"noise": torch.full((3,), float(version)), "rank": rank}}
-    write_checkpoint(path, entries(version, rank, size), {"version": version}, side, group, **options)
+def wrapped(model_name: str, optimizer_name: str, options: dict[str, Any]) -> tuple[Model, zeroopt.ZeroOptimizer]:
+    """A model of `training` with two param_groups."""
+
+    def recipe() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = build(model_name)
+        return net, [optimizer_for(optimizer_name, net, groups=2)]
+
+    model, (optimizer,) = wrap_all(recipe, **options)
+    return model, optimizer
 
 
-def version_of(path: Path) -> int:
-    """Which version a checkpoint is; fails unless all of it is of that one."""
-    checkpoint = open_checkpoint(path)
-    checkpoint.verify(None)
-    assert checkpoint.facts is not None
-    version: int = checkpoint.facts["version"]
-    targets = {
-        "model.weight": torch.empty(SHAPE),
-        "optimizer.state.weight.exp_avg": torch.empty(SHAPE),
-        "optimizer.state.weight.step": torch.empty(()),
-    }
-    values = checkpoint.read({**targets, "optimizer.param_groups.0.betas": None})
-    assert values == {"optimizer.param_groups.0.betas": (0.9, 0.99)}
-    assert torch.equal(targets["model.weight"], whole(version))
-    assert torch.equal(targets["optimizer.state.weight.exp_avg"], -whole(version))
-    assert targets["optimizer.state.weight.step"] == version
-    names = [name for name in checkpoint.files if name.endswith(".pt")]
-    assert names
-    for name in names:
-        assert torch.equal(checkpoint.side_file(name)["noise"], torch.full((3,), float(version)))
-    return version
+def same_batch(model_name: str, step: int) -> Tensor:
+    """The same on all ranks, so that their number does not matter."""
+    generator = torch.Generator().manual_seed(step)
+    if model_name == "lm":
+        return torch.randint(0, 37, (4, 6), generator=generator)
+    return torch.randn((4, 7) if model_name == "mlp" else (4, 3, 8, 8), generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, model_name: str, steps: range) -> None:
+    """Train a model of `training`."""
+    for step in steps:
+        x = same_batch(model_name, step)
+        dtype = next(model.parameters()).dtype
+        loss_of(model(x.to(dtype) if x.is_floating_point() else x).float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def all_of(model: Model, optimizers: list[zeroopt.ZeroOptimizer]) -> Any:
+    """All that a checkpoint has to bring back, on all ranks alike: exact parameters, buffers, and the whole states."""
+    trained = {managed.param: optimizer for optimizer in optimizers for managed in optimizer.state_dicts.params}
+    values: dict[str, Any] = {}
+    for name, param in model.named_parameters():
+        values[name] = trained[param].full_parameter(param) if param in trained else param.detach().clone()
+    values |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return values, [whole_state(optimizer) for optimizer in optimizers]
+
+
+def whole_state(optimizer: zeroopt.ZeroOptimizer) -> dict[str, Any]:
+    """What `full_state_dict()` gives, on all ranks, but for what says how the state was kept."""
+    everyone: list[Any] = [None]
+    optimizer.consolidate_state_dict()
+    first = optimizer.sharding.group
+    if first.rank() == 0:
+        whole = dict(optimizer.full_state_dict())
+        whole["beyond torch"] = whole.pop("zeroopt", {}).get("state", {})
+        everyone = [whole]
+    dist.broadcast_object_list(everyone, dist.get_global_rank(first, 0), group=first)
+    result: dict[str, Any] = everyone[0]
+    return result
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Bit for bit, tensors within whatever containers."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_all_same(values: list[Any], expected: Any) -> None:
+    """What each rank gave."""
+    for value in values:
+        assert_same(value, expected)

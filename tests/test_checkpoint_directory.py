@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import version_of, write
+from written_checkpoints import version_of, write
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint import directory as directories

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import write
 from measure import peak_rss_bytes, reset_peak_rss, rss_bytes, run_fresh
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from written_checkpoints import write
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.exporting import by_number, export

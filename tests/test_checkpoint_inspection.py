@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import write
+from written_checkpoints import write
 
 import zeroopt
 from zeroopt.__main__ import main

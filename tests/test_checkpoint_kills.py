@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from checkpoints import version_of, write
 from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT
+from written_checkpoints import version_of, write
 
 from zeroopt.checkpoint import files
 from zeroopt.checkpoint.siblings import latest

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import shard, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from written_checkpoints import shard, whole
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.planning import ShardSavePlanner

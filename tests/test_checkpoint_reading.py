@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import entries, version_of, whole, write
 from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint_plain import Malicious
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from worker_pool import RunOnRanks
+from written_checkpoints import entries, version_of, whole, write
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.reading import open_checkpoint

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoints import version_of, write
 from hypothesis import given
 from hypothesis import strategies as st
+from written_checkpoints import version_of, write
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint import manifest

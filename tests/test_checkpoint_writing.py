@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import entries, version_of, whole, write
 from measure import peak_rss_bytes, reset_peak_rss, rss_bytes, run_fresh
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worker_pool import RunOnRanks
+from written_checkpoints import entries, version_of, whole, write
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.reading import open_checkpoint

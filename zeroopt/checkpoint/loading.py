@@ -14,8 +14,9 @@ import torch.distributed as dist
 from ..errors import CheckpointError
 from ..module import ZeroDataParallel
 from ..optimizer import ZeroOptimizer
-from ..shard_layout import ShardLayout
+from ..shard_layout import describe_layout
 from ..state_dicts import LoadedState
+from .contents import clean_name
 from .extra import EXTRA, check_extra, rank_file, unpack_extra
 from .groups import match_groups, read_groups
 from .parts import first_param
@@ -108,8 +109,17 @@ class _Source:
         mine = next((one for one in of_all if one["first_param"] == first_param(optimizer)), None)
         if mine is None:
             return {}
-        layout = ShardLayout({}, mine["seed"], mine["steps_since_average"])
-        return {"zeroopt": layout.to_whole_dict()}
+        params = optimizer.state_dicts.params
+        # Where parameters were kept as they are here, so is their state.
+        alike = [m for m in params if self._stored_dtype(m.name, mine["param_dtype"]) == str(m.local.dtype)]
+        layout = describe_layout(alike, (), facts={}, seed=mine["seed"], steps_since_average=mine["steps_since_average"])
+        return {"zeroopt": layout.to_dict()}
+
+    def _stored_dtype(self, name: str, param_dtype: str) -> str | None:
+        """In what the run kept a parameter that it has saved as exactly as it could."""
+        key = f"{self.model.prefix}.{clean_name(name)}"
+        saved = self.model.tensor(key) if key in self.model else None
+        return None if saved is None else str(saved.properties.dtype) if param_dtype == "None" else param_dtype
 
     def _names(self, prefix: str) -> Names:
         names = Names(self.checkpoint.metadata, prefix)
