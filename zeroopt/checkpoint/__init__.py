@@ -1,0 +1,1 @@
+"""Training state on disk: checkpoints of zeroopt, and those of other libraries."""
