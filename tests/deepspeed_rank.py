@@ -2,8 +2,9 @@
 
     python deepspeed_rank.py RANK WORLD_SIZE FOLDER
 
-trains each of `CASES`, saves a checkpoint under FOLDER/<case>, goes on for some steps, and rank 0 writes FOLDER/<case>.said: the
-`Said` of that case. Rank 0 also makes universal checkpoints of `UNIVERSAL`, in FOLDER/<case>/universal. Only `main` needs DeepSpeed; tests take the model, the optimizers and the batches from here.
+trains each of `CASES`, saves a checkpoint under FOLDER/<case>, and goes on for some steps. Rank 0 writes
+FOLDER/<case>.said, the `Said` of that case, and makes universal checkpoints of those in `UNIVERSAL`, in
+FOLDER/<case>/universal. Only `main` needs DeepSpeed; tests take the model, the optimizers and the batches from here.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def state_of(net: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def in_turns(optimizer: Any) -> bool:
-    """Whether parameters are in the order of `round_robin_gradients`, of which DeepSpeed's `safe_get_full_…` do not know."""
+    """Whether parameters are in the order of `round_robin_gradients`, which DeepSpeed's `safe_get_full_…` do not know."""
     return getattr(optimizer, "round_robin_gradients", False)
 
 

@@ -158,9 +158,28 @@ def test_groups_may_be_others_where_options_agree(folder: Path) -> None:
         assert torch.equal(saved["state"][position]["exp_avg"], said.state[name]["exp_avg"])
     assert saved["param_groups"][-1]["lr"] == 0.02
     with pytest.raises(
-        StateError, match=r"one param_group of the optimizer, .*weight_decay=0.0 and weight_decay=0.1.*make the groups"
+        StateError, match=r"one param_group of the optimizer, .*weight_decay=0.0 and weight_decay=0..*make the groups"
     ):
         from_deepspeed(folder / "stage1", net, torch.optim.AdamW(net.parameters()))
+
+
+def test_step_counts_of_deepspeeds_own_optimizers(copied: Path) -> None:
+    """Its FusedAdam has had the count, a plain number, among the group's options, where `bias_correction` is too."""
+
+    def move_step(saved: dict[str, Any], **options: Any) -> None:
+        base = saved["optimizer_state_dict"]["base_optimizer_state"]
+        for index, group in enumerate(base["param_groups"]):
+            step = base["state"][index].pop("step", group.get("step"))
+            group.update(step=int(step), **options)
+
+    for rank in range(WORLD_SIZE):
+        change(rank_file(copied, rank), lambda saved: move_step(saved, bias_correction=True))
+    net, optimizer = build("stage1")
+    saved = from_deepspeed(copied, net, optimizer)["optimizer"]
+    assert all(torch.equal(state["step"], torch.tensor(3.0)) for state in saved["state"].values())
+    assert not any("step" in group or "bias_correction" in group for group in saved["param_groups"])
+    change(rank_file(copied, 0), lambda saved: move_step(saved, bias_correction=False))
+    refused(copied, "bias_correction=False, which this one does not know")
 
 
 def test_the_latest_checkpoint_is_found(folder: Path) -> None:

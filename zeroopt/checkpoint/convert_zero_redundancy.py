@@ -15,12 +15,11 @@ _StateDict = Mapping[str, Any]
 
 
 def from_zero_redundancy(saved: _StateDict | Sequence[_StateDict], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What `torch.distributed.optim.ZeroRedundancyOptimizer` has saved, as the state dict of a plain torch optimizer. Not
-    collective; changes nothing, and shares tensors with what it is given.
+    """What `torch.distributed.optim.ZeroRedundancyOptimizer` has saved, as the state dict of a plain torch optimizer.
 
-    Read its files with `torch.load(path, map_location="cpu", weights_only=True, mmap=True)`: they hold tensors and plain
-    values, so nothing needs to be unpickled freely, and a rank that goes on to `optimizer.load_state_dict` has only its own part
-    in memory.
+    Not collective; changes nothing, and shares tensors with what it is given. Read its files with
+    `torch.load(path, map_location="cpu", weights_only=True, mmap=True)`: they hold tensors and plain values, so nothing
+    has to be unpickled freely, and a rank that goes on to `optimizer.load_state_dict` has only its own part in memory.
 
     Args:
         saved: its `state_dict()` on the rank to which state was consolidated; or, without consolidation, what
@@ -28,7 +27,7 @@ def from_zero_redundancy(saved: _StateDict | Sequence[_StateDict], optimizer: to
         optimizer: the one to load into, wrapped or not, over the same parameters in the same order and groups.
 
     Returns:
-        State by position, and param_groups: with the saved options, but for how torch is to compute (`foreach`, `fused`, …).
+        State by position, and param_groups, with the saved options but for how torch is to compute (`foreach`, …).
 
     Raises:
         StateError: it belongs to other parameters or groups, or shards of ranks are missing.
@@ -74,16 +73,16 @@ def _check_groups(shards: Sequence[_StateDict], expected: Sequence[Sequence[Sequ
         if found != [len(group) for group in groups]:
             of = "the state dict" if len(shards) == 1 else f"the state dict of rank {rank} of {len(shards)}"
             raise StateError(
-                f"{of} has param_groups of {found} parameters, expected {[len(group) for group in groups]}: pass the state dicts of all "
-                "ranks, in their order, and an optimizer over the same parameters in the same groups"
+                f"{of} has param_groups of {found} parameters, expected {[len(group) for group in groups]}: pass the "
+                "state dicts of all ranks, in their order, and an optimizer over the same parameters in the same groups"
             )
 
 
 def _owned(params: Sequence[Sequence[Tensor]], rank: int, world_size: int) -> Iterator[list[tuple[int, Tensor]]]:
     """Positions and parameters of a rank, for each group, in the order of its local optimizer.
 
-    As `ZeroRedundancyOptimizer._partition_parameters` hands them out: in each group the largest first, each to the rank that has the
-    fewest elements by then.
+    As `ZeroRedundancyOptimizer._partition_parameters` hands them out: in each group the largest first, each to the rank
+    that has the fewest elements by then.
     """
     numels = [0] * world_size
     first = 0

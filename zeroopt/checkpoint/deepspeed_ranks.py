@@ -2,11 +2,12 @@
 
 A param_group is one vector, cut into a partition for each rank:
 
-    parameters   | a     | b               | c   | . .       padding at the end, and behind each one with `parameter_alignment`
-    partitions   | of rank 0     | of rank 1       |         without the padding at the end, or with it
+    parameters   | a     | b               | c   | . .    padding at the end; with `parameter_alignment` behind each one
+    partitions   | of rank 0     | of rank 1       |      without the padding at the end, or with it
 
-in the order of "param_shapes" in the file of the model. (The files of the ranks have "param_slice_mappings" too, with which
-`ds_to_universal` finds parameters; but in runs with `round_robin_gradients` those are of another order, and wrong.)
+in the order of "param_shapes" in the file of the model. (The files of the ranks have "param_slice_mappings" too, with
+which `ds_to_universal` finds parameters; but in runs with `round_robin_gradients` those are of another order, and
+wrong.)
 
 The layout is that of DeepSpeed's runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, `state_dict()`, and of
 runtime/engine.py, `_common_checkpoint_state()`.
@@ -18,6 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +41,8 @@ class ModelFile:
     """What DeepSpeed has saved of the model.
 
     Attributes:
-        module: the model's state dict: parameters and buffers in the dtypes in which it computed. Frozen parameters may be
-            missing.
+        module: the model's state dict: parameters and buffers in the dtypes in which it computed. Frozen parameters may
+            be missing.
         shapes: of the trained parameters, for each param_group, by name.
     """
 
@@ -68,7 +70,7 @@ class ModelFile:
         module, shapes = (entry(saved, name, path, version) for name in ("module", "param_shapes"))
         return ModelFile(path, version, module, [{name: tuple(shape) for name, shape in g.items()} for g in shapes])
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, int]:
         """Which param_group each trained parameter was in."""
         return {name: index for index, shapes in enumerate(self.shapes) for name in shapes}
@@ -141,8 +143,8 @@ class _RankFile:
         numel = self.masters[group].numel()
         if value.shape not in ((numel,), (numel + self.paddings[group],)):
             raise StateError(
-                f"{self.path} has {key!r} of shape {list(value.shape)} in group {group}, whose partition has {numel} elements: state "
-                "other than an element for each one of the parameters is not supported"
+                f"{self.path} has {key!r} of shape {list(value.shape)} in group {group}, whose partition has {numel} "
+                "elements: state other than an element for each one of the parameters is not supported"
             )
         return True
 
@@ -150,8 +152,8 @@ class _RankFile:
 class RankFiles:
     """A checkpoint as the ranks have written it.
 
-    Files are mapped, not read: a parameter's tensor is a view of its rank's file, and has memory of its own only where more
-    than one rank has a part of it.
+    Files are mapped, not read: a parameter's tensor is a view of its rank's file, and has memory of its own only where
+    more than one rank has a part of it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -186,16 +188,19 @@ class RankFiles:
 
     def _entry(self, group: int, name: str, key: str) -> Any:
         values = [rank.states[group][key] for rank in self._ranks]
-        if all(rank.is_partition(group, key) for rank in self._ranks):
-            return self._join(name, values)
+        is_partition = self._ranks[0].is_partition(group, key)
         for rank, value in zip(self._ranks, values, strict=True):
-            self._check_same(key, group, values[0], value, rank)
+            if rank.is_partition(group, key) != is_partition or not is_partition:
+                self._check_same(key, group, values[0], value, rank)
+        if is_partition:
+            return self._join(name, values)
         return make_step(values[0]) if key == "step" else values[0]
 
     def _check_same(self, what: str, group: int, expected: Any, value: Any, rank: _RankFile) -> None:
-        if value != expected:
+        if not _is_same(value, expected):
             raise StateError(
-                f"{rank.path} has {what} {value} in group {group}, {self._ranks[0].path.name} has {expected}: they are not of one save"
+                f"{rank.path} has {what} {value} in group {group}, {self._ranks[0].path.name} has {expected}: they are "
+                "not of one save"
             )
 
     def _place(self) -> Iterator[tuple[str, _Place]]:
@@ -212,8 +217,8 @@ class RankFiles:
             padding = sum(rank.paddings[group] for rank in self._ranks)
             if not stop <= found <= stop + padding:
                 raise StateError(
-                    f"{self.folder} has {found} elements in group {group} of its ranks' files, {self.model.path.name} has parameters of "
-                    f"{stop}: they are not of one save"
+                    f"{self.folder} has {found} elements in group {group} of its ranks' files, {self.model.path.name} "
+                    f"has parameters of {stop}: they are not of one save"
                 )
 
     def _join(self, name: str, partitions: Sequence[Tensor]) -> Tensor:
@@ -234,16 +239,23 @@ def _rank_paths(folder: Path) -> Iterator[Path]:
     matches = [match for path in folder.iterdir() if (match := _RANK_FILE.fullmatch(path.name))]
     if not matches:
         raise StateError(
-            f"{folder} has no '…zero_pp_rank_…_optim_states.pt': the run did not use ZeRO, or optimizer states were not copied. Without "
-            f"ZeRO, {MODEL_FILE} holds the model under 'module' and the optimizer's state dict under 'optimizer'"
+            f"{folder} has no '…zero_pp_rank_…_optim_states.pt': the run did not use ZeRO, or these files were not "
+            f"copied. Without ZeRO, {MODEL_FILE} holds the model under 'module' and the optimizer's state dict under "
+            "'optimizer'"
         )
     prefixes = sorted({match[1] for match in matches})
     if len(prefixes) > 1:
         raise StateError(
-            f"{folder} has files of several runs, {' and '.join(f'{p}…' for p in prefixes)}: take away those of the others"
+            f"{folder} has files of several runs, {' and '.join(f'{p}…' for p in prefixes)}: take away those of others"
         )
     for rank in range(1 + max(int(match[2]) for match in matches)):
         yield folder / f"{prefixes[0]}{rank}_mp_rank_00_optim_states.pt"
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
+    return type(value) is type(other) and bool(value == other)
 
 
 def _check_count(path: Path, counts: int | Sequence[int], num_ranks: int) -> None:
@@ -255,7 +267,8 @@ def _check_count(path: Path, counts: int | Sequence[int], num_ranks: int) -> Non
         )
     if expected < num_ranks:
         raise StateError(
-            f"{path} is of a run of {expected} ranks, but there are files of {num_ranks}: take away those of another run"
+            f"{path} is of a run of {expected} ranks, but there are files of {num_ranks}: take away those of another "
+            "run"
         )
 
 
@@ -267,8 +280,8 @@ def entry(saved: Any, key: str, path: Path, version: str) -> Any:
     """
     if not isinstance(saved, Mapping) or saved.get(key) is None:
         raise StateError(
-            f"{path}, written by DeepSpeed {version}, has no {key!r}: its layout is not known. Load it with a DeepSpeed that knows it, "
-            "save it with 0.19, and convert that"
+            f"{path}, written by DeepSpeed {version}, has no {key!r}: its layout is not known. Load it with a "
+            "DeepSpeed that knows it, save it with 0.19, and convert that"
         )
     return saved[key]
 
@@ -285,8 +298,8 @@ def check_stage(saved: Mapping[str, Any], path: Path) -> None:
 def stage_3(path: Path) -> NotSupportedError:
     """The error for files of stage 3."""
     return NotSupportedError(
-        f"{path} is of ZeRO stage 3, which is not supported: convert it with DeepSpeed's ds_to_universal, load that with DeepSpeed "
-        "in stage 1 or 2, and save it"
+        f"{path} is of ZeRO stage 3, which is not supported: convert it with DeepSpeed's ds_to_universal, load that "
+        "with DeepSpeed in stage 1 or 2, and save it"
     )
 
 
@@ -299,6 +312,6 @@ def _check_one_part(folder: Path) -> None:
 
 def _split(path: Path, evidence: str) -> NotSupportedError:
     return NotSupportedError(
-        f"{path} belongs to a model that was split over ranks ({evidence}): tensor, pipeline and expert parallel checkpoints are not "
-        "supported"
+        f"{path} belongs to a model that was split over ranks ({evidence}): tensor, pipeline and expert parallel "
+        "checkpoints are not supported"
     )

@@ -1,4 +1,4 @@
-"""A universal checkpoint, as DeepSpeed's `ds_to_universal` writes it: a directory for each parameter, with a file for each state.
+"""A universal checkpoint, as DeepSpeed's `ds_to_universal` writes it: files for each parameter and each of its states.
 
 zero/<parameter>/fp32.pt, exp_avg.pt, …   {"param": tensor}
 zero/<parameter>/step.pt                  the step count
@@ -55,7 +55,8 @@ class UniversalFiles:
         expected = self._keys(next(iter(self.model.groups)))
         if keys and keys != expected:
             raise StateError(
-                f"{self.folder / 'zero' / name} has files of {keys}, those of other parameters are of {expected}: copy it again"
+                f"{self.folder / 'zero' / name} has files of {keys}, those of other parameters are of {expected}: copy "
+                "it again from where it was made"
             )
         paths = {key: self.folder / "zero" / name / f"{key}.pt" for key in keys}
         return {

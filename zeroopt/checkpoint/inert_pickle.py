@@ -1,4 +1,4 @@
-"""Reading what `torch.save` has written, without the libraries whose classes are in it, and without running anything of it."""
+"""Reading what `torch.save` has written, without running anything of it, nor needing the classes that are in it."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class StandIn:
 
 
 def load_inert(path: Path) -> Any:
-    """The object in a file, its tensors on the CPU and, where the file is a zip archive, mapped from it. Not collective.
+    """The object in a file, its tensors on the CPU and, where the file is a zip archive, mapped from it.
 
-    Such a file is a pickle, which can name any class or function to call. torch's restricted unpickler (`weights_only=True`)
-    reads it, and all that is named and is not torch's own is replaced by a `StandIn`: nothing is imported, and no code but
-    torch's runs. While it reads, `torch.serialization`'s list of safe globals is another one, as within `safe_globals`.
+    Not collective. Such a file is a pickle, which can name any class or function to call. torch's restricted unpickler
+    (`weights_only=True`) reads it, and all that is named and is not torch's own is replaced by a `StandIn`: nothing is
+    imported, and no code but torch's runs. While it reads, `torch.serialization`'s list of safe globals is another one,
+    as within `safe_globals`.
 
     Tensors must not outlive a change of the file; writing into them does not change it.
 
@@ -64,9 +65,10 @@ def load_inert(path: Path) -> Any:
     except Exception as error:  # whatever a broken pickle makes the unpickler do
         reason = " ".join(str(error.__context__ or error).split())  # torch wraps the unpickler's in advice
         raise StateError(
-            f"cannot read {path} ({path.stat().st_size} bytes): it is cut off, damaged, not written by torch.save, or holds objects "
-            "that cannot be read without running code of the file. Copy it again from where it was saved, or, if you trust it, read it "
-            f"with torch.load(weights_only=False), take those objects out and save it ({type(error).__name__}: {reason})"
+            f"cannot read {path} ({path.stat().st_size} bytes): it is cut off, damaged, not written by torch.save, or "
+            "holds objects that cannot be read without running code of the file. Copy it again from where it was "
+            "saved, or, if you trust it, read it with torch.load(weights_only=False), take those objects out and save "
+            f"it ({type(error).__name__}: {reason})"
         ) from error
 
 

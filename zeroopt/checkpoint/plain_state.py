@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,16 +22,20 @@ def whole_state_dict(
 
     Args:
         state: by position of the parameter in `optimizer`.
-        options: of each param_group; those that the optimizer does not have are left out, but for a scheduler's "initial_lr",
-            and those that are missing are its own.
+        options: of each param_group; those that the optimizer does not have are left out, but for a scheduler's
+            "initial_lr", and those that are missing are its own.
     """
-    groups, first = [], 0
-    for group, saved in zip(optimizer.param_groups, options, strict=True):
+    groups = []
+    for group, positions, saved in zip(optimizer.param_groups, positions_by_group(optimizer), options, strict=True):
         own = {name: value for name, value in group.items() if name != "params"}
-        positions = list(range(first, first + len(group["params"])))
-        groups.append({**own, **comparable_options(saved, own), "params": positions})
-        first += len(positions)
+        groups.append({**own, **comparable_options(saved, own), "params": list(positions)})
     return {"state": {position: dict(state[position]) for position in sorted(state)}, "param_groups": groups}
+
+
+def positions_by_group(optimizer: torch.optim.Optimizer) -> list[range]:
+    """Positions of the parameters of each param_group."""
+    ends = list(accumulate(len(group["params"]) for group in optimizer.param_groups))
+    return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def comparable_options(saved: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:
@@ -48,6 +53,6 @@ def check_shape(name: str, key: str, value: Tensor, param: Tensor, where: Any) -
     """Raise StateError when a saved tensor is not of its parameter's shape."""
     if value.shape != param.shape:
         raise StateError(
-            f"{where} has {key!r} of shape {list(value.shape)} for parameter {name!r} of shape {list(param.shape)}: it was saved "
-            "with another model"
+            f"{where} has {key!r} of shape {list(value.shape)} for parameter {name!r} of shape {list(param.shape)}: it "
+            "was saved with another model"
         )
