@@ -112,7 +112,9 @@ class _Source:
         params = optimizer.state_dicts.params
         # Where parameters were kept as they are here, so is their state.
         alike = [m for m in params if self._stored_dtype(m.name, mine["param_dtype"]) == str(m.local.dtype)]
-        layout = describe_layout(alike, (), facts={}, seed=mine["seed"], steps_since_average=mine["steps_since_average"])
+        layout = describe_layout(
+            alike, (), facts={}, seed=mine["seed"], steps_since_average=mine["steps_since_average"]
+        )
         return {"zeroopt": layout.to_dict()}
 
     def _stored_dtype(self, name: str, param_dtype: str) -> str | None:
