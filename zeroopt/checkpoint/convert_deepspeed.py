@@ -34,9 +34,8 @@ def from_deepspeed(
         model, optimizer = zeroopt.wrap(model, optimizer, param_dtype=torch.bfloat16)
         optimizer.load_state_dict(saved["optimizer"])
 
-    Not collective; changes nothing. In this order nothing is rounded, and a rank copies only its own part of the
-    optimizer's state. (A model that is wrapped with `param_dtype` rounds what it loads; without, the order does not
-    matter. A plain torch optimizer loads the same.)
+    Not collective; changes nothing. Nothing is rounded on the way, whether the model loads before it is wrapped or after, and
+    each rank copies only its own part of the optimizer's state. A plain torch optimizer loads the same.
 
     The files are pickles, and DeepSpeed itself would unpickle them. Here they are read by torch's restricted unpickler,
     in which classes of DeepSpeed and of the user are replaced by inert stand-ins: nothing of the files is executed, and
