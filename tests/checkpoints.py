@@ -93,9 +93,20 @@ def whole_state(optimizer: zeroopt.ZeroOptimizer) -> dict[str, Any]:
     return result
 
 
-def assert_same(one: Any, other: Any) -> None:
+def assert_same(one: Any, other: Any, where: str = "") -> None:
     """Bit for bit, tensors within whatever containers."""
-    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    if isinstance(other, dict):
+        assert one.keys() == other.keys(), f"{where}: {list(one)}, not {list(other)}"
+        for key, value in other.items():
+            assert_same(one[key], value, f"{where}[{key!r}]")
+    elif isinstance(other, (list, tuple)):
+        assert type(one) is type(other), f"{where}: {type(one)}, not {type(other)}"
+        for index, (mine, value) in enumerate(zip(one, other, strict=True)):
+            assert_same(mine, value, f"{where}[{index}]")
+    elif isinstance(other, Tensor):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
+    else:
+        assert one == other, where
 
 
 def assert_all_same(values: list[Any], expected: Any) -> None:

@@ -9,16 +9,17 @@ takes what is its own from now on.
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
 
 from . import _C
-from .bucket import Bucket, ManagedParam, ParamState, own_segments
+from .bucket import Bucket, ManagedParam, ParamState, Segment, own_segments
 from .collectives import Transport, named_failures
 from .shard_state import block_of, is_array
 
@@ -78,26 +79,45 @@ def move_state(
 ) -> dict[int, ParamState]:
     """Take all entries of the buckets' segments out of `state`, and return what this rank's segments of `plan` get instead,
     by index of the parameter. Collective."""
-    known = _describe_together(state, buckets, transport.group)
+    own: dict[Tensor, ParamState] = {
+        s.shard: state.pop(s.shard) for bucket in buckets for s in bucket.segments if s.shard in state
+    }
+    known = _describe_together(own, buckets, transport.group)
+    leaves: dict[Tensor, ParamState] = {shard: _leaves(entry) for shard, entry in own.items()}
+    own.clear()
     pieces = [p for b in range(len(plan.buckets)) for p in own_segments(plan, b, transport, shard_state=shard_state)]
     wanted = {ordered[piece.param].index: piece for piece in pieces}
-    moved: dict[int, ParamState] = {index: dict(known[index]) for index in wanted if index in known}
+    moved: dict[int, ParamState] = {index: {} for index in wanted if index in known}
     scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
     scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
     for bucket in buckets:
-        arrays = {n: v for m in bucket.params for n, v in known.get(m.index, {}).items() if isinstance(v, _Array)}
+        described = {m.index: _leaves(known[m.index]) for m in bucket.params if m.index in known}
+        arrays = {n: v for entry in described.values() for n, v in entry.items() if isinstance(v, _Array)}
         for name, array in sorted(arrays.items()):
             full = scratch[: array.size(bucket.padded_numel) * array.dtype.itemsize].view(array.dtype)
-            _gather_array(state, name, bucket, full, array, transport if shard_state else None)
+            _gather_array(leaves, name, bucket, full, array, transport if shard_state else None)
             for managed in bucket.params:
-                if isinstance(known.get(managed.index, {}).get(name), _Array) and managed.index in wanted:
+                if isinstance(described.get(managed.index, {}).get(name), _Array) and managed.index in wanted:
                     piece = wanted[managed.index]
                     begin = array.position(managed.offset + piece.start)
                     moved[managed.index][name] = full[begin : begin + array.size(piece.numel)].clone()
-        for segment in bucket.segments:
-            state.pop(segment.shard, None)
     transport.free(scratch)
-    return moved
+    return {index: _with_leaves(known[index], arrays) for index, arrays in moved.items()}
+
+
+def _leaves(entry: ParamState) -> ParamState:
+    """What is in a parameter's state, by name, or where some optimizers keep containers, by the way to it: "means.0"."""
+    return {_name(path): leaf for path, leaf in tree_flatten_with_path(entry)[0]}
+
+
+def _with_leaves(entry: ParamState, replaced: ParamState) -> ParamState:
+    """State with some of its leaves replaced, by their names."""
+    changed: ParamState = tree_map_with_path(lambda path, leaf: replaced.get(_name(path), leaf), entry)
+    return changed
+
+
+def _name(path: Sequence[Any]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 @dataclass(frozen=True)
@@ -118,42 +138,41 @@ class _Array:
 
 
 def _describe_together(
-    state: MutableMapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
+    state: Mapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
 ) -> dict[int, ParamState]:
     """What state each parameter has, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
     counts and the like, which an element-wise optimizer has alike for all parts."""
-    mine = {
-        segment.owner.index: {
-            name: _Array(value.dtype, block_of(name)) if is_array(name, value, segment) else _alone(value)
-            for name, value in state[segment.shard].items()
-        }
-        for bucket in buckets
-        for segment in bucket.segments
-        if segment.shard in state
-    }
+    mine = {}
+    for segment in (segment for bucket in buckets for segment in bucket.segments):
+        if segment.shard in state:
+            entry = state[segment.shard]
+            described = {name: _describe(name, value, segment) for name, value in _leaves(entry).items()}
+            mine[segment.owner.index] = _with_leaves(entry, described)
     everyone: list[dict[int, ParamState]] = [{}] * group.size()
     with named_failures(_WHAT, group):
         dist.all_gather_object(everyone, mine, group=group)
     return {index: entry for one in everyone for index, entry in one.items()}
 
 
-def _alone(value: Any) -> Any:
+def _describe(name: str, value: Any, segment: Segment) -> Any:
+    if is_array(name, value, segment):
+        return _Array(value.dtype, block_of(name))
     return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
 
 
 def _gather_array(
-    state: MutableMapping[Tensor, ParamState],
+    leaves: Mapping[Tensor, ParamState],
     name: str,
     bucket: Bucket,
     full: Tensor,
     array: _Array,
     transport: Transport | None,
 ) -> None:
-    """Fill `full` with one array of a bucket's state, and take it out of `state`. No transport: this rank has all of it."""
+    """Fill `full` with one array of a bucket's state, and take it out of the leaves. No transport: this rank has all of it."""
     begin, end = (array.position(element) for element in bucket.own_range)
     own = full[begin:end]
     for segment in bucket.segments:
-        entry = state.get(segment.shard, {})
+        entry = leaves.get(segment.shard, {})
         if is_array(name, entry.get(name), segment):
             first = array.position(segment.offset)
             own[first : first + array.size(segment.numel)].copy_(entry.pop(name))

@@ -38,13 +38,14 @@ def model_contents(model: ZeroDataParallel) -> dict[str, Any]:
     """What this rank writes of a model, by name. Live tensors."""
     parts = {s.owner.param: _exact_part(bucket, s, r) for bucket, s, r in _parts(model.sharding.buckets, model)}
     managed = {m.param for m in model.sharding.params}
-    rank, size = model.sharding.group.rank(), model.sharding.group.size()
+    rank, size = model.sharding.transport.rank, model.sharding.transport.world_size
     contents: dict[str, Any] = {}
     for number, (name, value) in enumerate(model.module.state_dict(keep_vars=True).items()):
         if isinstance(value, nn.Parameter) and value in managed:
-            if value in parts:
-                contents[clean_name(name)] = parts[value]
-        elif is_distributed(value) or number % size == rank:  # of a DTensor every rank has another part
+            if value in parts or value.numel() == 0:  # of no elements no rank has a part
+                contents[clean_name(name)] = parts.get(value, value.detach())
+        elif is_distributed(value) or rank == (number % size if isinstance(value, nn.Parameter) else 0):
+            # Of a DTensor every rank has another part; buffers, which ranks may have different ones of, are those of the first.
             contents[clean_name(name)] = value.detach() if isinstance(value, Tensor) else value
     return contents
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ..errors import CheckpointError
@@ -30,10 +32,15 @@ def check_extra(extra: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> No
         )
 
 
-def unpack_extra(extra: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Load objects that have `load_state_dict()`, and return all that was saved."""
+def unpack_extra(extra: Mapping[str, Any] | None, saved: Mapping[str, Any], undo: ExitStack) -> dict[str, Any]:
+    """Load objects that have `load_state_dict()`, and return all that was saved.
+
+    Args:
+        undo: when it is closed, they are again as they were before.
+    """
     for name, value in (extra or {}).items():
-        if _is_stateful(value):
+        if _is_stateful(value) and name in saved:
+            undo.callback(value.load_state_dict, copy.deepcopy(value.state_dict()))
             value.load_state_dict(saved[name])
     return dict(saved)
 

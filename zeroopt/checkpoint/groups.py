@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
 from ..optimizer import ZeroOptimizer
 from .parts import named_groups
@@ -23,8 +21,7 @@ def read_groups(checkpoint: Checkpoint, names: Names) -> list[dict[str, Any]]:
         CheckpointError: they cannot be read.
     """
     keys = dict(names.below(_KEY))
-    saved = {key: names.tensor(key) for key in keys}
-    memory = {k: None if s is None else torch.empty(s.size, dtype=s.properties.dtype) for k, s in saved.items()}
+    memory = {key: names.memory(key) for key in keys}
     values = {**memory, **checkpoint.read(memory)}
     if any(isinstance(names.path(key, rest)[0], str) for key, rest in keys.items()):
         return _by_parameter({rest: values[key] for key, rest in keys.items()})

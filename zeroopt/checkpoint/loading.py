@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ from .extra import EXTRA, check_extra, rank_file, unpack_extra
 from .groups import match_groups, read_groups
 from .parts import first_param
 from .reading import Checkpoint, open_checkpoint
-from .saving import Optimizers, finish_background, optimizers_of, resolve_group
-from .targets import Names, model_target, state_target
+from .saving import Optimizers, begin, check_group, optimizers_of
+from .targets import Names, check_names, model_names, model_target, state_target
 from .together import together
 
 
@@ -61,26 +61,59 @@ def load(
 
     Raises:
         CheckpointError: on all ranks, with the rank, the file or the name: the checkpoint is not there, damaged (all files
-            are compared with their checksums first), or of another model. Nothing has been changed.
-        ConfigError: model and optimizer do not belong together.
+            are compared with their checksums first), of another model, or model and optimizer do not belong together. Nothing
+            has been changed. So it is when the `load_state_dict` of an extra object raises.
+        StateError: there is no process group, or within `join()`.
     """
-    finish_background(process_group)
-    group = resolve_group(process_group)
+    group = begin(model, process_group)
     source = _Source(path, model_key, optimizer_key)
-    together(group, f"opening the checkpoint {path}", source.open, _check_same)
+
+    def open_source() -> _Opened:
+        optimizers_of(model, optimizer)
+        check_group(model, group)
+        identity = source.open()
+        return _Opened(identity, list(model_names(model, source.model)) if model.sharding.transport.rank == 0 else [])
+
+    def compare(opened: list[_Opened]) -> list[None]:
+        _check_same([one.identity for one in opened])
+        if strict:
+            check_names({name for one in opened for name in one.names}, source.model)
+        return [None] * len(opened)
+
+    together(group, f"opening the checkpoint {path}", open_source, compare)
     source.checkpoint.verify(group)
     reading = _Reading()
 
     def read() -> None:
-        optimizers = optimizers_of(model, optimizer)
         reading.take_extra(source.checkpoint, extra, rank_extra, group)
-        reading.take_model(source, model, strict=strict)
-        for one in optimizers:
+        reading.take_model(source, model)
+        for one in optimizers_of(model, optimizer):
             reading.take_state(source, one)
 
     together(group, f"reading the checkpoint {path}", read, lambda done: done)
+    with ExitStack() as undo:
+        loaded: dict[str, Any] = {}
+
+        def load_extra() -> None:
+            loaded.update(unpack_extra(extra, reading.extra, undo))
+            loaded.update(unpack_extra(rank_extra, reading.rank_extra, undo))
+
+        together(group, f"loading the extra values of {path}", load_extra, lambda done: done)
+        undo.pop_all()
     reading.commit(model)
-    return {**unpack_extra(extra, reading.extra), **unpack_extra(rank_extra, reading.rank_extra)}
+    return loaded
+
+
+class _Opened(NamedTuple):
+    """What the ranks compare of a checkpoint that each of them has opened.
+
+    Attributes:
+        identity: what tells it from others.
+        names: of the model, as keys of the checkpoint; from the first rank of those that hold it.
+    """
+
+    identity: tuple[str, int]
+    names: list[str]
 
 
 class _Source:
@@ -154,7 +187,8 @@ class _Reading:
     def __init__(self) -> None:
         self.extra: dict[str, Any] = {}
         self.rank_extra: dict[str, Any] = {}
-        self._model_commits: list[Callable[[], None]] = []
+        self._trained: list[Callable[[], None]] = []
+        self._rest: list[Callable[[], None]] = []
         self._states: list[tuple[ZeroOptimizer, LoadedState]] = []
 
     def take_extra(
@@ -172,11 +206,12 @@ class _Reading:
             self.rank_extra = checkpoint.side_file(rank_file(group.rank())) or {}
             check_extra(rank_extra, self.rank_extra)
 
-    def take_model(self, source: _Source, model: ZeroDataParallel, *, strict: bool) -> None:
+    def take_model(self, source: _Source, model: ZeroDataParallel) -> None:
         """Read this rank's part of the model."""
-        target = model_target(model, source.model, strict=strict)
+        target = model_target(model, source.model)
         values = source.checkpoint.read(target.entries)
-        self._model_commits = [partial(commit, values) for commit in target.commits]
+        self._trained = [partial(commit, values) for commit in target.trained]
+        self._rest = [partial(commit, values) for commit in target.rest]
 
     def take_state(self, source: _Source, optimizer: ZeroOptimizer) -> None:
         """Read this rank's part of an optimizer's state."""
@@ -194,7 +229,9 @@ class _Reading:
         with ExitStack() as rewriting:
             for optimizer in model.optimizers:
                 rewriting.enter_context(optimizer.rewriting_parameters())
-            for commit in self._model_commits:
+            for commit in self._trained:
                 commit()
         for optimizer, loaded in self._states:
             optimizer.adopt(loaded)
+        for commit in self._rest:
+            commit()

@@ -34,7 +34,7 @@ class Part:
 
 
 def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) -> Part:
-    """The part of this rank's process group."""
+    """The part of this rank's process group, of which it is the first."""
     names = [clean_name(name) for name, _ in model.module.named_parameters()]
     facts = [
         {
@@ -45,8 +45,7 @@ def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) 
         }
         for one in optimizers
     ]
-    first_rank = dist.get_global_rank(model.sharding.group, 0)
-    return Part(first_rank, names, bool(model.sharding.mesh_groups), named_groups(optimizers), facts)
+    return Part(dist.get_rank(), names, bool(model.sharding.mesh_groups), named_groups(optimizers), facts)
 
 
 def named_groups(optimizers: Sequence[ZeroOptimizer]) -> list[dict[str, Any]]:

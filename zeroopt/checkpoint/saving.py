@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, StateError
 from ..module import ZeroDataParallel
 from ..optimizer import ZeroOptimizer
 from ..shard_state import map_tensors
@@ -23,6 +24,8 @@ from .extra import EXTRA, pack_extra, rank_file
 from .parts import Part, describe_part, join_parts
 from .together import together
 from .writing import write_checkpoint
+
+_log = logging.getLogger("zeroopt")
 
 Optimizers = ZeroOptimizer | Sequence[ZeroOptimizer]
 
@@ -58,12 +61,12 @@ def save(
         keep: how many checkpoints next to `path` remain, with this one; the oldest are removed. All when None.
 
     Raises:
-        CheckpointError: on all ranks, with the rank, the file and the reason. What was at `path` is as it was.
-        ConfigError, NotSupportedError: this cannot be saved; on all ranks where they agree on it.
+        CheckpointError: on all ranks, with the rank, the file and the reason: it cannot be written, or not be saved like
+            this. What was at `path` is as it was.
+        StateError: there is no process group, or within `join()`.
     """
-    finish_background(process_group)
-    group = resolve_group(process_group)
-    snapshot = _take(model, optimizer, extra, rank_extra, group)
+    group = begin(model, process_group)
+    snapshot = _take(path, model, optimizer, extra, rank_extra, group)
     write_checkpoint(path, snapshot.entries, snapshot.facts, snapshot.side_files, group, keep)
 
 
@@ -80,21 +83,28 @@ def async_save(
     """As `save`, but return as soon as this rank's part has been copied to CPU memory, and write it in the background.
 
     Collective in the call; what follows is done by a thread, over a Gloo group of its own. The next `save`, `async_save` or
-    `load` over the same ranks waits for it first, and raises what it raised. Wait for the result before the process ends or
-    the process group is destroyed.
+    `load` over the same ranks waits for it first, and raises what it raised, on all ranks, whether or not some have asked
+    for the result before. Wait for the result before the process group is destroyed. A process that ends without having
+    asked for it still waits until the checkpoint is in place; a failure is then only logged.
 
     Returns:
         A future. `result()` waits until the checkpoint is in place, and raises what `save` would.
     """
-    finish_background(process_group)
-    group = resolve_group(process_group)
-    snapshot = _take(model, optimizer, extra, rank_extra, group).copied()
+    group = begin(model, process_group)
+    snapshot = _take(path, model, optimizer, extra, rank_extra, group, copies=True)
     background = _background_group(group)
     pending = _thread().submit(
         write_checkpoint, path, snapshot.entries, snapshot.facts, snapshot.side_files, background, keep
     )
+    pending.add_done_callback(_log_failure)
     _pending[group] = pending
     return pending
+
+
+def _log_failure(done: Future[None]) -> None:
+    error = done.exception()
+    if error is not None:
+        _log.error("a checkpoint that was to be saved in the background is not there: %s", error)
 
 
 @dataclass(frozen=True)
@@ -127,25 +137,33 @@ def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers) -> list[ZeroOp
             raise ConfigError(f"expected optimizers that zeroopt.wrap returned, got a {type(one).__name__}")
         if one.sharding is not model.sharding:
             raise ConfigError("the optimizer was not wrapped with this model")
-    if len(optimizers) != len(model.optimizers):
+    if len(set(map(id, optimizers))) != len(model.optimizers):
         raise ConfigError(
-            f"the model has {len(model.optimizers)} optimizers, {len(optimizers)} were given: give all of them as a list"
+            f"the model has {len(model.optimizers)} optimizers, {len(optimizers)} were given: give each of them once, as a list"
         )
     return optimizers
 
 
 def _take(
+    path: str | os.PathLike[str],
     model: ZeroDataParallel,
     optimizer: Optimizers,
     extra: Mapping[str, Any] | None,
     rank_extra: Mapping[str, Any] | None,
     group: dist.ProcessGroup,
+    *,
+    copies: bool = False,
 ) -> _Snapshot:
-    """What this rank is to write. Collective."""
+    """What this rank is to write. Collective.
+
+    Args:
+        copies: take copies.
+    """
     taken: list[_Snapshot] = []
 
-    def take() -> Part | None:
+    def take() -> tuple[str, Part | None]:
         optimizers = optimizers_of(model, optimizer)
+        check_group(model, group)
         model.sharding.gathers.finish_all()
         for one in optimizers:
             one.check_can_save(group)
@@ -154,10 +172,12 @@ def _take(
         side_files: dict[str, Any] = {} if rank_extra is None else {rank_file(group.rank()): pack_extra(rank_extra)}
         if group.rank() == 0:
             side_files[EXTRA] = pack_extra(extra)
-        taken.append(_Snapshot({"model": model_contents(model), "optimizer": {"state": state}}, {}, side_files))
-        return describe_part(model, optimizers) if model.sharding.group.rank() == 0 else None
+        snapshot = _Snapshot({"model": model_contents(model), "optimizer": {"state": state}}, {}, side_files)
+        taken.append(snapshot.copied() if copies else snapshot)
+        is_first = model.sharding.transport.rank == 0
+        return os.path.realpath(path), describe_part(model, optimizers) if is_first else None
 
-    parts = together(group, "saving a checkpoint", take, lambda found: [_joined(found), *[[]] * (group.size() - 1)])
+    parts = together(group, f"saving the checkpoint {path}", take, _joined)
     snapshot = taken[0]
     if group.rank() == 0:
         snapshot.entries["optimizer"]["param_groups"] = [entry for part in parts for entry in part.param_groups]
@@ -165,15 +185,44 @@ def _take(
     return snapshot
 
 
-def _joined(found: Sequence[Part | None]) -> list[Part]:
-    return join_parts([part for part in found if part is not None])
+def _joined(found: Sequence[tuple[str, Part | None]]) -> list[list[Part]]:
+    """The parts of all ranks, for the first one."""
+    for rank, (path, _) in enumerate(found):
+        if path != found[0][0]:
+            raise CheckpointError(
+                f"rank 0 was to save to {found[0][0]} and rank {rank} to {path}: give all the same path"
+            )
+    return [join_parts([part for _, part in found if part is not None]), *[[]] * (len(found) - 1)]
 
 
-def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group of ranks that save or load together."""
+def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Before anything is saved or loaded: the group of ranks that do so together, none of which is busy with saving.
+
+    Raises:
+        StateError: there is no process group, or within `join()`.
+        CheckpointError: what a save in the background raised.
+    """
     group = dist.group.WORLD if process_group is None else process_group
-    assert group is not None
+    if group is None:
+        raise StateError("checkpoints need a process group: call torch.distributed.init_process_group first")
+    if isinstance(model, ZeroDataParallel):  # else refused when all ranks can hear of it
+        model.sharding.reducer.join.check_outside("saving or loading a checkpoint")
+    pending = _pending.pop(group, None)
+    if pending is not None:
+        pending.result()
     return group
+
+
+def check_group(model: ZeroDataParallel, group: dist.ProcessGroup) -> None:
+    """Raise ConfigError when ranks without which the model is not whole are not in the group."""
+    sharding = model.sharding
+    if sharding.transport.world_size > 1:
+        missing = {*dist.get_process_group_ranks(sharding.group)} - {*dist.get_process_group_ranks(group)}
+        if missing:
+            raise ConfigError(
+                f"the model was wrapped on rank {min(missing)} too, which is not in the process_group of this call: leave "
+                "process_group out, or give one of all ranks that hold parts of the model"
+            )
 
 
 # By the group whose ranks save: the thread's own group, and the save that is under way.
@@ -192,10 +241,3 @@ def _background_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
         ranks = dist.get_process_group_ranks(group)
         _background_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
     return _background_groups[group]
-
-
-def finish_background(process_group: dist.ProcessGroup | None) -> None:
-    """Wait for the save over these ranks that is under way, if any, and raise what it raises."""
-    pending = _pending.pop(resolve_group(process_group), None)
-    if pending is not None:
-        pending.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,10 @@ from ..shard_state import block_of
 from ..shard_tensor import ShardTensor
 from .contents import clean_name
 
+_EXTRA = "_extra_state"  # torch's name for what a module's get_extra_state() gives
+
+Commit = Callable[[Mapping[str, Any]], None]
+
 
 @dataclass
 class Target:
@@ -30,11 +35,13 @@ class Target:
 
     Attributes:
         entries: tensors to be filled, and None for other values.
-        commits: what lets the values be the model's or the optimizers', once all ranks have theirs.
+        trained: what lets the values of trained parameters be the model's, once all ranks have theirs.
+        rest: the same for buffers, frozen parameters, and what modules save besides.
     """
 
     entries: dict[str, Any] = field(default_factory=dict)
-    commits: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
+    trained: list[Commit] = field(default_factory=list)
+    rest: list[Commit] = field(default_factory=list)
 
 
 class Names:
@@ -75,46 +82,57 @@ class Names:
         saved = self._saved[key]
         return saved if isinstance(saved, TensorStorageMetadata) else None
 
+    def memory(self, key: str) -> Tensor | None:
+        """Memory for all of a tensor; None for other values."""
+        saved = self.tensor(key)
+        return None if saved is None else torch.empty(saved.size, dtype=saved.properties.dtype)
+
     def __contains__(self, key: str) -> bool:
         return key in self._saved
 
 
-def model_target(model: ZeroDataParallel, names: Names, *, strict: bool) -> Target:
-    """The model's part.
-
-    Raises:
-        CheckpointError: with `strict`, names that only the model or only the checkpoint has.
-    """
-    target = Target()
-    aliases: dict[nn.Parameter, list[str]] = {}
-    wanted: dict[str, tuple[str, Any]] = {}
-    for name, value in model.module.state_dict(keep_vars=True).items():
-        wanted[f"{names.prefix}.{clean_name(name)}"] = name, value
-        if isinstance(value, nn.Parameter):
-            aliases.setdefault(value, []).append(f"{names.prefix}.{clean_name(name)}")
-    _check_names(wanted, names, strict=strict)
-    for bucket in model.sharding.buckets:
-        for segment in bucket.segments:
-            key = next((key for key in aliases.get(segment.owner.param, []) if key in names), None)
-            if key is not None:
-                _target_param(target, key, bucket, segment)
-    trained = {managed.param for managed in model.sharding.params}
-    for key, (name, value) in wanted.items():
-        if key in names and not (isinstance(value, nn.Parameter) and value in trained):
-            _target_value(target, key, name, value, model)
-    return target
+def model_names(model: ZeroDataParallel, names: Names) -> dict[str, tuple[str, Any]]:
+    """What a model's state dict has, by the checkpoint's keys: name and live value."""
+    state_dict = model.module.state_dict(keep_vars=True)
+    return {f"{names.prefix}.{clean_name(name)}": (name, value) for name, value in state_dict.items()}
 
 
-def _check_names(wanted: Mapping[str, Any], names: Names, *, strict: bool) -> None:
-    if not strict:
-        return
-    missing = [key for key in wanted if key not in names]
-    unexpected = [key for key, _ in names.below() if key not in wanted]
+def check_names(wanted: AbstractSet[str], names: Names) -> None:
+    """Raise CheckpointError for names that only the model, in all its parts, or only the checkpoint has."""
+    known = {key: _saved_as(key, names) for key in wanted}
+    missing = sorted(key for key, saved in known.items() if not saved)
+    expected = {key for saved in known.values() for key in saved}
+    unexpected = [key for key, _ in names.below() if key not in expected]
     if missing or unexpected:
         raise CheckpointError(
             f"the model and the checkpoint have different names under {names.prefix!r}: the checkpoint lacks {_shown(missing)}, the "
             f"model lacks {_shown(unexpected)}; strict=False loads what both have"
         )
+
+
+def _saved_as(key: str, names: Names) -> list[str]:
+    """The keys of one entry of the model's state dict: of the extra state of a module, which may be a dict, several."""
+    path = key.removeprefix(names.prefix + ".")
+    return [key] if key in names else [below for below, _ in names.below(path)] if path.endswith(_EXTRA) else []
+
+
+def model_target(model: ZeroDataParallel, names: Names) -> Target:
+    """The model's part, as far as the checkpoint has it."""
+    target = Target()
+    wanted = model_names(model, names)
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for key, (_, value) in wanted.items():
+        if isinstance(value, nn.Parameter):
+            aliases.setdefault(value, []).append(key)
+    for bucket in model.sharding.buckets:
+        for segment in bucket.segments:
+            for key in [key for key in aliases.get(segment.owner.param, []) if key in names][:1]:
+                _target_param(target, key, bucket, segment)
+    trained = {managed.param for managed in model.sharding.params}
+    for key, (name, value) in wanted.items():
+        if _saved_as(key, names) and not (isinstance(value, nn.Parameter) and value in trained):
+            _target_value(target, key, name, value, names, model)
+    return target
 
 
 def _shown(keys: Sequence[str]) -> str:
@@ -132,25 +150,30 @@ def _target_param(target: Target, key: str, bucket: Bucket, segment: Segment) ->
         owner = segment.owner
         bucket.write_exact(segment, values.as_strided(owner.shape, owner.stride) if owner.is_whole else values)
 
-    target.commits.append(commit)
+    target.trained.append(commit)
 
 
-def _target_value(target: Target, key: str, name: str, value: Any, model: ZeroDataParallel) -> None:
+def _target_value(target: Target, key: str, name: str, value: Any, names: Names, model: ZeroDataParallel) -> None:
     """What every rank has: buffers, frozen parameters, and what modules save besides."""
-    if isinstance(value, Tensor):
+    if not name.endswith(_EXTRA):
         copied = target.entries[key] = torch.empty_like(value.detach())
 
         def commit(read: Mapping[str, Any]) -> None:
             local_of(value.detach()).copy_(local_of(copied))
 
     else:
-        target.entries[key] = None
-        module = model.module.get_submodule(name.rpartition(".")[0])
+        module = model.module.get_submodule(name.removesuffix(_EXTRA).rstrip("."))
+        places = {saved: names.path(saved, saved.removeprefix(key)[1:]) for saved in _saved_as(key, names)}
+        memory = {saved: names.memory(saved) for saved in places}
+        target.entries |= memory
 
         def commit(read: Mapping[str, Any]) -> None:
-            module.set_extra_state(read[key])
+            state: dict[str, Any] = {}
+            for saved, path in places.items():
+                put(state, ["", *path] if saved != key else [""], {**memory, **read}[saved])
+            module.set_extra_state(state[""])
 
-    target.commits.append(commit)
+    target.rest.append(commit)
 
 
 @dataclass
