@@ -263,18 +263,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._reducer.join.check_outside("load_state_dict()")
         given = iter([state_dict] if isinstance(state_dict, Mapping) else state_dict)
-        shards = (self._prepare_load(shard) for shard in given)
+        shards: Iterator[Mapping[str, Any]] = map(self._prepare_load, given)
         first = next(shards, None)
         if first is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got none")
-        layout = ShardLayout.of(first)
+        layout, has_begun = ShardLayout.of(first), bool(first["state"])
+        shards = chain([first], shards)
+        del first  # each goes before the next one comes
         if layout is not None and isinstance(state_dict, Mapping):
             self._follow_order(layout)
         if self._state_dicts.crosses_tiers(layout):
-            self._load_and_gather(chain([first], shards))
+            self._load_and_gather(shards)
         else:
-            self.adopt(self._state_dicts.read(chain([first], shards)))
-        self._has_begun = bool(first["state"])
+            self.adopt(self._state_dicts.read(shards))
+        self._has_begun = has_begun
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -522,6 +524,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return MappingProxyType({})
         state: dict[Tensor, ParamState] = {managed.param: {} for managed in self._params}
         state.update((s.owner.param, inner[s.shard]) for s in self._segments() if s.shard in inner)
+        state.update((param, inner[param]) for param in self._state_dicts.idle_params().values() if param in inner)
         return MappingProxyType(state)
 
     @state.setter

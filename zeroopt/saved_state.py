@@ -6,7 +6,7 @@ asked for takes no more memory than that. Nothing of the optimizer changes here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,16 +19,13 @@ from .elementwise import is_per_element
 from .errors import StateError
 from .local_tensor import is_distributed
 from .shard_layout import ShardLayout
-from .shard_state import block_of, map_tensors
+from .shard_state import Path, block_of, map_leaves, map_tensors
 from .shard_tensor import ShardTensor
 
 _ADVICE = (
     "give load_state_dict what state_dict() gave on every rank of that run, as in "
     "optimizer.load_state_dict([torch.load(f'optimizer-{rank}.pt', mmap=True) for rank in range(world_size)])"
 )
-
-Path = tuple[str, ...]
-"""Where a tensor lies in a parameter's entry; most optimizers have them at the top, by name."""
 
 
 class SavedState:
@@ -37,6 +34,7 @@ class SavedState:
     Args:
         segments: those of this rank.
         params: all that the optimizer trains.
+        idle: parameters by position that no rank steps, whose state all ranks keep.
         part: which part of the parameters the rank holds; see `local_tensor.place_in_mesh`.
         live: state that there is now, whose dtypes are kept.
     """
@@ -45,9 +43,12 @@ class SavedState:
         self,
         segments: Iterable[Segment],
         params: Sequence[ManagedParam],
+        idle: Mapping[int, Tensor],
         part: str,
         live: Mapping[Tensor, Mapping[str, Any]],
     ) -> None:
+        self._idle = idle
+        self._idle_state: dict[Tensor, ParamState] = {}
         self._segments = {segment.owner.position: segment for segment in segments}
         self._params = {managed.position: managed for managed in params}
         self._part = part
@@ -69,17 +70,21 @@ class SavedState:
         entries = {positions.get(key, key): entry for key, entry in state_dict["state"].items()}
         beyond = {} if layout is None else layout.beyond_torch
         for position, segment in self._segments.items():
-            entry = entries.get(position)
-            if layout is not None and entry is not None and not entry:
+            parts = [part[position] for part in (entries, beyond) if position in part]
+            entry = {name: value for part in parts for name, value in part.items()}
+            if layout is not None and parts and not entry:
                 self._absent.add(position)
                 continue
             self._known.add(position)
-            if entry is None and position not in beyond:
-                continue
-            self._take_entry(segment, {**(entry or {}), **beyond.get(position, {})}, layout)
+            if parts:
+                self._take_entry(segment, entry, layout)
+        for position, param in self._idle.items():
+            if entries.get(position):
+                entry = entries[position]
+                self._idle_state[param] = {n: map_tensors(v, partial(_like_torch, n, param)) for n, v in entry.items()}
 
     def finish(self) -> dict[Tensor, ParamState]:
-        """The state of each segment that has any.
+        """The state of each segment that has any, by its shard, and of idle parameters.
 
         Raises:
             StateError: elements of this rank were in none of the state dicts.
@@ -91,7 +96,8 @@ class SavedState:
             )
         for (position, path), array in self._arrays.items():
             self._check_complete(self._segments[position], path, array)
-        return {self._segments[position].shard: entry for position, entry in self._state.items()}
+        own: dict[Tensor, ParamState] = {self._segments[p].shard: entry for p, entry in self._state.items()}
+        return own | self._idle_state
 
     def _check_shapes(self, layout: ShardLayout | None) -> None:
         if layout is None:
@@ -106,10 +112,12 @@ class SavedState:
     def _take_entry(self, segment: Segment, entry: Mapping[str, Any], layout: ShardLayout | None) -> None:
         result = self._state.setdefault(segment.owner.position, {})
         for name, value in entry.items():
-            result[name] = _map_paths((name,), value, partial(self._take_tensor, segment, layout))
+            result[name] = map_leaves(value, partial(self._take_value, segment, layout), (name,))
 
-    def _take_tensor(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Tensor) -> Tensor:
-        owner, name = segment.owner, path[-1]
+    def _take_value(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        owner, name = segment.owner, str(path[-1])
         if owner.is_whole and name not in MASTER_NAMES.values():
             return value.clone() if name == "step" or value.dim() == 0 else self._converted(segment, path, value)
         piece = self._find_piece(owner, name, value, layout)
@@ -177,7 +185,8 @@ class SavedState:
     def _dtype(self, segment: Segment, path: Path, dtype: torch.dtype, layout: ShardLayout | None) -> torch.dtype:
         """As torch does, floating-point state takes the dtype that belongs to the parameter, but not where it is known to have
         another one: in state that is there, or in the run that saved it with parameters like these."""
-        if not dtype.is_floating_point or path[-1] in MASTER_NAMES.values() or block_of(path[-1]) > 1:
+        name = str(path[-1])
+        if not dtype.is_floating_point or name in MASTER_NAMES.values() or block_of(name) > 1:
             return dtype
         live = self._live.get(segment.shard, {}).get(path[0]) if len(path) == 1 else None
         if isinstance(live, Tensor) and live.is_floating_point():
@@ -190,10 +199,10 @@ class SavedState:
     def _check_complete(self, segment: Segment, path: Path, array: _Array) -> None:
         gap = array.first_gap()
         if gap is not None:
-            owner, block = segment.owner, block_of(path[-1])
+            owner, block = segment.owner, block_of(str(path[-1]))
             end = min(gap[1] * block, owner.numel)
             raise StateError(
-                f"the state dict lacks elements {gap[0] * block} to {end} of {'.'.join(path)!r} of parameter {owner.name!r}, of "
+                f"the state dict lacks elements {gap[0] * block} to {end} of {'.'.join(map(str, path))!r} of parameter {owner.name!r}, of "
                 f"which this rank owns {segment.start} to {segment.start + segment.numel}; {_ADVICE}"
             )
 
@@ -229,13 +238,12 @@ class _Array:
         return (reached, stop) if reached < stop else None
 
 
-def _map_paths(path: Path, value: Any, function: Callable[[Path, Tensor], Tensor]) -> Any:
-    """As `map_tensors`; the function also gets where in the entry the tensor is."""
-    if isinstance(value, dict):
-        return {key: _map_paths((*path, str(key)), part, function) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_paths((*path, str(i)), part, function) for i, part in enumerate(value))
-    return map_tensors(value, partial(function, path))
+def _like_torch(name: str, param: Tensor, value: Tensor) -> Tensor:
+    """A copy of a parameter's state, of the dtype and on the device where torch's optimizers load it."""
+    if name == "step":
+        return value.clone()
+    dtype = param.dtype if value.is_floating_point() and param.is_floating_point() else value.dtype
+    return value.to(param.device, dtype, copy=True)
 
 
 def _positions(state_dict: Mapping[str, Any]) -> dict[Any, int]:

@@ -31,7 +31,8 @@ class ShardLayout:
         shapes, names, dtypes: by position; of the local tensors of DTensors.
         ranges: for each parameter of which the rank has a part, by position, the first of its elements and the one behind its
             last one.
-        beyond_torch: of a whole state dict: what torch's optimizer would not keep, by position.
+        beyond_torch: of a whole state dict, or of a shard before the first step: what torch's optimizer would not keep, by
+            position.
     """
 
     facts: Mapping[str, Any]
@@ -60,6 +61,7 @@ class ShardLayout:
             "shapes": list(self.shapes.values()),
             "dtypes": list(self.dtypes.values()),
             "ranges": OwnTensor(ranges),
+            **({"state": dict(self.beyond_torch)} if self.beyond_torch else {}),
         }
 
     def to_whole_dict(self) -> dict[str, Any]:

@@ -14,16 +14,22 @@ from .elementwise import is_per_element
 from .regions import FlatLayout
 from .shard_tensor import ShardTensor
 
+Path = tuple[Any, ...]
+"""Where a value lies in a parameter's entry; most optimizers have them at the top, by name."""
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A value of state with each tensor in it replaced: some optimizers keep lists or dicts of them."""
-    if isinstance(value, Tensor):
-        return function(value)
+
+def map_leaves(value: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """A value of state with everything in it replaced that is no dict, list or tuple: some optimizers keep tensors in those."""
     if isinstance(value, dict):
-        return {name: map_tensors(part, function) for name, part in value.items()}
+        return {name: map_leaves(part, function, (*path, name)) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(part, function) for part in value)
-    return value
+        return type(value)(map_leaves(part, function, (*path, i)) for i, part in enumerate(value))
+    return function(path, value)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A value of state with each tensor in it replaced."""
+    return map_leaves(value, lambda _, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def block_of(name: str) -> int:

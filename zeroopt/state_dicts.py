@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .local_tensor import place_in_mesh
 from .precision import Precision
 from .saved_state import SavedState
 from .shard_layout import ShardLayout, describe_layout
-from .shard_state import pack_state
+from .shard_state import map_tensors, pack_state
 from .sharding import Sharding
 from .state_tiers import decoded, exact_param
 from .step import ShardStepper
@@ -31,7 +32,7 @@ class LoadedState:
     """State that has been read, and belongs to nobody yet.
 
     Attributes:
-        state: by segment's shard.
+        state: by segment's shard, and by the parameter for those that no rank steps.
         groups: param_groups, of which the options count.
         layout: None where a plain torch optimizer saved it.
     """
@@ -77,7 +78,8 @@ class StateDicts:
             order: in which the parameters were planned.
             has_begun: whether any rank may have state.
         """
-        with_masters = self.with_masters()
+        packed = pack_state(self.with_masters(), self._segments(), self.params)
+        only_masters = not has_begun and any(bucket.master is not None for bucket in self.buckets)
         layout = describe_layout(
             self.params,
             self._segments(),
@@ -86,9 +88,10 @@ class StateDicts:
             steps_since_average=self.steps_since_average,
             part=place_in_mesh(self.params),
             order=order,
+            beyond_torch=packed if only_masters else {},
         )
         return {
-            "state": pack_state(with_masters, self._segments(), self.params) if has_begun else {},
+            "state": dict(sorted((packed | self.idle_state()).items())) if has_begun else {},
             "param_groups": self.pack_groups(),
             "zeroopt": layout.to_dict(),
         }
@@ -110,7 +113,8 @@ class StateDicts:
         )
         if state is None:
             return None
-        result = {"state": state.torch, "param_groups": self.pack_groups()}
+        idle = {p: map_tensors(entry, lambda tensor: tensor.cpu().clone()) for p, entry in self.idle_state().items()}
+        result = {"state": dict(sorted((state.torch | idle).items())), "param_groups": self.pack_groups()}
         if state.beyond:
             layout = ShardLayout(self.facts(), self.seed, self.steps_since_average, beyond_torch=state.beyond)
             result["zeroopt"] = layout.to_whole_dict()
@@ -122,7 +126,9 @@ class StateDicts:
         Raises:
             StateError: it does not fit, or something is missing.
         """
-        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), self._inner.state)
+        saved = SavedState(
+            self._segments(), self.params, self.idle_params(), place_in_mesh(self.params), self._inner.state
+        )
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
         for shard in shards:
@@ -130,6 +136,7 @@ class StateDicts:
             saved.take(shard)
             if groups is None:
                 groups, layout = shard["param_groups"], ShardLayout.of(shard)
+            del shard  # before the next one is read
         if groups is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got an empty sequence")
         return LoadedState(self._in_tier(saved.finish()), groups, layout)
@@ -139,7 +146,7 @@ class StateDicts:
         state = self._inner.state
         completed = self._complete(loaded.state)
         for segment in self._segments():
-            state.pop(segment.shard, None)  # what frozen parameters have stays
+            state.pop(segment.shard, None)
         state.update(loaded.state)
         for bucket in self.buckets:
             bucket.take_back(state)
@@ -157,13 +164,25 @@ class StateDicts:
     def take_in_state(self) -> None:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
         state = self._inner.state
-        held = {managed.position: state[managed.param] for managed in self.params if managed.param in state}
-        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), {})
+        held = {m.position: state[m.param] for m in self.params if m.param in state and m.numel}
+        saved = SavedState(self._segments(), self.params, {}, place_in_mesh(self.params), {})
         saved.take({"state": held, "param_groups": self.pack_groups()})
         own = saved.finish()
         for managed in self.params:
-            state.pop(managed.param, None)
+            if managed.numel:
+                state.pop(managed.param, None)
         state.update(own)
+
+    def idle_state(self) -> dict[int, ParamState]:
+        """State of the parameters that no rank steps, by position: the same on all ranks, as it was made or loaded."""
+        state = self._inner.state
+        return {position: dict(state[param]) for position, param in self.idle_params().items() if param in state}
+
+    def idle_params(self) -> dict[int, Tensor]:
+        """The parameters that are frozen or have no elements, by position."""
+        stepped = {managed.position for managed in self.params if managed.numel}
+        params = chain.from_iterable(group["params"] for group in self._inner.param_groups)
+        return {position: param for position, param in enumerate(params) if position not in stepped}
 
     def pack_groups(self) -> list[dict[str, Any]]:
         """The param_groups as torch saves them, with positions in place of parameters."""
