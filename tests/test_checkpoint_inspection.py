@@ -95,7 +95,7 @@ def test_steps_are_counted_whatever_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_one_of_dcp_alone(tmp_path: Path) -> None:
-    dcp.save({"model": {"a": torch.ones(2, 3, dtype=torch.bfloat16)}}, checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save({"model": {"a": torch.ones(2, 3, dtype=torch.bfloat16)}}, checkpoint_id=tmp_path / "a")
     report = inspect(tmp_path / "a")
     assert (report.written_by, report.facts, report.problems) == (None, None, [])
     assert [(entry.key, entry.shape, entry.dtype, entry.bytes) for entry in report.tensors] == [

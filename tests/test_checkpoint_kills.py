@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,12 @@ class Countdown:
         sys.addaudithook(lambda event, _: self.count() if event in EVENTS else None)
         fsync, crc32, dll = os.fsync, files.zlib.crc32, ctypes.CDLL
 
-        def counted(call: Any) -> Any:
+        def counted(call: Any, every: int = 1) -> Any:
+            turns = count()
+
             def counting(*args: Any, **options: Any) -> Any:
-                self.count()
+                if next(turns) % every == 0:
+                    self.count()
                 return call(*args, **options)
 
             return counting
@@ -62,29 +67,29 @@ class Countdown:
         os.fsync = counted(fsync)
         ctypes.CDLL = counted(dll)  # type: ignore[misc]  renameat2 comes next
         if writes:
-            files.zlib.crc32 = counted(crc32)
+            files.zlib.crc32 = counted(crc32, every=8)  # of a file half written there is little to tell
 
 
-def save_and_die(path: Path, version: int, rank: int, size: int, calls: int) -> None:
+def save_and_die(path: Path, version: int, rank: int, size: int, calls: int, writes: bool, keep: int | None) -> None:
     group = None
     if size > 1:
         dist.init_process_group(
             "gloo", f"file://{path.parent}/store{version}", timedelta(seconds=TIMEOUT_S / 4), rank=rank, world_size=size
         )
         group = dist.group.WORLD
-    Countdown(calls).start(writes=size == 1)
-    write(path, version, group)
+    Countdown(calls).start(writes=writes)
+    write(path, version, group, keep=keep)
 
 
 def serve(connection: Connection, rank: int, size: int) -> None:
     """Save in processes that die; none of them has to import anything."""
     os.environ.update(WORKER_ENVIRONMENT)
     while True:
-        path, version, calls = connection.recv()
+        path, version, calls, writes, keep = connection.recv()
         child = os.fork()
         if child == 0:
             try:
-                save_and_die(path, version, rank, size, calls)
+                save_and_die(path, version, rank, size, calls, writes, keep)
                 os._exit(0)
             except BaseException as error:  # noqa: BLE001  whatever a rank makes of the death of another
                 print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -106,10 +111,12 @@ class Ranks:
             self._connections.append(here)
             self._processes.append(process)
 
-    def save(self, path: Path, version: int, calls: list[int]) -> list[str]:
+    def save(
+        self, path: Path, version: int, calls: list[int], writes: bool = False, keep: int | None = None
+    ) -> list[str]:
         """How each rank ended, whose call of that number is its last."""
         for connection, number in zip(self._connections, calls, strict=True):
-            connection.send((path, version, number))
+            connection.send((path, version, number, writes, keep))
         answers = []
         for connection in self._connections:
             assert connection.poll(TIMEOUT_S), "a rank hangs"
@@ -143,7 +150,8 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(
     outcomes = [KILLED]
     while KILLED in outcomes:
         calls += 1
-        outcomes = ranks[len(victims)].save(path, calls, [calls if victim else NEVER for victim in victims])
+        last_calls = [calls if victim else NEVER for victim in victims]
+        outcomes = ranks[len(victims)].save(path, calls, last_calls, writes=victims == [True])
         found = version_of(path)
         assert found in (old, calls)
         assert latest(tmp_path) == path
@@ -165,3 +173,22 @@ def test_a_kill_during_the_first_save_leaves_nothing_or_all(tmp_path: Path, rank
         else:
             assert version_of(found) == calls
     assert found is not None
+
+
+def test_a_kill_while_old_checkpoints_are_removed_leaves_one_that_loads(
+    tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    before = tmp_path / "before"
+    write(before / "step-1", 1)
+    write(before / "step-2", 2)
+    shutil.copytree(before / "step-1", before / ".step-0.01234567.partial")
+    calls, outcome = 0, KILLED
+    while outcome == KILLED:
+        calls += 1
+        root = tmp_path / f"{calls}"
+        shutil.copytree(before, root)
+        [outcome] = ranks[1].save(root / "step-3", 3, [calls], keep=1)
+        found = latest(root)
+        assert found in (root / "step-2", root / "step-3")
+        assert found.name == f"step-{version_of(found)}"
+    assert os.listdir(root) == ["step-3"]

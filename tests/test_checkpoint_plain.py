@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -40,7 +40,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(min_size=1)
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 plain = st.recursive(
     leaves,
     lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
@@ -49,6 +49,7 @@ plain = st.recursive(
 
 
 @given(plain)
+@settings(deadline=None)
 def test_plain_values_pass_and_come_back(value: Any) -> None:
     check_plain(value, "value")
     stream = io.BytesIO()
@@ -64,7 +65,6 @@ def test_plain_values_pass_and_come_back(value: Any) -> None:
         torch.Size([1, 2]),
         torch.nn.Parameter(torch.ones(2)),
         OrderedDict(a=torch.ones(2)),
-        {"set": {1, 2}},
         torch.device("cpu"),
     ],
     ids=str,

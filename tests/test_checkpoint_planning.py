@@ -96,6 +96,15 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
         write_as_ranks(tmp_path, [{"model": {"extra": lambda: 1}}])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_ranks_do_not_have_together_is_not_saved(ranks: int, tmp_path: Path) -> None:
+    parts = [{"weight": shard(whole(1), 0, 20)}, {"weight": shard(whole(1), 20, 34)}][:ranks]
+    with pytest.raises(
+        CheckpointError, match=f"the ranks together give {[20, 34][ranks - 1]} of the 35 elements of 'weight'"
+    ):
+        write_as_ranks(tmp_path, parts)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -110,7 +119,10 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
 def test_what_is_not_there_is_told_before_anything_is_read(
     entries: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    checkpoint = write_as_ranks(tmp_path, [{"weight": shard(whole(1), 0, 30), "lr": 0.1}])
+    parts = [{"weight": shard(whole(1), 0, 30), "lr": 0.1}, {"weight": shard(whole(1), 30, 35)}]
+    checkpoint = write_as_ranks(tmp_path, parts)
+    saved = checkpoint.metadata.state_dict_metadata["weight"]
+    saved.chunks = [chunk for chunk in saved.chunks if tuple(chunk.offsets) != (4, 2)]  # as if rank 1 had given nothing
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(entries)
     assert not any(tensor.any() for tensor in entries.values() if type(tensor) is Tensor)
