@@ -121,14 +121,15 @@ if hasattr(torch.optim, "Muon"):
 class Run:
     """A model that trains under zeroopt's options, or under DDP for None."""
 
-    def __init__(self, name: str, options: dict[str, Any] | None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, name: str, options: dict[str, Any] | None, *, unused: bool = True) -> None:
         torch.manual_seed(1234)
-        self.net = Varied().to(dtype)
-        makers = [MAKERS[name]] if name in MAKERS else [globals()[name]]
+        self.net = Varied()
+        self.net.never.requires_grad_(unused)
+        self.optimizer: Any
         if options is not None and "param_dtype" in options:
             self.net.frozen.to(options["param_dtype"])
-        self.model, self.optimizers = prepare_all(self.net, [make(self.net) for make in makers], options)
-        self.optimizer: Any = self.optimizers[0]
+            self.net.never.to(None if unused else options["param_dtype"])
+        self.model, (self.optimizer,) = prepare_all(self.net, [MAKERS[name](self.net)], options)
         self.step = 0
 
     def train(self, steps: int, late_from: int = 2, same: bool = False) -> None:

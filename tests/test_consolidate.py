@@ -89,7 +89,7 @@ def idle_parameters(options: dict[str, Any]) -> None:
     plain = copy.deepcopy(net)
     plain.frozen.requires_grad_()
     carried = torch.optim.Adagrad(plain.parameters())
-    carried.load_state_dict(whole)
+    carried.load_state_dict(copy.deepcopy(whole))
     plain(torch.ones(2, 7)).sum().backward()
     carried.step()
     assert carried.state[plain.layer.weight]["step"] == 3 and carried.state[plain.frozen]["step"] == 1

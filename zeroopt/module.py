@@ -255,6 +255,10 @@ class ZeroDataParallel(nn.Module):
         """`module.named_buffers()`."""
         return self.module.named_buffers(prefix, recurse, remove_duplicate)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked for by `torch.distributed.checkpoint.state_dict`: the child "module" is in no name."""
+        return {**getattr(self.module, "_fqn_modifiers", dict)(), "": "module"}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A deep copy of the model in `.module`, with the current parameters. Not collective."""
         return remove_idle_hooks(copy.deepcopy(self.module, memo))

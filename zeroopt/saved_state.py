@@ -72,11 +72,11 @@ class SavedState:
         for position, segment in self._segments.items():
             parts = [part[position] for part in (entries, beyond) if position in part]
             entry = {name: value for part in parts for name, value in part.items()}
-            if layout is not None and parts and not entry:
+            if layout is not None and layout.is_shard and parts and position not in layout.ranges:
                 self._absent.add(position)
                 continue
             self._known.add(position)
-            if parts:
+            if entry:
                 self._take_entry(segment, entry, layout)
         for position, param in self._idle.items():
             if entries.get(position):
@@ -119,7 +119,9 @@ class SavedState:
             return value
         owner, name = segment.owner, str(path[-1])
         if owner.is_whole and name not in MASTER_NAMES.values():
-            return value.clone() if name == "step" or value.dim() == 0 else self._converted(segment, path, value)
+            return (
+                value.clone() if name == "step" or value.dim() == 0 else self._converted(segment, layout, path, value)
+            )
         piece = self._find_piece(owner, name, value, layout)
         if piece is None:  # a step count stays where torch keeps it, on the CPU
             return value.to(segment.shard.device if value.dim() else value.device, copy=True)
@@ -179,8 +181,8 @@ class SavedState:
                 "tensors of its rank; zeroopt.checkpoint loads into any mesh"
             )
 
-    def _converted(self, segment: Segment, path: Path, value: Tensor) -> Tensor:
-        return value.to(segment.shard.device, self._dtype(segment, path, value.dtype, None), copy=True)
+    def _converted(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Tensor) -> Tensor:
+        return value.to(segment.shard.device, self._dtype(segment, path, value.dtype, layout), copy=True)
 
     def _dtype(self, segment: Segment, path: Path, dtype: torch.dtype, layout: ShardLayout | None) -> torch.dtype:
         """As torch does, floating-point state takes the dtype that belongs to the parameter, but not where it is known to have
@@ -244,6 +246,12 @@ def _like_torch(name: str, param: Tensor, value: Tensor) -> Tensor:
         return value.clone()
     dtype = param.dtype if value.is_floating_point() and param.is_floating_point() else value.dtype
     return value.to(param.device, dtype, copy=True)
+
+
+def positions_of(state_dict: Mapping[str, Any]) -> set[int]:
+    """Of the parameters that a state dict has state of."""
+    positions = _positions(state_dict)
+    return {positions.get(key, key) for key in state_dict["state"]}
 
 
 def _positions(state_dict: Mapping[str, Any]) -> dict[Any, int]:

@@ -45,15 +45,12 @@ def is_array(name: str, value: Any, segment: Segment) -> bool:
 def pack_state(
     state: Mapping[Tensor, ParamState], segments: Iterable[Segment], params: Iterable[ManagedParam]
 ) -> dict[int, ParamState]:
-    """State by position in the optimizer: of this rank's segments, and an empty entry for each parameter of which this rank
-    has no part."""
+    """State by position in the optimizer: of this rank's segments, and an empty entry for each other parameter, so that all
+    ranks have the same positions."""
     packed: dict[int, ParamState] = {managed.position: {} for managed in params}
     for segment in segments:
-        entry = state.get(segment.shard)
-        if entry is None:
-            del packed[segment.owner.position]
-        else:
-            packed[segment.owner.position] = {name: pack_value(name, value, segment) for name, value in entry.items()}
+        entry = state.get(segment.shard, {})
+        packed[segment.owner.position] = {name: pack_value(name, value, segment) for name, value in entry.items()}
     return dict(sorted(packed.items()))
 
 

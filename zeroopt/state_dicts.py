@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -71,15 +71,16 @@ class StateDicts:
         self._config = config
         self._average = average
 
-    def shard(self, order: Sequence[Sequence[int]], *, has_begun: bool) -> dict[str, Any]:
+    def shard(self, order: Sequence[Sequence[int]], begun: Container[int]) -> dict[str, Any]:
         """This rank's state dict.
 
         Args:
             order: in which the parameters were planned.
-            has_begun: whether any rank may have state.
+            begun: positions of the parameters of which some rank may have state.
         """
         packed = pack_state(self.with_masters(), self._segments(), self.params)
-        only_masters = not has_begun and any(bucket.master is not None for bucket in self.buckets)
+        has_masters = any(bucket.master is not None for bucket in self.buckets)
+        state = {position: entry for position, entry in packed.items() if position in begun} | self.idle_state()
         layout = describe_layout(
             self.params,
             self._segments(),
@@ -88,10 +89,10 @@ class StateDicts:
             steps_since_average=self.steps_since_average,
             part=place_in_mesh(self.params),
             order=order,
-            beyond_torch=packed if only_masters else {},
+            beyond_torch={p: entry for p, entry in packed.items() if p not in begun} if has_masters else {},
         )
         return {
-            "state": dict(sorted((packed | self.idle_state()).items())) if has_begun else {},
+            "state": dict(sorted(state.items())),
             "param_groups": self.pack_groups(),
             "zeroopt": layout.to_dict(),
         }
