@@ -137,7 +137,7 @@ def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers) -> list[ZeroOp
             raise ConfigError(f"expected optimizers that zeroopt.wrap returned, got a {type(one).__name__}")
         if one.sharding is not model.sharding:
             raise ConfigError("the optimizer was not wrapped with this model")
-    if len(set(map(id, optimizers))) != len(model.optimizers):
+    if sorted(map(id, optimizers)) != sorted(map(id, model.optimizers)):
         raise ConfigError(
             f"the model has {len(model.optimizers)} optimizers, {len(optimizers)} were given: give each of them once, as a list"
         )

@@ -1,0 +1,202 @@
+"""What cannot be loaded changes nothing on any rank, and all ranks hear of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from checkpoints import all_of, assert_all_same, assert_same, train, wrap_all, wrapped
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.optim.lr_scheduler import StepLR
+from training import Mlp
+from worker_pool import RunOnRanks
+
+import zeroopt
+import zeroopt.checkpoint
+from zeroopt.errors import CheckpointError
+
+
+class Picky:
+    """Refuses what it is given on one rank, after the others have taken it."""
+
+    def __init__(self, rank: int) -> None:
+        self.value, self._rank = 1, rank
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if dist.get_rank() == self._rank and state["value"] == 5:
+            raise ValueError("not this one")
+        self.value = state["value"]
+
+
+def sgd(net: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)]
+
+
+def make_checkpoints(path: Path) -> None:
+    """A good one, and others that do not fit it."""
+    model, optimizer = wrapped("mlp", "adamw", {})
+    train(model, optimizer, "mlp", range(2))
+    picky = Picky(-1)
+    picky.value = 5
+    extra: dict[str, Any] = {"scheduler": StepLR(optimizer, 3), "picky": picky, "epoch": 4}
+    zeroopt.checkpoint.save(path / "good", model, optimizer, extra, rank_extra={"rank": dist.get_rank()})
+    zeroopt.checkpoint.save(path / "without extra", model, optimizer)
+
+    other, its_optimizer = wrapped("lm", "adamw", {})
+    zeroopt.checkpoint.save(path / "other model", other, its_optimizer)
+
+    def wider() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = Mlp()
+        net.layers[0] = nn.Linear(8, 33)
+        return net, sgd(net)
+
+    def fewer() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = Mlp()
+        return net, [torch.optim.SGD(net.layers.parameters(), lr=0.1)]
+
+    def grouped() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = Mlp()
+        params = list(net.parameters())
+        return net, [torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}])]
+
+    for name, recipe in (("other shapes", wider), ("not all trained", fewer), ("other groups", grouped)):
+        model, optimizers = wrap_all(recipe)
+        zeroopt.checkpoint.save(path / name, model, optimizers)
+    if dist.get_rank() == 0:
+        net = Mlp()
+        plain = torch.optim.AdamW(net.parameters())
+        state = {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, plain)}
+        del state["optimizer"]["state"]["layers.0.weight"]["exp_avg"]
+        dcp.save({"model": state["model"]}, checkpoint_id=path / "no optimizer", no_dist=True)
+        dcp.save({"net": state["model"], "optim": state["optimizer"]}, checkpoint_id=path / "keys", no_dist=True)
+        (path / "nothing").mkdir()
+        for name in ("damaged", "cut off", "incomplete"):
+            shutil.copytree(path / "good", path / name)
+        data = path / "damaged" / "__1_0.distcp"
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 4
+        data.write_bytes(content)
+        with (path / "cut off" / "__0_0.distcp").open("r+b") as file:
+            file.truncate(1000)
+        (path / "incomplete" / "rank-1.pt").unlink()
+    dist.barrier()
+
+
+EXPECTED = {
+    "missing": "is not there",
+    "nothing": "is not a checkpoint",
+    "other model": "the model and the checkpoint have different names under 'model': the checkpoint lacks",
+    "other shapes": "'model.layers.0.weight' has shape [33, 8] in the checkpoint, and [33, 7] was expected",
+    "not all trained": "the checkpoint has no param_group with parameter 'scale', which is in group 0 here",
+    "other groups": "parameters of param_group 0 were saved in groups of different options",
+    "no optimizer": "has nothing under 'optimizer', only 'model'",
+    "keys": "has nothing under 'model', only 'net', 'optim'",
+    "damaged": "__1_0.distcp is damaged",
+    "cut off": "__0_0.distcp has 1000 bytes",
+    "incomplete": "rank-1.pt is missing",
+    "without extra": "has no 'scheduler' among its extra values, only []",
+    "picky": "ValueError: not this one",
+    "different": "which are not the same checkpoint",
+    "plain model": "got a Linear",
+    "plain model on one rank": "on rank 1: expected the model",
+    "other optimizer": "the optimizer was not wrapped with this model",
+    "no optimizers": "give each of them once",
+}
+
+
+def refuse_all(path: Path, options: dict[str, Any]) -> dict[str, str]:
+    """The error of each checkpoint or call, after which all is as before."""
+    make_checkpoints(path)
+    model, optimizer = wrapped("mlp", "adamw", options)
+    train(model, optimizer, "mlp", range(5, 8))
+    scheduler, picky = StepLR(optimizer, 7), Picky(1)
+    extra = {"scheduler": scheduler, "picky": picky}
+    _, foreign = wrapped("mlp", "adamw", {})
+    last = dist.get_rank() == dist.get_world_size() - 1
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: zeroopt.checkpoint.load(path / name, model, optimizer)
+        for name in EXPECTED
+        if name == "missing" or (path / name).exists()
+    }
+    good, other = path / "good", path / "without extra"
+    calls["without extra"] = lambda: zeroopt.checkpoint.load(other, model, optimizer, extra)
+    calls["picky"] = lambda: zeroopt.checkpoint.load(good, model, optimizer, extra)
+    calls["different"] = lambda: zeroopt.checkpoint.load(other if last else good, model, optimizer)
+    calls["plain model"] = lambda: zeroopt.checkpoint.load(good, nn.Linear(1, 1), optimizer)
+    calls["plain model on one rank"] = lambda: zeroopt.checkpoint.load(
+        good, nn.Linear(1, 1) if last else model, optimizer
+    )
+    calls["other optimizer"] = lambda: zeroopt.checkpoint.load(good, model, foreign)
+    calls["no optimizers"] = lambda: zeroopt.checkpoint.load(good, model, [])
+
+    def now() -> Any:
+        return all_of(model, [optimizer]), scheduler.state_dict(), picky.state_dict()
+
+    errors = {}
+    for name, call in calls.items():
+        before = now()
+        with pytest.raises(CheckpointError) as raised:
+            call()
+        assert_same(now(), before, name)
+        errors[name] = str(raised.value)
+    zeroopt.checkpoint.load(good, model, optimizer, {"scheduler": scheduler}, rank_extra={"rank": 0})
+    train(model, optimizer, "mlp", range(1))
+    return errors
+
+
+@pytest.mark.parametrize("options", [{}, {"param_dtype": torch.bfloat16, "stage": 1}], ids=["float32", "bfloat16"])
+def test_refusals_change_nothing(run_on_ranks: RunOnRanks, tmp_path: Path, options: dict[str, Any]) -> None:
+    answers = run_on_ranks(2, refuse_all, tmp_path, options)
+    assert_all_same(answers, answers[0])
+    assert answers[0].keys() == EXPECTED.keys()
+    for name, text in EXPECTED.items():
+        assert text in answers[0][name], (name, answers[0][name])
+
+
+def load_what_both_have(path: Path) -> tuple[dict[str, Any], Any]:
+    """strict=False, and returned extra values."""
+    if not (path / "good").exists():
+        make_checkpoints(path)
+
+    def more() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = Mlp()
+        net.head = nn.Linear(2, 2).requires_grad_(False)
+        del net.layers[4]
+        return net, [torch.optim.AdamW([{"params": params} for params in halves(net)])]
+
+    def halves(net: nn.Module) -> list[list[nn.Parameter]]:
+        params = [param for param in net.parameters() if param.requires_grad]
+        return [params[::2], params[1::2]]
+
+    model, optimizers = wrap_all(more)
+    before = model.module.head.weight.clone()
+    with pytest.raises(
+        CheckpointError, match=r"lacks 'model.head.bias', 'model.head.weight', the model lacks 'model.layers.4"
+    ):
+        zeroopt.checkpoint.load(path / "good", model, optimizers)
+    extra = zeroopt.checkpoint.load(path / "good", model, optimizers, strict=False)
+    assert_same(model.module.head.weight.detach(), before.detach())
+    reference, optimizer = wrapped("mlp", "adamw", {})
+    zeroopt.checkpoint.load(path / "good", reference, optimizer)
+    values = {n: v.clone() for n, v in model.state_dict().items() if "head" not in n}
+    expected = {n: v.clone() for n, v in reference.state_dict().items() if "layers.4" not in n}
+    assert_same(values, expected)
+    return extra, None
+
+
+def test_loading_what_both_have(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for rank, (extra, _) in enumerate(run_on_ranks(2, load_what_both_have, tmp_path)):
+        assert (extra["epoch"], extra["picky"], extra["rank"]) == (4, {"value": 5}, rank)
+    for extra, _ in run_on_ranks(3, load_what_both_have, tmp_path):  # as many ranks have not saved
+        assert extra["epoch"] == 4
+        assert "rank" not in extra
