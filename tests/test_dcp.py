@@ -130,7 +130,7 @@ def full_state() -> None:
         with pytest.raises(zeroopt.NotSupportedError, match=r"consolidate_state_dict\(\) on all ranks"):
             get_optimizer_state_dict(run.model, run.optimizer, options=options)
     assert_alike(
-        run.model.state_dict(), get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True))
+        dict(run.model.state_dict()), get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True))
     )
     plain = Run("adamw", None, unused=False)
     plain.train(3)

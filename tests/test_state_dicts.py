@@ -429,7 +429,7 @@ EXPECTED = {
     "shapes": ("the state dict has shape [5] for parameter",),
     "shape": ("the state dict has 'exp_avg' of shape [3, 2] for parameter",),
     "late": ("the state dict has 'exp_avg' of shape [77] for parameter",),
-    "groups": ("expected param_groups of [3, 9] parameters, the state dict has [2, 9]",),
+    "groups": ("expected param_groups of [3, 8] parameters, the state dict has [2, 8]",),
     "model": ("expected state dicts of an optimizer, with 'state' and 'param_groups'; got ['weight']",),
     "path": ("expected state dicts of an optimizer, with 'state' and 'param_groups'; got str",),
     "none": ("expected a state dict, or those of all ranks of a run; got none",),
