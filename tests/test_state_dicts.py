@@ -231,7 +231,7 @@ def collective_free() -> None:
     held = sum(
         v.local.numel() for e in optimizer.state_dict()["state"].values() for v in e.values() if type(v) is ShardTensor
     )
-    assert held > 0
+    assert held > 0 or dist.get_world_size() == 1
 
 
 def hooks() -> None:
@@ -421,15 +421,15 @@ def refusals() -> list[tuple[str, str]]:
 
 
 EXPECTED = {
-    "missing": ("lacks elements", "holds nothing of parameter"),
+    "missing": ("they are not those of all ranks of one run; give load_state_dict what",),
     "another's": ("lacks elements", "holds nothing of parameter"),
-    "other layout": ("lacks elements", "holds nothing of parameter"),
+    "other layout": ("they are not those of all ranks of one run; give load_state_dict what",),
     "own of another layout": ("lacks elements", "holds nothing of parameter"),
     "format": ("expected a state dict of format 5, got 4",),
     "shapes": ("the state dict has shape [5] for parameter",),
     "shape": ("the state dict has 'exp_avg' of shape [3, 2] for parameter",),
     "late": ("the state dict has 'exp_avg' of shape [77] for parameter",),
-    "groups": ("expected param_groups of [3, 9] parameters, the state dict has [2, 9]",),
+    "groups": ("expected param_groups of [3, 8] parameters, the state dict has [2, 8]",),
     "model": ("expected state dicts of an optimizer, with 'state' and 'param_groups'; got ['weight']",),
     "path": ("expected state dicts of an optimizer, with 'state' and 'param_groups'; got str",),
     "none": ("expected a state dict, or those of all ranks of a run; got none",),

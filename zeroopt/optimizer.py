@@ -277,15 +277,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         first = next(shards, None)
         if first is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got none")
+        of_all_ranks = not isinstance(state_dict, Mapping)
         layout, begun = ShardLayout.of(first), positions_of(first)
-        shards = chain([first], shards)
+        shards = chain(iter([first]), shards)
         del first  # each goes before the next one comes
-        if layout is not None and isinstance(state_dict, Mapping):
+        if layout is not None and not of_all_ranks:
             self._follow_order(layout)
         if self._state_dicts.crosses_tiers(layout):
-            self._load_and_gather(shards)
+            self._load_and_gather(shards, of_all_ranks=of_all_ranks)
         else:
-            self.adopt(self._state_dicts.read(shards))
+            self.adopt(self._state_dicts.read(shards, of_all_ranks=of_all_ranks))
         self._begun = begun
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -299,12 +300,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    def _load_and_gather(self, shards: Iterable[Mapping[str, Any]]) -> None:
+    def _load_and_gather(self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool) -> None:
         """Load state that comes with more exact parameters than the model has, each rank its own. Collective."""
         loaded: LoadedState | None = None
         problem: Exception | None = None
         try:
-            loaded = self._state_dicts.read(shards)
+            loaded = self._state_dicts.read(shards, of_all_ranks=of_all_ranks)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
         agree([(self._sharding.group, [])], problem, "load_state_dict")

@@ -6,6 +6,7 @@ asked for takes no more memory than that. Nothing of the optimizer changes here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from .local_tensor import is_distributed
 from .shard_layout import ShardLayout
 from .shard_state import Path, block_of, map_leaves, map_tensors
 from .shard_tensor import ShardTensor
+from .state_tiers import decoded
 
 _ADVICE = (
     "give load_state_dict what state_dict() gave on every rank of that run, as in "
@@ -37,6 +39,7 @@ class SavedState:
         idle: parameters by position that no rank steps, whose state all ranks keep.
         part: which part of the parameters the rank holds; see `local_tensor.place_in_mesh`.
         live: state that there is now, whose dtypes are kept.
+        keeps_codes: whether moments stay in 8 bits that come so.
     """
 
     def __init__(
@@ -46,7 +49,11 @@ class SavedState:
         idle: Mapping[int, Tensor],
         part: str,
         live: Mapping[Tensor, Mapping[str, Any]],
+        *,
+        keeps_codes: bool,
     ) -> None:
+        self._keeps_codes = keeps_codes
+        self._ranges: dict[int, set[tuple[int, int]]] = {}  # that shards are of
         self._idle = idle
         self._idle_state: dict[Tensor, ParamState] = {}
         self._segments = {segment.owner.position: segment for segment in segments}
@@ -65,10 +72,17 @@ class SavedState:
             StateError: it belongs to other parameters, or is not of a format that this version knows.
         """
         layout = ShardLayout.of(state_dict)
-        self._check_shapes(layout)
+        if layout is not None:
+            self._check_shapes(layout)
+            for position, shape in layout.shapes.items():
+                found = self._ranges.setdefault(position, {(math.prod(shape),) * 2})  # ends with an empty one
+                found.update({layout.ranges[position]} if position in layout.ranges else ())
         positions = _positions(state_dict)
         entries = {positions.get(key, key): entry for key, entry in state_dict["state"].items()}
         beyond = {} if layout is None else layout.beyond_torch
+        if layout is None:
+            for position, owner in self._params.items():  # those of other ranks too, so that all refuse the same
+                map_leaves(entries.get(position, {}), partial(_check_shape, owner))
         for position, segment in self._segments.items():
             parts = [part[position] for part in (entries, beyond) if position in part]
             entry = {name: value for part in parts for name, value in part.items()}
@@ -76,19 +90,24 @@ class SavedState:
                 self._absent.add(position)
                 continue
             self._known.add(position)
-            if entry:
-                self._take_entry(segment, entry, layout)
+            if entry:  # segments begin within blocks where there are no codes
+                self._take_entry(segment, entry if self._keeps_codes else decoded(entry), layout)
         for position, param in self._idle.items():
             if entries.get(position):
                 entry = entries[position]
                 self._idle_state[param] = {n: map_tensors(v, partial(_like_torch, n, param)) for n, v in entry.items()}
 
-    def finish(self) -> dict[Tensor, ParamState]:
+    def finish(self, *, of_all_ranks: bool = False) -> dict[Tensor, ParamState]:
         """The state of each segment that has any, by its shard, and of idle parameters.
+
+        Args:
+            of_all_ranks: the shards have to be those of all ranks of a run, whether this rank needs them or not.
 
         Raises:
             StateError: elements of this rank were in none of the state dicts.
         """
+        if of_all_ranks:
+            self._check_ranges()
         for position in self._absent - self._known:
             owner = self._segments[position].owner
             raise StateError(
@@ -99,9 +118,17 @@ class SavedState:
         own: dict[Tensor, ParamState] = {self._segments[p].shard: entry for p, entry in self._state.items()}
         return own | self._idle_state
 
-    def _check_shapes(self, layout: ShardLayout | None) -> None:
-        if layout is None:
-            return
+    def _check_ranges(self) -> None:
+        for position, ranges in self._ranges.items():
+            ordered = sorted(ranges)
+            ends = [0, *(stop for _, stop in ordered[:-1])]
+            if [start for start, _ in ordered] != ends and position in self._params:
+                raise StateError(
+                    f"the state dicts hold elements {_shown(ordered)} of parameter {self._params[position].name!r} of "
+                    f"{ordered[-1][0]}: they are not those of all ranks of one run; {_ADVICE}"
+                )
+
+    def _check_shapes(self, layout: ShardLayout) -> None:
         for position, shape in layout.shapes.items():
             managed = self._params.get(position)
             if managed is not None and shape != list(managed.shape):
@@ -166,11 +193,6 @@ class SavedState:
         if is_per_element(name, local, owner.local):
             self._check_part(owner, value, layout)
             return 0, owner.flatten(local)
-        if local.dim() > 0 and layout is None:
-            raise StateError(
-                f"the state dict has {name!r} of shape {list(value.shape)} for parameter {owner.name!r} of shape "
-                f"{list(owner.param.shape)}"
-            )
         return None
 
     def _check_part(self, owner: ManagedParam, value: Tensor, layout: ShardLayout | None) -> None:
@@ -238,6 +260,21 @@ class _Array:
                 return reached, begin
             reached = max(reached, end)
         return (reached, stop) if reached < stop else None
+
+
+def _check_shape(owner: ManagedParam, path: Path, value: Any) -> None:
+    if not isinstance(value, Tensor) or isinstance(value, ShardTensor) or owner.is_whole:
+        return
+    local = owner.local_part(value)
+    if local.dim() > 0 and not is_per_element(str(path[-1]), local, owner.local):
+        raise StateError(
+            f"the state dict has {str(path[-1])!r} of shape {list(value.shape)} for parameter {owner.name!r} of shape "
+            f"{list(owner.param.shape)}"
+        )
+
+
+def _shown(ranges: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start} to {stop}" for start, stop in ranges if start < stop) or "none"
 
 
 def _like_torch(name: str, param: Tensor, value: Tensor) -> Tensor:

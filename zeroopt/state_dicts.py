@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, ops
+from . import _C
 from .averaging import ParameterAverage
 from .bucket import MASTER_NAMES, Bucket, ManagedParam, ParamState, Segment, own_segments
 from .config import Config
@@ -23,7 +23,7 @@ from .saved_state import SavedState
 from .shard_layout import ShardLayout, describe_layout
 from .shard_state import map_tensors, pack_state
 from .sharding import Sharding
-from .state_tiers import decoded, exact_param
+from .state_tiers import exact_param
 from .step import ShardStepper
 
 
@@ -121,14 +121,22 @@ class StateDicts:
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
-    def read(self, shards: Iterable[Mapping[str, Any]]) -> LoadedState:
+    def read(self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool = False) -> LoadedState:
         """What is to become of this rank's state. Changes nothing, and is not collective.
+
+        Args:
+            of_all_ranks: shards have to be those of all ranks of a run.
 
         Raises:
             StateError: it does not fit, or something is missing.
         """
         saved = SavedState(
-            self._segments(), self.params, self.idle_params(), place_in_mesh(self.params), self._inner.state
+            self._segments(),
+            self.params,
+            self.idle_params(),
+            place_in_mesh(self.params),
+            self._inner.state,
+            keeps_codes=self._keeps_codes,
         )
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
@@ -140,7 +148,7 @@ class StateDicts:
             del shard  # before the next one is read
         if groups is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got an empty sequence")
-        return LoadedState(self._in_tier(saved.finish()), groups, layout)
+        return LoadedState(saved.finish(of_all_ranks=of_all_ranks), groups, layout)
 
     def adopt(self, loaded: LoadedState) -> bool:
         """Let loaded state be the optimizer's. Returns whether parameters were written too, which then have to be gathered."""
@@ -166,7 +174,9 @@ class StateDicts:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
         state = self._inner.state
         held = {m.position: state[m.param] for m in self.params if m.param in state and m.numel}
-        saved = SavedState(self._segments(), self.params, {}, place_in_mesh(self.params), {})
+        saved = SavedState(
+            self._segments(), self.params, {}, place_in_mesh(self.params), {}, keeps_codes=self._keeps_codes
+        )
         saved.take({"state": held, "param_groups": self.pack_groups()})
         own = saved.finish()
         for managed in self.params:
@@ -218,12 +228,6 @@ class StateDicts:
         here = _completion(str(precision.param_dtype), precision.master_weights)
         return saved is not None and saved != here and here != "none"
 
-    def _in_tier(self, state: dict[Tensor, ParamState]) -> dict[Tensor, ParamState]:
-        """Where moments are not kept in 8 bits here: without codes."""
-        if self._config.precision.state_dtype is torch.int8:
-            return state
-        return {shard: decoded(entry) if _has_codes(entry) else entry for shard, entry in state.items()}
-
     def _complete(self, state: dict[Tensor, ParamState]) -> list[tuple[Bucket, Segment, Tensor]]:
         """Take out of loaded state what completes parameters, where they are completed by something else here. Returns the exact
         values of parameters that can take them up."""
@@ -254,6 +258,10 @@ class StateDicts:
     def _segments(self) -> Iterator[Segment]:
         for bucket in self.buckets:
             yield from bucket.segments
+
+    @property
+    def _keeps_codes(self) -> bool:
+        return self._config.precision.state_dtype is torch.int8
 
     @property
     def precision(self) -> Precision:
@@ -291,10 +299,6 @@ class StateDicts:
 def _completion(param_dtype: str, master_weights: str) -> str | None:
     """By what parameters are completed: "float32" or "remainder"; "none" where 16 bits are all there is; None for float32."""
     return None if param_dtype in ("None", "torch.float32") else master_weights
-
-
-def _has_codes(entry: ParamState) -> bool:
-    return any(name.endswith(ops.SCALE_SUFFIX) for name in entry)
 
 
 def _copy(value: Any) -> Any:
