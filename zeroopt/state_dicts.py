@@ -120,14 +120,22 @@ class StateDicts:
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
-    def read(self, shards: Iterable[Mapping[str, Any]]) -> LoadedState:
+    def read(self, shards: Iterable[Mapping[str, Any]], *, keeps: bool = False) -> LoadedState:
         """What is to become of this rank's state. Changes nothing, and is not collective.
+
+        Args:
+            keeps: tensors in them are nobody else's, and may become the state as they are.
 
         Raises:
             StateError: it does not fit, or something is missing.
         """
         saved = SavedState(
-            self._segments(), self.params, self.idle_params(), place_in_mesh(self.params), self._inner.state
+            self._segments(),
+            self.params,
+            self.idle_params(),
+            place_in_mesh(self.params),
+            self._inner.state,
+            keeps=keeps,
         )
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
