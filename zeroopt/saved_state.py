@@ -40,6 +40,7 @@ class SavedState:
         part: which part of the parameters the rank holds; see `local_tensor.place_in_mesh`.
         live: state that there is now, whose dtypes are kept.
         keeps_codes: whether moments stay in 8 bits that come so.
+        keeps: whether tensors that are just what a segment needs become its state as they are, uncopied: they are nobody else's.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class SavedState:
         live: Mapping[Tensor, Mapping[str, Any]],
         *,
         keeps_codes: bool,
+        keeps: bool = False,
     ) -> None:
         self._keeps_codes = keeps_codes
         self._ranges: dict[int, set[tuple[int, int]]] = {}  # that shards are of
@@ -60,6 +62,7 @@ class SavedState:
         self._params = {managed.position: managed for managed in params}
         self._part = part
         self._live = live
+        self._keeps = keeps
         self._state: dict[int, ParamState] = {}
         self._arrays: dict[tuple[int, Path], _Array] = {}
         self._absent: set[int] = set()  # of which some rank says that it has no part
@@ -155,11 +158,12 @@ class SavedState:
         block = block_of(name)
         key = (owner.position, path)
         if key not in self._arrays:
-            numel = -(-segment.numel // block)
-            dtype = self._dtype(segment, path, value.dtype, layout)
-            self._arrays[key] = _Array(
-                torch.empty(numel, dtype=dtype, device=segment.shard.device), segment.start // block
-            )
+            numel, start = -(-segment.numel // block), segment.start // block
+            dtype, device = self._dtype(segment, path, value.dtype, layout), segment.shard.device
+            if self._keeps and _is_just(piece, start, numel, dtype, device):
+                self._arrays[key] = _Array(piece[1], start)
+            else:
+                self._arrays[key] = _Array(torch.empty(numel, dtype=dtype, device=device), start)
         array = self._arrays[key]
         array.fill(*piece)
         return array.values if not owner.is_whole else array.values.as_strided(owner.shape, owner.stride)
@@ -204,7 +208,8 @@ class SavedState:
             )
 
     def _converted(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Tensor) -> Tensor:
-        return value.to(segment.shard.device, self._dtype(segment, path, value.dtype, layout), copy=True)
+        dtype = self._dtype(segment, path, value.dtype, layout)
+        return value.to(segment.shard.device, dtype, copy=not self._keeps)
 
     def _dtype(self, segment: Segment, path: Path, dtype: torch.dtype, layout: ShardLayout | None) -> torch.dtype:
         """As torch does, floating-point state takes the dtype that belongs to the parameter, but not where it is known to have
@@ -249,7 +254,8 @@ class _Array:
         begin = max(first, self.start)
         end = min(first + elements.numel(), self.start + self.values.numel())
         if begin < end:
-            self.values[begin - self.start : end - self.start].copy_(elements[begin - first : end - first])
+            if elements is not self.values:
+                self.values[begin - self.start : end - self.start].copy_(elements[begin - first : end - first])
             self._filled.append((begin, end))
 
     def first_gap(self) -> tuple[int, int] | None:
@@ -275,6 +281,13 @@ def _check_shape(owner: ManagedParam, path: Path, value: Any) -> None:
 
 def _shown(ranges: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{start} to {stop}" for start, stop in ranges if start < stop) or "none"
+
+
+def _is_just(piece: tuple[int, Tensor], start: int, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a piece has those elements, no others, as they are to be kept."""
+    first, elements = piece
+    fits = (first, elements.numel(), elements.dtype, elements.device) == (start, numel, dtype, device)
+    return fits and elements.is_contiguous()
 
 
 def _like_torch(name: str, param: Tensor, value: Tensor) -> Tensor:

@@ -121,11 +121,14 @@ class StateDicts:
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
-    def read(self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool = False) -> LoadedState:
+    def read(
+        self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool = False, keeps: bool = False
+    ) -> LoadedState:
         """What is to become of this rank's state. Changes nothing, and is not collective.
 
         Args:
             of_all_ranks: shards have to be those of all ranks of a run.
+            keeps: tensors in them are nobody else's, and may become the state as they are.
 
         Raises:
             StateError: it does not fit, or something is missing.
@@ -137,6 +140,7 @@ class StateDicts:
             place_in_mesh(self.params),
             self._inner.state,
             keeps_codes=self._keeps_codes,
+            keeps=keeps,
         )
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
