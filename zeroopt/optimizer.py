@@ -182,7 +182,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if overflow:
             active.zero_()
         if len(self._begun) < len(self._params):
-            self._begun.update(managed.position for managed in self._params if active[managed.index])
+            flags = active.tolist()
+            self._begun.update(managed.position for managed in self._params if flags[managed.index])
         if not overflow and self._config.max_grad_norm is not None:
             self._clip_by_model(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
