@@ -214,8 +214,8 @@ def load_wrongly(case: str) -> str:
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("rank", "the state dict lacks elements 128 to 666 of 'exp_avg' of parameter 'embed.weight'"),
-        ("stage", "the state dict holds nothing of parameter"),
+        ("rank", "the state dict"),
+        ("stage", "the state dict"),
         ("bucket size", "the state dict"),
         ("groups", "expected param_groups of"),
         ("format", "expected a state dict of format 5, got 99"),
@@ -225,6 +225,7 @@ def load_wrongly(case: str) -> str:
 def test_a_state_dict_that_does_not_fit_is_refused(run_on_ranks: RunOnRanks, case: str, expected: str) -> None:
     for message in run_on_ranks(2, load_wrongly, case):
         assert message.startswith(f"StateError: {expected}"), message
+        assert expected != "the state dict" or message.endswith("for rank in range(world_size)])"), message
 
 
 def carry_on_from_torch(options: dict[str, Any], wrap_late: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -359,19 +360,14 @@ def test_options_that_change_between_steps(run_on_ranks: RunOnRanks) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def refuse_later_features() -> str:
+def refuse_copying() -> str:
     net = build("mlp")
     _, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net))
-    for call in (
-        optimizer.full_state_dict,
-        optimizer.consolidate_state_dict,
-        lambda: copy.deepcopy(optimizer),
-    ):
-        with pytest.raises(zeroopt.NotSupportedError):
-            call()
+    with pytest.raises(zeroopt.NotSupportedError, match="save and load its state_dict"):
+        copy.deepcopy(optimizer)
     return repr(optimizer)
 
 
-def test_later_features_and_repr(run_on_ranks: RunOnRanks) -> None:
-    for rank, text in enumerate(run_on_ranks(2, refuse_later_features)):
+def test_copying_is_refused_and_repr(run_on_ranks: RunOnRanks) -> None:
+    for rank, text in enumerate(run_on_ranks(2, refuse_copying)):
         assert text.startswith(f"ZeroOptimizer(stage=2, rank={rank}, world_size=2, transport=shm, AdamW")

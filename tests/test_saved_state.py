@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,7 +64,7 @@ def shard_of(start: int, stop: int, *, plain: bool) -> dict[str, Any]:
 def test_any_cuts_give_any_others(cuts: list[int], start: int, data: st.DataObject) -> None:
     stop = data.draw(st.integers(start + 1, NUMEL))
     bounds = sorted([0, *cuts, NUMEL])
-    shards = [shard_of(*pair, plain=data.draw(st.booleans())) for pair in pairwise(bounds)]
+    shards = [shard_of(*pair, plain=data.draw(st.booleans())) for pair in itertools.pairwise(bounds)]
     saved, key = collector(start, stop)
     for shard in data.draw(st.permutations(shards)):
         saved.take(shard)

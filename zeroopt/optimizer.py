@@ -19,7 +19,7 @@ from .agreement import agree, describe_groups, describe_params
 from .averaging import ParameterAverage
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan
 from .config import Config, check_param_dtypes
-from .dcp_options import refuse_gathering
+from .dcp_options import refuse_full_state
 from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
 from .grad_clip import clip_by, is_finite, norm_of_shards, norm_of_whole
@@ -235,10 +235,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             Save one on every rank, with `torch.save`, or with torch.distributed.checkpoint, which understands it as it is.
 
         Raises:
-            NotSupportedError: it is called by `get_optimizer_state_dict` with `full_state_dict=True`.
+            NotSupportedError: it is called by `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch with
+                `full_state_dict=True`.
         """
         if self._config.placement.shard_state and self._transport.world_size > 1:
-            refuse_gathering(sys._getframe(1))
+            refuse_full_state(sys._getframe(1))
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         result = self._state_dicts.shard(self._generations, self._begun)
