@@ -39,6 +39,7 @@ class SavedState:
         params: all that the optimizer trains.
         part: which part of the parameters the rank holds; see `local_tensor.place_in_mesh`.
         live: state that there is now, whose dtypes are kept.
+        keeps: whether tensors that are what is needed may be kept; else all are copied.
     """
 
     def __init__(
@@ -47,11 +48,14 @@ class SavedState:
         params: Sequence[ManagedParam],
         part: str,
         live: Mapping[Tensor, Mapping[str, Any]],
+        *,
+        keeps: bool = False,
     ) -> None:
         self._segments = {segment.owner.position: segment for segment in segments}
         self._params = {managed.position: managed for managed in params}
         self._part = part
         self._live = live
+        self._keeps = keeps
         self._state: dict[int, ParamState] = {}
         self._arrays: dict[tuple[int, Path], _Array] = {}
         self._absent: set[int] = set()  # of which some rank says that it has no part
@@ -118,11 +122,17 @@ class SavedState:
         block = block_of(name)
         key = (owner.position, path)
         if key not in self._arrays:
-            numel = -(-segment.numel // block)
-            dtype = self._dtype(segment, path, value.dtype, layout)
-            self._arrays[key] = _Array(
-                torch.empty(numel, dtype=dtype, device=segment.shard.device), segment.start // block
+            needed = (
+                segment.start // block,
+                -(-segment.numel // block),
+                self._dtype(segment, path, value.dtype, layout),
             )
+            first, elements = piece
+            if self._keeps and needed == (first, elements.numel(), elements.dtype):
+                values = elements
+            else:
+                values = torch.empty(needed[1], dtype=needed[2], device=segment.shard.device)
+            self._arrays[key] = _Array(values, needed[0])
         array = self._arrays[key]
         array.fill(*piece)
         return array.values if not owner.is_whole else array.values.as_strided(owner.shape, owner.stride)
@@ -216,7 +226,8 @@ class _Array:
         begin = max(first, self.start)
         end = min(first + elements.numel(), self.start + self.values.numel())
         if begin < end:
-            self.values[begin - self.start : end - self.start].copy_(elements[begin - first : end - first])
+            if elements is not self.values:
+                self.values[begin - self.start : end - self.start].copy_(elements[begin - first : end - first])
             self._filled.append((begin, end))
 
     def first_gap(self) -> tuple[int, int] | None:

@@ -116,13 +116,16 @@ class StateDicts:
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
-    def read(self, shards: Iterable[Mapping[str, Any]]) -> LoadedState:
+    def read(self, shards: Iterable[Mapping[str, Any]], *, keeps: bool = False) -> LoadedState:
         """What is to become of this rank's state. Changes nothing, and is not collective.
+
+        Args:
+            keeps: whether tensors that are what is needed may be kept; else all are copied.
 
         Raises:
             StateError: it does not fit, or something is missing.
         """
-        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), self._inner.state)
+        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), self._inner.state, keeps=keeps)
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
         for shard in shards:

@@ -222,7 +222,7 @@ class _Reading:
             "param_groups": match_groups(optimizer, source.groups),
             **source.layout_for(optimizer),
         }
-        self._states.append((optimizer, optimizer.state_dicts.read([state_dict])))
+        self._states.append((optimizer, optimizer.state_dicts.read([state_dict], keeps=True)))
 
     def commit(self, model: ZeroDataParallel) -> None:
         """Let all of it be the model's and the optimizers'. Collective in the model's process group."""
