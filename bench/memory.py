@@ -129,7 +129,7 @@ def measure(method: str, args: argparse.Namespace) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         with running_ranks("bench.memory", options_of(method, args), args, figures) as torchrun:
-            moments = watch(torchrun, figures, args.interval)
+            moments = [held for _, held in watch(torchrun, figures, args.interval, held_bytes)]
             exit_unless_zero(torchrun.wait())
         parameters = json.loads(figures.read_text())["parameters"]
     above = [[now - before for now, before in zip(held, moments[0], strict=True)] for held in moments]
@@ -143,18 +143,24 @@ def options_of(method: str, args: argparse.Namespace) -> list[str]:
     return [*numbers, "--methods", method]
 
 
-def watch(torchrun: Torchrun, figures: Path, interval_s: float) -> list[list[int]]:
-    """What each rank holds, first before and then again and again while it trains."""
+def watch(
+    torchrun: Torchrun, figures: Path, interval_s: float, held_bytes: Callable[[int], int]
+) -> list[tuple[float, list[int]]]:
+    """When (by `time.monotonic`) each rank held how much, first before and then again and again while it trains.
+
+    Args:
+        held_bytes: by process.
+    """
     while torchrun.poll() is None and not pids_beside(figures).exists():
         time.sleep(interval_s)
     if torchrun.poll() is not None:
         return []
     pids = json.loads(pids_beside(figures).read_text())
-    moments = [[held_bytes(pid) for pid in pids]]
+    moments = [(time.monotonic(), [held_bytes(pid) for pid in pids])]
     watched_beside(figures).touch()
     while torchrun.poll() is None and not figures.exists():
         try:
-            moments.append([held_bytes(pid) for pid in pids])
+            moments.append((time.monotonic(), [held_bytes(pid) for pid in pids]))
         except OSError:  # a rank has ended: torchrun will say why
             break
         time.sleep(interval_s)

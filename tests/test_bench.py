@@ -12,6 +12,7 @@ from subprocess import PIPE, CompletedProcess, Popen, run
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = ("--layers=1", "--width=64", "--tokens=16")
@@ -61,6 +62,28 @@ def test_memory(tmp_path: Path) -> None:
     assert peak["samples"] > 1
     assert 0 < peak["together"] <= sum(peak["of_rank"])
     assert peak["bytes_a_parameter"] == peak["together"] / 2 / peak["parameters"]
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    methods = ("(the files alone)", "stage 2, async_save")
+    options = (*TINY_MODEL, "--rounds=1", f"--dir={tmp_path / 'files'}", "--methods", *methods)
+    report = report_of(tmp_path, "checkpoint", *options)
+    assert (report["world_size"], tuple(report["results"])) == (2, methods)
+    for figures in report["results"].values():
+        assert figures["right"] is True
+        assert figures["disk"] >= 12 * report["parameters"]
+        assert 0 < figures["stall_s"] <= figures["save_s"]
+        assert all(len(turn["save"]["peak"]) == 2 for turn in figures["turns"])
+    assert not list((tmp_path / "files").iterdir())
+
+
+def test_checkpoint_tells_what_was_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    checksums = importlib.import_module("bench.checkpoint").checksums
+    state = {0: {"step": torch.tensor(2.0), "exp_avg": torch.arange(4.0)}}
+    assert checksums(state) == checksums({0: {name: value.clone() for name, value in state[0].items()}})
+    for changed in ({"step": torch.tensor(1.0)}, {"exp_avg": torch.arange(4.0).flip(0)}, {"more": 1}):
+        assert checksums({0: {**state[0], **changed}}) != checksums(state)
 
 
 def test_kernels(tmp_path: Path) -> None:

@@ -50,6 +50,31 @@ def test_names_and_state_are_the_models_own(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, names_and_state) == [True, True]
 
 
+def load_float32(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Float32 values, those of the optimizer after they were loaded, the model's own, and those of a step of learning rate 0."""
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=0.0), **options)
+    torch.manual_seed(3)
+    values = {n: torch.randn_like(p, dtype=torch.float32) for n, p in build("mlp").named_parameters()}
+    model.load_state_dict({**net.state_dict(), **values})
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    exact = [optimizer.full_parameter(net.get_parameter(name)) for name in trained]
+    loaded = [net.get_parameter(name).detach().clone() for name in trained]
+    loss_of(model(batch("mlp", 0).bfloat16()).float()).backward()
+    optimizer.step()
+    return [values[name] for name in trained], exact, loaded, [net.get_parameter(name).detach() for name in trained]
+
+
+@pytest.mark.parametrize("weights", ["float32", "remainder"])
+def test_masters_take_what_parameters_cannot_hold(run_on_ranks: RunOnRanks, weights: str) -> None:
+    for share in (False, True):
+        options = {"param_dtype": torch.bfloat16, "master_weights": weights, "share_parameters": share}
+        for values, exact, loaded, stepped in run_on_ranks(2, load_float32, options):
+            for value, kept, before, after in zip(values, exact, loaded, stepped, strict=True):
+                assert torch.equal(kept, value)
+                assert torch.equal(before, after), "ranks have rounded alike"
+
+
 def train_a_copy(options: dict[str, Any]) -> list[Tensor]:
     """One rank alone copies the wrapped model and does with the copy as it likes; then the original goes on."""
     net = build("conv")

@@ -221,3 +221,51 @@ def test_second_moments_decay_beside_larger_ones(shrink: float) -> None:
     coded, exact = second_moments_after(4000, shrink)
     ratio = (coded[:128] / exact[:128]).mean().item()
     assert 0.8 < ratio < 1.25  # with codes rounded to nearest: 3 and more
+
+
+@both
+class TestEncodeAgain:
+    """`encode_again` gives the very codes, where `quantize` would choose others."""
+
+    def test_any_codes(self, signed: bool) -> None:
+        dtype = torch.int8 if signed else torch.uint8
+        low, high = (-127, 128) if signed else (0, 256)
+        for seed, numel in enumerate([*LENGTHS, 5000]):
+            generator = torch.Generator().manual_seed(seed)
+            codes = torch.randint(low, high, (numel,), generator=generator).to(dtype)
+            codes //= 1 + seed % 5  # the largest may be far from the largest there is
+            scales = torch.randn(ops.num_blocks(numel), generator=generator).abs().exp() * 10.0 ** (seed % 37 - 18)
+            assert torch.equal(ops.encode_again(dequantize(codes, scales), scales, dtype), codes)
+
+    def test_every_code_of_every_scale(self, signed: bool) -> None:
+        codes = torch.arange(-127, 128).to(torch.int8) if signed else torch.arange(256).to(torch.uint8)
+        for exponent in range(-62, 63):
+            for mantissa in (1.0, 1.2345, 1.9999999):
+                scales = torch.tensor([mantissa * 2.0**exponent])
+                again = ops.encode_again(dequantize(codes, scales), scales, codes.dtype)
+                assert torch.equal(again, codes), (exponent, mantissa)
+
+    def test_zero_and_non_finite_blocks(self, signed: bool) -> None:
+        values = moments(1000, signed=signed)
+        values[:256] = 0
+        values[300] = math.inf
+        values[600] = math.nan
+        codes, scales = quantize(values, signed=signed)
+        assert torch.equal(ops.encode_again(dequantize(codes, scales), scales, codes.dtype), codes)
+
+    def test_no_elements(self, signed: bool) -> None:
+        dtype = torch.int8 if signed else torch.uint8
+        assert ops.encode_again(torch.empty(0), torch.empty(0), dtype).numel() == 0
+
+
+def test_codes_of_real_steps_come_again() -> None:
+    """In which second moments are rounded stochastically."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(10_000))
+    optimizer = FusedAdamW([param], state_dtype=torch.int8, amsgrad=True)
+    for step in range(30):
+        param.grad = moments(10_000, signed=True, seed=step) * 10.0 ** -(step % 7)
+        optimizer.step()
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            codes, scales = optimizer.state[param][name], optimizer.state[param][name + ops.SCALE_SUFFIX]
+            assert torch.equal(ops.encode_again(dequantize(codes, scales), scales, codes.dtype), codes), (step, name)

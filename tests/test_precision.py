@@ -13,7 +13,7 @@ from training import BATCH, MODELS, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.errors import ConfigError, StateError
+from zeroopt.errors import ConfigError
 from zeroopt.precision import join_master, round_master, split_master
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -47,8 +47,9 @@ def check_alike(outcomes: Sequence[Outcome], what: object) -> None:
         # Norms are float32 sums of thousands of elements, here in another order than torch's.
         assert log == pytest.approx(expected_log, rel=5e-5, nan_ok=True), (what, variant)
         for want, got in zip(expected, values, strict=True):
-            message = f"{what}, {variant}: expected {want}, got {got}"
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=message)
+            torch.testing.assert_close(
+                got, want, rtol=1e-5, atol=1e-6, msg=lambda text, variant=variant: f"{what}, {variant}: {text}"
+            )
 
 
 # What is done to gradients between backward and step. Each returns what it has found.

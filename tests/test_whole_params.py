@@ -269,6 +269,7 @@ def ownership(name: str, options: dict[str, Any]) -> tuple[dict[str, dict[str, l
     shapes = {
         names[param]: {key: list(value.shape) for key, value in entry.items() if isinstance(value, Tensor)}
         for param, entry in optimizer.state.items()
+        if entry
     }
     return shapes, getattr(inner, "stepped", [])
 

@@ -52,6 +52,10 @@ SEED = 0
 # Loopback works without a network. OpenMP reads its variable when it is loaded: in the server that forks the workers.
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
+# pytest: a worker imports the test process's main module, which imports pytest. torch imports torch._dynamo when it is
+# first needed, by DistributedDataParallel for one: a second, and then 70 ms of every worker's `gc.collect()`.
+PRELOADED = ["torch.distributed", "torch._dynamo", "pytest", "zeroopt"]
+
 NO_ANSWER = "NoAnswer"
 WORKER_DIED = "WorkerDied"
 
@@ -129,18 +133,25 @@ def _redirect_output(log: Path) -> None:
 
 
 def _answer(payload: bytes) -> bytes:
+    modules = len(sys.modules)
     try:
         function, args, kwargs = pickle.loads(payload)
+        if len(sys.modules) > modules:
+            gc.freeze()  # a test module, and all that it imports
         return pickle.dumps(function(*args, **kwargs))
     except BaseException as error:  # noqa: BLE001  SystemExit too is an answer: the worker lives on
         return pickle.dumps(Failure(RankError(type(error).__name__, str(error)), traceback.format_exc()))
 
 
 def _new_group(init_method: str) -> None:
-    if dist.is_initialized():
+    former = [dist.group.WORLD] if dist.is_initialized() else []
+    if former:
         dist.destroy_process_group()
+    ending = threading.Thread(target=former.clear)  # Gloo's threads take 20 ms to end, other ranks 10 ms to be found
+    ending.start()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    ending.join()
 
 
 # Test process side.
@@ -158,8 +169,7 @@ class Worker:
     @classmethod
     def start(cls, rank: int, world_size: int, scratch: Path) -> Worker:
         context = multiprocessing.get_context("forkserver")
-        # pytest: a worker imports the test process's main module, which imports pytest.
-        context.set_forkserver_preload(["torch.distributed", "pytest"])
+        context.set_forkserver_preload(PRELOADED)
         connection, worker_end = context.Pipe()
         log, stacks = scratch / f"rank{rank}.log", scratch / f"rank{rank}.stacks"
         process = context.Process(target=_serve, args=(worker_end, rank, world_size, log, stacks), daemon=True)

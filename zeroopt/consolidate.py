@@ -54,13 +54,16 @@ def gather_state(
         group: None where this rank has all of it, and needs nobody.
         has_step: whether the torch optimizer keeps a step count.
     """
-    by_position = {segment.owner.position: segment for segment in segments if segment.shard in state}
-    sent = {position: _Entry.of(state[segment.shard], segment) for position, segment in sorted(by_position.items())}
-    everyone = _share({position: entry.described for position, entry in sent.items()}, group, to)
+    owned = {segment.owner.position: segment for segment in segments if segment.shard in state}
+
+    def entry_of(position: int) -> _Entry:  # made when it is needed: moments may have to be decoded
+        return _Entry.of(state[owned[position].shard], owned[position])
+
+    everyone = _share({position: entry_of(position).described for position in owned}, group, to)
     if everyone is None:
         assert group is not None
-        for entry in sent.values():
-            for piece in entry.pieces:
+        for position in sorted(owned):
+            for piece in entry_of(position).pieces:
                 _send(piece, group, to)
         return None
     me = 0 if group is None else group.rank()
@@ -73,14 +76,16 @@ def gather_state(
             continue
         arrays: dict[int, Tensor] = {}
         for rank, described in parts:
-            pieces = sent[managed.position].pieces if rank == me else None
+            pieces = entry_of(managed.position).pieces if rank == me else None
             for number, array in enumerate(described.arrays):
                 piece = pieces[number] if pieces is not None else _receive(array, group, rank, managed.param.device)
                 if number not in arrays:
                     arrays[number] = array.allocate(managed)
                 array.put(piece, arrays[number])
         rebuilt = parts[0][1].rebuild(arrays.__getitem__)
-        whole.torch[managed.position], beyond = _split(rebuilt, has_step=has_step)
+        kept, beyond = _split(rebuilt, has_step=has_step)
+        if kept or not beyond:
+            whole.torch[managed.position] = kept
         if beyond:
             whole.beyond[managed.position] = beyond
     return whole

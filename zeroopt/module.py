@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .bucket import ManagedParam
 from .collectives import named_failures
 from .errors import ConfigError, NotSupportedError
 from .join import JoinCalls, Phase
 from .optimizer import ZeroOptimizer
 from .param_gather import remove_idle_hooks
+from .precision import round_master
 from .sharding import Sharding
 
 
@@ -196,7 +198,8 @@ class ZeroDataParallel(nn.Module):
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """`module.load_state_dict()`, which copies the values into zeroopt's storage.
+        """`module.load_state_dict()`, which copies the values into zeroopt's storage. What 16-bit parameters cannot hold of float32
+        values goes into their masters or remainders.
 
         Collective where parameters are shared: one rank of each host writes them, once, and every rank loads its buffers.
         Not within `join()`.
@@ -207,12 +210,34 @@ class ZeroDataParallel(nn.Module):
         self._reducer.join.check_outside("load_state_dict()")
         if assign:
             raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
+        rounded = copy.copy(state_dict)  # with its metadata
+        cast(dict[str, Any], rounded).update(self._round_exact(state_dict))
         if not self._shared:
-            result = self.module.load_state_dict(state_dict, strict=strict)
+            result = self.module.load_state_dict(rounded, strict=strict)
             self._note_writing()
-            return result
-        with self.write_parameters() as mine, nullcontext() if mine else self._gathers.read_only():
-            return self.module.load_state_dict(state_dict, strict=strict)
+        else:
+            with self.write_parameters() as mine, nullcontext() if mine else self._gathers.read_only():
+                result = self.module.load_state_dict(rounded, strict=strict)
+        self._complete_exact(state_dict)
+        return result
+
+    def _round_exact(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Those float32 values whose parameters are completed by masters, rounded as the step rounds them."""
+        return {
+            managed.name: round_master(state_dict[managed.name], bucket.dtype)
+            for bucket in self._sharding.buckets
+            for managed in bucket.params
+            if bucket.master is not None and _is_exact(state_dict.get(managed.name), managed)
+        }
+
+    def _complete_exact(self, state_dict: Mapping[str, Any]) -> None:
+        """Let this rank's masters and remainders be those of float32 values that have been loaded."""
+        for bucket in self._sharding.buckets:
+            for segment in bucket.segments if bucket.master is not None else ():
+                owner, value = segment.owner, state_dict.get(segment.owner.name)
+                if _is_exact(value, owner):
+                    flat = owner.flatten(value.to(bucket.device))[segment.start : segment.start + segment.numel]
+                    bucket.write_exact(segment, flat.view_as(segment.shard) if not owner.is_whole else value)
 
     def _note_writing(self) -> None:
         for optimizer in self._optimizers:
@@ -229,6 +254,10 @@ class ZeroDataParallel(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """`module.named_buffers()`."""
         return self.module.named_buffers(prefix, recurse, remove_duplicate)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked for by `torch.distributed.checkpoint.state_dict`: the child "module" is in no name."""
+        return {**getattr(self.module, "_fqn_modifiers", dict)(), "": "module"}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A deep copy of the model in `.module`, with the current parameters. Not collective."""
@@ -247,3 +276,13 @@ class ZeroDataParallel(nn.Module):
             if name == "module":  # not set yet
                 raise
             return getattr(self.module, name)
+
+
+def _is_exact(value: Any, managed: ManagedParam) -> TypeGuard[Tensor]:
+    """Whether a value is more exact than a 16-bit parameter. Of DTensors, other ranks may have the values."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is torch.float32
+        and value.shape == managed.shape
+        and not managed.flat_layout.is_part
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -17,6 +19,7 @@ from .agreement import agree, describe_groups, describe_params
 from .averaging import ParameterAverage
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan
 from .config import Config, check_param_dtypes
+from .dcp_options import refuse_gathering
 from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
 from .grad_clip import clip_by, is_finite, norm_of_shards, norm_of_whole
@@ -26,6 +29,7 @@ from .join import Phase, pack_options, take_options
 from .loss_scaling import LossScaling, agree_on_overflow, inverse_of_scale
 from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
+from .saved_state import positions_of
 from .shard_layout import ShardLayout
 from .sharding import Sharding
 from .state_dicts import LoadedState, StateDicts
@@ -89,7 +93,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             seed = average.vary_seed(seed)
         self._stepper = ShardStepper(optimizer, seed, config)
         self._state_dicts = StateDicts(sharding, optimizer, self._params, self._buckets, self._stepper, config, average)
-        self._has_begun = False  # whether any rank may have state
+        self._begun: set[int] = set()  # positions of the parameters of which some rank may have state
         self._whole: dict[str, Any] | None = None
         self._take_in(params)
         self._stepper.adopt(self._buckets, self._stores)
@@ -109,7 +113,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._generations.append(list(reversed(range(first, len(self._params)))))
         self._frozen = self._find_frozen()
         self._versions += [managed.param._version for managed in params]
-        self._has_begun |= any(managed.param in self._inner.state for managed in params)
+        self._begun.update(managed.position for managed in params if managed.param in self._inner.state)
         self._state_dicts.take_in_state()
         # Ranks that average their parameters must have cut them alike.
         self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
@@ -175,10 +179,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         active = self._finish_reduces()
         overflow = self._agree_on_overflow()
         self._whole = None
-        self._has_begun |= not overflow and bool(active.any())
         if overflow:
             active.zero_()
-        elif self._config.max_grad_norm is not None:
+        if len(self._begun) < len(self._params):
+            flags = active.tolist()
+            self._begun.update(managed.position for managed in self._params if flags[managed.index])
+        if not overflow and self._config.max_grad_norm is not None:
             self._clip_by_model(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
@@ -227,10 +233,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
 
             Save one on every rank, with `torch.save`, or with torch.distributed.checkpoint, which understands it as it is.
+
+        Raises:
+            NotSupportedError: it is called by `get_optimizer_state_dict` with `full_state_dict=True`.
         """
+        if self._config.placement.shard_state and self._transport.world_size > 1:
+            refuse_gathering(sys._getframe(1))
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        result = self._state_dicts.shard(self._generations, has_begun=self._has_begun)
+        result = self._state_dicts.shard(self._generations, self._begun)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
@@ -263,33 +274,39 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._reducer.join.check_outside("load_state_dict()")
         given = iter([state_dict] if isinstance(state_dict, Mapping) else state_dict)
-        shards = (self._prepare_load(shard) for shard in given)
+        shards: Iterator[Mapping[str, Any]] = map(self._prepare_load, given)
         first = next(shards, None)
         if first is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got none")
-        layout = ShardLayout.of(first)
-        if layout is not None and isinstance(state_dict, Mapping):
+        of_all_ranks = not isinstance(state_dict, Mapping)
+        layout, begun = ShardLayout.of(first), positions_of(first)
+        shards = chain(iter([first]), shards)
+        del first  # each goes before the next one comes
+        if layout is not None and not of_all_ranks:
             self._follow_order(layout)
         if self._state_dicts.crosses_tiers(layout):
-            self._load_and_gather(chain([first], shards))
+            self._load_and_gather(shards, of_all_ranks=of_all_ranks)
         else:
-            self.adopt(self._state_dicts.read(chain([first], shards)))
-        self._has_begun = bool(first["state"])
+            self.adopt(self._state_dicts.read(shards, of_all_ranks=of_all_ranks))
+        self._begun = begun
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _prepare_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            got = f"{list(state_dict)[:5]}" if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise StateError(f"expected state dicts of an optimizer, with 'state' and 'param_groups'; got {got}")
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, dict(state_dict))
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    def _load_and_gather(self, shards: Iterable[Mapping[str, Any]]) -> None:
+    def _load_and_gather(self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool) -> None:
         """Load state that comes with more exact parameters than the model has, each rank its own. Collective."""
         loaded: LoadedState | None = None
         problem: Exception | None = None
         try:
-            loaded = self._state_dicts.read(shards)
+            loaded = self._state_dicts.read(shards, of_all_ranks=of_all_ranks)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
         agree([(self._sharding.group, [])], problem, "load_state_dict")
@@ -300,7 +317,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def adopt(self, loaded: LoadedState) -> None:
         """Let state that was read be this optimizer's. Not collective."""
         self._state_dicts.adopt(loaded)
-        self._has_begun = True
+        self._begun = {managed.position for managed in self._params}
         self._whole = None
 
     @contextmanager
@@ -515,13 +532,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property  # type: ignore[override]
     def state(self) -> Mapping[Tensor, ParamState]:
         """State by model parameter: 1-D tensors over the part of the parameter that this rank owns, or all of it where the
-        rank owns it whole; an empty entry for a parameter of which it owns nothing. Empty before the first step. The tensors are
-        live, the mapping is read-only."""
+        rank owns it whole; an empty entry for a parameter of which only others own something. Empty before the first step. The
+        tensors are live, the mapping is read-only."""
         inner = self._inner.state
-        if not self._has_begun:
-            return MappingProxyType({})
-        state: dict[Tensor, ParamState] = {managed.param: {} for managed in self._params}
+        state: dict[Tensor, ParamState] = defaultdict(dict)
+        state.update((managed.param, {}) for managed in self._params if managed.position in self._begun)
         state.update((s.owner.param, inner[s.shard]) for s in self._segments() if s.shard in inner)
+        state.update((param, inner[param]) for param in self._state_dicts.idle_params().values() if param in inner)
         return MappingProxyType(state)
 
     @state.setter

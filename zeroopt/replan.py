@@ -11,17 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
 
 from . import _C
 from .bucket import Bucket, ManagedParam, ParamState, Segment, own_segments
 from .collectives import Transport, named_failures
-from .shard_state import block_of, is_array
+from .shard_state import Path, block_of, is_array, map_leaves
 
 _log = logging.getLogger("zeroopt")
 
@@ -79,45 +79,37 @@ def move_state(
 ) -> dict[int, ParamState]:
     """Take all entries of the buckets' segments out of `state`, and return what this rank's segments of `plan` get instead,
     by index of the parameter. Collective."""
-    own: dict[Tensor, ParamState] = {
-        s.shard: state.pop(s.shard) for bucket in buckets for s in bucket.segments if s.shard in state
-    }
-    known = _describe_together(own, buckets, transport.group)
-    leaves: dict[Tensor, ParamState] = {shard: _leaves(entry) for shard, entry in own.items()}
-    own.clear()
+    known = _describe_together(state, buckets, transport.group)
     pieces = [p for b in range(len(plan.buckets)) for p in own_segments(plan, b, transport, shard_state=shard_state)]
     wanted = {ordered[piece.param].index: piece for piece in pieces}
-    moved: dict[int, ParamState] = {index: {} for index in wanted if index in known}
+    moved: dict[int, dict[Path, Tensor]] = {index: {} for index in wanted if index in known}
     scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
     scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
     for bucket in buckets:
-        described = {m.index: _leaves(known[m.index]) for m in bucket.params if m.index in known}
-        arrays = {n: v for entry in described.values() for n, v in entry.items() if isinstance(v, _Array)}
-        for name, array in sorted(arrays.items()):
+        held = {s: _leaves(state.pop(s.shard)) for s in bucket.segments if s.shard in state}
+        leaves = {managed: _leaves(known.get(managed.index, {})) for managed in bucket.params}
+        arrays = {path: leaf for one in leaves.values() for path, leaf in one.items() if isinstance(leaf, _Array)}
+        for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
             full = scratch[: array.size(bucket.padded_numel) * array.dtype.itemsize].view(array.dtype)
-            _gather_array(leaves, name, bucket, full, array, transport if shard_state else None)
+            _gather_array(held, path, bucket, full, array, transport if shard_state else None)
             for managed in bucket.params:
-                if isinstance(described.get(managed.index, {}).get(name), _Array) and managed.index in wanted:
+                if isinstance(leaves[managed].get(path), _Array) and managed.index in wanted:
                     piece = wanted[managed.index]
                     begin = array.position(managed.offset + piece.start)
-                    moved[managed.index][name] = full[begin : begin + array.size(piece.numel)].clone()
+                    moved[managed.index][path] = full[begin : begin + array.size(piece.numel)].clone()
     transport.free(scratch)
-    return {index: _with_leaves(known[index], arrays) for index, arrays in moved.items()}
+    return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
 
 
-def _leaves(entry: ParamState) -> ParamState:
-    """What is in a parameter's state, by name, or where some optimizers keep containers, by the way to it: "means.0"."""
-    return {_name(path): leaf for path, leaf in tree_flatten_with_path(entry)[0]}
+def _leaves(entry: ParamState) -> dict[Path, Any]:
+    """What is in an entry, by where it lies."""
+    found: dict[Path, Any] = {}
+    map_leaves(entry, found.__setitem__)
+    return found
 
 
-def _with_leaves(entry: ParamState, replaced: ParamState) -> ParamState:
-    """State with some of its leaves replaced, by their names."""
-    changed: ParamState = tree_map_with_path(lambda path, leaf: replaced.get(_name(path), leaf), entry)
-    return changed
-
-
-def _name(path: Sequence[Any]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+def _put(arrays: Mapping[Path, Tensor], path: Path, leaf: Any) -> Any:
+    return arrays.get(path, leaf)
 
 
 @dataclass(frozen=True)
@@ -138,44 +130,43 @@ class _Array:
 
 
 def _describe_together(
-    state: Mapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
+    state: MutableMapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
 ) -> dict[int, ParamState]:
     """What state each parameter has, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
     counts and the like, which an element-wise optimizer has alike for all parts."""
-    mine = {}
-    for segment in (segment for bucket in buckets for segment in bucket.segments):
-        if segment.shard in state:
-            entry = state[segment.shard]
-            described = {name: _describe(name, value, segment) for name, value in _leaves(entry).items()}
-            mine[segment.owner.index] = _with_leaves(entry, described)
+    mine = {
+        segment.owner.index: map_leaves(state[segment.shard], partial(_describe, segment))
+        for bucket in buckets
+        for segment in bucket.segments
+        if segment.shard in state
+    }
     everyone: list[dict[int, ParamState]] = [{}] * group.size()
     with named_failures(_WHAT, group):
         dist.all_gather_object(everyone, mine, group=group)
     return {index: entry for one in everyone for index, entry in one.items()}
 
 
-def _describe(name: str, value: Any, segment: Segment) -> Any:
-    if is_array(name, value, segment):
-        return _Array(value.dtype, block_of(name))
+def _describe(segment: Segment, path: Path, value: Any) -> Any:
+    if is_array(path[0], value, segment):
+        return _Array(value.dtype, block_of(path[0]))
     return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
 
 
 def _gather_array(
-    leaves: Mapping[Tensor, ParamState],
-    name: str,
+    held: Mapping[Segment, dict[Path, Any]],
+    path: Path,
     bucket: Bucket,
     full: Tensor,
     array: _Array,
     transport: Transport | None,
 ) -> None:
-    """Fill `full` with one array of a bucket's state, and take it out of the leaves. No transport: this rank has all of it."""
+    """Fill `full` with one array of a bucket's state, and take it out of `held`. No transport: this rank has all of it."""
     begin, end = (array.position(element) for element in bucket.own_range)
     own = full[begin:end]
-    for segment in bucket.segments:
-        entry = leaves.get(segment.shard, {})
-        if is_array(name, entry.get(name), segment):
+    for segment, leaves in held.items():
+        if is_array(path[0], leaves.get(path), segment):
             first = array.position(segment.offset)
-            own[first : first + array.size(segment.numel)].copy_(entry.pop(name))
+            own[first : first + array.size(segment.numel)].copy_(leaves.pop(path))
     if transport is not None:
         transport.start_rendezvous("moving state").finish()  # all are through with the array before
         # As bytes: not every backend knows 16-bit integers.

@@ -6,7 +6,8 @@ asked for takes no more memory than that. Nothing of the optimizer changes here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,16 +20,14 @@ from .elementwise import is_per_element
 from .errors import StateError
 from .local_tensor import is_distributed
 from .shard_layout import ShardLayout
-from .shard_state import block_of, map_tensors
+from .shard_state import Path, block_of, map_leaves, map_tensors
 from .shard_tensor import ShardTensor
+from .state_tiers import decoded
 
 _ADVICE = (
     "give load_state_dict what state_dict() gave on every rank of that run, as in "
     "optimizer.load_state_dict([torch.load(f'optimizer-{rank}.pt', mmap=True) for rank in range(world_size)])"
 )
-
-Path = tuple[str, ...]
-"""Where a tensor lies in a parameter's entry; most optimizers have them at the top, by name."""
 
 
 class SavedState:
@@ -37,20 +36,28 @@ class SavedState:
     Args:
         segments: those of this rank.
         params: all that the optimizer trains.
+        idle: parameters by position that no rank steps, whose state all ranks keep.
         part: which part of the parameters the rank holds; see `local_tensor.place_in_mesh`.
         live: state that there is now, whose dtypes are kept.
-        keeps: whether tensors that are what is needed may be kept; else all are copied.
+        keeps_codes: whether moments stay in 8 bits that come so.
+        keeps: whether tensors that are just what a segment needs become its state as they are, uncopied: they are nobody else's.
     """
 
     def __init__(
         self,
         segments: Iterable[Segment],
         params: Sequence[ManagedParam],
+        idle: Mapping[int, Tensor],
         part: str,
         live: Mapping[Tensor, Mapping[str, Any]],
         *,
+        keeps_codes: bool,
         keeps: bool = False,
     ) -> None:
+        self._keeps_codes = keeps_codes
+        self._ranges: dict[int, set[tuple[int, int]]] = {}  # that shards are of
+        self._idle = idle
+        self._idle_state: dict[Tensor, ParamState] = {}
         self._segments = {segment.owner.position: segment for segment in segments}
         self._params = {managed.position: managed for managed in params}
         self._part = part
@@ -68,26 +75,42 @@ class SavedState:
             StateError: it belongs to other parameters, or is not of a format that this version knows.
         """
         layout = ShardLayout.of(state_dict)
-        self._check_shapes(layout)
+        if layout is not None:
+            self._check_shapes(layout)
+            for position, shape in layout.shapes.items():
+                found = self._ranges.setdefault(position, {(math.prod(shape),) * 2})  # ends with an empty one
+                found.update({layout.ranges[position]} if position in layout.ranges else ())
         positions = _positions(state_dict)
         entries = {positions.get(key, key): entry for key, entry in state_dict["state"].items()}
         beyond = {} if layout is None else layout.beyond_torch
+        if layout is None:
+            for position, owner in self._params.items():  # those of other ranks too, so that all refuse the same
+                map_leaves(entries.get(position, {}), partial(_check_shape, owner))
         for position, segment in self._segments.items():
-            entry = entries.get(position)
-            if layout is not None and entry is not None and not entry:
+            parts = [part[position] for part in (entries, beyond) if position in part]
+            entry = {name: value for part in parts for name, value in part.items()}
+            if layout is not None and layout.is_shard and parts and position not in layout.ranges:
                 self._absent.add(position)
                 continue
             self._known.add(position)
-            if entry is None and position not in beyond:
-                continue
-            self._take_entry(segment, {**(entry or {}), **beyond.get(position, {})}, layout)
+            if entry:  # segments begin within blocks where there are no codes
+                self._take_entry(segment, entry if self._keeps_codes else decoded(entry), layout)
+        for position, param in self._idle.items():
+            if entries.get(position):
+                entry = entries[position]
+                self._idle_state[param] = {n: map_tensors(v, partial(_like_torch, n, param)) for n, v in entry.items()}
 
-    def finish(self) -> dict[Tensor, ParamState]:
-        """The state of each segment that has any.
+    def finish(self, *, of_all_ranks: bool = False) -> dict[Tensor, ParamState]:
+        """The state of each segment that has any, by its shard, and of idle parameters.
+
+        Args:
+            of_all_ranks: the shards have to be those of all ranks of a run, whether this rank needs them or not.
 
         Raises:
             StateError: elements of this rank were in none of the state dicts.
         """
+        if of_all_ranks:
+            self._check_ranges()
         for position in self._absent - self._known:
             owner = self._segments[position].owner
             raise StateError(
@@ -95,11 +118,20 @@ class SavedState:
             )
         for (position, path), array in self._arrays.items():
             self._check_complete(self._segments[position], path, array)
-        return {self._segments[position].shard: entry for position, entry in self._state.items()}
+        own: dict[Tensor, ParamState] = {self._segments[p].shard: entry for p, entry in self._state.items()}
+        return own | self._idle_state
 
-    def _check_shapes(self, layout: ShardLayout | None) -> None:
-        if layout is None:
-            return
+    def _check_ranges(self) -> None:
+        for position, ranges in self._ranges.items():
+            ordered = sorted(ranges)
+            ends = [0, *(stop for _, stop in ordered[:-1])]
+            if [start for start, _ in ordered] != ends and position in self._params:
+                raise StateError(
+                    f"the state dicts hold elements {_shown(ordered)} of parameter {self._params[position].name!r} of "
+                    f"{ordered[-1][0]}: they are not those of all ranks of one run; {_ADVICE}"
+                )
+
+    def _check_shapes(self, layout: ShardLayout) -> None:
         for position, shape in layout.shapes.items():
             managed = self._params.get(position)
             if managed is not None and shape != list(managed.shape):
@@ -110,29 +142,28 @@ class SavedState:
     def _take_entry(self, segment: Segment, entry: Mapping[str, Any], layout: ShardLayout | None) -> None:
         result = self._state.setdefault(segment.owner.position, {})
         for name, value in entry.items():
-            result[name] = _map_paths((name,), value, partial(self._take_tensor, segment, layout))
+            result[name] = map_leaves(value, partial(self._take_value, segment, layout), (name,))
 
-    def _take_tensor(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Tensor) -> Tensor:
-        owner, name = segment.owner, path[-1]
+    def _take_value(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        owner, name = segment.owner, str(path[-1])
         if owner.is_whole and name not in MASTER_NAMES.values():
-            return value.clone() if name == "step" or value.dim() == 0 else self._converted(segment, path, value)
+            return (
+                value.clone() if name == "step" or value.dim() == 0 else self._converted(segment, layout, path, value)
+            )
         piece = self._find_piece(owner, name, value, layout)
         if piece is None:  # a step count stays where torch keeps it, on the CPU
             return value.to(segment.shard.device if value.dim() else value.device, copy=True)
         block = block_of(name)
         key = (owner.position, path)
         if key not in self._arrays:
-            needed = (
-                segment.start // block,
-                -(-segment.numel // block),
-                self._dtype(segment, path, value.dtype, layout),
-            )
-            first, elements = piece
-            if self._keeps and needed == (first, elements.numel(), elements.dtype):
-                values = elements
+            numel, start = -(-segment.numel // block), segment.start // block
+            dtype, device = self._dtype(segment, path, value.dtype, layout), segment.shard.device
+            if self._keeps and _is_just(piece, start, numel, dtype, device):
+                self._arrays[key] = _Array(piece[1], start)
             else:
-                values = torch.empty(needed[1], dtype=needed[2], device=segment.shard.device)
-            self._arrays[key] = _Array(values, needed[0])
+                self._arrays[key] = _Array(torch.empty(numel, dtype=dtype, device=device), start)
         array = self._arrays[key]
         array.fill(*piece)
         return array.values if not owner.is_whole else array.values.as_strided(owner.shape, owner.stride)
@@ -166,11 +197,6 @@ class SavedState:
         if is_per_element(name, local, owner.local):
             self._check_part(owner, value, layout)
             return 0, owner.flatten(local)
-        if local.dim() > 0 and layout is None:
-            raise StateError(
-                f"the state dict has {name!r} of shape {list(value.shape)} for parameter {owner.name!r} of shape "
-                f"{list(owner.param.shape)}"
-            )
         return None
 
     def _check_part(self, owner: ManagedParam, value: Tensor, layout: ShardLayout | None) -> None:
@@ -181,13 +207,15 @@ class SavedState:
                 "tensors of its rank; zeroopt.checkpoint loads into any mesh"
             )
 
-    def _converted(self, segment: Segment, path: Path, value: Tensor) -> Tensor:
-        return value.to(segment.shard.device, self._dtype(segment, path, value.dtype, None), copy=True)
+    def _converted(self, segment: Segment, layout: ShardLayout | None, path: Path, value: Tensor) -> Tensor:
+        dtype = self._dtype(segment, path, value.dtype, layout)
+        return value.to(segment.shard.device, dtype, copy=not self._keeps)
 
     def _dtype(self, segment: Segment, path: Path, dtype: torch.dtype, layout: ShardLayout | None) -> torch.dtype:
         """As torch does, floating-point state takes the dtype that belongs to the parameter, but not where it is known to have
         another one: in state that is there, or in the run that saved it with parameters like these."""
-        if not dtype.is_floating_point or path[-1] in MASTER_NAMES.values() or block_of(path[-1]) > 1:
+        name = str(path[-1])
+        if not dtype.is_floating_point or name in MASTER_NAMES.values() or block_of(name) > 1:
             return dtype
         live = self._live.get(segment.shard, {}).get(path[0]) if len(path) == 1 else None
         if isinstance(live, Tensor) and live.is_floating_point():
@@ -200,10 +228,10 @@ class SavedState:
     def _check_complete(self, segment: Segment, path: Path, array: _Array) -> None:
         gap = array.first_gap()
         if gap is not None:
-            owner, block = segment.owner, block_of(path[-1])
+            owner, block = segment.owner, block_of(str(path[-1]))
             end = min(gap[1] * block, owner.numel)
             raise StateError(
-                f"the state dict lacks elements {gap[0] * block} to {end} of {'.'.join(path)!r} of parameter {owner.name!r}, of "
+                f"the state dict lacks elements {gap[0] * block} to {end} of {'.'.join(map(str, path))!r} of parameter {owner.name!r}, of "
                 f"which this rank owns {segment.start} to {segment.start + segment.numel}; {_ADVICE}"
             )
 
@@ -240,13 +268,40 @@ class _Array:
         return (reached, stop) if reached < stop else None
 
 
-def _map_paths(path: Path, value: Any, function: Callable[[Path, Tensor], Tensor]) -> Any:
-    """As `map_tensors`; the function also gets where in the entry the tensor is."""
-    if isinstance(value, dict):
-        return {key: _map_paths((*path, str(key)), part, function) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_paths((*path, str(i)), part, function) for i, part in enumerate(value))
-    return map_tensors(value, partial(function, path))
+def _check_shape(owner: ManagedParam, path: Path, value: Any) -> None:
+    if not isinstance(value, Tensor) or isinstance(value, ShardTensor) or owner.is_whole:
+        return
+    local = owner.local_part(value)
+    if local.dim() > 0 and not is_per_element(str(path[-1]), local, owner.local):
+        raise StateError(
+            f"the state dict has {str(path[-1])!r} of shape {list(value.shape)} for parameter {owner.name!r} of shape "
+            f"{list(owner.param.shape)}"
+        )
+
+
+def _shown(ranges: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start} to {stop}" for start, stop in ranges if start < stop) or "none"
+
+
+def _is_just(piece: tuple[int, Tensor], start: int, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a piece has those elements, no others, as they are to be kept."""
+    first, elements = piece
+    fits = (first, elements.numel(), elements.dtype, elements.device) == (start, numel, dtype, device)
+    return fits and elements.is_contiguous()
+
+
+def _like_torch(name: str, param: Tensor, value: Tensor) -> Tensor:
+    """A copy of a parameter's state, of the dtype and on the device where torch's optimizers load it."""
+    if name == "step":
+        return value.clone()
+    dtype = param.dtype if value.is_floating_point() and param.is_floating_point() else value.dtype
+    return value.to(param.device, dtype, copy=True)
+
+
+def positions_of(state_dict: Mapping[str, Any]) -> set[int]:
+    """Of the parameters that a state dict has state of."""
+    positions = _positions(state_dict)
+    return {positions.get(key, key) for key in state_dict["state"]}
 
 
 def _positions(state_dict: Mapping[str, Any]) -> dict[Any, int]:

@@ -31,7 +31,8 @@ class ShardLayout:
         shapes, names, dtypes: by position; of the local tensors of DTensors.
         ranges: for each parameter of which the rank has a part, by position, the first of its elements and the one behind its
             last one.
-        beyond_torch: of a whole state dict: what torch's optimizer would not keep, by position.
+        beyond_torch: what torch's optimizer would not keep, by position: of a whole state dict, or, in a shard, of parameters
+            before their first step.
     """
 
     facts: Mapping[str, Any]
@@ -44,6 +45,11 @@ class ShardLayout:
     dtypes: Mapping[int, str] = field(default_factory=dict)
     ranges: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     beyond_torch: Mapping[int, ParamState] = field(default_factory=dict)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it is of one rank's shard."""
+        return "rank" in self.facts
 
     def to_dict(self) -> dict[str, Any]:
         """Of a shard, as it is saved: plain values and one tensor."""
@@ -60,6 +66,7 @@ class ShardLayout:
             "shapes": list(self.shapes.values()),
             "dtypes": list(self.dtypes.values()),
             "ranges": OwnTensor(ranges),
+            **({"state": dict(self.beyond_torch)} if self.beyond_torch else {}),
         }
 
     def to_whole_dict(self) -> dict[str, Any]:

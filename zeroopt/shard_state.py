@@ -14,16 +14,22 @@ from .elementwise import is_per_element
 from .regions import FlatLayout
 from .shard_tensor import ShardTensor
 
+Path = tuple[Any, ...]
+"""Where a value lies in a parameter's entry; most optimizers have them at the top, by name."""
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A value of state with each tensor in it replaced: some optimizers keep lists or dicts of them."""
-    if isinstance(value, Tensor):
-        return function(value)
+
+def map_leaves(value: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """A value of state with everything in it replaced that is no dict, list or tuple: some optimizers keep tensors in those."""
     if isinstance(value, dict):
-        return {name: map_tensors(part, function) for name, part in value.items()}
+        return {name: map_leaves(part, function, (*path, name)) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(part, function) for part in value)
-    return value
+        return type(value)(map_leaves(part, function, (*path, i)) for i, part in enumerate(value))
+    return function(path, value)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A value of state with each tensor in it replaced."""
+    return map_leaves(value, lambda _, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def block_of(name: str) -> int:
@@ -39,15 +45,12 @@ def is_array(name: str, value: Any, segment: Segment) -> bool:
 def pack_state(
     state: Mapping[Tensor, ParamState], segments: Iterable[Segment], params: Iterable[ManagedParam]
 ) -> dict[int, ParamState]:
-    """State by position in the optimizer: of this rank's segments, and an empty entry for each parameter of which this rank
-    has no part."""
+    """State by position in the optimizer: of this rank's segments, and an empty entry for each other parameter, so that all
+    ranks have the same positions."""
     packed: dict[int, ParamState] = {managed.position: {} for managed in params}
     for segment in segments:
-        entry = state.get(segment.shard)
-        if entry is None:
-            del packed[segment.owner.position]
-        else:
-            packed[segment.owner.position] = {name: pack_value(name, value, segment) for name, value in entry.items()}
+        entry = state.get(segment.shard, {})
+        packed[segment.owner.position] = {name: pack_value(name, value, segment) for name, value in entry.items()}
     return dict(sorted(packed.items()))
 
 

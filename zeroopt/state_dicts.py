@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C, ops
+from . import _C
 from .averaging import ParameterAverage
 from .bucket import MASTER_NAMES, Bucket, ManagedParam, ParamState, Segment, own_segments
 from .config import Config
@@ -20,9 +21,9 @@ from .local_tensor import place_in_mesh
 from .precision import Precision
 from .saved_state import SavedState
 from .shard_layout import ShardLayout, describe_layout
-from .shard_state import pack_state
+from .shard_state import map_tensors, pack_state
 from .sharding import Sharding
-from .state_tiers import decoded, exact_param
+from .state_tiers import exact_param
 from .step import ShardStepper
 
 
@@ -31,7 +32,7 @@ class LoadedState:
     """State that has been read, and belongs to nobody yet.
 
     Attributes:
-        state: by segment's shard.
+        state: by segment's shard, and by the parameter for those that no rank steps.
         groups: param_groups, of which the options count.
         layout: None where a plain torch optimizer saved it.
     """
@@ -70,14 +71,16 @@ class StateDicts:
         self._config = config
         self._average = average
 
-    def shard(self, order: Sequence[Sequence[int]], *, has_begun: bool) -> dict[str, Any]:
+    def shard(self, order: Sequence[Sequence[int]], begun: Container[int]) -> dict[str, Any]:
         """This rank's state dict.
 
         Args:
             order: in which the parameters were planned.
-            has_begun: whether any rank may have state.
+            begun: positions of the parameters of which some rank may have state.
         """
-        with_masters = self.with_masters()
+        packed = pack_state(self.with_masters(), self._segments(), self.params)
+        has_masters = any(bucket.master is not None for bucket in self.buckets)
+        state = {position: entry for position, entry in packed.items() if position in begun} | self.idle_state()
         layout = describe_layout(
             self.params,
             self._segments(),
@@ -86,9 +89,10 @@ class StateDicts:
             steps_since_average=self.steps_since_average,
             part=place_in_mesh(self.params),
             order=order,
+            beyond_torch={p: entry for p, entry in packed.items() if p not in begun} if has_masters else {},
         )
         return {
-            "state": pack_state(with_masters, self._segments(), self.params) if has_begun else {},
+            "state": dict(sorted(state.items())),
             "param_groups": self.pack_groups(),
             "zeroopt": layout.to_dict(),
         }
@@ -110,22 +114,34 @@ class StateDicts:
         )
         if state is None:
             return None
-        result = {"state": state.torch, "param_groups": self.pack_groups()}
+        idle = {p: map_tensors(entry, lambda tensor: tensor.cpu().clone()) for p, entry in self.idle_state().items()}
+        result = {"state": dict(sorted((state.torch | idle).items())), "param_groups": self.pack_groups()}
         if state.beyond:
             layout = ShardLayout(self.facts(), self.seed, self.steps_since_average, beyond_torch=state.beyond)
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
-    def read(self, shards: Iterable[Mapping[str, Any]], *, keeps: bool = False) -> LoadedState:
+    def read(
+        self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool = False, keeps: bool = False
+    ) -> LoadedState:
         """What is to become of this rank's state. Changes nothing, and is not collective.
 
         Args:
-            keeps: whether tensors that are what is needed may be kept; else all are copied.
+            of_all_ranks: shards have to be those of all ranks of a run.
+            keeps: tensors in them are nobody else's, and may become the state as they are.
 
         Raises:
             StateError: it does not fit, or something is missing.
         """
-        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), self._inner.state, keeps=keeps)
+        saved = SavedState(
+            self._segments(),
+            self.params,
+            self.idle_params(),
+            place_in_mesh(self.params),
+            self._inner.state,
+            keeps_codes=self._keeps_codes,
+            keeps=keeps,
+        )
         groups: Sequence[Mapping[str, Any]] | None = None
         layout: ShardLayout | None = None
         for shard in shards:
@@ -133,16 +149,17 @@ class StateDicts:
             saved.take(shard)
             if groups is None:
                 groups, layout = shard["param_groups"], ShardLayout.of(shard)
+            del shard  # before the next one is read
         if groups is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got an empty sequence")
-        return LoadedState(self._in_tier(saved.finish()), groups, layout)
+        return LoadedState(saved.finish(of_all_ranks=of_all_ranks), groups, layout)
 
     def adopt(self, loaded: LoadedState) -> bool:
         """Let loaded state be the optimizer's. Returns whether parameters were written too, which then have to be gathered."""
         state = self._inner.state
         completed = self._complete(loaded.state)
         for segment in self._segments():
-            state.pop(segment.shard, None)  # what frozen parameters have stays
+            state.pop(segment.shard, None)
         state.update(loaded.state)
         for bucket in self.buckets:
             bucket.take_back(state)
@@ -160,13 +177,27 @@ class StateDicts:
     def take_in_state(self) -> None:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
         state = self._inner.state
-        held = {managed.position: state[managed.param] for managed in self.params if managed.param in state}
-        saved = SavedState(self._segments(), self.params, place_in_mesh(self.params), {})
+        held = {m.position: state[m.param] for m in self.params if m.param in state and m.numel}
+        saved = SavedState(
+            self._segments(), self.params, {}, place_in_mesh(self.params), {}, keeps_codes=self._keeps_codes
+        )
         saved.take({"state": held, "param_groups": self.pack_groups()})
         own = saved.finish()
         for managed in self.params:
-            state.pop(managed.param, None)
+            if managed.numel:
+                state.pop(managed.param, None)
         state.update(own)
+
+    def idle_state(self) -> dict[int, ParamState]:
+        """State of the parameters that no rank steps, by position: the same on all ranks, as it was made or loaded."""
+        state = self._inner.state
+        return {position: dict(state[param]) for position, param in self.idle_params().items() if param in state}
+
+    def idle_params(self) -> dict[int, Tensor]:
+        """The parameters that are frozen or have no elements, by position."""
+        stepped = {managed.position for managed in self.params if managed.numel}
+        params = chain.from_iterable(group["params"] for group in self._inner.param_groups)
+        return {position: param for position, param in enumerate(params) if position not in stepped}
 
     def pack_groups(self) -> list[dict[str, Any]]:
         """The param_groups as torch saves them, with positions in place of parameters."""
@@ -201,12 +232,6 @@ class StateDicts:
         here = _completion(str(precision.param_dtype), precision.master_weights)
         return saved is not None and saved != here and here != "none"
 
-    def _in_tier(self, state: dict[Tensor, ParamState]) -> dict[Tensor, ParamState]:
-        """Where moments are not kept in 8 bits here: without codes."""
-        if self._config.precision.state_dtype is torch.int8:
-            return state
-        return {shard: decoded(entry) if _has_codes(entry) else entry for shard, entry in state.items()}
-
     def _complete(self, state: dict[Tensor, ParamState]) -> list[tuple[Bucket, Segment, Tensor]]:
         """Take out of loaded state what completes parameters, where they are completed by something else here. Returns the exact
         values of parameters that can take them up."""
@@ -237,6 +262,10 @@ class StateDicts:
     def _segments(self) -> Iterator[Segment]:
         for bucket in self.buckets:
             yield from bucket.segments
+
+    @property
+    def _keeps_codes(self) -> bool:
+        return self._config.precision.state_dtype is torch.int8
 
     @property
     def precision(self) -> Precision:
@@ -274,10 +303,6 @@ class StateDicts:
 def _completion(param_dtype: str, master_weights: str) -> str | None:
     """By what parameters are completed: "float32" or "remainder"; "none" where 16 bits are all there is; None for float32."""
     return None if param_dtype in ("None", "torch.float32") else master_weights
-
-
-def _has_codes(entry: ParamState) -> bool:
-    return any(name.endswith(ops.SCALE_SUFFIX) for name in entry)
 
 
 def _copy(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .bucket import ParamState
 from .precision import join_master
+from .shard_tensor import ShardTensor
 
 
 def is_coded(name: str, entry: Mapping[str, Any]) -> bool:
@@ -34,15 +35,22 @@ def decode(codes: Tensor, scales: Tensor, begin: int = 0, end: int | None = None
 
 
 def decoded(entry: Mapping[str, Any]) -> ParamState:
-    """An entry without codes and scales; its arrays are those of one segment, in any shape without gaps."""
+    """An entry without codes and scales; its arrays are those of one segment, in any shape without gaps, or `ShardTensor`s."""
     plain: ParamState = {}
     for name, value in entry.items():
         if is_coded(name, entry):
-            flat = value.as_strided((value.numel(),), (1,))
-            plain[name] = decode(flat, entry[name + ops.SCALE_SUFFIX]).as_strided(value.shape, value.stride())
+            plain[name] = _decode_like(value, entry[name + ops.SCALE_SUFFIX])
         elif not name.endswith(ops.SCALE_SUFFIX) or name.removesuffix(ops.SCALE_SUFFIX) not in entry:
             plain[name] = value
     return plain
+
+
+def _decode_like(codes: Tensor, scales: Tensor) -> Tensor:
+    scales = scales.local if isinstance(scales, ShardTensor) else scales
+    if isinstance(codes, ShardTensor):
+        return ShardTensor(codes.flat_layout, codes.start, decode(codes.local, scales))
+    flat = codes.as_strided((codes.numel(),), (1,))
+    return decode(flat, scales).as_strided(codes.shape, codes.stride())
 
 
 def exact_param(entry: Mapping[str, Any], rounded: Tensor) -> Tensor | None:

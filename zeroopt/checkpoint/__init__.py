@@ -4,8 +4,18 @@
 """
 
 from ..errors import CheckpointError
-from .directory import latest
+from .convert_deepspeed import from_deepspeed
+from .convert_zero_redundancy import from_zero_redundancy
 from .loading import load
 from .saving import async_save, save
+from .siblings import latest
 
-__all__ = ["CheckpointError", "async_save", "latest", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "async_save",
+    "from_deepspeed",
+    "from_zero_redundancy",
+    "latest",
+    "load",
+    "save",
+]

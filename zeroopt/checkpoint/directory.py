@@ -10,8 +10,6 @@ A partial directory whose process was killed stays until the next save to the sa
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import logging
 import os
@@ -20,17 +18,17 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .exchange import exchange, try_exchange
 from .files import sync_directory
 from .manifest import NAME, Manifest
 
 _log = logging.getLogger("zeroopt")
 
-_ASIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.partial")
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_ASIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 @contextmanager
@@ -43,19 +41,18 @@ def aside(target: Path) -> Iterator[Path]:
         CheckpointError: the target is in the way and no checkpoint, or could not be replaced at once.
         OSError: the directory cannot be made.
     """
+    replaces = _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_left_aside(target.parent, target.name)
     directory = _name_aside(target)
     directory.mkdir()
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(descriptor)
-        if _check_replaceable(target):
-            _try_exchange(directory)
-        yield directory
+        with _locked(directory):
+            if replaces:
+                try_exchange(directory)
+            yield directory
     finally:
         _remove_tree(directory)
-        os.close(descriptor)
 
 
 def commit(directory: Path, target: Path) -> None:
@@ -67,51 +64,30 @@ def commit(directory: Path, target: Path) -> None:
     """
     sync_directory(directory)
     if _check_replaceable(target):
-        _exchange(directory, target)
+        exchange(directory, target)
     else:
         directory.rename(target)
     sync_directory(target.parent)
 
 
-def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint directly in a directory, by what its manifest says, or None.
-
-    Not collective: let one rank ask and tell the others, should checkpoints be written or removed meanwhile. Partial
-    checkpoints, those of which files are missing or of another size, and everything else in there do not count.
-
-    Raises:
-        CheckpointError: there is a checkpoint of a newer zeroopt.
-    """
-    found = [(manifest.saved_at, path) for path, manifest in _checkpoints(Path(root)) if _is_complete(path, manifest)]
-    return max(found)[1] if found else None
-
-
-def keep_newest(target: Path, count: int) -> None:
-    """Remove the oldest checkpoints next to `target`, so that with it `count` remain, and what killed runs have left.
-
-    Of one rank alone. What has no valid manifest stays, as do directories that hold anything else besides. What cannot be
-    removed is logged: the new checkpoint is safe.
-    """
-    others = [(manifest.saved_at, path) for path, manifest in _checkpoints(target.parent) if path != target]
-    for _, path in sorted(others, reverse=True)[max(count - 1, 0) :]:
-        try:
-            if not _foreign(path):
-                removed = _name_aside(path)
-                path.rename(removed)
-                _remove_tree(removed)
-        except (OSError, CheckpointError) as error:
-            _log.warning("cannot remove the old checkpoint %s: %s", path, error)
-    remove_left_aside(target.parent)
+def remove(path: Path) -> None:
+    """Remove a checkpoint at once. Raises OSError when it stays."""
+    doomed = _name_aside(path)
+    path.rename(doomed)
+    _remove_tree(doomed)
 
 
 def remove_left_aside(parent: Path, target: str | None = None) -> None:
-    """Remove the partial directories that no process works on, of all targets or one of them."""
+    """Remove the partial directories of one target, or of all, that no process works on.
+
+    Where a file system has no locks, those of other targets stay: they may be written just now.
+    """
     for path in parent.iterdir():
         match = _ASIDE.fullmatch(path.name)
         if match and target in (None, match["target"]) and path.is_dir() and not path.is_symlink():
-            with suppress(OSError), _opened(path) as descriptor:
-                _lock(descriptor)
-                _remove_tree(path)
+            with suppress(OSError), _locked(path) as lock:
+                if lock is _Lock.TAKEN or (lock is _Lock.UNKNOWN and target is not None):
+                    _remove_tree(path)
 
 
 def is_aside(path: Path) -> bool:
@@ -119,23 +95,10 @@ def is_aside(path: Path) -> bool:
     return _ASIDE.fullmatch(path.name) is not None
 
 
-def _name_aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-
-
-def _checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
-    """Those directly in a directory that have a valid manifest."""
-    for path in root.iterdir():
-        if not is_aside(path) and (path / NAME).is_file():
-            with suppress(CheckpointError, FileNotFoundError):
-                yield path, Manifest.read(path)
-
-
-def _is_complete(path: Path, manifest: Manifest) -> bool:
-    try:
-        return all((path / name).stat().st_size == record.bytes for name, record in manifest.files.items())
-    except OSError:
-        return False
+def foreign_names(path: Path, manifest: Manifest | None) -> list[str]:
+    """Names in a directory that its manifest does not account for. Raises OSError."""
+    known = set() if manifest is None else {NAME, *manifest.files}
+    return sorted(name for name in os.listdir(path) if name not in known)
 
 
 def _check_replaceable(target: Path) -> bool:
@@ -144,79 +107,53 @@ def _check_replaceable(target: Path) -> bool:
         return False
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file. Choose another path for the checkpoint")
-    if not any(target.iterdir()):
-        return False
-    if foreign := _foreign(target):
-        raise CheckpointError(
-            f"{target} holds {foreign[0]!r}, which is not part of a checkpoint of zeroopt: it would be lost. Move it away, or "
-            "choose another path"
-        )
-    return True
-
-
-def _foreign(path: Path) -> list[str]:
-    """Names in a directory that no valid manifest accounts for."""
+    manifest = None
     try:
-        files = {NAME, *Manifest.read(path).files}
-    except (CheckpointError, FileNotFoundError):
-        files = set()
-    return sorted(name for name in os.listdir(path) if name not in files)
+        manifest = Manifest.read(target)
+    except FileNotFoundError:
+        pass
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. A checkpoint of which not all is known is not replaced: move it away"
+        ) from error
+    if foreign := foreign_names(target, manifest):
+        raise CheckpointError(
+            f"{target} holds {foreign[0]!r}, which is not part of a whole checkpoint of zeroopt: it would be lost. Move it away, "
+            "or choose another path"
+        )
+    return manifest is not None
+
+
+def _name_aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
 
 
 def _remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():
-        _log.warning("cannot remove %s; it is not needed any more", path)
+        _log.warning("cannot remove %s, which is not needed any more", path)
+
+
+class _Lock(Enum):
+    TAKEN = "it is ours until it is closed or the process dies"
+    HELD = "some process has it"
+    UNKNOWN = "the file system has no locks"
 
 
 @contextmanager
-def _opened(directory: Path) -> Iterator[int]:
+def _locked(directory: Path) -> Iterator[_Lock]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield descriptor
+        yield _lock(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
-    """Lock a directory until the descriptor is closed or the process dies; raises BlockingIOError when somebody has it."""
+def _lock(descriptor: int) -> _Lock:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        return _Lock.HELD
     except OSError:
-        pass  # a file system without locks
-
-
-def _try_exchange(directory: Path) -> None:
-    """Find out whether directories can be exchanged, before all is written and cannot be put in place."""
-    one, other = directory / "one", directory / "other"
-    one.mkdir()
-    other.mkdir()
-    _exchange(one, other)
-    one.rmdir()
-    other.rmdir()
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Exchange two directories, at once.
-
-    Raises:
-        CheckpointError: this system cannot.
-        OSError: it could, but not these.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        raise _no_exchange(other, "this C library has no renameat2")
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise _no_exchange(other, os.strerror(code))
-        raise OSError(code, os.strerror(code), str(other))
-
-
-def _no_exchange(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"the file system of {path.parent} cannot exchange two directories at once ({reason}), so that an old checkpoint cannot "
-        "be replaced safely. Save to a path that does not exist yet, with keep=1 to have the old one removed afterwards"
-    )
+        return _Lock.UNKNOWN
+    return _Lock.TAKEN

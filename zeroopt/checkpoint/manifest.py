@@ -18,12 +18,25 @@ NAME = "zeroopt.json"
 FORMAT = 1
 
 
+class NewerFormatError(CheckpointError):
+    """Raised for a manifest that is whole, and can only be read by a newer zeroopt."""
+
+
+def as_json(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts as they are read again: lists for tuples, strings for keys. Raises CheckpointError for what is not JSON."""
+    try:
+        made: dict[str, Any] = json.loads(json.dumps(facts))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the facts of a checkpoint have to be plain JSON: {error}") from error
+    return made
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint consists of.
 
     Attributes:
-        facts: of the run that wrote it, plain JSON.
+        facts: of the run that wrote it, as `as_json` gives them.
         files: all files but the manifest, by name.
         saved_at: when it was complete, in nanoseconds since 1970.
         zeroopt, torch: versions that wrote it.
@@ -41,12 +54,8 @@ class Manifest:
         return Manifest(facts, files, saved_at, build_info()["version"], torch.__version__)
 
     def write(self, directory: Path, files: CheckedFiles) -> None:
-        """Write it into the directory.
-
-        Raises:
-            CheckpointError: the facts are not JSON, or the file cannot be written.
-        """
-        content = {
+        """Write it into the directory. Raises CheckpointError when it cannot be written."""
+        content: dict[str, Any] = {
             "format": FORMAT,
             "zeroopt": self.zeroopt,
             "torch": self.torch,
@@ -54,10 +63,6 @@ class Manifest:
             "facts": self.facts,
             "files": {name: record._asdict() for name, record in sorted(self.files.items())},
         }
-        try:
-            content = json.loads(json.dumps(content))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"facts for the manifest have to be plain JSON: {error}") from error
         text = json.dumps({**content, "crc32": _checksum(content)}, indent=1)
         with files.create_stream(directory / NAME, "wb") as stream:
             stream.write(text.encode())
@@ -68,7 +73,8 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is none.
-            CheckpointError: it is damaged, or of a newer zeroopt.
+            NewerFormatError: it is of a newer zeroopt.
+            CheckpointError: it is damaged.
         """
         path = directory / NAME
         try:
@@ -77,7 +83,7 @@ class Manifest:
             if not isinstance(content["format"], int) or expected != _checksum(content):
                 raise ValueError("its checksum is wrong")
             if content["format"] > FORMAT:
-                raise CheckpointError(
+                raise NewerFormatError(
                     f"{path} has format {content['format']}, of zeroopt {content.get('zeroopt')}; this zeroopt "
                     f"({build_info()['version']}) reads formats up to {FORMAT}. Install a newer one"
                 )

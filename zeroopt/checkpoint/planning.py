@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ class ShardSavePlanner(DefaultSavePlanner):
             items += shard.__create_write_items__(key, shard)
         self.plan = SavePlan(items, planner_data=self.mappings)
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """What each rank writes of the plans of all, and DCP's metadata. Raises CheckpointError when a part is missing."""
+        _check_whole(all_plans)
+        plans, metadata = super().create_global_plan(all_plans)
+        return plans, metadata
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The tensor or value of a write item."""
@@ -110,6 +117,20 @@ class ShardLoadPlanner(DefaultLoadPlanner):
         """The tensor to read into."""
         tensor: Tensor = _find(self.state_dict, index)
         return tensor
+
+
+def _check_whole(plans: Sequence[SavePlan]) -> None:
+    """DCP does the same, but not of a single rank, and does not say it as clearly."""
+    tensors = {item.index: item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None}
+    given: Counter[str] = Counter()
+    for index, part in tensors.items():
+        given[index.fqn] += math.prod(part.chunk.sizes)
+    for index, part in tensors.items():
+        if given[index.fqn] != math.prod(part.size):
+            raise CheckpointError(
+                f"the ranks together give {given[index.fqn]} of the {math.prod(part.size)} elements of {index.fqn!r}. All ranks "
+                "that have a part of the model have to save it together"
+            )
 
 
 def _find(entries: dict[str, Any], index: MetadataIndex) -> Any:

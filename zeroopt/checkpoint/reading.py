@@ -6,17 +6,18 @@ import io
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from ..errors import CheckpointError
+from .directory import foreign_names
 from .files import FileRecord
 from .manifest import NAME, Manifest
 from .plain import MetadataUnpickler, load_plain
@@ -117,7 +118,7 @@ class Checkpoint:
 
     def is_tensor(self, key: str) -> bool:
         """Whether an entry of the checkpoint is a tensor."""
-        return hasattr(self.metadata.state_dict_metadata[key], "size")
+        return isinstance(self.metadata.state_dict_metadata[key], TensorStorageMetadata)
 
     def _by_file(self, items: list[ReadItem]) -> dict[str, list[ReadItem]]:
         """In the order in which they lie in their files."""
@@ -129,14 +130,8 @@ class Checkpoint:
 
     def _foreign(self) -> list[str]:
         """Names of the directory that the manifest does not know."""
-        if self.manifest is None:
-            return []
-        known = {NAME, *self.manifest.files}
-        return [
-            f"{name} is not a file of this checkpoint: move it away"
-            for name in os.listdir(self.path)
-            if name not in known
-        ]
+        names = [] if self.manifest is None else foreign_names(self.path, self.manifest)
+        return [f"{name} is not a file of this checkpoint: move it away" for name in names]
 
     def _problem(self, name: str) -> str | None:
         """What is wrong with a file, if anything is."""
@@ -193,13 +188,21 @@ def _parse(content: bytes, directory: Path) -> Metadata:
         metadata = MetadataUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
-        for name in _names(metadata):
-            if name != os.path.basename(name) or name in ("", ".", ".."):
-                raise ValueError(f"it names the file {name!r}, which is not in the directory")
+        _check(metadata)
     except Exception as error:
         raise CheckpointError(f"{directory / _METADATA} is damaged or no checkpoint's: {error}") from error
     return metadata
 
 
-def _names(metadata: Metadata) -> Iterator[str]:
-    return (place.relative_path for place in metadata.storage_data.values())
+def _check(metadata: Metadata) -> None:
+    """Raise where not all is of the kind that reading relies on."""
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
+            raise TypeError(f"{key!r} is a {type(entry).__name__}")
+    for index, place in metadata.storage_data.items():
+        if not (isinstance(index, MetadataIndex) and isinstance(place, _StorageInfo)):
+            raise TypeError(f"{index} is stored as {place}")
+        if not (isinstance(place.offset, int) and isinstance(place.length, int)):
+            raise TypeError(f"{index} lies at {place.offset}, {place.length} bytes")
+        if place.relative_path != os.path.basename(place.relative_path) or place.relative_path in ("", ".", ".."):
+            raise ValueError(f"{index} is in {place.relative_path!r}, which is no file of the directory")

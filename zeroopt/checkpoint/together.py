@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
+from ..collectives.failure import named_failures
 from ..errors import CheckpointError, ZeroOptError
 
 T = TypeVar("T")
@@ -37,15 +38,16 @@ def together(
 
     Raises:
         CheckpointError: `work` failed on some rank, or `combine` on rank 0; the same text on every rank.
+        CollectiveError: a rank is gone, or does not answer.
         BaseException: what came from outside, such as a KeyboardInterrupt, on the rank where it came.
     """
     mine, error = _attempt(work)
-    everyone = _gather(mine, group)
+    everyone = _gather(mine, group, what)
     answers: list[_Outcome[R]] | None = None
     if everyone is not None:
         answers, combining_error = _combined(everyone, what, combine)
         error = error or combining_error
-    answer = _scatter(answers, group)
+    answer = _scatter(answers, group, what)
     if error is not None and not isinstance(error, Exception):
         raise error
     if answer.failure is not None:
@@ -81,21 +83,23 @@ def _describe(what: str, failures: Mapping[int, str]) -> str:
     return f"{what} failed {shown}" + (f"; and on {more} more ranks" if more > 0 else "")
 
 
-def _gather(value: T, group: dist.ProcessGroup | None) -> list[T] | None:
+def _gather(value: T, group: dist.ProcessGroup | None, what: str) -> list[T] | None:
     """The values of all ranks, on rank 0."""
     if group is None:
         return [value]
     everyone: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    dist.gather_object(value, everyone, dst=dist.get_global_rank(group, 0), group=group)
+    with named_failures(what, group):
+        dist.gather_object(value, everyone, dst=dist.get_global_rank(group, 0), group=group)
     return everyone
 
 
-def _scatter(values: list[T] | None, group: dist.ProcessGroup | None) -> T:
+def _scatter(values: list[T] | None, group: dist.ProcessGroup | None, what: str) -> T:
     """Each rank's value of those that rank 0 has."""
     if group is None:
         assert values is not None
         return values[0]
     mine: list[Any] = [None]
-    dist.scatter_object_list(mine, values, src=dist.get_global_rank(group, 0), group=group)
+    with named_failures(what, group):
+        dist.scatter_object_list(mine, values, src=dist.get_global_rank(group, 0), group=group)
     value: T = mine[0]
     return value

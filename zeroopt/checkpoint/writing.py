@@ -17,11 +17,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from .directory import aside, commit, keep_newest
+from ..errors import CheckpointError
+from .directory import aside, commit
 from .files import CheckedFiles, FileRecord
-from .manifest import Manifest
+from .manifest import Manifest, as_json
 from .plain import check_plain
 from .planning import ShardSavePlanner
+from .siblings import keep_newest
 from .together import together
 
 
@@ -57,7 +59,12 @@ def write_checkpoint(
     with ExitStack() as left_aside:
 
         def plan_part() -> SavePlan:
+            as_json(facts)
+            if keep is not None and keep < 1:
+                raise CheckpointError(f"keep has to be at least 1, or None to keep all; got {keep}")
             for name, value in side_files.items():
+                if name != os.path.basename(name) or name.startswith("."):
+                    raise CheckpointError(f"{name!r} cannot be the name of a file beside the checkpoint's own")
                 check_plain(value, name)
             return planner.create_local_plan()
 
@@ -72,7 +79,7 @@ def write_checkpoint(
         def finish(parts: list[_Part]) -> list[None]:
             writer.finish(planner.metadata, [results for results, _ in parts])
             files = {name: record for _, records in parts for name, record in records.items()}
-            manifest = Manifest.of(facts, files | writer.fs.records, time.time_ns())
+            manifest = Manifest.of(as_json(facts), files | writer.fs.records, time.time_ns())
             manifest.write(directory, writer.fs)
             commit(directory, target)
             return [None] * len(parts)

@@ -1,0 +1,184 @@
+"""torch.distributed.checkpoint on the model and the optimizers as they are, as torch's own documentation has it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from state_cases import TIERS, Run, assert_alike, whole_state
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from training import prepare_all
+from worker_pool import RunOnRanks
+
+import zeroopt
+
+NAMES = ["adamw_amsgrad", "rmsprop_centered", "lars", "sgd_momentum"]
+
+
+class AppState(Stateful):
+    """As in torch's tutorial."""
+
+    def __init__(self, run: Run, **options: Any) -> None:
+        self.run, self.options = run, StateDictOptions(**options)
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.run.model, self.run.optimizer, options=self.options)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        set_state_dict(
+            self.run.model,
+            self.run.optimizer,
+            model_state_dict=state_dict["model"],
+            optim_state_dict=state_dict["optimizer"],
+            options=self.options,
+        )
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"cpu_offload": True}, {"flatten_optimizer_state_dict": True}]
+
+
+def save_apps(path: str, layout: dict[str, Any], steps: int) -> dict[str, Any]:
+    result = {}
+    for name in NAMES:
+        for number, options in enumerate(OPTIONS):
+            run = Run(name, layout, unused=False)
+            run.train(steps, same=True)
+            dcp.save({"app": AppState(run, **options)}, checkpoint_id=f"{path}/{name}-{number}")
+            result[f"{name}-{number}"] = run.params(), whole_state(run.optimizer)
+    return result
+
+
+def load_apps(path: str, layout: dict[str, Any], steps: int) -> dict[str, Any]:
+    result = {}
+    for name in NAMES:
+        for number, options in enumerate(OPTIONS):
+            run = Run(name, layout, unused=False)
+            run.train(steps)
+            dcp.load({"app": AppState(run, **options)}, checkpoint_id=f"{path}/{name}-{number}")
+            result[f"{name}-{number}"] = run.params(), whole_state(run.optimizer)
+    return result
+
+
+LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
+    (3, {"stage": 2, "bucket_mb": 0.001}, 3),
+    (2, {"stage": 0}, 3),
+    (1, {"stage": 1}, 0),
+]
+
+
+def test_an_app_state_goes_anywhere(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    size, layout, steps = LAYOUTS[0]
+    saved = run_on_ranks(size, save_apps, str(tmp_path), layout, steps)[0]
+    for size, layout, steps in [*LAYOUTS, (4, {"stage": 2}, 0)]:
+        for loaded in run_on_ranks(size, load_apps, str(tmp_path), layout, steps):
+            assert_alike(saved, loaded)
+
+
+def in_place(path: str, layouts: list[dict[str, Any]], steps: int) -> None:
+    """`optimizer.state_dict()` as it is, filled where it stands."""
+    for number, layout in enumerate(layouts):
+        for tier in ({}, TIERS["master"], TIERS["remainder"], TIERS["int8"]):
+            run = Run("adamw", {**layout, **tier}, unused=False)
+            run.train(3, same=True)
+            where = f"{path}/{number}-{'-'.join(map(str, tier.values()))}"
+            dcp.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, checkpoint_id=where)
+            other = Run("adamw", {**layout, **tier, "bucket_mb": 0.003}, unused=False)
+            other.train(steps)
+            state = {"model": other.model.state_dict(), "optimizer": other.optimizer.state_dict()}
+            dcp.load(state, checkpoint_id=where)
+            other.model.load_state_dict(state["model"])
+            other.optimizer.load_state_dict(state["optimizer"])
+            assert_alike(run.params(), other.params())
+            assert_alike(whole_state(run.optimizer)["state"], whole_state(other.optimizer)["state"])
+
+
+def asynchronous(path: str) -> None:
+    """What is trained while it is being written does not matter."""
+    run = Run("adamw", {"stage": 2, "bucket_mb": 0.001}, unused=False)
+    run.train(3)
+    expected = run.params(), whole_state(run.optimizer)
+    saving = dcp.async_save({"app": AppState(run)}, checkpoint_id=path)
+    run.train(2)
+    saving.result()
+    other = Run("adamw", {"stage": 1}, unused=False)
+    dcp.load({"app": AppState(other)}, checkpoint_id=path)
+    assert_alike(expected, (other.params(), whole_state(other.optimizer)))
+
+
+def full_state() -> None:
+    """Whole tensors are gathered by other means; loading them works, from each rank or from rank 0 alone."""
+    run = Run("adamw", {"stage": 2, "bucket_mb": 0.001}, unused=False)
+    run.train(3)
+    for cpu_offload in (False, True):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
+        with pytest.raises(zeroopt.NotSupportedError, match=r"consolidate_state_dict\(\) on all ranks"):
+            get_optimizer_state_dict(run.model, run.optimizer, options=options)
+    assert_alike(
+        dict(run.model.state_dict()), get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True))
+    )
+    plain = Run("adamw", None, unused=False)
+    plain.train(3)
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer = get_state_dict(plain.model, plain.optimizer, options=options)
+    for broadcast in (False, True):
+        for stage in (0, 2):
+            other = Run("adamw", {"stage": stage, "bucket_mb": 0.001}, unused=False)
+            other.train(1)
+            mine = {} if broadcast and dist.get_rank() else copy.deepcopy(optimizer)
+            set_model_state_dict(other.model, copy.deepcopy(model))
+            load = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+            set_optimizer_state_dict(other.model, other.optimizer, mine, options=load)
+            assert_alike(plain.params(), other.params())
+            assert_alike(plain.optimizer.state_dict()["state"], whole_state(other.optimizer)["state"])
+
+
+def two_optimizers(path: str) -> None:
+    torch.manual_seed(0)
+
+    def build(stage: int) -> tuple[nn.Module, list[Any]]:
+        net = nn.Sequential(nn.Linear(33, 17), nn.Linear(17, 5))
+        momentum = torch.optim.SGD(net[1].parameters(), lr=0.1, momentum=0.9)
+        return prepare_all(net, [torch.optim.AdamW(net[0].parameters()), momentum], {"stage": stage})
+
+    for options in OPTIONS:
+        where = path + "-".join(options)
+        model, optimizers = build(2)
+        for _ in range(2):
+            model(torch.ones(2, 33)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        state = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(**options))
+        dcp.save({"optimizer": state}, checkpoint_id=where)
+        other, others = build(1)
+        state = get_optimizer_state_dict(other, others, options=StateDictOptions(**options))
+        dcp.load({"optimizer": state}, checkpoint_id=where)
+        set_optimizer_state_dict(other, others, state, options=StateDictOptions(**options))
+        for one, two in zip(optimizers, others, strict=True):
+            assert_alike(whole_state(one), whole_state(two))
+
+
+def test_state_dicts_in_place(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(3, in_place, str(tmp_path), [{"stage": 2, "bucket_mb": 0.001}, {"stage": 0}], 3)
+
+
+def test_other_ways(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(3, full_state)
+    run_on_ranks(3, two_optimizers, str(tmp_path / "two"))
+    run_on_ranks(3, asynchronous, str(tmp_path / "async"))

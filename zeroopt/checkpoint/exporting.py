@@ -1,0 +1,93 @@
+"""A checkpoint as one file of torch.save, for plain torch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ..errors import CheckpointError
+from .files import sync_directory
+from .reading import Checkpoint
+from .torch_file import write_torch_file
+
+
+def export(checkpoint: Checkpoint, to: str | os.PathLike[str]) -> None:
+    """Write the whole of a checkpoint into one file, for torch.load(weights_only=True).
+
+    It holds a dict: "model", "optimizer" and what else the checkpoint has. The optimizer's part is what the load_state_dict of
+    torch's optimizers takes: parameters by number. One tensor is in memory at a time, and what is read of it. Not collective.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, the file exists, or it cannot be written. Nothing is left of it then.
+    """
+    target = Path(os.path.realpath(to))
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists already. Choose another name, or remove it")
+    if target.parent == checkpoint.path.resolve():
+        raise CheckpointError(
+            f"{target} would be in the checkpoint, where no other files may be. Choose another directory"
+        )
+    checkpoint.verify(None)
+    keys: dict[int, str] = {}
+    content = _skeleton(checkpoint, keys)
+
+    def fill(tensor: Tensor) -> Tensor:
+        filled = torch.empty_like(tensor)
+        checkpoint.read({keys[id(tensor)]: filled})
+        return filled
+
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with aside.open("xb") as file:
+            write_torch_file(file, content, fill)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _skeleton(checkpoint: Checkpoint, keys: dict[int, str]) -> dict[str, Any]:
+    """All values in their dicts and lists, with empty tensors, whose flat keys are noted by their ids."""
+    entries = checkpoint.metadata.state_dict_metadata
+    flat = checkpoint.read({key: None for key in entries if not checkpoint.is_tensor(key)})
+    for key, entry in entries.items():
+        if isinstance(entry, TensorStorageMetadata):
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            keys[id(flat[key])] = key
+    paths = checkpoint.metadata.planner_data or {}
+    nested = unflatten_state_dict(flat, {key: paths.get(key, (key,)) for key in flat})
+    if "optimizer" in nested:
+        nested["optimizer"] = by_number(nested["optimizer"])
+    return nested
+
+
+def by_number(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with parameters by number, in the order of the param_groups, as torch's optimizers have it.
+
+    Raises:
+        CheckpointError: the param_groups do not name all parameters.
+    """
+    groups = optimizer.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group.get("params"), list) for group in groups):
+        raise CheckpointError("the optimizer has no param_groups that name its parameters, so these have no order")
+    names = [name for group in groups for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    states = optimizer.get("state", {})
+    if unknown := sorted(states.keys() - numbers.keys()):
+        raise CheckpointError(f"there is optimizer state of {unknown[0]!r}, which is in none of the param_groups")
+    return {
+        "state": {numbers[name]: states[name] for name in names if name in states},
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
