@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +17,16 @@ aten = torch.ops.aten
 _COPIES = {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.lift_fresh.default}
 
 
-class ShardTensor(Tensor):
+def _protocol() -> tuple[type, ...]:
+    """torch 2.4 knows what torch.distributed.checkpoint understands by a base class, later ones by the names of methods."""
+    if find_spec("torch.distributed._checkpointable") is not None:
+        return ()
+    from torch.distributed.checkpoint import planner
+
+    return (vars(planner)["_Checkpointable"],)
+
+
+class ShardTensor(Tensor, *_protocol()):  # type: ignore[misc]
     """A range of the elements of a tensor that several ranks hold together.
 
     It has the shape of the whole, and is understood by torch.distributed.checkpoint, which saves each rank's part as boxes
@@ -139,6 +149,17 @@ class ShardTensor(Tensor):
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         return next(self.view_of(box) for box in self.boxes if box.offsets == tuple(index.offset))
+
+    # The same under torch 2.4's names.
+
+    def _create_write_items(self, fqn: str, tensor: object) -> list[Any]:
+        return self.__create_write_items__(fqn, tensor)
+
+    def _create_chunk_list(self, tensor: object) -> list[Any]:
+        return self.__create_chunk_list__()
+
+    def _get_tensor_shard(self, tensor: object, index: Any) -> Tensor:
+        return self.__get_tensor_shard__(index)
 
 
 class OwnTensor(ShardTensor):
