@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from state_cases import TIERS, Run, assert_alike, whole_state
 from torch import nn
