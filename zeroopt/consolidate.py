@@ -96,9 +96,7 @@ def _split(entry: ParamState, *, has_step: bool) -> tuple[ParamState, ParamState
     kept: ParamState = {}
     beyond: ParamState = {}
     for name, value in entry.items():
-        is_beyond = (
-            name in MASTER_NAMES.values() or name.endswith(ops.SCALE_SUFFIX) or (name == "step" and not has_step)
-        )
+        is_beyond = name in MASTER_NAMES.values() or name in ops.SCALES or (name == "step" and not has_step)
         (beyond if is_beyond else kept)[name] = value
     return kept, beyond
 
@@ -175,7 +173,7 @@ class _Entry:
         """Describe a segment's state, its moments as float32 whatever they are stored in."""
         arrays: list[_Array] = []
         pieces: list[Tensor] = []
-        scales = {name: value for name, value in entry.items() if name.endswith(ops.SCALE_SUFFIX)}
+        scales = {name: value for name, value in entry.items() if name in ops.SCALES}
         skeleton = {
             name: map_tensors(value, partial(_take_out, name, segment, arrays, pieces))
             for name, value in {**decoded(entry), **scales}.items()

@@ -34,7 +34,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def block_of(name: str) -> int:
     """Elements of the parameter for which a state tensor of that name has one."""
-    return ops.QUANT_BLOCK if name.endswith(ops.SCALE_SUFFIX) else 1
+    return ops.QUANT_BLOCK if name in ops.SCALES else 1
 
 
 def is_array(name: str, value: Any, segment: Segment) -> bool:

@@ -17,7 +17,12 @@ from .shard_tensor import ShardTensor
 def is_coded(name: str, entry: Mapping[str, Any]) -> bool:
     """Whether an entry has an array of that name as 8-bit codes."""
     value = entry.get(name)
-    return isinstance(value, Tensor) and not value.is_floating_point() and name + ops.SCALE_SUFFIX in entry
+    return (
+        name in ops.MOMENTS
+        and isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and name + ops.SCALE_SUFFIX in entry
+    )
 
 
 def decode(codes: Tensor, scales: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
@@ -40,7 +45,7 @@ def decoded(entry: Mapping[str, Any]) -> ParamState:
     for name, value in entry.items():
         if is_coded(name, entry):
             plain[name] = _decode_like(value, entry[name + ops.SCALE_SUFFIX])
-        elif not name.endswith(ops.SCALE_SUFFIX) or name.removesuffix(ops.SCALE_SUFFIX) not in entry:
+        elif name not in ops.SCALES or name.removesuffix(ops.SCALE_SUFFIX) not in entry:
             plain[name] = value
     return plain
 

@@ -58,6 +58,9 @@ def state_contents(optimizer: ZeroOptimizer) -> dict[str, Any]:
         entry = state.get(segment.shard)
         if entry is not None:
             contents[clean_name(segment.owner.name)] = dict(_entry_contents(entry, segment, part))
+    if optimizer.sharding.transport.rank == 0:
+        names = optimizer.names()
+        contents |= {clean_name(names[p]): entry for p, entry in optimizer.state_dicts.idle_state().items()}
     return contents
 
 

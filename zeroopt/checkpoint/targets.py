@@ -198,17 +198,21 @@ class StateTarget:
 
 
 def state_target(optimizer: ZeroOptimizer, names: Names) -> StateTarget:
-    """An optimizer's part of the state."""
+    """An optimizer's part of the state, and that of parameters that no rank steps."""
     target = StateTarget()
-    segments = {s.owner.position: s for bucket in optimizer.state_dicts.buckets for s in bucket.segments}
-    state_dtype = optimizer.state_dicts.precision.state_dtype
-    by_position = not any(True for name in optimizer.names().values() for _ in names.below("state", clean_name(name)))
-    for position, segment in segments.items():
-        known_as = str(position) if by_position else clean_name(segment.owner.name)
+    dicts, known = optimizer.state_dicts, optimizer.names()
+    segments = {s.owner.position: s for bucket in dicts.buckets for s in bucket.segments}
+    state_dtype = dicts.precision.state_dtype
+    by_position = not any(True for name in known.values() for _ in names.below("state", clean_name(name)))
+    for position in (*segments, *dicts.idle_params()):
+        segment = segments.get(position)
+        known_as = str(position) if by_position else clean_name(known[position])
         for key, name in names.below("state", known_as):
-            if name.endswith(ops.SCALE_SUFFIX) and state_dtype is not torch.int8:
+            if name in ops.SCALES and state_dtype is not torch.int8:
                 continue
-            target.entries[key] = _state_memory(name, names.tensor(key), segment)
+            target.entries[key] = (
+                names.memory(key) if segment is None else _state_memory(name, names.tensor(key), segment)
+            )
             target.places.setdefault(position, {})[key] = names.path(key, name)
     return target
 

@@ -11,11 +11,13 @@ from .move import copy, pack, pack_segments, reduce
 from .quantize import dequantize, encode_again, quantize
 from .segments import SegmentArrays, SegmentTable
 from .steps import StepControl, adagrad, adamw, lamb, lion, sgd, squared_norms
-from .storage import QUANT_BLOCK, SCALE_SUFFIX, Storage, num_blocks
+from .storage import MOMENTS, QUANT_BLOCK, SCALE_SUFFIX, SCALES, Storage, num_blocks
 
 __all__ = [
     "DTYPE_CODES",
+    "MOMENTS",
     "QUANT_BLOCK",
+    "SCALES",
     "SCALE_SUFFIX",
     "SegmentArrays",
     "SegmentTable",
