@@ -41,17 +41,17 @@ def test_entries_lose_codes_and_nothing_else() -> None:
         "step": step,
         "exp_avg": transposed,
         "exp_avg_scale": scales,
-        "shard": ShardTensor(layout, 512, codes),
-        "shard_scale": ShardTensor(FlatLayout.of([5], [1]), 2, scales),
+        "exp_avg_sq": ShardTensor(layout, 512, codes),
+        "exp_avg_sq_scale": ShardTensor(FlatLayout.of([5], [1]), 2, scales),
         "my_scale": other,  # an optimizer's own
     }
-    assert is_coded("exp_avg", entry) and is_coded("shard", entry)
+    assert is_coded("exp_avg", entry) and is_coded("exp_avg_sq", entry)
     assert not any(is_coded(name, entry) for name in ("step", "my", "my_scale", "exp_avg_scale", "no such"))
     plain = decoded(entry)
-    assert list(plain) == ["step", "exp_avg", "shard", "my_scale"]
+    assert list(plain) == ["step", "exp_avg", "exp_avg_sq", "my_scale"]
     assert plain["step"] is step and plain["my_scale"] is other
     assert torch.equal(plain["exp_avg"], values.view(20, 30).t()) and plain["exp_avg"].stride() == (1, 30)
-    shard = plain["shard"]
+    shard = plain["exp_avg_sq"]
     assert isinstance(shard, ShardTensor) and (shard.start, shard.shape) == (512, (2, 600))
     assert torch.equal(shard.local, values)
 
