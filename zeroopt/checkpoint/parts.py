@@ -20,7 +20,7 @@ class Part:
 
     Attributes:
         first_rank: in the job, of its process group.
-        names: of its parameters.
+        names: of all that its state dict has.
         is_shared: whether other groups hold other elements of the same parameters (DTensors).
         param_groups: of its optimizers, one after the other, with names of parameters.
         facts: for each of its optimizers.
@@ -35,7 +35,7 @@ class Part:
 
 def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) -> Part:
     """The part of this rank's process group, of which it is the first."""
-    names = [clean_name(name) for name, _ in model.module.named_parameters()]
+    names = [clean_name(name) for name in model.module.state_dict()]
     facts = [
         {
             "first_param": first_param(one),
@@ -66,7 +66,7 @@ def join_parts(parts: Sequence[Part]) -> list[Part]:
     """The parts of different parameters.
 
     Raises:
-        CheckpointError: several have parameters of the same name.
+        CheckpointError: several have something of the same name.
     """
     joined: list[Part] = []
     owner: dict[str, Part] = {}
@@ -78,7 +78,7 @@ def join_parts(parts: Sequence[Part]) -> list[Part]:
             if name in owner:
                 raise CheckpointError(
                     f"the groups of ranks that begin with rank {owner[name].first_rank} and with rank {part.first_rank} both have "
-                    f"a parameter {name!r}: give the stages of a pipeline modules of different names, and save replicas that "
+                    f"{name!r}: give the stages of a pipeline modules of different names, and save replicas that "
                     "train alone, or other models, with their own process_group and to paths of their own"
                 )
             owner[name] = part
