@@ -137,10 +137,17 @@ class _PartWriter(FileSystemWriter):
 def _write_item(item: WriteItem, planner: SavePlanner, stream: Any) -> None:
     value = planner.resolve_data(item)
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        if value.untyped_storage().nbytes() != value.nbytes:
-            value = value.clone()
-        torch.save(value, stream)
+        torch.save(_alone(value.detach().cpu()), stream)
     else:
         stream.write(value.getbuffer())
     stream.check()
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """The same elements as all of a storage, for torch.save writes whole storages: where they lie, or a copy with gaps closed."""
+    if value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    if value.numel() == 0 or not value.is_contiguous():
+        return value.clone()
+    memory = value.view(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(memory, dtype=value.dtype).view(value.shape)
