@@ -519,6 +519,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             order, and tensors of the parameters' shapes, on the CPU. It loads into that, and here at any world size. 8-bit
             moments are float32 in it. Where there is more to keep (what completes 16-bit parameters, the scales of
             8-bit moments, step counts for stochastic rounding), that is under a further key, "zeroopt", which torch ignores.
+            It stays in memory until the next step or load.
 
         Raises:
             StateError: the state has not been gathered since the last step or load, or went to another rank.
