@@ -19,6 +19,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt import audit
+from zeroopt.shard_tensor import ShardTensor
 
 ODD_RANK = 1
 ODD_PARAM = "layers.2.weight"
@@ -215,11 +216,16 @@ def spoil(net: nn.Module, name: str, value: float) -> None:
     handle = param.register_hook(change)
 
 
+def own(value: Tensor) -> Tensor:
+    """What a rank has of a tensor in its state dict."""
+    return value.local if isinstance(value, ShardTensor) else value
+
+
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Of two state dicts of an optimizer of this rank."""
     same = one["state"].keys() == other["state"].keys()
     return same and all(
-        torch.equal(value, other["state"][index][name])
+        torch.equal(own(value), own(other["state"][index][name]))
         for index, entry in one["state"].items()
         for name, value in entry.items()
         if isinstance(value, Tensor)

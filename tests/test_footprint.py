@@ -36,7 +36,7 @@ def counted(variants: list[dict[str, Any]]) -> list[tuple[Footprint, int]]:
         )
         model(torch.randn(2, WIDTH, dtype=options.get("param_dtype"))).float().sum().backward()
         optimizer.step()
-        state = optimizer.state_dict()["state"].values()
+        state = optimizer.state.values()
         names = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"}
         results.append((held, sum(v.nbytes for entry in state for name, v in entry.items() if name in names)))
     return results

@@ -16,6 +16,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.precision import round_master
+from zeroopt.shard_tensor import ShardTensor
 
 BF16, FP16, INF = torch.bfloat16, torch.float16, float("inf")
 STAGES = (0, 1, 2)
@@ -348,8 +349,9 @@ def gather_parameters(stage: int, options: dict[str, Any]) -> list[list[Tensor]]
     for i, whole in enumerate(history[-1]):  # what this rank saves of a float32 master is a piece of it
         entry = saved["state"].get(i, {})
         if "master_param" in entry:
-            first, last = saved["zeroopt"]["ranges"][i]
-            assert torch.equal(whole.view(-1)[first:last], entry["master_param"])
+            piece = entry["master_param"]
+            first, last = (piece.start, piece.stop) if isinstance(piece, ShardTensor) else (0, whole.numel())
+            assert torch.equal(whole.view(-1)[first:last], getattr(piece, "local", piece).view(-1))
     with torch.no_grad():
         net.embed.weight.fill_(0.3)
     history.append(gather())
