@@ -318,7 +318,7 @@ def wrap_as_one_of_many(world_size: int) -> tuple[int, list[float]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return sum(s["exp_avg"].numel() for s in optimizer.state.values()), losses
+    return sum(s["exp_avg"].numel() for s in optimizer.state.values() if s), losses
 
 
 def test_one_rank_of_ten_thousand(run_on_ranks: RunOnRanks) -> None:
