@@ -18,7 +18,8 @@ from torch import Tensor
 from . import ops
 from .bucket import MASTER_NAMES, ManagedParam, ParamState, Segment
 from .collectives import named_failures
-from .shard_state import block_of, is_array, map_tensors
+from .local_tensor import local_of
+from .shard_state import block_of, is_array, map_leaves, map_tensors
 from .state_tiers import decoded
 
 _WHAT = "consolidating optimizer state"  # for messages
@@ -130,7 +131,7 @@ class _Array:
         if self.start is None:
             whole.copy_(piece)
             return
-        local = getattr(whole, "_local_tensor", whole)
+        local = local_of(whole)
         local.as_strided((local.numel(),), (1,))[self.start : self.start + piece.numel()].copy_(piece)
 
 
@@ -143,22 +144,17 @@ class _Described:
 
     def rebuild(self, array: Callable[[int], Tensor]) -> ParamState:
         """The entry with other arrays."""
-        return {name: _replace(value, array) for name, value in self.skeleton.items()}
+        entry: ParamState = map_leaves(
+            self.skeleton, lambda _, leaf: array(leaf.value) if isinstance(leaf, _Number) else leaf
+        )
+        return entry
 
 
 @dataclass(frozen=True)
 class _Number:
+    """Stands for an array in a described entry."""
+
     value: int
-
-
-def _replace(value: Any, array: Callable[[int], Tensor]) -> Any:
-    if isinstance(value, _Number):
-        return array(value.value)
-    if isinstance(value, dict):
-        return {name: _replace(part, array) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replace(part, array) for part in value)
-    return value
 
 
 @dataclass(frozen=True)

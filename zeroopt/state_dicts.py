@@ -154,8 +154,8 @@ class StateDicts:
             raise StateError("expected a state dict, or those of all ranks of a run; got an empty sequence")
         return LoadedState(saved.finish(of_all_ranks=of_all_ranks), groups, layout)
 
-    def adopt(self, loaded: LoadedState) -> bool:
-        """Let loaded state be the optimizer's. Returns whether parameters were written too, which then have to be gathered."""
+    def adopt(self, loaded: LoadedState) -> None:
+        """Let loaded state be the optimizer's. Where it `crosses_tiers`, this writes parameters too, which have to be gathered."""
         state = self._inner.state
         completed = self._complete(loaded.state)
         for segment in self._segments():
@@ -172,7 +172,6 @@ class StateDicts:
         self._stepper.adopt_state()
         for group, saved in zip(self._inner.param_groups, loaded.groups, strict=True):
             group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
-        return bool(completed)
 
     def take_in_state(self) -> None:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
