@@ -79,7 +79,7 @@ READ_ALL = "import mmap; pages = mmap.mmap({fd}, 0); sum(pages[::4096]); print('
 
 def test_memory_counts_a_shared_page_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    held_bytes = importlib.import_module("bench.memory").held_bytes
+    held_bytes = importlib.import_module("bench.watch").held_bytes
     num_bytes, slack = 64 * 2**20, 4 * 2**20
     with open(os.memfd_create("shared"), "r+b") as file:
         file.truncate(num_bytes)
