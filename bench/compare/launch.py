@@ -62,11 +62,12 @@ def run_method(job: Job, interval_s: float, timeout_s: float) -> Run:
 
 
 def reason_in(output: BinaryIO) -> str:
-    """The first error that ranks have printed, which mostly explains the others; else their last line."""
+    """The first error that ranks have printed, which mostly explains the others; else how the first of them ended."""
     output.seek(0)
     lines = output.read().decode(errors="replace").splitlines()
-    errors = [match[1] for match in map(ERROR.match, lines) if match]
-    return [*errors, *reversed(lines), "failed without a word"][0]
+    errors = [match[1] for match in map(ERROR.match, lines) if match and "ChildFailedError" not in match[1]]
+    ends = [line.strip() for line in lines if line.strip().startswith("exitcode")]
+    return [*errors, *ends, *reversed(lines), "failed without a word"][0]
 
 
 def read_figures(path: Path) -> list[Figures]:

@@ -44,13 +44,16 @@ def title_of(comparison: Comparison) -> str:
 
 
 def cells_of(comparison: Comparison) -> list[list[str]]:
-    """The name of each method, and what stands below `HEADINGS`; a row that has no figures says why in its second cell."""
+    """The name of each method, and what stands below `HEADINGS`; a row without figures says why in its name."""
     baseline = next((row for row in comparison.rows if row.method == DDP), None)
     limit = comparison.limit
     cells = [] if limit is None else [["(limit)", f"{1e3 * limit.step_s:.1f}", *limit_cells(comparison, baseline)]]
     for row in comparison.rows:
+        if row.problem is not None:
+            cells.append([f"{row.method}: {row.problem}"])
+            continue
         name = row.method if row.wrong is None else f"WRONG: {row.method} ({row.wrong})"
-        cells.append([name, row.problem] if row.problem is not None else [name, *figures_of(row, baseline, comparison)])
+        cells.append([name, *figures_of(row, baseline, comparison)])
     return cells
 
 
@@ -102,7 +105,7 @@ def number(value: float | None, digits: int, unit: float = 1) -> str:
 
 def make_table(comparison: Comparison) -> Table:
     table = Table(title=title_of(comparison), caption=CAPTION, box=box.SIMPLE)
-    table.add_column("method")
+    table.add_column("method", min_width=max(len(row.method) for row in comparison.rows))
     for heading in HEADINGS:
         table.add_column(heading.replace(" + ", " +\n"), justify="right", no_wrap=True)
     for name, *cells in cells_of(comparison):
