@@ -159,7 +159,7 @@ def test_compare_refuses_unknown_names() -> None:
 @pytest.fixture
 def compare_modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(ROOT))
-    names = ("launch", "methods", "network", "rank", "setting", "summary")
+    names = ("budget", "launch", "methods", "network", "rank", "setting", "summary")
     return {name: importlib.import_module(f"bench.compare.{name}") for name in names}
 
 
@@ -235,3 +235,20 @@ def test_compare_fits_shapes(compare_modules: dict[str, Any], model: str, parame
     layers, width = setting.shape_of(model, vocabulary)
     whole = setting.Setting(layers, width, vocabulary, 128, 1, "float32", None, 2, 1, "cpu")
     assert whole.parameters == pytest.approx(parameters, rel=0.15)
+
+
+def test_largest_by_bisection(compare_modules: dict[str, Any]) -> None:
+    last_that = compare_modules["budget"].last_that
+    for largest in range(13):
+        assert last_that(lambda layers, largest=largest: layers <= largest, 3) == min(largest, 12)
+
+
+def test_largest_in_a_budget(tmp_path: Path) -> None:
+    path = tmp_path / "largest.json"
+    shape = ("--width=64", "--vocabulary=64", "--tokens=8")
+    methods = ("--methods", "DDP, bucket views", "remainders")
+    outcome = run_bench("compare.budget", "--budget-mb=0.001", *shape, *methods, f"--out={path}")
+    assert outcome.returncode == 0, outcome.stderr
+    ddp, refused = json.loads(path.read_text())["largest"]
+    assert (ddp["layers"], ddp["parameters"], list(ddp["tried"])) == (0, 0, ["1"])
+    assert refused["problem"] == "needs --precision bfloat16"

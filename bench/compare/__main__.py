@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.compare.methods import METHODS
 from bench.compare.results import render, write_runs
-from bench.compare.rounds import Effort, run_rounds
+from bench.compare.rounds import Effort, chosen_methods, run_rounds
 from bench.compare.setting import PRECISIONS, SHAPES, Setting, shape_of
 from bench.compare.summary import summarize
 
@@ -59,11 +59,6 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 def shape_in(model: str, args: argparse.Namespace) -> tuple[int, int]:
     layers, width = shape_of(model, args.vocabulary)
     return args.layers or layers, args.width or width
-
-
-def chosen_methods(parts: list[str]) -> list[str]:
-    """Those whose name contains one of these."""
-    return [name for name in METHODS if any(part.lower() in name.lower() for part in parts)]
 
 
 def parse_arguments() -> argparse.Namespace:
