@@ -102,6 +102,16 @@ class Loop:
     def run(self, steps: int) -> list[Clock]:
         return [self.step() for _ in range(steps)]
 
+    def run_to_the_end(self, steps: int) -> None:
+        """Some steps and the forward after them, which waits for whatever is still on its way.
+
+        A message that is received after a profiler has stopped would write into what the profiler has freed.
+        """
+        self.run(steps)
+        with torch.no_grad(), record_function("forward"):
+            self.training.forward(*self.batches[0][0])
+        dist.barrier()
+
     def step(self) -> Clock:
         clock = make_clock(self.device)
         clock.mark()
@@ -174,7 +184,7 @@ def measure(job: Job, method: Method, device: torch.device, peak: Peak, figures:
     cpu_s = time.process_time() - cpu_before
     dist.barrier()
     sent_after = sent_bytes()
-    ranges = trace(lambda: loop.run(PROFILED_STEPS)) if job.timeline else []
+    ranges = trace(lambda: loop.run_to_the_end(PROFILED_STEPS)) if job.timeline else []
     share = max(1, job.setting.parameters // dist.get_world_size())
     return Figures(
         wrap_s=wrapping.seconds()[0],
