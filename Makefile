@@ -10,15 +10,27 @@ CPP_FILES := $(shell find csrc tests/cuda_on_cpu -name "*.h" -o -name "*.cpp" -o
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo bench bench-smoke test lint format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
 venv: $(READY) ## Build the package and install it with its tools into .venv
 
 demo: $(READY) ## Train a GPT with DDP and with zeroopt, and compare (about 3 minutes)
 	$(VENV)/bin/python -m bench.demo
+
+bench: $(READY) ## Compare with DDP, FSDP, ZeroRedundancyOptimizer and what else is installed (needs an idle machine)
+	$(VENV)/bin/python -m bench.compare
+
+bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 3 minutes)
+	$(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke/results.json
+	$(VENV)/bin/python -m bench.report runs/smoke/results.json
+	$(VENV)/bin/python -m bench.compare.budget --budget-mb 2 --width 64 --vocabulary 64 --tokens 8 --methods "DDP, bucket"
+	$(VENV)/bin/python -m bench.steps --layers 1 --width 64 --tokens 16 --rounds 1 --steps 1
+	$(VENV)/bin/python -m bench.memory --layers 1 --width 64 --tokens 16 --steps 1 --methods DDP "stage 2"
+	$(VENV)/bin/python -m bench.collectives --mb 1 --turns 1
+	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
 
 test: $(READY) ## Run the tests
 	$(VENV)/bin/python -m pytest tests --timeout=$(TEST_TIMEOUT) --durations=5

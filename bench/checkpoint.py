@@ -48,9 +48,9 @@ from torch import Tensor, nn
 import zeroopt
 from bench.checkpoint_methods import METHODS, Method
 from bench.launch import exit_unless_zero, running_ranks, write_figures, write_report
-from bench.memory import wait_to_be_watched, watch
 from bench.model import make_model
 from bench.steps import VOCABULARY
+from bench.watch import Moments, wait_to_be_watched, watch
 
 FILES_ALONE = "(the files alone)"
 BYTES_A_PARAMETER = 12  # itself and two moments
@@ -58,7 +58,6 @@ BLOCK_BYTES = 1 << 20
 TINY = {"vocabulary": 64, "tokens": 16, "layers": 1, "width": 64}
 
 
-Moment = tuple[float, list[int]]
 """When, and bytes that each rank then had of its own."""
 
 
@@ -89,7 +88,7 @@ class Effort:
         """Until the call had returned on the last rank."""
         return max(self.returned) - min(self.begin)
 
-    def take_peaks(self, moments: list[Moment]) -> None:
+    def take_peaks(self, moments: Moments) -> None:
         for rank, (begin, end, before) in enumerate(zip(self.begin, self.end, self.before, strict=True)):
             held = [held[rank] for moment, held in moments if begin <= moment <= end]
             self.peak.append(max([before, *held]) - before)

@@ -9,25 +9,36 @@ import os
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from bench.machine import describe_machine
 
 Torchrun = subprocess.Popen[bytes]
 
 
+class Ranks(Protocol):
+    """How many, and with how many threads each."""
+
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+
+
 @contextmanager
-def running_ranks(module: str, options: Sequence[str], args: Namespace, figures: Path) -> Iterator[Torchrun]:
-    """Ranks at work, as many and with as many threads as `args` says. Waits for them in the end."""
+def running_ranks(
+    module: str, options: Sequence[str], ranks: Ranks, figures: Path, output: IO[bytes] | None = None
+) -> Iterator[Torchrun]:
+    """Ranks at work. Waits for them in the end. What they print goes to `output`, or where this process prints."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks.world_size}"),
         *("-m", module, *options, f"--figures={figures}"),
     ]
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}) as torchrun:
+    environment = os.environ | {"OMP_NUM_THREADS": str(ranks.threads)}
+    with subprocess.Popen(command, env=environment, stdout=output, stderr=output) as torchrun:
         try:
             yield torchrun
         except BaseException:
@@ -35,11 +46,11 @@ def running_ranks(module: str, options: Sequence[str], args: Namespace, figures:
             raise
 
 
-def run_ranks(module: str, options: Sequence[str], args: Namespace) -> Any:
+def run_ranks(module: str, options: Sequence[str], ranks: Ranks) -> Any:
     """What rank 0 has measured. Exits with torchrun's status when a rank fails; torchrun has then said why."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
-        with running_ranks(module, options, args, figures) as torchrun:
+        with running_ranks(module, options, ranks, figures) as torchrun:
             exit_unless_zero(torchrun.wait())
         return json.loads(figures.read_text())
 

@@ -18,14 +18,12 @@ communication and optimizer state, so it holds parameters, gradients and activat
 import argparse
 import gc
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bench.launch import Torchrun, exit_unless_zero, running_ranks, write_figures, write_report
+from bench.launch import exit_unless_zero, running_ranks, write_figures, write_report
 from bench.model import make_model
 from bench.steps import VOCABULARY, Wrapped, alone, ddp, zero
+from bench.watch import above_first, held_bytes, wait_to_be_watched, watch
 
 
 def adamw(net: nn.Module) -> torch.optim.Optimizer:
@@ -80,25 +79,6 @@ def train(wrap: Callable[[nn.Module], Wrapped], net: nn.Module, vocabulary: int,
     dist.barrier()
 
 
-def wait_to_be_watched(figures: Path) -> None:
-    """Tell the watching process who the ranks are, and return when it has seen what they hold so far."""
-    pids: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(pids, os.getpid())
-    if dist.get_rank() == 0:
-        write_figures(pids, pids_beside(figures))
-        while not watched_beside(figures).exists():
-            time.sleep(0.01)
-    dist.barrier()
-
-
-def pids_beside(figures: Path) -> Path:
-    return figures.with_name("pids.json")
-
-
-def watched_beside(figures: Path) -> Path:
-    return figures.with_name("watched")
-
-
 @dataclass
 class Peak:
     """Bytes above those of the rehearsal.
@@ -129,10 +109,10 @@ def measure(method: str, args: argparse.Namespace) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         with running_ranks("bench.memory", options_of(method, args), args, figures) as torchrun:
-            moments = [held for _, held in watch(torchrun, figures, args.interval, held_bytes)]
+            moments = watch(torchrun, figures, args.interval, held_bytes)
             exit_unless_zero(torchrun.wait())
         parameters = json.loads(figures.read_text())["parameters"]
-    above = [[now - before for now, before in zip(held, moments[0], strict=True)] for held in moments]
+    above = above_first(moments)
     of_rank = [max(held) for held in zip(*above, strict=True)]
     return Peak(parameters, max(map(sum, above)), of_rank, len(moments))
 
@@ -141,37 +121,6 @@ def options_of(method: str, args: argparse.Namespace) -> list[str]:
     """The command line of a rank."""
     numbers = [f"--{name}={getattr(args, name)}" for name in ("steps", "threads", "layers", "width", "tokens")]
     return [*numbers, "--methods", method]
-
-
-def watch(
-    torchrun: Torchrun, figures: Path, interval_s: float, held_bytes: Callable[[int], int]
-) -> list[tuple[float, list[int]]]:
-    """When (by `time.monotonic`) each rank held how much, first before and then again and again while it trains.
-
-    Args:
-        held_bytes: by process.
-    """
-    while torchrun.poll() is None and not pids_beside(figures).exists():
-        time.sleep(interval_s)
-    if torchrun.poll() is not None:
-        return []
-    pids = json.loads(pids_beside(figures).read_text())
-    moments = [(time.monotonic(), [held_bytes(pid) for pid in pids])]
-    watched_beside(figures).touch()
-    while torchrun.poll() is None and not figures.exists():
-        try:
-            moments.append((time.monotonic(), [held_bytes(pid) for pid in pids]))
-        except OSError:  # a rank has ended: torchrun will say why
-            break
-        time.sleep(interval_s)
-    return moments
-
-
-def held_bytes(pid: int) -> int:
-    """Proportional set size of a process without mapped files."""
-    fields = {"Pss_Anon:", "Pss_Shmem:"}
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.split()[0] in fields)
 
 
 def make_table(peaks: dict[str, Peak], args: argparse.Namespace) -> Table:

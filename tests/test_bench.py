@@ -6,6 +6,7 @@ import importlib
 import json
 import mmap
 import os
+import socket
 import sys
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen, run
@@ -102,7 +103,7 @@ READ_ALL = "import mmap; pages = mmap.mmap({fd}, 0); sum(pages[::4096]); print('
 
 def test_memory_counts_a_shared_page_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    held_bytes = importlib.import_module("bench.memory").held_bytes
+    held_bytes = importlib.import_module("bench.watch").held_bytes
     num_bytes, slack = 64 * 2**20, 4 * 2**20
     with open(os.memfd_create("shared"), "r+b") as file:
         file.truncate(num_bytes)
@@ -124,3 +125,153 @@ def test_a_failing_rank_ends_the_command() -> None:
     outcome = run_bench("memory", "--width=32", "--methods=DDP")  # no heads
     assert outcome.returncode != 0
     assert "ZeroDivisionError" in outcome.stderr
+
+
+def compare_to(path: Path, *options: str) -> CompletedProcess[str]:
+    shape = ("--model=tiny", "--vocabulary=256", "--tokens=8", "--rounds=1", f"--out={path}")
+    return run_bench("compare", *shape, *options)
+
+
+def test_compare(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    names = ["no communication", "DDP, bucket views, fused AdamW", "zeroopt stage 2, share_parameters"]
+    outcome = compare_to(path, "--steps=2", "--accumulation=2", "--methods", *names)
+    assert outcome.returncode == 0, outcome.stderr
+    report = json.loads(path.read_text())
+    rows = {row["method"]: row for row in report["rows"]}
+    assert list(rows) == names
+    for row in rows.values():
+        assert row["problem"] is None
+        assert row["wrong"] is None
+        assert row["step_s"]["median"] > 0
+        assert row["pss_bytes"] > 0
+        assert row["cpu_s"] > 0
+    alone, ddp, shared = rows.values()
+    gradient_bytes = 4 * (2 * 256 * 64 + 8 * 64 + 12 * 64**2 + 6 * 64)
+    assert ddp["sent_bytes"] == pytest.approx(gradient_bytes, rel=0.1)  # 2 (N - 1)/N of them
+    assert shared["sent_bytes"] < gradient_bytes / 10
+    assert abs(alone["losses"][-1] - ddp["losses"][-1]) > 1e-2  # so the check of losses can tell
+    assert {range["name"] for range in report["runs"][1]["ranks"][0]["ranges"]} >= {"forward", "backward", "step"}
+    pictures = {"time-0.png", "memory-0.png", "timeline-0.png"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"results.json", "report.md", *pictures}
+
+    for name in pictures:
+        (tmp_path / name).unlink()
+    before = (tmp_path / "report.md").read_text()
+    outcome = run_bench("report", str(path))
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "report.md").read_text() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"results.json", "report.md", *pictures}
+
+
+def test_compare_says_what_is_missing(tmp_path: Path) -> None:
+    outcome = compare_to(tmp_path / "results.json", "--methods", "8-bit moments", "remainders", "--steps=1")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "| zeroopt stage 2, remainders: needs --precision bfloat16 |" in (tmp_path / "report.md").read_text()
+
+
+def test_compare_refuses_unknown_names() -> None:
+    outcome = run_bench("compare", "--methods=no such thing")
+    assert outcome.returncode == 2
+    assert "no method's name contains no such thing; there are: no communication; DDP" in outcome.stderr
+    outcome = run_bench("compare", "--model=huge")
+    assert outcome.returncode == 2
+    assert "expected a model among tiny, gpt-10m" in outcome.stderr
+
+
+@pytest.fixture
+def compare_modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT))
+    names = ("budget", "launch", "methods", "network", "rank", "setting", "summary")
+    return {name: importlib.import_module(f"bench.compare.{name}") for name in names}
+
+
+def made_up_run(modules: dict[str, Any], method: str, losses: list[float], step_s: float = 0.1) -> Any:
+    setting = modules["setting"].Setting(1, 64, 64, 8, 1, "float32", None, 2, 1, "cpu")
+    bandwidth = importlib.import_module("bench.compare.bandwidth").Bandwidth(optimizer=28e6, copy=4e6)
+    figures = modules["rank"].Figures(
+        wrap_s=0.5,
+        forward_backward_s=[step_s, 3 * step_s],
+        optimizer_s=[step_s, step_s],
+        cpu_s=1.0,
+        sent_bytes=100,
+        losses=losses,
+        resident_bytes=10,
+        device_bytes=None,
+        bandwidth=bandwidth if method == "no communication" else None,
+        ranges=[],
+    )
+    return modules["launch"].Run(method, setting, None, [figures, figures], together=1000, samples=3)
+
+
+def test_compare_marks_wrong_losses(compare_modules: dict[str, Any]) -> None:
+    ddp = compare_modules["methods"].DDP
+    runs = [
+        made_up_run(compare_modules, "zeroopt stage 1", [5.0, 4.0021]),
+        made_up_run(compare_modules, "zeroopt stage 2", [5.0, 4.0001]),
+        made_up_run(compare_modules, "zeroopt stage 2, 8-bit moments", [5.0, 4.0021]),
+        made_up_run(compare_modules, "zeroopt stage 0", [5.0, float("nan")]),
+        made_up_run(compare_modules, ddp, [5.0, 4.0]),
+    ]
+    (comparison,) = compare_modules["summary"].summarize(runs)
+    assert [row.wrong for row in comparison.rows] == [
+        "loss 4.0021 instead of 4.0000 in step 2",
+        None,
+        None,
+        "loss nan instead of 4.0000 in step 2",
+        None,
+    ]
+
+
+def test_compare_sums_up_rounds(compare_modules: dict[str, Any]) -> None:
+    runs = [made_up_run(compare_modules, "no communication", [5.0], step_s) for step_s in (0.1, 0.3)]
+    (comparison,) = compare_modules["summary"].summarize(runs)
+    (row,) = comparison.rows
+    assert row.step_s.median == pytest.approx(0.5)  # of 0.2, 0.4, 0.6 and 1.2
+    assert row.cpu_s == 1.0  # of two ranks, in one of two steps
+    assert row.sent_bytes == 50
+    assert row.pss_bytes == 500
+    parameters = row.setting.parameters
+    assert comparison.limit.forward_backward_s == pytest.approx(0.3)
+    assert comparison.limit.optimizer_s == pytest.approx(28 * parameters / 28e6 / 2)
+    assert comparison.limit.collectives_s == pytest.approx(4 * parameters / 4e6)
+
+
+def test_compare_counts_what_a_connection_sends(compare_modules: dict[str, Any]) -> None:
+    sent_bytes = compare_modules["network"].sent_bytes
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+        server.accept()[0] as peer,
+    ):
+        before = sent_bytes()
+        client.sendall(bytes(1000))
+        assert sent_bytes() - before == 1000
+        peer.sendall(bytes(10))
+        assert sent_bytes() - before == 1010
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("gpt-34m", 33.6e6), ("1M", 1e6), ("20M", 20e6), ("1.3B", 1.3e9)])
+def test_compare_fits_shapes(compare_modules: dict[str, Any], model: str, parameters: float) -> None:
+    setting = compare_modules["setting"]
+    vocabulary = 512 if model == "1M" else 8192
+    layers, width = setting.shape_of(model, vocabulary)
+    whole = setting.Setting(layers, width, vocabulary, 128, 1, "float32", None, 2, 1, "cpu")
+    assert whole.parameters == pytest.approx(parameters, rel=0.15)
+
+
+def test_largest_by_bisection(compare_modules: dict[str, Any]) -> None:
+    last_that = compare_modules["budget"].last_that
+    for largest in range(13):
+        assert last_that(lambda layers, largest=largest: layers <= largest, 3) == min(largest, 12)
+
+
+def test_largest_in_a_budget(tmp_path: Path) -> None:
+    path = tmp_path / "largest.json"
+    shape = ("--width=64", "--vocabulary=64", "--tokens=8")
+    methods = ("--methods", "DDP, bucket views", "remainders")
+    outcome = run_bench("compare.budget", "--budget-mb=0.001", *shape, *methods, f"--out={path}")
+    assert outcome.returncode == 0, outcome.stderr
+    ddp, refused = json.loads(path.read_text())["largest"]
+    assert (ddp["layers"], ddp["parameters"], list(ddp["tried"])) == (0, 0, ["1"])
+    assert refused["problem"] == "needs --precision bfloat16"

@@ -1,0 +1,212 @@
+"""What a rank does, under torchrun: `python -m bench.compare.rank --job JSON --figures FILE`.
+
+First a rehearsal with a tiny model, for what is loaded or allocated at a first step; then the wrapping and the warm-up, during
+which another process watches how much memory the ranks hold; then the timed steps, while nobody does; then some under the
+profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from bench.compare.bandwidth import Bandwidth, measure_bandwidth
+from bench.compare.clock import Clock, CpuClock, make_clock
+from bench.compare.methods import METHODS, Method, Training
+from bench.compare.network import sent_bytes
+from bench.compare.peak import Peak
+from bench.compare.setting import NUM_BATCHES, Setting
+from bench.compare.timeline import Range, trace
+from bench.launch import write_figures
+from bench.watch import end_watch, wait_to_be_watched
+
+WARMUP_STEPS = 3  # buffers are made, and buckets planned anew
+PROFILED_STEPS = 2  # the second as it is in the middle of training
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is told.
+
+    Attributes:
+        steps: that are timed; 0 where only memory is asked for.
+        timeline: whether some more are profiled.
+    """
+
+    method: str
+    setting: Setting
+    steps: int
+    timeline: bool
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        fields = json.loads(text)
+        return Job(**{**fields, "setting": Setting(**fields["setting"])})
+
+
+@dataclass
+class Figures:
+    """What one rank has measured.
+
+    Attributes:
+        forward_backward_s, optimizer_s: of each timed step.
+        cpu_s: processor time of this rank in all timed steps, threads of its libraries included.
+        sent_bytes: over TCP in all timed steps; None where nobody counts.
+        losses: this rank's, of each step from the first on.
+        resident_bytes, device_bytes: peaks above what the rehearsal left.
+        bandwidth: measured by the bound.
+        ranges: of rank 0.
+    """
+
+    wrap_s: float
+    forward_backward_s: list[float]
+    optimizer_s: list[float]
+    cpu_s: float
+    sent_bytes: int | None
+    losses: list[float]
+    resident_bytes: int
+    device_bytes: int | None
+    bandwidth: Bandwidth | None
+    ranges: list[Range]
+
+
+class Loop:
+    """The training loop, the same for all methods."""
+
+    def __init__(self, training: Training, setting: Setting, device: torch.device) -> None:
+        self.training, self.setting, self.device = training, setting, device
+        self.step_number = 0
+        self.losses: list[Tensor] = []
+        micros = range(setting.accumulation)
+        self.batches = [[self.draw(batch, micro) for micro in micros] for batch in range(NUM_BATCHES)]
+
+    def draw(self, batch: int, micro: int) -> tuple[Tensor, Tensor]:
+        tokens, targets = self.setting.draw(batch, micro, dist.get_rank())
+        return tokens.to(self.device), targets.to(self.device)
+
+    def run(self, steps: int) -> list[Clock]:
+        return [self.step() for _ in range(steps)]
+
+    def run_to_the_end(self, steps: int) -> None:
+        """Some steps and the forward after them, which waits for whatever is still on its way.
+
+        A message that is received after a profiler has stopped would write into what the profiler has freed.
+        """
+        self.run(steps)
+        with torch.no_grad(), record_function("forward"):
+            self.training.forward(*self.batches[0][0])
+        dist.barrier()
+
+    def step(self) -> Clock:
+        clock = make_clock(self.device)
+        clock.mark()
+        batches = self.batches[self.step_number % NUM_BATCHES]
+        losses = [self.forward_backward(*batch, last=batch is batches[-1]) for batch in batches]
+        clock.mark()
+        with record_function("step"):
+            self.training.step()
+        clock.mark()
+        self.losses.append(torch.stack(losses).mean())
+        self.step_number += 1
+        return clock
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor, *, last: bool) -> Tensor:
+        with nullcontext() if last else self.training.unsynchronised():
+            with record_function("forward"):
+                loss = self.training.forward(tokens, targets)
+            with record_function("backward"):
+                self.training.backward(loss, self.setting.accumulation)
+        if not last:
+            self.training.end_micro_batch()
+        return loss.detach().float()
+
+
+def work(job: Job, figures: Path) -> None:
+    torch.set_num_threads(job.setting.threads)
+    device = connect(job.setting)
+    method = METHODS[job.method]
+    Loop(prepare(method, job.setting.tiny(), device), job.setting.tiny(), device).run(1)
+    gc.collect()
+    peak = Peak(device)
+    wait_to_be_watched(figures)
+    mine = measure(job, method, device, peak, figures)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, asdict(mine))
+    if dist.get_rank() == 0:
+        write_figures(everyone, figures)
+    dist.barrier()
+    time.sleep(0.1)  # Gloo's threads let go of the last tensors
+    dist.destroy_process_group()
+
+
+def connect(setting: Setting) -> torch.device:
+    if setting.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def prepare(method: Method, setting: Setting, device: torch.device) -> Training:
+    return method.prepare(setting.make_model().to(device), setting)
+
+
+def measure(job: Job, method: Method, device: torch.device, peak: Peak, figures: Path) -> Figures:
+    net = job.setting.make_model().to(device)
+    dist.barrier()
+    wrapping = CpuClock()
+    wrapping.mark()
+    training = method.prepare(net, job.setting)
+    wrapping.mark()
+    loop = Loop(training, job.setting, device)
+    loop.run(WARMUP_STEPS)
+    resident, on_device = peak.resident(), peak.on_device()
+    end_watch(figures)
+
+    sent_before, cpu_before = sent_bytes(), time.process_time()
+    seconds = [clock.seconds() for clock in loop.run(job.steps)]
+    cpu_s = time.process_time() - cpu_before
+    dist.barrier()
+    sent_after = sent_bytes()
+    ranges = trace(lambda: loop.run_to_the_end(PROFILED_STEPS)) if job.timeline else []
+    share = max(1, job.setting.parameters // dist.get_world_size())
+    return Figures(
+        wrap_s=wrapping.seconds()[0],
+        forward_backward_s=[forward_backward for forward_backward, _ in seconds],
+        optimizer_s=[optimizer for _, optimizer in seconds],
+        cpu_s=cpu_s,
+        sent_bytes=None if sent_before is None or sent_after is None else sent_after - sent_before,
+        losses=torch.stack(loop.losses).tolist(),
+        resident_bytes=resident,
+        device_bytes=on_device,
+        bandwidth=None if method.communicates or not job.steps else measure_bandwidth(share, device),
+        ranges=ranges if dist.get_rank() == 0 else [],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--job", type=Job.from_json, required=True)
+    parser.add_argument("--figures", type=Path, required=True)
+    args = parser.parse_args()
+    work(args.job, args.figures)
+
+
+if __name__ == "__main__":
+    main()
