@@ -1,16 +1,14 @@
 """What `bench.kernels` measures: each kernel on arrays far beyond the cache, what its traffic costs at the least, and its rivals."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 
+from bench.deepspeed_build import cpu_adam_is_compiled
 from bench.traffic import Stream
 from zeroopt import ops
 from zeroopt.optim import FusedAdamW
@@ -179,19 +177,11 @@ def against_others(numels: Sequence[int], device: torch.device, *, fused: float)
         "torch foreach": torch.optim.AdamW(theirs, foreach=True, **options).step,
     }
     case.targets = {"torch fused": fused, "torch default": 4.5}
-    if deepspeed_is_compiled():
+    if cpu_adam_is_compiled():
         adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
         case.rivals["DeepSpeedCPUAdam"] = adam(theirs, adamw_mode=True, **options).step
         case.targets["DeepSpeedCPUAdam"] = 1.0
     return case
-
-
-def deepspeed_is_compiled() -> bool:
-    """DeepSpeed compiles its optimizer when it is first used, which takes minutes: leave that to whoever wants the comparison."""
-    if importlib.util.find_spec("deepspeed") is None:
-        return False
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
-    return any(folder.glob("**/cpu_adam/cpu_adam.so"))
 
 
 def parameters(numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:

@@ -6,12 +6,12 @@ In the order in which a figure comes about:
     methods/        how each of them prepares a model and an optimizer, and trains; `methods.METHODS` has them all
     formula.py      the bytes a parameter that each should hold
     rank.py         what a rank does: wrap, warm up while it is watched, train while it is timed, be profiled
-    clock.py, memory.py, network.py, bandwidth.py, timeline.py
+    clock.py, peak.py, network.py, bandwidth.py, timeline.py
                     what it measures with
     launch.py       one method, once, in processes of its own; `Run` is all that is known of it
     rounds.py       all methods in turn, again and again
     summary.py      medians and spread of all rounds, whether the losses agree, the limit line
-    table.py, markdown.py, plots.py
+    table.py, plots.py, results.py
                     how that is told
     budget.py       the largest model that trains in so many bytes
 """

@@ -1,11 +1,16 @@
 """Compare ways to train data-parallel: time, memory, traffic and losses.
 
     python -m bench.compare --model gpt-34m --world-sizes 2 4
+    python -m bench.compare --sweep parameters --methods "DDP, bucket views" "zeroopt stage 2"
+    python -m bench.compare --budget-mb 400 --width 256
 
 Every method trains the same GPT from the same seed on the same data with AdamW, in processes of its own, in turn and in several
-rounds. Options that take several values make a sweep: each combination is compared, and curves are drawn. Writes the figures
-of all runs to --out, and report.md and pictures beside it; `python -m bench.report` makes those anew. What is not installed
-(DeepSpeed, fairscale) is a row that says so.
+rounds. Options that take several values make a sweep: each combination is compared, and curves are drawn; --sweep names one
+with values that are worth looking at. With --budget-mb, the largest model is looked for that trains in so much memory: the
+width stays, the number of layers is found by bisection.
+
+Writes the figures of all runs to --out, and report.md and pictures beside it; `python -m bench.report` makes those anew. What
+is not installed (DeepSpeed, fairscale) is a row that says so.
 """
 
 from __future__ import annotations
@@ -18,22 +23,33 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench.compare.methods import METHODS
-from bench.compare.results import render, write_runs
-from bench.compare.rounds import Effort, chosen_methods, run_rounds
+from bench.compare.budget import search
+from bench.compare.methods import METHODS, chosen_methods
+from bench.compare.results import Results, render, write_results
+from bench.compare.rounds import Effort, run_rounds
 from bench.compare.setting import PRECISIONS, SHAPES, Setting, shape_of
 from bench.compare.summary import summarize
+from bench.compare.sweep import AXES, that_fit
 
 
 def main() -> int:
     """1 when a method's losses are not those of the others."""
     args = parse_arguments()
-    console = Console(width=None if sys.stdout.isatty() else 220)
-    effort = Effort(args.rounds, args.steps, args.interval, args.timeout)
-    runs = run_rounds(settings_of(args), chosen_methods(args.methods), effort, console)
-    write_runs(args.out, runs)
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    results = measure(args, console)
+    write_results(args.out, results)
     render(args.out, console)
-    return int(any(row.wrong for comparison in summarize(runs) for row in comparison.rows))
+    return int(any(row.wrong for comparison in summarize(results.runs) for row in comparison.rows))
+
+
+def measure(args: argparse.Namespace, console: Console) -> Results:
+    methods = chosen_methods(args.methods)
+    settings = that_fit(settings_of(args)) if args.sweep else settings_of(args)
+    if args.budget_mb is None:
+        effort = Effort(args.rounds, args.steps, args.interval, args.timeout)
+        return Results(runs=run_rounds(settings, methods, effort, console))
+    searches = [search(setting, methods, args.budget_mb, args.interval, args.timeout, console) for setting in settings]
+    return Results(searches=searches)
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
@@ -78,20 +94,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
-    parser.add_argument("--methods", nargs="+", default=[""], metavar="TEXT", help="whose name contains one of these")
+    parser.add_argument("--methods", nargs="+", default=[""], metavar="TEXT", help="a name, or what it contains")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed steps a round")
     parser.add_argument("--interval", type=float, default=0.01, help="seconds between two looks at the ranks' memory")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one method in one round")
     parser.add_argument("--out", type=Path, default=Path("runs/compare/results.json"))
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sweep", choices=AXES, help="over values of its own, as far as the machine's memory goes")
+    kind.add_argument("--budget-mb", type=float, help="millions of bytes a rank, beyond a rehearsal with a tiny model")
     args = parser.parse_args()
+    if args.sweep:
+        setattr(args, AXES[args.sweep].option, AXES[args.sweep].values)
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if not chosen_methods(args.methods):
         parser.error(f"no method's name contains {' or '.join(args.methods)}; there are: {'; '.join(METHODS)}")
     try:
-        settings_of(args)
+        settings = settings_of(args)
     except ValueError as error:
         parser.error(str(error))
-    return args
+    if args.device == "cuda" and max(setting.world_size for setting in settings) > torch.cuda.device_count():
+        parser.error(f"expected a CUDA device for each rank, found {torch.cuda.device_count()}: lower --world-sizes")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.compare.launch import Run, run_method
-from bench.compare.methods import METHODS
 from bench.compare.rank import Job
 from bench.compare.setting import Setting
 
@@ -28,11 +27,6 @@ class Effort:
     steps: int
     interval_s: float
     timeout_s: float
-
-
-def chosen_methods(parts: Sequence[str]) -> list[str]:
-    """Those whose name contains one of these."""
-    return [name for name in METHODS if any(part.lower() in name.lower() for part in parts)]
 
 
 def run_rounds(settings: Sequence[Setting], methods: Sequence[str], effort: Effort, console: Console) -> list[Run]:

@@ -96,6 +96,11 @@ class Comparison:
     rows: list[Row]
     limit: Limit | None
 
+    @property
+    def baseline(self) -> Row | None:
+        """DDP's row, with figures or without."""
+        return next((row for row in self.rows if row.method == DDP), None)
+
 
 def summarize(runs: Sequence[Run]) -> list[Comparison]:
     """One comparison for each setting, in the order in which settings and methods first come."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from bench.compare.methods import DDP
+from bench.compare.budget import MANY_RANKS, Largest, Search
 from bench.compare.summary import Comparison, Row, Spread
+from bench.compare.sweep import Axis, varied
 
 HEADINGS = (
     "step ms",
@@ -24,11 +25,12 @@ HEADINGS = (
     "bytes/param",
     "formula",
     "wrap s",
+    "loss",
 )
 CAPTION = (
     "times: median (quartiles) over the steps of all rounds. sent: over TCP, by a rank in a step. PSS: the most that ranks held "
     "together, by their number, above a rehearsal; RSS: of the largest rank, shared pages in full. formula: without activations "
-    "and buckets."
+    "and buckets. loss: in the last step."
 )
 
 
@@ -45,8 +47,7 @@ def title_of(comparison: Comparison) -> str:
 
 def cells_of(comparison: Comparison) -> list[list[str]]:
     """The name of each method, and what stands below `HEADINGS`; a row without figures says why in its name."""
-    baseline = next((row for row in comparison.rows if row.method == DDP), None)
-    limit = comparison.limit
+    baseline, limit = comparison.baseline, comparison.limit
     cells = [] if limit is None else [["(limit)", f"{1e3 * limit.step_s:.1f}", *limit_cells(comparison, baseline)]]
     for row in comparison.rows:
         if row.problem is not None:
@@ -81,6 +82,7 @@ def figures_of(row: Row, baseline: Row | None, comparison: Comparison) -> list[s
         number(row.bytes_a_parameter, 2),
         number(row.formula, 2),
         number(row.wrap_s, 2),
+        number(row.losses[-1], 4),
     ]
 
 
@@ -113,12 +115,80 @@ def make_table(comparison: Comparison) -> Table:
     return table
 
 
-def make_markdown(comparisons: Sequence[Comparison], machine: Sequence[str]) -> str:
-    """All of them under headings of their own; first what they ran on, one fact a line."""
-    lines = ["# Comparison", "", *[f"- {fact}" for fact in machine], "", CAPTION[0].upper() + CAPTION[1:], ""]
+def largest_title(search: Search) -> str:
+    setting = search.setting
+    return (
+        f"The largest model in {search.budget_mb:g} MB a rank: {setting.world_size} ranks, layers of width {setting.width}, "
+        f"{setting.tokens} tokens, {setting.precision}, {setting.device}"
+    )
+
+
+LARGEST_HEADINGS = (
+    "layers",
+    "M parameters",
+    "times DDP's",
+    "by formula",
+    *(f"at {n} ranks, by formula" for n in MANY_RANKS),
+)
+
+
+def largest_cells(search: Search) -> list[list[str]]:
+    """The name of each method, and what stands below `LARGEST_HEADINGS`."""
+    return [largest_row(largest, search.baseline) for largest in search.found]
+
+
+def largest_row(largest: Largest, baseline: Largest | None) -> list[str]:
+    if largest.problem is not None:
+        return [f"{largest.method}: {largest.problem}"]
+    times = [ratio(baseline.formula[n], formula) for n, formula in largest.formula.items()] if baseline else []
+    measured = ratio(largest.parameters, baseline.parameters if baseline else None)
+    return [largest.method, str(largest.layers), f"{largest.parameters / 1e6:.1f}", measured, *times]
+
+
+def largest_table(search: Search) -> Table:
+    table = Table(title=largest_title(search), box=box.SIMPLE)
+    table.add_column("method")
+    for heading in LARGEST_HEADINGS:
+        table.add_column(heading.replace(", ", "\n"), justify="right", no_wrap=True)
+    for name, *cells in largest_cells(search):
+        table.add_row(name, *cells)
+    return table
+
+
+def make_markdown(comparisons: Sequence[Comparison], searches: Sequence[Search], facts: Sequence[str]) -> str:
+    """All of them under headings of their own; first what ran on what, one fact a line."""
+    lines = ["# Comparison", "", *[f"- {fact}" for fact in facts], ""]
+    axes = varied([comparison.setting for comparison in comparisons])
+    if len(axes) == 1:
+        lines += sweep_lines(comparisons, axes[0])
     for comparison in comparisons:
         lines += [f"## {title_of(comparison)}", "", *markdown_rows(["method", *HEADINGS], cells_of(comparison)), ""]
+    if comparisons:
+        lines += [CAPTION[0].upper() + CAPTION[1:], ""]
+    for search in searches:
+        headings = ["method", *LARGEST_HEADINGS]
+        lines += [f"## {largest_title(search)}", "", *markdown_rows(headings, largest_cells(search)), ""]
     return "\n".join(lines)
+
+
+def sweep_lines(comparisons: Sequence[Comparison], axis: Axis) -> list[str]:
+    """One column for each comparison: times beside DDP's, and memory."""
+    ordered = sorted(comparisons, key=lambda comparison: axis.of(comparison.setting))
+    headings = ["method", *(f"{axis.of(comparison.setting):,g}" for comparison in ordered)]
+    rows = [
+        [method, *(brief(comparison, method) for comparison in ordered)]
+        for method in dict.fromkeys(row.method for comparison in ordered for row in comparison.rows)
+    ]
+    explained = "Milliseconds a step (of DDP's), bytes a parameter."
+    return [f"## By {axis.title}", "", explained, "", *markdown_rows(headings, rows), ""]
+
+
+def brief(comparison: Comparison, method: str) -> str:
+    row = next((row for row in comparison.rows if row.method == method), None)
+    if row is None or row.problem is not None:
+        return ""
+    step = f"{milliseconds(row.step_s)} ({ratio(step_of(row), step_of(comparison.baseline))})"
+    return f"{'WRONG ' if row.wrong else ''}{step}, {number(row.bytes_a_parameter, 1)}"
 
 
 def markdown_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

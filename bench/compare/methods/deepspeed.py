@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.compare import formula
-from bench.compare.methods.method import Method, Training, adamw
+from bench.compare.methods.method import Method, Obstacle, Training, adamw
 from bench.compare.setting import Setting
+from bench.deepspeed_build import cpu_adam_is_compiled
 
 
 class EngineTraining(Training):
@@ -30,12 +31,12 @@ class EngineTraining(Training):
 
 
 def prepare(net: nn.Module, setting: Setting, *, stage: int, overlap: bool = False, cpu_adam: bool = False) -> Training:
-    import deepspeed  # type: ignore[import-not-found, unused-ignore]
-    import deepspeed.ops  # type: ignore[import-not-found, unused-ignore]
+    import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    import deepspeed.ops  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled here and now
     deepspeed.init_distributed("nccl" if setting.device == "cuda" else "gloo", verbose=False)
-    optimizer = adamw(net, setting)
+    optimizer = adamw(net, setting, fused=True)
     if cpu_adam:
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(net.parameters(), lr=setting.lr, weight_decay=0.01)
     engine, *_ = deepspeed.initialize(
@@ -63,14 +64,21 @@ def config_of(setting: Setting, stage: int, overlap: bool) -> dict[str, Any]:
     return config
 
 
-def method(name: str, stage: int, *, overlap: bool = False, cpu_adam: bool = False) -> Method:
+def needs_cpu_adam(setting: Setting) -> str | None:
+    return None if cpu_adam_is_compiled() else "DeepSpeedCPUAdam is not compiled (it is when one is made)"
+
+
+def method(
+    name: str, stage: int, *, overlap: bool = False, cpu_adam: bool = False, obstacle: Obstacle = lambda setting: None
+) -> Method:
     prepared = partial(prepare, stage=stage, overlap=overlap, cpu_adam=cpu_adam)
-    return Method(f"DeepSpeed {name}", prepared, formula.deepspeed(stage), needs=("deepspeed",))
+    return Method(f"DeepSpeed {name}", prepared, formula.deepspeed(stage), needs=("deepspeed",), obstacle=obstacle)
 
 
 METHODS = (
     method("ZeRO-1", 1),
+    method("ZeRO-1, overlap_comm", 1, overlap=True),
     method("ZeRO-2", 2),
     method("ZeRO-2, overlap_comm", 2, overlap=True),
-    method("ZeRO-2, CPUAdam", 2, cpu_adam=True),
+    method("ZeRO-2, CPUAdam", 2, cpu_adam=True, obstacle=needs_cpu_adam),
 )

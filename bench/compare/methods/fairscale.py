@@ -22,8 +22,8 @@ class ZeroedTraining(Training):
 
 
 def prepare(net: nn.Module, setting: Setting) -> Training:
-    from fairscale.nn.data_parallel import ShardedDataParallel  # type: ignore[import-not-found, unused-ignore]
-    from fairscale.optim.oss import OSS  # type: ignore[import-not-found, unused-ignore]
+    from fairscale.nn.data_parallel import ShardedDataParallel  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    from fairscale.optim.oss import OSS  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     options: dict[str, Any] = {}
     if setting.bucket_mb is not None:

@@ -32,7 +32,7 @@ def prepare_first(net: nn.Module, setting: Setting) -> Training:
         use_orig_params=True,
         **options,
     )
-    return Training(model, adamw(model, setting), model.no_sync)
+    return Training(model, adamw(model, setting, fused=True), model.no_sync)
 
 
 def prepare_second(net: nn.Module, setting: Setting) -> Training:
@@ -57,7 +57,7 @@ def prepare_second(net: nn.Module, setting: Setting) -> Training:
         yield
         model.set_requires_gradient_sync(True)
 
-    return Training(model, adamw(model, setting), unsynchronised)
+    return Training(model, adamw(model, setting, fused=True), unsynchronised)
 
 
 def blocks_of(net: nn.Module) -> set[type[nn.Module]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class Training:
 
 
 Prepare = Callable[[nn.Module, Setting], Training]
+Obstacle = Callable[[Setting], str | None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Method:
     prepare: Prepare
     formula: Formula
     needs: tuple[str, ...] = ()
-    obstacle: Callable[[Setting], str | None] = lambda setting: None
+    obstacle: Obstacle = lambda setting: None
     rounds_state: bool = False
     communicates: bool = True
 
@@ -81,11 +83,9 @@ def is_installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def adamw(net: nn.Module, setting: Setting, *, foreach: bool | None = None) -> torch.optim.Optimizer:
-    """torch's, fused unless `foreach` says which other implementation."""
-    if foreach is None:
-        return torch.optim.AdamW(net.parameters(), lr=setting.lr, fused=True)
-    return torch.optim.AdamW(net.parameters(), lr=setting.lr, foreach=foreach)
+def adamw(net: nn.Module, setting: Setting, **implementation: Any) -> torch.optim.Optimizer:
+    """torch's; `fused=True` or `foreach=True`, or what it chooses by itself."""
+    return torch.optim.AdamW(net.parameters(), lr=setting.lr, **implementation)
 
 
 def needs_cpu(setting: Setting) -> str | None:

@@ -14,7 +14,7 @@ from bench.compare.setting import Setting
 
 
 def prepare_alone(net: nn.Module, setting: Setting) -> Training:
-    return Training(net, adamw(net, setting), autocast=setting.precision == "bfloat16")
+    return Training(net, adamw(net, setting, fused=True), autocast=setting.precision == "bfloat16")
 
 
 def in_ddp(net: nn.Module, setting: Setting, *, views: bool) -> DistributedDataParallel:
@@ -22,9 +22,9 @@ def in_ddp(net: nn.Module, setting: Setting, *, views: bool) -> DistributedDataP
     return DistributedDataParallel(net, gradient_as_bucket_view=views, **options)
 
 
-def prepare_ddp(net: nn.Module, setting: Setting, *, views: bool, foreach: bool | None) -> Training:
+def prepare_ddp(net: nn.Module, setting: Setting, *, views: bool = False, **implementation: Any) -> Training:
     model = in_ddp(net, setting, views=views)
-    optimizer = adamw(net, setting, foreach=foreach)
+    optimizer = adamw(net, setting, **implementation)
     return Training(model, optimizer, model.no_sync, autocast=setting.precision == "bfloat16")
 
 
@@ -33,7 +33,7 @@ DDP = "DDP, bucket views, fused AdamW"
 
 METHODS = (
     Method(ALONE, prepare_alone, formula.replicated, communicates=False),
-    Method("DDP, default", partial(prepare_ddp, views=False, foreach=False), formula.with_separate_buckets),
-    Method("DDP, foreach AdamW", partial(prepare_ddp, views=False, foreach=True), formula.with_separate_buckets),
-    Method(DDP, partial(prepare_ddp, views=True, foreach=None), formula.replicated),
+    Method("DDP, default", prepare_ddp, formula.with_separate_buckets),
+    Method("DDP, foreach AdamW", partial(prepare_ddp, foreach=True), formula.with_separate_buckets),
+    Method(DDP, partial(prepare_ddp, views=True, fused=True), formula.replicated),
 )

@@ -19,20 +19,22 @@ def prepare(net: nn.Module, setting: Setting, **options: Any) -> Training:
         options["param_dtype"] = torch.bfloat16
     if setting.bucket_mb is not None:
         options["bucket_mb"] = setting.bucket_mb
-    model, optimizer = zeroopt.wrap(net, adamw(net, setting), **options)
+    model, optimizer = zeroopt.wrap(net, adamw(net, setting, fused=True), **options)
     return Training(model, optimizer, model.no_sync)
 
 
 def staged(stage: int) -> Method:
+    """By the transport that zeroopt chooses, which on the CPU of one host is shared memory."""
     return Method(f"zeroopt stage {stage}", partial(prepare, stage=stage), formula.zero(stage))
 
 
-def through(transport: str) -> Method:
+def through(transport: str, stage: int) -> Method:
+    """By one that it would choose elsewhere."""
     return Method(
-        f"zeroopt stage 2, {transport}",
-        partial(prepare, stage=2, transport=transport),
-        formula.zero(2),
-        obstacle=needs_cpu if transport == "pairwise" else lambda setting: None,
+        f"zeroopt stage {stage}, {transport}",
+        partial(prepare, stage=stage, transport=transport),
+        formula.zero(stage),
+        obstacle=needs_cpu,
     )
 
 
@@ -61,11 +63,8 @@ def needs_bfloat16(setting: Setting) -> str | None:
 
 
 METHODS = (
-    staged(0),
-    staged(1),
-    staged(2),
-    through("pairwise"),
-    through("torch"),
+    *(staged(stage) for stage in (0, 1, 2)),
+    *(through(transport, stage) for transport in ("pairwise", "torch") for stage in (0, 1, 2)),
     shared(1),
     shared(2),
     with_state("bfloat16 moments", state_dtype=torch.bfloat16),
