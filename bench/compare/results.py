@@ -69,7 +69,7 @@ def render(path: Path, console: Console) -> None:
     else:
         from bench.compare.plots import draw_all
 
-        written += draw_all(comparisons, results.runs, path.parent)
+        written += draw_all(comparisons, results.runs, results.searches, path.parent)
     console.print(f"Written: {', '.join(map(str, [path, *written]))}", soft_wrap=True, highlight=False)
 
 

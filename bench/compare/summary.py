@@ -65,6 +65,10 @@ class Row:
     losses: tuple[float, ...] = ()
 
     @property
+    def median_s(self) -> float | None:
+        return None if self.step_s is None else self.step_s.median
+
+    @property
     def tokens_a_second(self) -> float | None:
         return None if self.step_s is None else self.setting.tokens_a_step / self.step_s.median
 
@@ -99,7 +103,10 @@ class Comparison:
     @property
     def baseline(self) -> Row | None:
         """DDP's row, with figures or without."""
-        return next((row for row in self.rows if row.method == DDP), None)
+        return self.row(DDP)
+
+    def row(self, method: str) -> Row | None:
+        return next((row for row in self.rows if row.method == method), None)
 
 
 def summarize(runs: Sequence[Run]) -> list[Comparison]:

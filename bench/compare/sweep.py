@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bench.compare.formula import replicated
 from bench.compare.setting import Setting
+from bench.compare.summary import Comparison
 from bench.machine import available_bytes
 
 MEMORY_PART = (
@@ -22,38 +23,70 @@ class Axis:
     """One thing that differs between settings.
 
     Attributes:
-        of: its value, a number.
+        fields: of a setting, that belong to it; all others are the same along a line.
+        of: its value in a setting; None where it has none.
         option: of the command line, which takes several values.
-        values: of that option.
+        values: of that option, worth looking at.
     """
 
+    name: str
     title: str
-    of: Callable[[Setting], float]
+    fields: tuple[str, ...]
+    of: Callable[[Setting], float | None]
     option: str
     values: Sequence[Any]
 
 
 AXES = {
-    "parameters": Axis(
-        "parameters",
-        lambda setting: setting.parameters,
-        "model",
-        ("1M", "3M", "10M", "30M", "100M", "300M", "1B", "3B", "10B"),
-    ),
-    "ranks": Axis("ranks", lambda setting: setting.world_size, "world_sizes", (1, 2, 3, 4, 6, 8)),
-    "tokens": Axis(
-        "tokens a rank and step",
-        lambda setting: setting.tokens * setting.accumulation,
-        "tokens",
-        (32, 128, 512),
-    ),
-    "buckets": Axis("MiB of a bucket", lambda setting: setting.bucket_mb or 0, "bucket_mb", (1, 5, 25, 100)),
+    axis.name: axis
+    for axis in (
+        Axis(
+            "parameters",
+            "parameters",
+            ("layers", "width", "vocabulary"),
+            lambda setting: setting.parameters,
+            "model",
+            ("1M", "3M", "10M", "30M", "100M", "300M", "1B", "3B", "10B"),
+        ),
+        Axis("ranks", "ranks", ("world_size",), lambda setting: setting.world_size, "world_sizes", (1, 2, 3, 4, 6, 8)),
+        Axis(
+            "tokens",
+            "tokens a rank and step",
+            ("tokens", "accumulation"),
+            lambda setting: setting.tokens * setting.accumulation,
+            "tokens",
+            (32, 128, 512),
+        ),
+        Axis(
+            "buckets",
+            "MiB of a bucket",
+            ("bucket_mb",),
+            lambda setting: setting.bucket_mb,
+            "bucket_mb",
+            (1, 5, 25, 100),
+        ),
+    )
 }
 
 
-def varied(settings: Sequence[Setting]) -> list[Axis]:
-    """The axes along which settings differ."""
-    return [axis for axis in AXES.values() if len(set(map(axis.of, settings))) > 1]
+@dataclass(frozen=True)
+class Place:
+    """A comparison on an axis."""
+
+    value: float
+    comparison: Comparison
+
+
+def families(comparisons: Sequence[Comparison], axis: Axis) -> list[list[Place]]:
+    """Those that differ in nothing but what the axis varies, in its order; none that has one place only."""
+    together: dict[Setting, dict[float, Place]] = {}
+    for comparison in comparisons:
+        value = axis.of(comparison.setting)
+        if value is not None:
+            nothing: dict[str, Any] = dict.fromkeys(axis.fields)
+            rest = replace(comparison.setting, **nothing)
+            together.setdefault(rest, {})[value] = Place(value, comparison)
+    return [[places[value] for value in sorted(places)] for places in together.values() if len(places) > 1]
 
 
 def that_fit(settings: Sequence[Setting]) -> list[Setting]:

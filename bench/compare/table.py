@@ -9,7 +9,7 @@ from rich.table import Table
 
 from bench.compare.budget import MANY_RANKS, Largest, Search
 from bench.compare.summary import Comparison, Row, Spread
-from bench.compare.sweep import Axis, varied
+from bench.compare.sweep import AXES, Axis, Place, families
 
 HEADINGS = (
     "step ms",
@@ -94,7 +94,7 @@ def milliseconds(spread: Spread | None, *, spread_too: bool = False) -> str:
 
 
 def step_of(row: Row | None) -> float | None:
-    return None if row is None or row.step_s is None else row.step_s.median
+    return None if row is None else row.median_s
 
 
 def ratio(value: float | None, to: float | None) -> str:
@@ -158,9 +158,9 @@ def largest_table(search: Search) -> Table:
 def make_markdown(comparisons: Sequence[Comparison], searches: Sequence[Search], facts: Sequence[str]) -> str:
     """All of them under headings of their own; first what ran on what, one fact a line."""
     lines = ["# Comparison", "", *[f"- {fact}" for fact in facts], ""]
-    axes = varied([comparison.setting for comparison in comparisons])
-    if len(axes) == 1:
-        lines += sweep_lines(comparisons, axes[0])
+    for axis in AXES.values():
+        for family in families(comparisons, axis):
+            lines += sweep_lines(family, axis)
     for comparison in comparisons:
         lines += [f"## {title_of(comparison)}", "", *markdown_rows(["method", *HEADINGS], cells_of(comparison)), ""]
     if comparisons:
@@ -171,20 +171,25 @@ def make_markdown(comparisons: Sequence[Comparison], searches: Sequence[Search],
     return "\n".join(lines)
 
 
-def sweep_lines(comparisons: Sequence[Comparison], axis: Axis) -> list[str]:
+def sweep_lines(family: Sequence[Place], axis: Axis) -> list[str]:
     """One column for each comparison: times beside DDP's, and memory."""
-    ordered = sorted(comparisons, key=lambda comparison: axis.of(comparison.setting))
-    headings = ["method", *(f"{axis.of(comparison.setting):,g}" for comparison in ordered)]
+    headings = ["method", *(f"{place.value:,g}" for place in family)]
     rows = [
-        [method, *(brief(comparison, method) for comparison in ordered)]
-        for method in dict.fromkeys(row.method for comparison in ordered for row in comparison.rows)
+        [method, *(brief(place.comparison, method) for place in family)]
+        for method in dict.fromkeys(row.method for place in family for row in place.comparison.rows)
     ]
-    explained = "Milliseconds a step (of DDP's), bytes a parameter."
+    explained = f"{what_is_common(family)}: milliseconds a step (of DDP's), bytes a parameter."
     return [f"## By {axis.title}", "", explained, "", *markdown_rows(headings, rows), ""]
 
 
+def what_is_common(family: Sequence[Place]) -> str:
+    """The parts of the title that are the same for all."""
+    titles = [title_of(place.comparison).split(", ") for place in family]
+    return ", ".join(part for part in titles[0] if all(part in title for title in titles))
+
+
 def brief(comparison: Comparison, method: str) -> str:
-    row = next((row for row in comparison.rows if row.method == method), None)
+    row = comparison.row(method)
     if row is None or row.problem is not None:
         return ""
     step = f"{milliseconds(row.step_s)} ({ratio(step_of(row), step_of(comparison.baseline))})"

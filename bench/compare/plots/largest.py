@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.compare.budget import Largest
 from bench.compare.methods import ALONE, DDP
 from bench.compare.plots.look import DARK, FAINT, STYLE, emphasise, make_figure, name_rows, side_of
-
-if TYPE_CHECKING:
-    from bench.compare.budget import Largest
 
 
 @rc_context(STYLE)

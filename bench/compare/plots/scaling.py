@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -13,9 +12,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from bench.compare.methods import ALONE, DDP
 from bench.compare.plots.look import ACCENT, FAINT, INK, STYLE, choose, make_figure, side_of
-from bench.compare.setting import Setting
-from bench.compare.summary import Comparison, Row
-from bench.compare.table import title_of
+from bench.compare.sweep import Axis, Place
+from bench.compare.table import step_of, what_is_common
 
 MOST_METHODS = 8
 COLD = ("#0072B2", "#56B4E9", "#009E73", "#1B2A6B", "#66C2A5", "#7F7FFF")  # own methods, with full lines
@@ -23,84 +21,22 @@ WARM = ("#D55E00", "#E69F00", "#CC79A7", "#8C510A", "#A6761D", "#999999")  # all
 MARKS = "osD^vPX*"
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What may differ between settings.
-
-    Attributes:
-        fields: of a setting, that belong to it; all others are the same along a line.
-        value: where a setting lies on the axis; None where it has no place there.
-    """
-
-    name: str
-    label: str
-    fields: tuple[str, ...]
-    value: Callable[[Setting], float | None]
-
-
-SWEEPS = (
-    Sweep("parameters", "parameters", ("layers", "width", "vocabulary"), lambda setting: setting.parameters),
-    Sweep("ranks", "ranks", ("world_size",), lambda setting: setting.world_size),
-    Sweep(
-        "tokens-a-rank-and-step",
-        "tokens a rank and step",
-        ("tokens", "accumulation"),
-        lambda setting: setting.tokens * setting.accumulation,
-    ),
-    Sweep("MiB-of-a-bucket", "MiB of a bucket", ("bucket_mb",), lambda setting: setting.bucket_mb),
-)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A comparison on the axis."""
-
-    value: float
-    comparison: Comparison
-
-    def row(self, method: str) -> Row | None:
-        return next((row for row in self.comparison.rows if row.method == method), None)
-
-    @property
-    def baseline_s(self) -> float | None:
-        ddp = self.row(DDP)
-        return None if ddp is None or ddp.step_s is None else ddp.step_s.median
-
-
-def families(comparisons: Sequence[Comparison], sweep: Sweep) -> list[list[Place]]:
-    """Those that differ in nothing but what the sweep varies, in the order of the axis; none that has one place only."""
-    together: dict[Setting, dict[float, Place]] = {}
-    for comparison in comparisons:
-        value = sweep.value(comparison.setting)
-        if value is not None:
-            nothing: dict[str, Any] = dict.fromkeys(sweep.fields)
-            rest = replace(comparison.setting, **nothing)
-            together.setdefault(rest, {})[value] = Place(value, comparison)
-    return [[places[value] for value in sorted(places)] for places in together.values() if len(places) > 1]
-
-
 @rc_context(STYLE)
-def draw_scaling(family: Sequence[Place], sweep: Sweep) -> Figure:
+def draw_scaling(family: Sequence[Place], axis: Axis) -> Figure:
     """Relative to DDP in the same setting where it has run, else tokens a second."""
     present = dict.fromkeys(row.method for place in family for row in place.comparison.rows if row.problem is None)
     methods = choose([method for method in present if method != ALONE], MOST_METHODS)
-    figure = make_figure(f"Speed and memory by {sweep.label}", what_is_common(family), 4.6)
+    figure = make_figure(f"Speed and memory by {axis.title}", what_is_common(family), 4.6)
     speed, memory = figure.subplots(1, 2)
     draw_speeds(speed, family, methods)
     draw_bytes(memory, family, methods)
     for axes in (speed, memory):
-        mark_places(axes, sweep, [place.value for place in family])
+        mark_places(axes, axis, [place.value for place in family])
     handles, labels = speed.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5, handlelength=3)
     for text in legend.get_texts():
         text.set_fontweight("bold" if side_of(text.get_text()) == "own" else "normal")
     return figure
-
-
-def what_is_common(family: Sequence[Place]) -> str:
-    """The parts of the title that are the same for all."""
-    titles = [title_of(place.comparison).split(", ") for place in family]
-    return ", ".join(part for part in titles[0] if all(part in title for title in titles))
 
 
 def look_of(methods: Sequence[str], method: str) -> dict[str, Any]:
@@ -115,13 +51,14 @@ def look_of(methods: Sequence[str], method: str) -> dict[str, Any]:
 
 
 def draw_speeds(axes: Axes, family: Sequence[Place], methods: Sequence[str]) -> None:
-    relative = all(place.baseline_s for place in family)
+    relative = all(step_of(place.comparison.baseline) for place in family)
 
     def speed(place: Place, step_s: float) -> float:
-        return (place.baseline_s if relative and place.baseline_s else place.comparison.setting.tokens_a_step) / step_s
+        baseline_s = step_of(place.comparison.baseline)
+        return (baseline_s if relative and baseline_s else place.comparison.setting.tokens_a_step) / step_s
 
     for method in methods:
-        rows = [(place, row.step_s) for place in family if (row := place.row(method)) is not None]
+        rows = [(place, row.step_s) for place in family if (row := place.comparison.row(method)) is not None]
         line = [(place.value, speed(place, step_s.median)) for place, step_s in rows if step_s is not None]
         draw_line(axes, line, label=method, **look_of(methods, method))
     limits = [(place, place.comparison.limit) for place in family]
@@ -133,7 +70,7 @@ def draw_speeds(axes: Axes, family: Sequence[Place], methods: Sequence[str]) -> 
 
 def draw_bytes(axes: Axes, family: Sequence[Place], methods: Sequence[str]) -> None:
     for method in methods:
-        rows = [(place.value, row) for place in family if (row := place.row(method)) is not None]
+        rows = [(place.value, row) for place in family if (row := place.comparison.row(method)) is not None]
         line = [(value, size) for value, row in rows if (size := row.bytes_a_parameter) is not None]
         draw_line(axes, line, **look_of(methods, method))
     axes.set_title("peak bytes a parameter and rank", fontsize=10)
@@ -145,13 +82,13 @@ def draw_line(axes: Axes, line: Sequence[tuple[float, float]], **look: Any) -> N
     axes.plot([x for x, _ in line], [y for _, y in line], **look)
 
 
-def mark_places(axes: Axes, sweep: Sweep, values: Sequence[float]) -> None:
+def mark_places(axes: Axes, axis: Axis, values: Sequence[float]) -> None:
     """All sweeps go up by factors."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(values)))
     axes.xaxis.set_major_formatter(FixedFormatter([short(value) for value in values]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(sweep.label, color=FAINT)
+    axes.set_xlabel(axis.title, color=FAINT)
     axes.grid()
 
 
