@@ -14,6 +14,7 @@ from bench.compare.setting import Setting
 
 Formula = Callable[[Setting], float]
 
+HOST_RANKS = 8  # at most so many share one copy of the parameters, when many ranks are asked for
 MOMENTS = 2 * 4
 MASTER_BYTES = {"float32": 4, "remainder": 2, "none": 0}
 MOMENT_BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.int8: 1 + 4 / 256}
@@ -72,7 +73,7 @@ def zero(
     def formula(setting: Setting) -> float:
         world_size, half = setting.world_size, setting.precision == "bfloat16"
         held = 2 if half else 4
-        parameters = held / world_size if share_parameters else held
+        parameters = held / min(world_size, HOST_RANKS) if share_parameters else held
         full = held if stage < 2 else 0
         sums = 4 / world_size if stage == 2 or (stage == 1 and half) else 0
         master = MASTER_BYTES[master_weights] if half else 0
