@@ -19,7 +19,7 @@ from bench.compare.table import title_of
 
 MOST_METHODS = 8
 COLD = ("#0072B2", "#56B4E9", "#009E73", "#1B2A6B", "#66C2A5", "#7F7FFF")  # own methods, with full lines
-WARM = ("#D55E00", "#E69F00", "#CC79A7", "#8C510A", "#A6761D", "#999999")  # all others, with broken ones
+WARM = ("#E69F00", "#CC79A7", "#8C510A", "#999999", "#B2182B", "#C2A5CF")  # all others, with broken ones
 MARKS = "osD^vPX*"
 
 
@@ -72,7 +72,7 @@ def families(comparisons: Sequence[Comparison], sweep: Sweep) -> list[list[Place
     together: dict[Setting, dict[float, Place]] = {}
     for comparison in comparisons:
         value = sweep.value(comparison.setting)
-        if value is not None:
+        if value is not None and any(row.problem is None for row in comparison.rows):
             nothing: dict[str, Any] = dict.fromkeys(sweep.fields)
             rest = replace(comparison.setting, **nothing)
             together.setdefault(rest, {})[value] = Place(value, comparison)
