@@ -11,7 +11,7 @@ In the order in which a figure comes about:
     launch.py       one method, once, in processes of its own; `Run` is all that is known of it
     rounds.py       all methods in turn, again and again
     summary.py      medians and spread of all rounds, whether the losses agree, the limit line
-    table.py, plots.py, results.py
+    table.py, plots/, results.py
                     how that is told
     budget.py       the largest model that trains in so many bytes
 """

@@ -59,9 +59,9 @@ def times(entry: Largest, baseline: Largest | None) -> str:
 
 def draw_promises(axes: Axes, trained: Sequence[Largest], baseline: Largest) -> None:
     """A column of text for each number of ranks."""
-    axes.set_title("by the formula", fontsize=9.5)
+    axes.set_title("by the formula, on … ranks", fontsize=9.5)
     axes.set_xlim(-0.5, len(baseline.formula) - 0.5)
-    axes.set_xticks(range(len(baseline.formula)), [f"{ranks} ranks" for ranks in baseline.formula])
+    axes.set_xticks(range(len(baseline.formula)), [str(ranks) for ranks in baseline.formula])
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False, labelleft=False)
     axes.spines[:].set_visible(False)
     for place, entry in enumerate(trained):

@@ -17,7 +17,7 @@ from bench.compare.table import step_of, what_is_common
 
 MOST_METHODS = 8
 COLD = ("#0072B2", "#56B4E9", "#009E73", "#1B2A6B", "#66C2A5", "#7F7FFF")  # own methods, with full lines
-WARM = ("#D55E00", "#E69F00", "#CC79A7", "#8C510A", "#A6761D", "#999999")  # all others, with broken ones
+WARM = ("#E69F00", "#CC79A7", "#8C510A", "#999999", "#B2182B", "#C2A5CF")  # all others, with broken ones
 MARKS = "osD^vPX*"
 
 
