@@ -78,11 +78,11 @@ class Place:
 
 
 def families(comparisons: Sequence[Comparison], axis: Axis) -> list[list[Place]]:
-    """Those that differ in nothing but what the axis varies, in its order; none that has one place only."""
+    """Those that differ in nothing but what the axis varies, in its order; none that has one place with figures only."""
     together: dict[Setting, dict[float, Place]] = {}
     for comparison in comparisons:
         value = axis.of(comparison.setting)
-        if value is not None:
+        if value is not None and any(row.problem is None for row in comparison.rows):
             nothing: dict[str, Any] = dict.fromkeys(axis.fields)
             rest = replace(comparison.setting, **nothing)
             together.setdefault(rest, {})[value] = Place(value, comparison)
