@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 LOOP = ("forward", "backward", "step")
 COLLECTIVES = ("gloo:", "nccl:", "c10d::", "zeroopt::", "FSDP::", "DistributedDataParallel")
-IDLE = "idle"  # no operator runs in the training thread: it waits, or Python is slow
-SHORTEST_IDLE_MS = 0.5
+IDLE = "idle"  # the training thread runs no operator: it waits, or Python is slow
+SHORTEST_IDLE_MS = 1
+BACKWARD = "autograd::engine"  # in a thread of its own where there is an accelerator
 
 Interval = tuple[float, float]
 
@@ -41,14 +42,14 @@ def trace(run: Callable[[], object]) -> list[Range]:
 
 
 def ranges_of(events: Iterable[FunctionEvent]) -> list[Range]:
-    """The loop's own, collectives, and where the loop's thread runs no operator."""
+    """The loop's own, collectives, and where the threads that train run no operator."""
     begin = min((event.time_range.start for event in events), default=0)
     everything = [
         Range(event.name, (event.time_range.start - begin) / 1e3, (event.time_range.end - begin) / 1e3, event.thread)
         for event in events
     ]
     phases = [r for r in everything if r.name in LOOP]
-    threads = {r.thread for r in phases}
+    threads = {r.thread for r in everything if r.name in LOOP or r.name.startswith(BACKWARD)}
     operators = [(r.start_ms, r.end_ms) for r in everything if r.thread in threads and is_operator(r.name)]
     idle = [
         Range(IDLE, start, end, phase.thread)

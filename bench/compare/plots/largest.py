@@ -22,9 +22,12 @@ def draw_largest(found: Sequence[Largest], budget_mb: float) -> Figure:
     trained = [entry for entry in found if entry.problem is None and entry.method != ALONE]
     trained.sort(key=lambda entry: -entry.parameters)
     baseline = next((entry for entry in trained if entry.method == DDP and entry.parameters), None)
+    ranks = "".join(f" on {next(iter(entry.formula))} ranks" for entry in trained[:1])
     multiples = "" if baseline is None else "; ×: as many times as with DDP"
     title = f"The largest model that trains in {budget_mb:g} MB a rank"
-    figure = make_figure(title, f"found by training models of different size{multiples}", 0.9 + 0.27 * len(trained))
+    figure = make_figure(
+        title, f"found by training models of different size{ranks}{multiples}", 0.9 + 0.27 * len(trained)
+    )
     if baseline is None:
         draw_bars(figure.subplots(), trained, None)
         return figure

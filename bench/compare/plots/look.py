@@ -10,11 +10,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from bench.compare.methods import ALONE, DDP
 
 WIDTH = 9.0  # inches
+LINE = 136  # characters of the subtitle
 DOTS_AN_INCH = 150  # half as many again as a README shows, for screens that have them
 NUM_COLOURS = 96
 
@@ -64,7 +66,7 @@ def choose(methods: Sequence[str], most: int) -> list[str]:
 
 def make_figure(title: str, subtitle: str, height: float) -> Figure:
     """With a heading at its top left; all else is laid out below it."""
-    lines = textwrap.wrap(subtitle, 122)
+    lines = textwrap.wrap(subtitle, LINE)
     heading = 0.42 + 0.16 * len(lines)
     height += heading
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -85,9 +87,10 @@ def name_rows(axes: Axes, methods: Sequence[str], names: Sequence[str]) -> None:
         emphasise(label, method)
 
 
-def emphasise(label: object, method: str) -> None:
+def emphasise(text: Text, method: str) -> None:
     if side_of(method) == "own":
-        label.set(weight="bold", color=DARK["own"])  # type: ignore[attr-defined]
+        text.set_fontweight("bold")
+        text.set_color(DARK["own"])
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bench.compare.launch import Run
-from bench.compare.plots.look import ACCENT, DARK, FAINT, INK, STYLE, choose, make_figure, side_of
+from bench.compare.plots.look import ACCENT, FAINT, STYLE, choose, emphasise, make_figure
 from bench.compare.setting import Setting
 from bench.compare.summary import Comparison
 from bench.compare.table import title_of
@@ -57,9 +57,9 @@ def draw_timelines(traces: Mapping[str, Sequence[Range]], comparison: Comparison
 
 def draw_step(axes: Axes, method: str, step: Step) -> None:
     """Phases in the first lane, with the parts in which the training thread waits marked; then what is under way."""
-    own = side_of(method) == "own"
-    title = axes.set_title(f"{method}: {step.length_ms:.0f} ms", loc="left", fontsize=9.5, pad=2)
-    title.set(weight="bold" if own else "normal", color=DARK["own"] if own else INK)
+    waits = sum(span.end_ms - span.start_ms for span in step.lane("waiting"))
+    told = f", {waits:.0f} ms of it waiting" if waits >= 0.5 else ""
+    emphasise(axes.set_title(f"{method}: {step.length_ms:.0f} ms{told}", loc="left", fontsize=9.5, pad=2), method)
     for span in step.spans:
         if span.lane in PHASES:
             place(axes, span, 0, LANE_HEIGHT, facecolor=PHASES[span.lane], edgecolor="white", linewidth=0.6)

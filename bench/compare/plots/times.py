@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def bar_of(row: Row) -> Bar | None:
 @rc_context(STYLE)
 def draw_times(comparison: Comparison) -> Figure:
     bars = bars_of(comparison)
-    figure = make_figure("Time of a training step", title_of(comparison), 1.05 + 0.27 * len(bars))
+    figure = make_figure("Time of a training step", title_of(comparison), 1.25 + 0.27 * len(bars))
     axes = figure.subplots()
     methods = [bar.method for bar in bars]
     name_rows(axes, methods, [bar.name for bar in bars])
@@ -61,7 +62,7 @@ def draw_times(comparison: Comparison) -> Figure:
     axes.set_xlim(0, 1.2 * max(bar.high for bar in bars))
     axes.set_xlabel("ms a step, the median; whiskers: quartiles; ×: of DDP's", color=FAINT)
     axes.grid(axis="x")
-    draw_legend(axes)
+    draw_legend(figure)
     return figure
 
 
@@ -102,15 +103,14 @@ def draw_levels(axes: Axes, levels: dict[str, float | None]) -> None:
         )
 
 
-def draw_legend(axes: Axes) -> None:
-    sides = ("own", "peer")
-    pairs = [tuple(Patch(facecolor=shade[side]) for side in sides) for shade in (DARK, LIGHT)]
-    axes.legend(
+def draw_legend(figure: Figure) -> None:
+    """Each phase in both colours, of own methods and of others."""
+    pairs: list[Any] = [(Patch(facecolor=shade["own"]), Patch(facecolor=shade["peer"])) for shade in (DARK, LIGHT)]
+    figure.legend(
         pairs,
         ["forward + backward", "optimizer"],
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
-        title="zeroopt | others",
-        loc="upper right",
-        alignment="left",
+        loc="outside lower center",
+        ncols=2,
         handlelength=3,
     )
