@@ -1,4 +1,4 @@
-"""What ranks hold while they work, as the process that has started them sees it: their proportional set sizes, again and again."""
+"""What ranks hold while they work, as the process that has started them sees it, again and again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def above_first(moments: Moments) -> list[list[int]]:
 
 
 def held_bytes(pid: int) -> int:
-    """Proportional set size of a process without mapped files."""
-    fields = {"Pss_Anon:", "Pss_Shmem:"}
+    """Memory of a process without mapped files: what it has of its own, and its part of what it shares.
+
+    Pages that it still has in common with the server that it was forked from are its own, for it has had them from the first: the
+    proportional set size would grow when it writes to them.
+    """
+    fields = {"Anonymous:", "Pss_Shmem:"}
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.split()[0] in fields)
