@@ -2,11 +2,11 @@
 
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+from zeroopt.env import environment
 
 
 def describe_machine() -> dict[str, object]:
@@ -14,7 +14,7 @@ def describe_machine() -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
-        "zeroopt": zeroopt_build(),
+        "zeroopt": environment(),
     }
 
 
@@ -25,9 +25,3 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
-
-
-def zeroopt_build() -> list[str]:
-    """The lines of `python -m zeroopt env`: version, compiler, instruction sets, CUDA."""
-    answer = subprocess.run([sys.executable, "-m", "zeroopt", "env"], capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()
