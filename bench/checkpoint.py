@@ -23,7 +23,6 @@ the disk's, in a file system in memory they are the methods'.
 import argparse
 import ctypes
 import gc
-import json
 import mmap
 import os
 import shutil
@@ -47,18 +46,15 @@ from torch import Tensor, nn
 
 import zeroopt
 from bench.checkpoint_methods import METHODS, Method
-from bench.launch import exit_unless_zero, running_ranks, write_figures, write_report
+from bench.launch import Plan, running_ranks, write_report
 from bench.model import make_model
 from bench.steps import VOCABULARY
-from bench.watch import Moments, wait_to_be_watched, watch
+from bench.watch import Moments, Watch
 
 FILES_ALONE = "(the files alone)"
 BYTES_A_PARAMETER = 12  # itself and two moments
 BLOCK_BYTES = 1 << 20
 TINY = {"vocabulary": 64, "tokens": 16, "layers": 1, "width": 64}
-
-
-"""When, and bytes that each rank then had of its own."""
 
 
 @dataclass
@@ -111,24 +107,15 @@ class Turn:
     right: bool
 
 
-def work(args: argparse.Namespace) -> None:
+def work(method: str, folder: Path, args: argparse.Namespace, watch: Watch) -> Turn:
     """What every rank does in one turn."""
-    torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo")
-    method, model = args.methods[0], {"tokens": args.tokens, "layers": args.layers, "width": args.width}
-    folder = args.dir / "turn"
+    model = {"tokens": args.tokens, "layers": args.layers, "width": args.width}
     if method == FILES_ALONE:
-        wait_to_be_watched(args.figures)
-        turn = take_turn_of_files(folder, make_model(VOCABULARY, **model))
-    else:
-        take_turn(METHODS[method], args.dir / "rehearsal", **TINY)
-        wait_to_be_watched(args.figures)
-        turn = take_turn(METHODS[method], folder, VOCABULARY, **model)
-    if dist.get_rank() == 0:
-        write_figures(asdict(turn), args.figures)
-    dist.barrier()
-    time.sleep(0.1)  # Gloo's threads let go of the last tensors
-    dist.destroy_process_group()
+        watch.begin()
+        return take_turn_of_files(folder / "turn", make_model(VOCABULARY, **model))
+    take_turn(METHODS[method], folder / "rehearsal", **TINY)
+    watch.begin()
+    return take_turn(METHODS[method], folder / "turn", VOCABULARY, **model)
 
 
 def take_turn(method: Method, folder: Path, vocabulary: int, tokens: int, layers: int, width: int) -> Turn:
@@ -284,14 +271,13 @@ def summarize(turns: list[Turn]) -> Figures:
 
 def run_turn(method: str, args: argparse.Namespace) -> Turn:
     """One turn in processes of its own."""
-    numbers = [f"--{name}={getattr(args, name)}" for name in ("threads", "layers", "width", "tokens")]
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder:
-        options, figures = [*numbers, f"--dir={folder}", "--methods", method], Path(folder) / "figures.json"
-        with running_ranks("bench.checkpoint", options, args, figures) as torchrun:
-            moments = watch(torchrun, figures, args.interval, own_bytes)
-            exit_unless_zero(torchrun.wait())
-        found = json.loads(figures.read_text())
-    turn = Turn(**{**found, "save": Effort(**found["save"]), "load": Effort(**found["load"])})
+    watch, plan = Watch(), Plan(args.world_size, args.threads)
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder,
+        running_ranks(plan, work, method, Path(folder), args, watch) as ranks,
+    ):
+        moments = watch.moments(ranks, args.interval, own_bytes)
+        turn: Turn = ranks.values()[0]
     for effort in (turn.save, turn.load):
         effort.take_peaks(moments)
     return turn
@@ -332,9 +318,6 @@ def file_system(path: Path) -> str:
 
 def main() -> int:
     args = parse_arguments()
-    if args.figures:
-        work(args)
-        return 0
     args.dir.mkdir(parents=True, exist_ok=True)
     order = [method for _ in range(args.rounds) for method in args.methods]
     turns: dict[str, list[Turn]] = {method: [] for method in args.methods}
@@ -363,7 +346,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
     parser.add_argument("--interval", type=float, default=0.004, help="seconds between two looks at the ranks' memory")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
-    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.launch import run_ranks, write_figures, write_report
+from bench.launch import Plan, run_ranks, write_report
 from zeroopt.collectives import Transport
 from zeroopt.collectives.hybrid import HybridTransport
 from zeroopt.collectives.pairwise import PairwiseTransport
@@ -89,13 +88,11 @@ class Halves:
         return {"reduce_scatter": reduced - start, "all_gather": end - everyone_came, "total": end - start}
 
 
-def work(args: argparse.Namespace) -> None:
-    """What every rank does."""
-    torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo")
+def work(args: argparse.Namespace) -> dict[str, list[Seconds]]:
+    """What every rank does. By transport, of each turn."""
     group = dist.group.WORLD
     assert group is not None
-    numel = args.mb * 10**6 // 4 // args.world_size * args.world_size
+    numel = numel_of_bucket(args)
     contestants: dict[str, AllReduce | Halves] = {ALL_REDUCE: AllReduce(numel)}
     for name in transports_of(args):
         contestants[name] = Halves(TRANSPORTS[name](group), numel, shared="share_parameters" in name)
@@ -106,13 +103,13 @@ def work(args: argparse.Namespace) -> None:
         for name, contestant in contestants.items():
             dist.barrier()
             turns[name].append(contestant.exchange())
-    everyone: list[Any] = [None] * args.world_size
-    dist.all_gather_object(everyone, turns)
-    if group.rank() == 0:
-        write_figures({"bucket_bytes": numel * 4, "ranks": everyone}, args.figures)
-    dist.barrier()
-    time.sleep(0.1)  # Gloo's threads let go of the last tensors
-    dist.destroy_process_group()
+    return turns
+
+
+def numel_of_bucket(args: argparse.Namespace) -> int:
+    """As many elements for every rank."""
+    numel: int = args.mb * 10**6 // 4 // args.world_size * args.world_size
+    return numel
 
 
 def transports_of(args: argparse.Namespace) -> list[str]:
@@ -164,14 +161,11 @@ def make_table(results: dict[str, Seconds], bucket_bytes: int, args: argparse.Na
 
 def main() -> int:
     args = parse_arguments()
-    if args.figures:
-        work(args)
-        return 0
-    figures = run_ranks("bench.collectives", sys.argv[1:], args)
-    results = summarize(figures["ranks"])
-    Console().print(make_table(results, figures["bucket_bytes"], args))
+    results = summarize(run_ranks(Plan(args.world_size, args.threads), work, args))
+    bucket_bytes = 4 * numel_of_bucket(args)
+    Console().print(make_table(results, bucket_bytes, args))
     if args.out:
-        facts = {"bucket_bytes": figures["bucket_bytes"], "world_size": args.world_size, "seconds": results}
+        facts = {"bucket_bytes": bucket_bytes, "world_size": args.world_size, "seconds": results}
         write_report(args.out, "bench.collectives", facts)
     return 0
 
@@ -184,7 +178,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS), metavar="TRANSPORT")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
-    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -2,13 +2,13 @@
 
 import os
 import platform
-import subprocess
-import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from zeroopt.env import environment
 
 PEERS = ("deepspeed", "fairscale")
 
@@ -22,7 +22,7 @@ def describe_machine() -> dict[str, object]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "zeroopt": zeroopt_build(),
+        "zeroopt": environment(),
         "peers": {name: version(name) for name in PEERS if find_spec(name)},
     }
 
@@ -45,9 +45,3 @@ def memory_bytes(field: str) -> int:
     """A size in /proc/meminfo."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def zeroopt_build() -> list[str]:
-    """The lines of `python -m zeroopt env`: version, compiler, instruction sets, CUDA."""
-    answer = subprocess.run([sys.executable, "-m", "zeroopt", "env"], capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()

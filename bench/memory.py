@@ -3,9 +3,9 @@
     python -m bench.memory --world-size 2
 
 Every method trains the same GPT with AdamW in float32, in processes of its own. While they wrap it and train, this process
-asks the kernel every few milliseconds what they hold: their proportional set size, in which a page that k ranks share counts
-1/k in each of them, so that over all ranks it counts once. Mapped files do not count: they are the code of libraries, which
-ranks share with whatever else runs. Figures are above what the ranks held after a rehearsal, a step of a tiny model by the same
+asks the kernel every few milliseconds what they hold. A page of memory that k ranks share counts 1/k in each of them, so that
+over all ranks it counts once. Mapped files do not count: they are the code of libraries, which ranks share with whatever else
+runs. Figures are above what the ranks held after a rehearsal, a step of a tiny model by the same
 method, for torch loads much of itself only then.
 
     a rank         the most that all ranks held at one moment, by their number: the figure to compare
@@ -17,10 +17,7 @@ communication and optimizer state, so it holds parameters, gradients and activat
 
 import argparse
 import gc
-import json
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bench.launch import exit_unless_zero, running_ranks, write_figures, write_report
-from bench.model import make_model
+from bench.launch import Plan, running_ranks, write_report
+from bench.model import count_parameters, make_model
 from bench.steps import VOCABULARY, Wrapped, alone, ddp, zero
-from bench.watch import above_first, held_bytes, wait_to_be_watched, watch
+from bench.watch import Watch, above_first, held_bytes
 
 
 def adamw(net: nn.Module) -> torch.optim.Optimizer:
@@ -51,25 +48,21 @@ METHODS: dict[str, Callable[[nn.Module], Wrapped]] = {
 }
 
 
-def work(args: argparse.Namespace) -> None:
+def work(method: str, args: argparse.Namespace, watch: Watch) -> None:
     """What every rank does."""
-    torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo")
-    wrap = METHODS[args.methods[0]]
+    wrap = METHODS[method]
     train(wrap, make_model(64, 16, 1, 64), 64, 16, steps=1)
     gc.collect()
-    wait_to_be_watched(args.figures)
+    watch.begin()
     net = make_model(VOCABULARY, args.tokens, args.layers, args.width)
-    parameters = sum(p.numel() for p in net.parameters())
-    train(wrap, net, VOCABULARY, args.tokens, args.steps)
-    if dist.get_rank() == 0:
-        write_figures({"parameters": parameters}, args.figures)
-    dist.barrier()
-    time.sleep(0.1)  # Gloo's threads let go of the last tensors
-    dist.destroy_process_group()
+    trained = train(wrap, net, VOCABULARY, args.tokens, args.steps)
+    watch.end()
+    del trained
 
 
-def train(wrap: Callable[[nn.Module], Wrapped], net: nn.Module, vocabulary: int, num_tokens: int, steps: int) -> None:
+def train(
+    wrap: Callable[[nn.Module], Wrapped], net: nn.Module, vocabulary: int, num_tokens: int, steps: int
+) -> Wrapped:
     model, optimizer = wrap(net)
     tokens = torch.randint(vocabulary, (1, num_tokens + 1))
     for _ in range(steps):
@@ -77,6 +70,7 @@ def train(wrap: Callable[[nn.Module], Wrapped], net: nn.Module, vocabulary: int,
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()
+    return model, optimizer
 
 
 @dataclass
@@ -106,21 +100,14 @@ class Peak:
 
 
 def measure(method: str, args: argparse.Namespace) -> Peak:
-    with tempfile.TemporaryDirectory() as folder:
-        figures = Path(folder) / "figures.json"
-        with running_ranks("bench.memory", options_of(method, args), args, figures) as torchrun:
-            moments = watch(torchrun, figures, args.interval, held_bytes)
-            exit_unless_zero(torchrun.wait())
-        parameters = json.loads(figures.read_text())["parameters"]
+    watch = Watch()
+    with running_ranks(Plan(args.world_size, args.threads), work, method, args, watch) as ranks:
+        moments = watch.moments(ranks, args.interval, held_bytes)
+        ranks.values()
     above = above_first(moments)
     of_rank = [max(held) for held in zip(*above, strict=True)]
+    parameters = count_parameters(VOCABULARY, args.tokens, args.layers, args.width)
     return Peak(parameters, max(map(sum, above)), of_rank, len(moments))
-
-
-def options_of(method: str, args: argparse.Namespace) -> list[str]:
-    """The command line of a rank."""
-    numbers = [f"--{name}={getattr(args, name)}" for name in ("steps", "threads", "layers", "width", "tokens")]
-    return [*numbers, "--methods", method]
 
 
 def make_table(peaks: dict[str, Peak], args: argparse.Namespace) -> Table:
@@ -150,9 +137,6 @@ def report(peaks: dict[str, Peak], world_size: int) -> dict[str, object]:
 
 def main() -> int:
     args = parse_arguments()
-    if args.figures:
-        work(args)
-        return 0
     peaks = {method: measure(method, args) for method in args.methods}
     Console().print(make_table(peaks, args))
     if args.out:
@@ -171,7 +155,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--interval", type=float, default=0.01, help="seconds between two looks at the ranks")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
-    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

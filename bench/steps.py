@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import zeroopt
-from bench.launch import run_ranks, write_figures, write_report
-from bench.model import make_model
+from bench.launch import Plan, run_ranks, write_report
+from bench.model import count_parameters, make_model
 
 VOCABULARY = 8192
 LOCAL = "no communication"
 DDP = "DDP"
 Wrapped = tuple[nn.Module, torch.optim.Optimizer]
+Times = dict[str, list[float]]  # seconds of each step: "step_s", "optimizer_s" and "cpu_s"
 
 
 def alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:
@@ -81,15 +82,17 @@ class Contestant:
             self.step_s.append(time.perf_counter() - start)
             self.cpu_s.append(time.process_time() - cpu)
 
+    @property
+    def times(self) -> Times:
+        return {"step_s": self.step_s, "optimizer_s": self.optimizer_s, "cpu_s": self.cpu_s}
+
     def forget(self) -> None:
-        for figures in (self.step_s, self.optimizer_s, self.cpu_s):
-            figures.clear()
+        for seconds in self.times.values():
+            seconds.clear()
 
 
-def work(args: argparse.Namespace) -> None:
-    """What every rank does."""
-    torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo")
+def work(args: argparse.Namespace) -> dict[str, Times]:
+    """What every rank does. By method."""
     contestants = {name: enter(name, args) for name in args.methods}
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(VOCABULARY, (1, args.tokens + 1), generator=generator)
@@ -99,16 +102,7 @@ def work(args: argparse.Namespace) -> None:
             contestant.run(tokens[:, :-1], tokens[:, 1:], args.steps)
             if round_number == 0:  # buffers are made in the first steps
                 contestant.forget()
-    parameters = sum(p.numel() for p in next(iter(contestants.values())).model.parameters())
-    figures = {name: vars(contestant) for name, contestant in contestants.items()}
-    mine = {name: {k: f[k] for k in ("step_s", "optimizer_s", "cpu_s")} for name, f in figures.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if dist.get_rank() == 0:
-        write_figures({"parameters": parameters, "ranks": everyone}, args.figures)
-    dist.barrier()
-    time.sleep(0.1)  # Gloo's threads let go of the last tensors
-    dist.destroy_process_group()
+    return {name: contestant.times for name, contestant in contestants.items()}
 
 
 def enter(name: str, args: argparse.Namespace) -> Contestant:
@@ -126,7 +120,7 @@ class Figures:
     cpu_s: float
 
 
-def summarize(ranks: list[dict[str, dict[str, list[float]]]]) -> dict[str, Figures]:
+def summarize(ranks: list[dict[str, Times]]) -> dict[str, Figures]:
     results = {}
     for name in ranks[0]:
         medians = [{key: statistics.median(values) for key, values in rank[name].items()} for rank in ranks]
@@ -169,15 +163,12 @@ def make_table(results: dict[str, Figures], parameters: int, args: argparse.Name
 
 def main() -> int:
     args = parse_arguments()
-    if args.figures:
-        work(args)
-        return 0
-    figures = run_ranks("bench.steps", sys.argv[1:], args)
-    results = summarize(figures["ranks"])
-    Console().print(make_table(results, figures["parameters"], args))
+    results = summarize(run_ranks(Plan(args.world_size, args.threads), work, args))
+    parameters = count_parameters(VOCABULARY, args.tokens, args.layers, args.width)
+    Console().print(make_table(results, parameters, args))
     if args.out:
         figures_by_method = {name: vars(value) for name, value in results.items()}
-        write_report(args.out, "bench.steps", {"parameters": figures["parameters"], "results": figures_by_method})
+        write_report(args.out, "bench.steps", {"parameters": parameters, "results": figures_by_method})
     return 0
 
 
@@ -192,7 +183,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="tokens a rank and step")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
-    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

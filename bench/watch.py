@@ -1,71 +1,64 @@
-"""What ranks hold while they work, as another process sees it: their proportional set sizes, again and again.
+"""What ranks hold while they work, as the process that has started them sees it, again and again."""
 
-The ranks call `wait_to_be_watched`, and the process that has started them meanwhile calls `watch`. They tell each other how far
-they are by files beside that of the figures.
-"""
+from __future__ import annotations
 
-import json
-import os
+import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from bench.launch import Torchrun, write_figures
+from bench.launch import Ranks
 
 Held = Callable[[int], int]  # the bytes that a process holds, of one kind or another
 Moments = list[tuple[float, list[int]]]  # when (by `time.monotonic`) each rank held how much
 
 
-def wait_to_be_watched(figures: Path) -> None:
-    """Tell the watching process who the ranks are, and return when it has seen what they hold so far. Collective."""
-    pids: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(pids, os.getpid())
-    if dist.get_rank() == 0:
-        write_figures(pids, pids_beside(figures))
-        while not watched_beside(figures).exists():
-            time.sleep(0.01)
-    dist.barrier()
+class Watch:
+    """Goes to the ranks as an argument of their function; they tell by it from when to when they want to be watched."""
 
+    def __init__(self) -> None:
+        self._watching_end, self._ranks_end = multiprocessing.Pipe()
 
-def end_watch(figures: Path) -> None:
-    """From here on nobody looks, which costs time. Collective; without it the watch lasts until there are figures."""
-    dist.barrier()
-    if dist.get_rank() == 0:
-        ended_beside(figures).touch()
-    dist.barrier()
+    def begin(self) -> None:
+        """Return when the watching process has seen what the ranks hold so far. Collective."""
+        self._wait_for_a_look("begin")
 
+    def end(self) -> None:
+        """Return when it has seen what they hold now, and looks no more. Collective; else it looks until they have returned."""
+        self._wait_for_a_look("end")
 
-def pids_beside(figures: Path) -> Path:
-    return figures.with_name("pids.json")
+    def _wait_for_a_look(self, why: str) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            self._ranks_end.send(why)
+            self._ranks_end.recv()
+        dist.barrier()
 
+    def moments(self, ranks: Ranks, interval_s: float, held: Held) -> Moments:
+        """What each rank holds, first when it begins and then again and again. Called by who has started them.
 
-def watched_beside(figures: Path) -> Path:
-    return figures.with_name("watched")
+        Raises:
+            RankFailed: one of them has failed, or time is up for all.
+        """
+        moments: Moments = []
 
+        def look() -> None:
+            with suppress(OSError):  # a rank has ended, of which `ranks` will tell
+                moments.append((time.monotonic(), list(map(held, ranks.pids))))
 
-def ended_beside(figures: Path) -> Path:
-    return figures.with_name("ended")
-
-
-def watch(torchrun: Torchrun, figures: Path, interval_s: float, held: Held) -> Moments:
-    """What each rank holds, first before and then again and again while it trains."""
-    while torchrun.poll() is None and not pids_beside(figures).exists():
-        time.sleep(interval_s)
-    if torchrun.poll() is not None:
-        return []
-    pids = json.loads(pids_beside(figures).read_text())
-    moments = [(time.monotonic(), list(map(held, pids)))]
-    watched_beside(figures).touch()
-    while torchrun.poll() is None and not figures.exists() and not ended_beside(figures).exists():
-        try:
-            moments.append((time.monotonic(), list(map(held, pids))))
-        except OSError:  # a rank has ended: torchrun will say why
-            break
-        time.sleep(interval_s)
-    return moments
+        while not ranks.have_returned(interval_s):
+            if self._watching_end.poll():
+                asked = self._watching_end.recv()
+                look()
+                self._watching_end.send("seen")
+                if asked == "end":
+                    break
+            elif moments:
+                look()
+        return moments
 
 
 def above_first(moments: Moments) -> list[list[int]]:
@@ -75,7 +68,11 @@ def above_first(moments: Moments) -> list[list[int]]:
 
 
 def held_bytes(pid: int) -> int:
-    """Proportional set size of a process without mapped files."""
-    fields = {"Pss_Anon:", "Pss_Shmem:"}
+    """Memory of a process without mapped files: what it has of its own, and its part of what it shares.
+
+    Pages that it still has in common with the server that it was forked from are its own, for it has had them from the first: the
+    proportional set size would grow when it writes to them.
+    """
+    fields = {"Anonymous:", "Pss_Shmem:"}
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.split()[0] in fields)

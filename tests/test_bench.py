@@ -6,27 +6,61 @@ import importlib
 import json
 import mmap
 import os
+import signal
 import socket
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen, run
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from worker_pool import PRELOADED, WORKER_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = ("--layers=1", "--width=64", "--tokens=16")
 
 
-def run_bench(module: str, *options: str) -> CompletedProcess[str]:
+RunBench = Callable[..., CompletedProcess[str]]
+
+
+def run_command(module: str, *options: str, **environment: str) -> CompletedProcess[str]:
     command = [sys.executable, "-m", f"bench.{module}", *options]
-    return run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-def report_of(tmp_path: Path, module: str, *options: str) -> dict[str, Any]:
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which here starts its ranks from the server that the workers of other tests come from."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name, value in WORKER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    module = importlib.import_module("bench.launch")
+    monkeypatch.setattr(module, "PRELOADED", (*module.PRELOADED, *PRELOADED))
+    return module
+
+
+@pytest.fixture
+def run_bench(launch: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunBench:
+    """As `run_command`, in this process."""
+
+    def run_main(module: str, *options: str) -> CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [module, *options])
+        try:
+            status = importlib.import_module(f"bench.{module}").main()
+        except SystemExit as end:
+            status = end.code
+        return CompletedProcess([module, *options], status, *capfd.readouterr())
+
+    return run_main
+
+
+def report_of(run_bench: RunBench, tmp_path: Path, module: str, *options: str, **environment: str) -> dict[str, Any]:
     path = tmp_path / "new_folder" / "report.json"
-    outcome = run_bench(module, *options, f"--out={path}")
+    outcome = run_bench(module, *options, f"--out={path}", **environment)
     assert outcome.returncode == 0, outcome.stderr
     report = json.loads(path.read_text())
     assert report["command"].startswith(f"python -m bench.{module} --")
@@ -34,16 +68,16 @@ def report_of(tmp_path: Path, module: str, *options: str) -> dict[str, Any]:
     return report
 
 
-def test_steps(tmp_path: Path) -> None:
-    report = report_of(tmp_path, "steps", *TINY_MODEL, "--rounds=1", "--steps=1")
+def test_steps(run_bench: RunBench, tmp_path: Path) -> None:
+    report = report_of(run_bench, tmp_path, "steps", *TINY_MODEL, "--rounds=1", "--steps=1")
     assert report["parameters"] > 1e6
     assert {"no communication", "DDP", "stage 2"} <= report["results"].keys()
     for figures in report["results"].values():
         assert figures.keys() == {"step_s", "optimizer_s", "cpu_s"}
 
 
-def test_collectives(tmp_path: Path) -> None:
-    report = report_of(tmp_path, "collectives", "--world-size=4", "--mb=1", "--turns=1")
+def test_collectives(run_bench: RunBench, tmp_path: Path) -> None:
+    report = report_of(run_bench, tmp_path, "collectives", "--world-size=4", "--mb=1", "--turns=1")
     assert (report["world_size"], report["bucket_bytes"]) == (4, 10**6)
     halves = {"reduce_scatter", "all_gather", "total"}
     transports = dict.fromkeys(("torch", "pairwise", "shm", "shm, share_parameters", "hybrid"), halves)
@@ -53,9 +87,9 @@ def test_collectives(tmp_path: Path) -> None:
     }
 
 
-def test_memory(tmp_path: Path) -> None:
+def test_memory(run_bench: RunBench, tmp_path: Path) -> None:
     method = "stage 2, share_parameters"
-    report = report_of(tmp_path, "memory", *TINY_MODEL, "--steps=1", "--methods", method)
+    report = report_of(run_bench, tmp_path, "memory", *TINY_MODEL, "--steps=1", "--methods", method)
     assert report["world_size"] == 2
     assert report["results"].keys() == {method}
     peak = report["results"][method]
@@ -65,10 +99,10 @@ def test_memory(tmp_path: Path) -> None:
     assert peak["bytes_a_parameter"] == peak["together"] / 2 / peak["parameters"]
 
 
-def test_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint(run_bench: RunBench, tmp_path: Path) -> None:
     methods = ("(the files alone)", "stage 2, async_save")
     options = (*TINY_MODEL, "--rounds=1", f"--dir={tmp_path / 'files'}", "--methods", *methods)
-    report = report_of(tmp_path, "checkpoint", *options)
+    report = report_of(run_bench, tmp_path, "checkpoint", *options)
     assert (report["world_size"], tuple(report["results"])) == (2, methods)
     for figures in report["results"].values():
         assert figures["right"] is True
@@ -88,7 +122,10 @@ def test_checkpoint_tells_what_was_not_loaded(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_kernels(tmp_path: Path) -> None:
-    report = report_of(tmp_path, "kernels", "--gib=0.001", "--rounds=2", "--threads=1")
+    report = report_of(
+        *(run_command, tmp_path, "kernels", "--gib=0.001", "--rounds=2", "--threads=1"),
+        TORCH_EXTENSIONS_DIR=str(tmp_path / "nothing_compiled"),  # else DeepSpeed is imported
+    )
     assert len(report["rows"]) > 20
     for row in report["rows"]:
         assert row["threads"] == 1
@@ -122,20 +159,90 @@ def test_memory_counts_a_shared_page_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_failing_rank_ends_the_command() -> None:
-    outcome = run_bench("memory", "--width=32", "--methods=DDP")  # no heads
+    outcome = run_command("memory", "--width=32", "--methods=DDP")  # no heads
     assert outcome.returncode != 0
     assert "ZeroDivisionError" in outcome.stderr
 
 
-def compare_to(path: Path, *options: str) -> CompletedProcess[str]:
+def end_on_one_rank(how: str) -> None:
+    """Of two, while the other waits for it."""
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise TypeError("first line\nsecond line")
+        if how == "be killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            sys.exit(3)
+        time.sleep(600)
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("how", "reason", "timeout_s"),
+    [
+        ("raise", "TypeError: first line", 60),
+        ("be killed", "rank 1 was killed by SIGKILL", 60),
+        ("exit", "SystemExit: 3", 60),
+        ("hang", "stopped after 2 s", 2),
+    ],
+)
+def test_a_rank_that_fails_is_told(launch: Any, how: str, reason: str, timeout_s: float) -> None:
+    plan = launch.Plan(world_size=2, threads=1, timeout_s=timeout_s)
+    with (
+        pytest.raises(launch.RankFailed) as failure,
+        launch.running_ranks(plan, end_on_one_rank, how) as ranks,
+    ):
+        ranks.values()
+    assert failure.value.reason == reason
+    assert not any(process.is_alive() for process in ranks.processes)
+
+
+def facts_of_a_rank(padding: int) -> tuple[int, int, set[str], bytes]:
+    outputs = {str(Path(f"/proc/self/fd/{descriptor}").readlink()) for descriptor in (1, 2)}
+    return os.getpid(), torch.get_num_threads(), outputs, bytes(padding)
+
+
+def test_ranks_return_values(launch: Any) -> None:
+    plan = launch.Plan(world_size=2, threads=1, quiet=True)
+    with launch.running_ranks(plan, facts_of_a_rank, 10**6) as ranks:
+        assert ranks.values() == [(pid, 1, {os.devnull}, bytes(10**6)) for pid in ranks.pids]
+
+
+def children_of(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def runs(pid: int) -> bool:
+    """Unlike a zombie."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def test_ranks_end_with_who_has_started_them() -> None:
+    options = ("--layers=8", "--steps=100000", "--methods", "SGD alone")
+    command = [sys.executable, "-m", "bench.memory", *options]
+    with Popen(command, cwd=ROOT, start_new_session=True) as parent:
+        ranks: list[int] = []
+        while len(ranks) < 2:  # children of the server
+            assert parent.poll() is None
+            time.sleep(0.1)
+            ranks = [rank for child in children_of(parent.pid) for rank in children_of(child)]
+        parent.kill()
+    while any(map(runs, ranks)):  # until the test's own timeout
+        time.sleep(0.1)
+
+
+def compare_to(run_bench: RunBench, path: Path, *options: str) -> CompletedProcess[str]:
     shape = ("--model=tiny", "--vocabulary=256", "--tokens=8", "--rounds=1", f"--out={path}")
-    return run_bench("compare", *shape, *options)
+    return run_bench("compare.__main__", *shape, *options)
 
 
-def test_compare(tmp_path: Path) -> None:
+def test_compare(run_bench: RunBench, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     names = ["no communication", "DDP, bucket views, fused AdamW", "zeroopt stage 2, share_parameters"]
-    outcome = compare_to(path, "--steps=2", "--accumulation=2", "--methods", *names)
+    outcome = compare_to(run_command, path, "--steps=2", "--accumulation=2", "--methods", *names)
     assert outcome.returncode == 0, outcome.stderr
     report = json.loads(path.read_text())
     rows = {row["method"]: row for row in report["rows"]}
@@ -164,17 +271,17 @@ def test_compare(tmp_path: Path) -> None:
     assert {entry.name for entry in tmp_path.iterdir()} == {"results.json", "report.md", *pictures}
 
 
-def test_compare_says_what_is_missing(tmp_path: Path) -> None:
-    outcome = compare_to(tmp_path / "results.json", "--methods", "8-bit moments", "remainders", "--steps=1")
+def test_compare_says_what_is_missing(run_bench: RunBench, tmp_path: Path) -> None:
+    outcome = compare_to(run_bench, tmp_path / "results.json", "--methods", "8-bit moments", "remainders", "--steps=1")
     assert outcome.returncode == 0, outcome.stderr
     assert "| zeroopt stage 2, remainders: needs --precision bfloat16 |" in (tmp_path / "report.md").read_text()
 
 
-def test_compare_refuses_unknown_names() -> None:
-    outcome = run_bench("compare", "--methods=no such thing")
+def test_compare_refuses_unknown_names(run_bench: RunBench) -> None:
+    outcome = run_bench("compare.__main__", "--methods=no such thing")
     assert outcome.returncode == 2
     assert "no method's name contains no such thing; there are: no communication; DDP" in outcome.stderr
-    outcome = run_bench("compare", "--model=huge")
+    outcome = run_bench("compare.__main__", "--model=huge")
     assert outcome.returncode == 2
     assert "expected a model among tiny, gpt-10m" in outcome.stderr
 
@@ -266,7 +373,7 @@ def test_largest_by_bisection(compare_modules: dict[str, Any]) -> None:
         assert last_that(lambda layers, largest=largest: layers <= largest, 3) == min(largest, 12)
 
 
-def test_largest_in_a_budget(tmp_path: Path) -> None:
+def test_largest_in_a_budget(run_bench: RunBench, tmp_path: Path) -> None:
     path = tmp_path / "largest.json"
     shape = ("--width=64", "--vocabulary=64", "--tokens=8")
     methods = ("--methods", "DDP, bucket views", "remainders")

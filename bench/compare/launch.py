@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
-import tempfile
-import threading
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bench.compare.bandwidth import Bandwidth
 from bench.compare.methods import METHODS
-from bench.compare.rank import Figures, Job
+from bench.compare.rank import Figures, Job, work
 from bench.compare.setting import Setting
 from bench.compare.timeline import Range
-from bench.launch import running_ranks
-from bench.watch import Moments, above_first, held_bytes, watch
-
-ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception|Refused)\b.*)")
+from bench.launch import Plan, RankFailed, running_ranks
+from bench.watch import Moments, Watch, above_first, held_bytes
 
 
 @dataclass
@@ -42,36 +35,20 @@ class Run:
 
 def run_method(job: Job, interval_s: float, timeout_s: float) -> Run:
     """Train by `job.method` and report it. Whatever goes wrong there is in the report."""
-    obstacle = METHODS[job.method].why_not(job.setting)
+    setting = job.setting
+    obstacle = METHODS[job.method].why_not(setting)
     if obstacle is not None:
-        return Run(job.method, job.setting, problem=obstacle)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
-        figures = Path(folder) / "figures.json"
-        options = ["--job", job.to_json()]
-        with running_ranks("bench.compare.rank", options, job.setting, figures, output) as torchrun:
-            deadline = threading.Timer(timeout_s, torchrun.terminate)
-            deadline.start()
-            moments = watch(torchrun, figures, interval_s, held_bytes)
-            status = torchrun.wait()
-        stopped = not deadline.is_alive()
-        deadline.cancel()
-        if status:
-            problem = f"stopped after {timeout_s:.0f} s" if stopped else reason_in(output)
-            return Run(job.method, job.setting, problem=problem)
-        return Run(job.method, job.setting, None, read_figures(figures), most_together(moments), len(moments))
-
-
-def reason_in(output: BinaryIO) -> str:
-    """The first error that ranks have printed, which mostly explains the others; else how the first of them ended."""
-    output.seek(0)
-    lines = output.read().decode(errors="replace").splitlines()
-    errors = [match[1] for match in map(ERROR.match, lines) if match and "ChildFailedError" not in match[1]]
-    ends = [line.strip() for line in lines if line.strip().startswith("exitcode")]
-    return [*errors, *ends, *reversed(lines), "failed without a word"][0]
-
-
-def read_figures(path: Path) -> list[Figures]:
-    return [figures_from(fields) for fields in json.loads(path.read_text())]
+        return Run(job.method, setting, problem=obstacle)
+    backend = "nccl" if setting.device == "cuda" else "gloo"
+    plan = Plan(setting.world_size, setting.threads, backend, timeout_s, quiet=True)
+    watch = Watch()
+    try:
+        with running_ranks(plan, work, job, watch) as ranks:
+            moments = watch.moments(ranks, interval_s, held_bytes)
+            figures = ranks.values()
+    except RankFailed as failure:
+        return Run(job.method, setting, problem=failure.reason)
+    return Run(job.method, setting, None, figures, most_together(moments), len(moments))
 
 
 def figures_from(fields: dict[str, Any]) -> Figures:

@@ -1,4 +1,4 @@
-"""What a rank does, under torchrun: `python -m bench.compare.rank --job JSON --figures FILE`.
+"""What a rank does.
 
 First a rehearsal with a tiny model, for what is loaded or allocated at a first step; then the wrapping and the warm-up, during
 which another process watches how much memory the ranks hold; then the timed steps, while nobody does; then some under the
@@ -7,15 +7,10 @@ profiler.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -29,8 +24,7 @@ from bench.compare.network import sent_bytes
 from bench.compare.peak import Peak
 from bench.compare.setting import NUM_BATCHES, Setting
 from bench.compare.timeline import Range, trace
-from bench.launch import write_figures
-from bench.watch import end_watch, wait_to_be_watched
+from bench.watch import Watch
 
 WARMUP_STEPS = 3  # buffers are made, and buckets planned anew
 PROFILED_STEPS = 2  # the second as it is in the middle of training
@@ -49,14 +43,6 @@ class Job:
     setting: Setting
     steps: int
     timeline: bool
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Job:
-        fields = json.loads(text)
-        return Job(**{**fields, "setting": Setting(**fields["setting"])})
 
 
 @dataclass
@@ -136,38 +122,31 @@ class Loop:
         return loss.detach().float()
 
 
-def work(job: Job, figures: Path) -> None:
-    torch.set_num_threads(job.setting.threads)
-    device = connect(job.setting)
+def work(job: Job, watch: Watch) -> Figures:
+    """Of this rank. Collective."""
+    device = device_of(job.setting)
     method = METHODS[job.method]
     Loop(prepare(method, job.setting.tiny(), device), job.setting.tiny(), device).run(1)
     gc.collect()
     peak = Peak(device)
-    wait_to_be_watched(figures)
-    mine = measure(job, method, device, peak, figures)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, asdict(mine))
-    if dist.get_rank() == 0:
-        write_figures(everyone, figures)
-    dist.barrier()
-    time.sleep(0.1)  # Gloo's threads let go of the last tensors
-    dist.destroy_process_group()
+    watch.begin()
+    return measure(job, method, device, peak, watch)
 
 
-def connect(setting: Setting) -> torch.device:
-    if setting.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo")
-    return torch.device("cpu")
+def device_of(setting: Setting) -> torch.device:
+    """Of this rank, where it then works by default."""
+    if setting.device != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", dist.get_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
 def prepare(method: Method, setting: Setting, device: torch.device) -> Training:
     return method.prepare(setting.make_model().to(device), setting)
 
 
-def measure(job: Job, method: Method, device: torch.device, peak: Peak, figures: Path) -> Figures:
+def measure(job: Job, method: Method, device: torch.device, peak: Peak, watch: Watch) -> Figures:
     net = job.setting.make_model().to(device)
     dist.barrier()
     wrapping = CpuClock()
@@ -177,36 +156,47 @@ def measure(job: Job, method: Method, device: torch.device, peak: Peak, figures:
     loop = Loop(training, job.setting, device)
     loop.run(WARMUP_STEPS)
     resident, on_device = peak.resident(), peak.on_device()
-    end_watch(figures)
-
-    sent_before, cpu_before = sent_bytes(), time.process_time()
-    seconds = [clock.seconds() for clock in loop.run(job.steps)]
-    cpu_s = time.process_time() - cpu_before
-    dist.barrier()
-    sent_after = sent_bytes()
+    watch.end()
+    timed = time_steps(loop, job.steps) if job.steps else NOTHING_TIMED
     ranges = trace(lambda: loop.run_to_the_end(PROFILED_STEPS)) if job.timeline else []
     share = max(1, job.setting.parameters // dist.get_world_size())
     return Figures(
         wrap_s=wrapping.seconds()[0],
-        forward_backward_s=[forward_backward for forward_backward, _ in seconds],
-        optimizer_s=[optimizer for _, optimizer in seconds],
-        cpu_s=cpu_s,
-        sent_bytes=None if sent_before is None or sent_after is None else sent_after - sent_before,
+        forward_backward_s=timed.forward_backward_s,
+        optimizer_s=timed.optimizer_s,
+        cpu_s=timed.cpu_s,
+        sent_bytes=timed.sent_bytes,
         losses=torch.stack(loop.losses).tolist(),
         resident_bytes=resident,
         device_bytes=on_device,
-        bandwidth=None if method.communicates or not job.steps else measure_bandwidth(share, device),
+        bandwidth=measure_bandwidth(share, device) if job.steps and not method.communicates else None,
         ranges=ranges if dist.get_rank() == 0 else [],
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--job", type=Job.from_json, required=True)
-    parser.add_argument("--figures", type=Path, required=True)
-    args = parser.parse_args()
-    work(args.job, args.figures)
+@dataclass(frozen=True)
+class Timed:
+    """As in `Figures`."""
+
+    forward_backward_s: list[float]
+    optimizer_s: list[float]
+    cpu_s: float
+    sent_bytes: int | None
 
 
-if __name__ == "__main__":
-    main()
+NOTHING_TIMED = Timed([], [], 0.0, None)
+
+
+def time_steps(loop: Loop, steps: int) -> Timed:
+    """Collective."""
+    sent_before, cpu_before = sent_bytes(), time.process_time()
+    seconds = [clock.seconds() for clock in loop.run(steps)]
+    cpu_s = time.process_time() - cpu_before
+    dist.barrier()
+    sent_after = sent_bytes()
+    return Timed(
+        forward_backward_s=[forward_backward for forward_backward, _ in seconds],
+        optimizer_s=[optimizer for _, optimizer in seconds],
+        cpu_s=cpu_s,
+        sent_bytes=None if sent_before is None or sent_after is None else sent_after - sent_before,
+    )
