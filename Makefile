@@ -23,7 +23,7 @@ demo: $(READY) ## Train a GPT with DDP and with zeroopt, and compare (about 3 mi
 bench: $(READY) ## Compare with DDP, FSDP, ZeroRedundancyOptimizer and what else is installed (needs an idle machine)
 	$(VENV)/bin/python -m bench.compare
 
-bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 3 minutes)
+bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about a minute)
 	$(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke/results.json
 	$(VENV)/bin/python -m bench.report runs/smoke/results.json
 	$(VENV)/bin/python -m bench.compare.budget --budget-mb 2 --width 64 --vocabulary 64 --tokens 8 --methods "DDP, bucket"

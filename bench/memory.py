@@ -5,8 +5,8 @@
 Every method trains the same GPT with AdamW in float32, in processes of its own. While they wrap it and train, this process
 asks the kernel every few milliseconds what they hold. A page of memory that k ranks share counts 1/k in each of them, so that
 over all ranks it counts once. Mapped files do not count: they are the code of libraries, which ranks share with whatever else
-runs. Figures are above what the ranks held after a rehearsal, a step of a tiny model by the same
-method, for torch loads much of itself only then.
+runs. Figures are above what the ranks held after a rehearsal, a step of a tiny model by the same method, for torch loads much
+of itself only then.
 
     a rank         the most that all ranks held at one moment, by their number: the figure to compare
     largest rank   the most that any one rank held at any moment
