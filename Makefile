@@ -10,6 +10,8 @@ CPP_FILES := $(shell find csrc tests/cuda_on_cpu -name "*.h" -o -name "*.cpp" -o
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
+COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
+
 .PHONY: help venv demo bench bench-smoke test lint format clean
 
 help: ## Show this list
@@ -23,12 +25,14 @@ demo: $(READY) ## Train a GPT with DDP and with zeroopt, and compare (about 3 mi
 bench: $(READY) ## Compare with DDP, FSDP, ZeroRedundancyOptimizer and what else is installed (needs an idle machine)
 	$(VENV)/bin/python -m bench.compare
 
-bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about a minute)
-	$(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke/results.json
+bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 2 minutes)
+	$(COMPARE_SMOKE)/results.json
+	$(COMPARE_SMOKE)/half.json --precision bfloat16 --accumulation 2 --world-sizes 1 3 --methods "zeroopt stage 2" "no masters" remainders
+	$(COMPARE_SMOKE)/largest.json --budget-mb 2 --methods "DDP, bucket views, fused AdamW" "zeroopt stage 2"
 	$(VENV)/bin/python -m bench.report runs/smoke/results.json
-	$(VENV)/bin/python -m bench.compare.budget --budget-mb 2 --width 64 --vocabulary 64 --tokens 8 --methods "DDP, bucket"
 	$(VENV)/bin/python -m bench.steps --layers 1 --width 64 --tokens 16 --rounds 1 --steps 1
 	$(VENV)/bin/python -m bench.memory --layers 1 --width 64 --tokens 16 --steps 1 --methods DDP "stage 2"
+	$(VENV)/bin/python -m bench.checkpoint --layers 1 --width 64 --tokens 16 --rounds 1 --methods DDP "stage 2"
 	$(VENV)/bin/python -m bench.collectives --mb 1 --turns 1
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
 

@@ -289,7 +289,7 @@ def test_compare_refuses_unknown_names(run_bench: RunBench) -> None:
 @pytest.fixture
 def compare_modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(ROOT))
-    names = ("budget", "launch", "methods", "network", "rank", "setting", "summary")
+    names = ("budget", "launch", "methods", "network", "rank", "setting", "summary", "sweep")
     return {name: importlib.import_module(f"bench.compare.{name}") for name in names}
 
 
@@ -374,11 +374,64 @@ def test_largest_by_bisection(compare_modules: dict[str, Any]) -> None:
 
 
 def test_largest_in_a_budget(run_bench: RunBench, tmp_path: Path) -> None:
-    path = tmp_path / "largest.json"
+    path = tmp_path / "results.json"
     shape = ("--width=64", "--vocabulary=64", "--tokens=8")
     methods = ("--methods", "DDP, bucket views", "remainders")
-    outcome = run_bench("compare.budget", "--budget-mb=0.001", *shape, *methods, f"--out={path}")
+    outcome = run_bench("compare.__main__", "--budget-mb=0.001", *shape, *methods, f"--out={path}")
     assert outcome.returncode == 0, outcome.stderr
-    ddp, refused = json.loads(path.read_text())["largest"]
+    (search,) = json.loads(path.read_text())["searches"]
+    ddp, refused = search["found"]
     assert (ddp["layers"], ddp["parameters"], list(ddp["tried"])) == (0, 0, ["1"])
     assert refused["problem"] == "needs --precision bfloat16"
+    report = (tmp_path / "report.md").read_text()
+    assert "## The largest model in 0.001 MB a rank: 2 ranks" in report
+    assert {entry.name for entry in tmp_path.iterdir()} == {"results.json", "report.md", "largest-0.png"}
+    outcome = run_bench("report", str(path))
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "report.md").read_text() == report
+
+
+def test_compare_sweeps(run_bench: RunBench, tmp_path: Path) -> None:
+    options = ("--world-sizes", "2", "1", "--steps=1", "--methods", "zeroopt stage 2", "DDP, bucket views, fused AdamW")
+    outcome = compare_to(run_bench, tmp_path / "results.json", *options)
+    assert outcome.returncode == 0, outcome.stderr
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    begin = lines.index("## By ranks")
+    assert lines[begin + 4] == "| method | 1 | 2 |"
+    assert [line.split(" | ")[0] for line in lines[begin + 6 : begin + 8]] == [
+        "| DDP, bucket views, fused AdamW",
+        "| zeroopt stage 2",
+    ]
+    assert " ms" not in lines[begin + 6]
+    assert lines[begin + 6].count("(1.00)") == 2
+    assert (tmp_path / "by-ranks.png").exists()
+
+
+def test_compare_fails_with_a_method(run_bench: RunBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    options = ("--steps=1", "--timeout=0.01", "--methods", "zeroopt stage 2")
+    assert compare_to(run_bench, path, *options).returncode == 1
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["problem"] == "stopped after 0 s"
+
+
+def test_a_sweep_ends_where_memory_does(compare_modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, setting = compare_modules["sweep"], compare_modules["setting"]
+    small, large = (setting.Setting(layers, 64, 64, 8, 1, "float32", None, 2, 1, "cpu") for layers in (1, 10))
+    needed = 2 * 16 * large.parameters
+    monkeypatch.setattr(sweep, "available_bytes", lambda: needed / sweep.MEMORY_PART)
+    assert sweep.that_fit([small, large]) == [small, large]
+    monkeypatch.setattr(sweep, "available_bytes", lambda: needed / sweep.MEMORY_PART - 1)
+    assert sweep.that_fit([small, large]) == [small]
+
+
+def test_methods_are_chosen_by_name_or_part(compare_modules: dict[str, Any]) -> None:
+    chosen = compare_modules["methods"].chosen_methods
+    assert chosen(["zeroopt stage 2"]) == ["zeroopt stage 2"]
+    assert chosen(["moments", "fsdp1"]) == [
+        "zeroopt stage 2, bfloat16 moments",
+        "zeroopt stage 2, 8-bit moments",
+        "FSDP1, SHARD_GRAD_OP",
+    ]
+    assert chosen([""]) == list(compare_modules["methods"].METHODS)
+    assert chosen(["no such thing"]) == []

@@ -33,13 +33,14 @@ from bench.compare.sweep import AXES, that_fit
 
 
 def main() -> int:
-    """1 when a method's losses are not those of the others."""
+    """1 when a method has failed, or its losses are not those of the others."""
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 240)
     results = measure(args, console)
     write_results(args.out, results)
     render(args.out, console)
-    return int(any(row.wrong for comparison in summarize(results.runs) for row in comparison.rows))
+    rows = [row for comparison in summarize(results.runs) for row in comparison.rows]
+    return int(any(row.failed for row in rows) or any(search.failed for search in results.searches))
 
 
 def measure(args: argparse.Namespace, console: Console) -> Results:

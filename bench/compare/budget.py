@@ -52,6 +52,11 @@ class Search:
         """DDP's, where it can train anything."""
         return next((largest for largest in self.found if largest.method == DDP and largest.parameters), None)
 
+    @property
+    def failed(self) -> bool:
+        """A method that could have run has not."""
+        return any(largest.problem and not METHODS[largest.method].why_not(self.setting) for largest in self.found)
+
 
 def search(
     setting: Setting, methods: Sequence[str], budget_mb: float, interval_s: float, timeout_s: float, console: Console

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bench.model import HEAD_WIDTH, make_model
+from bench.model import HEAD_WIDTH, count_parameters, make_model
 
 PRECISIONS = ("float32", "bfloat16")
 NUM_BATCHES = 2  # the same few again and again, so that the loss falls fast and tells whether gradients are averaged
@@ -47,8 +47,7 @@ class Setting:
 
     @property
     def parameters(self) -> int:
-        with torch.device("meta"):
-            return sum(param.numel() for param in self.make_model().parameters())
+        return count_parameters(self.vocabulary, self.tokens, self.layers, self.width)
 
     def make_model(self) -> nn.Module:
         """Float32, on the default device; the same on all ranks."""

@@ -65,6 +65,12 @@ class Row:
     losses: tuple[float, ...] = ()
 
     @property
+    def failed(self) -> bool:
+        """It could have run and has not, or has not trained as others did."""
+        could_run = METHODS[self.method].why_not(self.setting) is None
+        return self.wrong is not None or (self.problem is not None and could_run)
+
+    @property
     def median_s(self) -> float | None:
         return None if self.step_s is None else self.step_s.median
 
