@@ -194,6 +194,18 @@ def test_steady_step_of_zeroopt(bench: Any) -> None:
     assert step.lane("waiting") == [Span("waiting", 55, 60)]  # later, nothing is under way to wait for
 
 
+def test_steady_step_is_a_typical_one(bench: Any) -> None:
+    ends = (0, 50, 150, 450, 560)
+    entries = [
+        entry
+        for begin, end in zip(ends, ends[1:], strict=False)
+        for entry in (("forward", begin, begin + 20, 1), ("step", end - 10, end, 1))
+    ]
+    step = bench.timeline.steady_step([bench.timeline.Range(*entry) for entry in entries])
+    assert step.length_ms == 110
+    assert step.lane("forward") == [bench.timeline.Span("forward", 0, 20)]
+
+
 def test_steady_step_of_others(bench: Any) -> None:
     """With several micro-batches, and collectives on threads of their own."""
     ranges = [

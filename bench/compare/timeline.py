@@ -95,19 +95,26 @@ class Step:
 
 
 def steady_step(ranges: Sequence[Range]) -> Step | None:
-    """The last whole step of a trace, from its first forward to the end of the optimizer's step; None where there is none."""
-    steps = [r for r in ranges if r.name == "step"]
+    """A whole step of a trace of median length, not the first, which begins with nothing under way; None where there is none."""
+    steps = list(whole_steps(ranges))
     if not steps:
         return None
-    before = max((r.end_ms for r in steps[:-1]), default=0)
-    begin = min((r.start_ms for r in ranges if r.name in LOOP and r.start_ms >= before), default=before)
-    end = steps[-1].end_ms
+    later = sorted(steps[1:] or steps, key=lambda step: step[1] - step[0])
+    begin, end = later[len(later) // 2]
     spans = [
         Span(span.lane, max(span.start_ms, begin) - begin, min(span.end_ms, end) - begin, span.bucket)
         for span in spans_of(ranges)
         if span.start_ms < end and span.end_ms > begin
     ]
     return Step(end - begin, spans)
+
+
+def whole_steps(ranges: Sequence[Range]) -> Iterator[Interval]:
+    """From the first forward to the end of the optimizer's step."""
+    before = 0.0
+    for end in [r.end_ms for r in ranges if r.name == "step"]:
+        yield min((r.start_ms for r in ranges if r.name in LOOP and r.start_ms >= before), default=before), end
+        before = end
 
 
 def spans_of(ranges: Sequence[Range]) -> Iterator[Span]:
