@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,7 +199,7 @@ def test_steady_step_is_a_typical_one(bench: Any) -> None:
     ends = (0, 50, 150, 450, 560)
     entries = [
         entry
-        for begin, end in zip(ends, ends[1:], strict=False)
+        for begin, end in pairwise(ends)
         for entry in (("forward", begin, begin + 20, 1), ("step", end - 10, end, 1))
     ]
     step = bench.timeline.steady_step([bench.timeline.Range(*entry) for entry in entries])
