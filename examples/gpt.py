@@ -52,4 +52,4 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.final_norm(self.blocks(x))
-        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())  # exact in 16 bits too

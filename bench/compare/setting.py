@@ -38,7 +38,7 @@ class Setting:
     threads: int
     device: str
     seed: int = 0
-    lr: float = 1e-3
+    lr: float = 1e-4
 
     @property
     def tokens_a_step(self) -> int:
