@@ -77,6 +77,11 @@ class Place:
     comparison: Comparison
 
 
+def short(value: float) -> str:
+    """A place on an axis."""
+    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:g}"
+
+
 def families(comparisons: Sequence[Comparison], axis: Axis) -> list[list[Place]]:
     """Those that differ in nothing but what the axis varies, in its order; none that has one place with figures only."""
     together: dict[Setting, dict[float, Place]] = {}

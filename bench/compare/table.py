@@ -9,7 +9,7 @@ from rich.table import Table
 
 from bench.compare.budget import MANY_RANKS, Largest, Search
 from bench.compare.summary import Comparison, Row, Spread
-from bench.compare.sweep import AXES, Axis, Place, families
+from bench.compare.sweep import AXES, Axis, Place, families, short
 
 HEADINGS = (
     "step ms",
@@ -173,7 +173,7 @@ def make_markdown(comparisons: Sequence[Comparison], searches: Sequence[Search],
 
 def sweep_lines(family: Sequence[Place], axis: Axis) -> list[str]:
     """One column for each comparison: times beside DDP's, and memory."""
-    headings = ["method", *(f"{place.value:,g}" for place in family)]
+    headings = ["method", *(short(place.value) for place in family)]
     rows = [
         [method, *(brief(place.comparison, method) for place in family)]
         for method in dict.fromkeys(row.method for place in family for row in place.comparison.rows)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from bench.compare.methods import ALONE, DDP
 from bench.compare.plots.look import ACCENT, FAINT, INK, STYLE, choose, make_figure, side_of
-from bench.compare.sweep import Axis, Place
+from bench.compare.sweep import Axis, Place, short
 from bench.compare.table import step_of, what_is_common
 
 MOST_METHODS = 8
@@ -90,7 +90,3 @@ def mark_places(axes: Axes, axis: Axis, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(axis.title, color=FAINT)
     axes.grid()
-
-
-def short(value: float) -> str:
-    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:g}"
