@@ -407,7 +407,7 @@ def test_compare_sweeps(run_bench: RunBench, tmp_path: Path) -> None:
     assert (tmp_path / "by-ranks.png").exists()
 
 
-def test_compare_fails_with_a_method(run_bench: RunBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_fails_with_a_method(run_bench: RunBench, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     options = ("--steps=1", "--timeout=0.01", "--methods", "zeroopt stage 2")
     assert compare_to(run_bench, path, *options).returncode == 1
