@@ -25,6 +25,7 @@ from . import _C, ops
 from .audit import Audit
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, ParamState
+from .buffer_sync import BufferSync
 from .collectives import ADVICE, PendingCollective, Transport
 from .config import Placement
 from .errors import CollectiveError, StateError
@@ -83,6 +84,7 @@ class GradientReducer:
         stores: the gradients of each bucket.
         join: tells ranks that have run out of data what this one does.
         audit: looks at gradients in some steps; None: in none.
+        buffer_sync: sends the model's buffers at the end of each backward; None where they stay as they are.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
         num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
         is_zeroed: gradients have been set to zero since the last one.
@@ -108,6 +110,7 @@ class GradientReducer:
         self.num_backwards = 0
         self.num_backwards_stepped = 0
         self.audit: Audit | None = None
+        self.buffer_sync: BufferSync | None = None
         self.join = Join(transport)
         self.norm_type: float | None = None
         self.arrivals: list[int] = []
@@ -624,6 +627,8 @@ class GradientReducer:
             self._start_next()
         with named_range("agree_on_used"):
             self._agree_on_used()
+        if self.buffer_sync is not None:
+            self.buffer_sync.send(self.join.source)
         everything = all(self._packed)
         self._arrived = bytearray(len(self._params))
         self._packed = bytearray(len(self._params))

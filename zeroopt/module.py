@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .bucket import ManagedParam
-from .collectives import named_failures
+from .buffer_sync import BufferSync
+from .ddp_around import check_ddp_around, refuse_ddp_around
 from .errors import ConfigError, NotSupportedError
 from .join import JoinCalls, Phase
 from .optimizer import ZeroOptimizer
 from .param_gather import remove_idle_hooks
 from .precision import round_master
 from .sharding import Sharding
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ZeroDataParallel(nn.Module):
@@ -28,24 +32,33 @@ class ZeroDataParallel(nn.Module):
     `load_state_dict`, `named_parameters` and `named_buffers` are those of `.module`, and so is every attribute that this
     class lacks.
 
+    It may be part of a larger module, whose names, state dicts and loading are then as if the model in `.module` were there
+    instead.
+
     A deep copy is one of `.module`: a plain model with parameters of its own, which is what
     `torch.optim.swa_utils.AveragedModel(model)` wants. It cannot be pickled.
 
     Made by `zeroopt.wrap`.
     """
 
+    module: nn.Module
+
     def __init__(self, sharding: Sharding) -> None:
         super().__init__()
         config, module = sharding.config, sharding.module
-        self.module = module
+        # Not a child of this one, or "module" would be in the names that a larger module has for what is in it. In its place
+        # are its own children.
+        self.__dict__["module"] = module
+        self.__dict__["_modules"] = module._modules
         self._sharding = sharding
         self._reducer = sharding.reducer
         self._gathers = sharding.gathers
         self._transport = sharding.transport
         self._shared = config.share_parameters
         self._input_dtype = config.precision.param_dtype if config.cast_inputs else None
-        has_buffers = next(module.buffers(), None) is not None
-        self._broadcaster = sharding.broadcaster if config.broadcast_buffers and has_buffers else None
+        self._buffer_sync: BufferSync | None = None
+        if config.broadcast_buffers and sharding.broadcaster is not None and next(module.buffers(), None) is not None:
+            self._buffer_sync = self._reducer.buffer_sync = BufferSync(module, sharding.broadcaster)
         self._optimizers: list[ZeroOptimizer] = []
 
     @property
@@ -64,28 +77,41 @@ class ZeroDataParallel(nn.Module):
         self._optimizers.append(optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. With `broadcast_buffers` it is collective while gradients are enabled and synchronised: ranks
-        first take over the buffers (batch norm statistics and the like) of rank 0. With `cast_inputs`, floating-point tensors
-        among the arguments, in whatever containers, are cast to `param_dtype`. Parameters of an optimizer that were frozen and
-        now require gradients are trained from here on."""
+        """Run the model.
+
+        With `broadcast_buffers`, ranks first take over the buffers (batch norm statistics and the like) of rank 0. With gradients
+        enabled that is collective for the first forward, and for the first one after each that was not under `no_sync()`.
+        Without gradients it is not: the buffers are those that rank 0 had at the end of the last backward (but for those that
+        have been written since), so one rank may evaluate alone.
+
+        With `cast_inputs`, floating-point tensors among the arguments, in whatever containers, are cast to `param_dtype`.
+        Parameters of an optimizer that were frozen and now require gradients are trained from here on.
+        """
         if torch.is_grad_enabled():
-            for optimizer in self._optimizers:
-                optimizer.take_in_unfrozen()
-            follows = self._broadcaster is not None and self._reducer.sync
-            join = self._reducer.join
-            if join.is_on and (follows or join.throws):
-                join.announce(Phase.FORWARD)
-            if follows:
-                self._take_over_buffers()
+            self._prepare_training()
+        elif self._buffer_sync is not None:
+            self._buffer_sync.take_sent()
         if self._input_dtype is not None:
             args, kwargs = tree_map(self._cast_input, (args, kwargs))
         return self.module(*args, **kwargs)
 
+    def _prepare_training(self) -> None:
+        """What comes before a forward with gradients. Collective, where something has to be done on all ranks."""
+        check_ddp_around(managed.param for managed in self._sharding.params)
+        for optimizer in self._optimizers:
+            optimizer.take_in_unfrozen()
+        buffers, join = self._buffer_sync, self._reducer.join
+        follows = buffers is not None and buffers.is_due
+        if join.is_on and (follows or join.throws):
+            join.announce(Phase.FORWARD)
+        if follows:
+            self._take_over_buffers()
+        if buffers is not None:
+            buffers.is_due = self._reducer.sync
+
     def _take_over_buffers(self) -> None:
-        if self._broadcaster is not None:
-            source = self._reducer.join.source
-            with named_failures(f"forward, taking over the buffers of rank {source}", self._transport.group):
-                self._broadcaster.broadcast(list(self.module.buffers()), source)
+        if self._buffer_sync is not None:
+            self._buffer_sync.take_over(self._reducer.join.source)
 
     def _cast_input(self, value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
@@ -193,6 +219,19 @@ class ZeroDataParallel(nn.Module):
     def _zero_grad_along(self, number: int | None, set_to_none: bool) -> None:
         (self if number is None else self._optimizers[number]).zero_grad(set_to_none)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> None:
+        """Asked for by DistributedDataParallel, when it is put around this model. Raises ConfigError."""
+        refuse_ddp_around()
+
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
+        """Raises NotSupportedError: DistributedDataParallel has such hooks, mostly to send gradients in 16 bits."""
+        raise NotSupportedError(
+            "zeroopt has no communication hooks. To send gradients in 16 bits, as fp16_compress_hook and bf16_compress_hook do, "
+            "pass reduce_dtype=torch.float16 or torch.bfloat16 to zeroopt.wrap (stages 1 and 2); to average parameters every k "
+            "steps, as PostLocalSGD does, pass average_every=k"
+        )
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """`module.state_dict()`. Not collective: every rank holds all parameters."""
         return self.module.state_dict(*args, **kwargs)
@@ -221,13 +260,31 @@ class ZeroDataParallel(nn.Module):
         self._complete_exact(state_dict)
         return result
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """`load_state_dict` of a larger module that this one is in asks for it, and then loads the children. Collective where
+        parameters are shared: every rank of a host then writes the same values to the same memory."""
+        self._reducer.join.check_outside("load_state_dict()")
+        if local_metadata.get("assign_to_params_buffers", False):
+            raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
+        self._gathers.finish_all()
+        if self._shared:
+            self._transport.barrier()  # nobody reads them any more
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        state_dict.update({prefix + name: value for name, value in self._round_exact(own).items()})
+        self._complete_exact(own)
+        self.module._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def _round_exact(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """Those float32 values whose parameters are completed by masters, rounded as the step rounds them."""
+        completed = {
+            m.param: m for bucket in self._sharding.buckets if bucket.master is not None for m in bucket.params
+        }
         return {
-            managed.name: round_master(state_dict[managed.name], bucket.dtype)
-            for bucket in self._sharding.buckets
-            for managed in bucket.params
-            if bucket.master is not None and _is_exact(state_dict.get(managed.name), managed)
+            name: round_master(state_dict[name], param.dtype)
+            for name, param in self.module.named_parameters(remove_duplicate=False)
+            if param in completed and _is_exact(state_dict.get(name), completed[param])
         }
 
     def _complete_exact(self, state_dict: Mapping[str, Any]) -> None:
@@ -255,9 +312,35 @@ class ZeroDataParallel(nn.Module):
         """`module.named_buffers()`."""
         return self.module.named_buffers(prefix, recurse, remove_duplicate)
 
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """Asked for by `torch.distributed.checkpoint.state_dict`: the child "module" is in no name."""
-        return {**getattr(self.module, "_fqn_modifiers", dict)(), "": "module"}
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module, and `module.named_modules()`, of which the first has the same name."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+            yield from self.module.named_modules(memo, prefix, remove_duplicate)
+
+    def train(self, mode: bool = True) -> Self:
+        """`module.train()`."""
+        self.training = mode
+        self.module.train(mode)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """`module.apply()`, and the function of this module last."""
+        self.module.apply(fn)
+        fn(self)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.module!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A deep copy of the model in `.module`, with the current parameters. Not collective."""
@@ -273,7 +356,7 @@ class ZeroDataParallel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module":  # not set yet
+            if "module" not in vars(self):  # not set yet
                 raise
             return getattr(self.module, name)
 

@@ -88,7 +88,7 @@ def wrap(
             collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the
             first two.
         overlap: let a bucket travel while backward fills the next; False waits for each.
-        broadcast_buffers: before a forward with gradients, all ranks take over the buffers of rank 0.
+        broadcast_buffers: all ranks use the buffers of rank 0; see `ZeroDataParallel.forward`.
         sync_module_states: all ranks start from the parameters and buffers of rank 0.
         share_parameters: CPU ranks of one host keep one copy of the parameters for all of them, in shared memory (stages 1
             and 2). An in-place change that every rank makes then happens once a rank on the same memory: make it under
