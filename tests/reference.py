@@ -210,13 +210,20 @@ def dither(random: Tensor) -> Tensor:
 
 def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes, int8 or uint8, and the float32 scales of their blocks, of at least one value."""
-    largest = torch.stack([block.max() for block in torch.split(values.abs(), QUANT_BLOCK)]).double()
+    finite = torch.where(values.isfinite(), values, 0.0)
+    largest = torch.stack([block.max() for block in torch.split(finite.abs(), QUANT_BLOCK)]).double()
     scales = torch.where(largest < 2.0**-125, 0.0, largest if signed else largest.sqrt()).float()
-    scale = scales.repeat_interleave(QUANT_BLOCK)[: values.numel()]
-    codes = code_position(values, scale, signed=signed).round()
+    marked = torch.tensor([not block.isfinite().all() for block in torch.split(values, QUANT_BLOCK)])
+    wider = (scales * torch.tensor(64 / 63 if signed else 255 / 253)).clamp(max=torch.finfo(torch.float32).max)
+    scales = torch.where(marked, -wider, scales)
+    scale, marked = (each.repeat_interleave(QUANT_BLOCK)[: values.numel()] for each in (scales.abs(), marked))
+    codes = code_position(finite, scale, signed=signed).round()
     if not signed:
-        codes = torch.where(values > 0, codes.clamp(min=1), codes)
-    codes = torch.where(scale.isfinite() & (scale > 0), codes, 0.0)
+        codes = torch.where(finite > 0, codes.clamp(min=1), codes)
+    codes = torch.where(scale > 0, codes, 0.0)
+    codes = torch.where(marked, codes.clamp(-126, 126) if signed else codes.clamp(max=253), codes)
+    codes = torch.where(values.isinf(), 127 * values.sign() if signed else torch.tensor(254.0), codes)
+    codes = torch.where(values.isnan(), -128.0 if signed else 255.0, codes)
     return codes.to(torch.int8 if signed else torch.uint8), scales
 
 
@@ -230,7 +237,14 @@ def code_position(values: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     scale = scales.double().repeat_interleave(QUANT_BLOCK)[: codes.numel()]
+    marked, scale = scale.signbit(), scale.abs()
     if codes.dtype is torch.uint8:
-        return (scale * codes.double() / 255) ** 2
-    bent = codes.double() / 127
-    return bent / (2 - bent.abs()) * scale
+        marks = {254: torch.inf, 255: torch.nan}
+        values = (scale * codes.double() / 255) ** 2
+    else:
+        marks = {127: torch.inf, -127: -torch.inf, -128: torch.nan}
+        bent = codes.double() / 127
+        values = bent / (2 - bent.abs()) * scale
+    for code, mark in marks.items():
+        values = torch.where(marked & (codes == code), mark, values)
+    return values

@@ -28,6 +28,7 @@ from optim_cases import (
     make_params,
     saved_and_loaded,
     set_grads,
+    state_names,
     tier_options,
     train,
     two_groups,
@@ -36,7 +37,8 @@ from optim_cases import (
 from torch import nn
 
 from zeroopt import ConfigError, NotSupportedError
-from zeroopt.optim import FusedAdamW, FusedOptimizer
+from zeroopt.optim import FusedAdamW, FusedLAMB, FusedOptimizer
+from zeroopt.state_tiers import decoded
 
 
 class TestTiers:
@@ -198,6 +200,26 @@ class TestTiers:
         train(optimizer, params, 3, 9)
         train(other, others, 3, 9)
         assert_equal(others, params)
+
+    @pytest.mark.parametrize(
+        "cls", [cls for cls in ALL_CLASSES if cls is not FusedLAMB]
+    )  # whose norms are of all elements
+    @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e21, -1e21])
+    def test_int8_state_bounds_what_one_gradient_does(self, cls: type[FusedOptimizer], bad: float) -> None:
+        """To the elements that it spoils with float32 moments, and no others."""
+        spoilt, others = {}, torch.arange(1000) != 300
+        for state in (F32, INT8):
+            param = nn.Parameter(torch.ones(1000))
+            optimizer = cls([param], **tier_options(cls, "float32", state))
+            for step in range(4):
+                param.grad = values(1000, seed=step)
+                if step == 1:
+                    param.grad[300] = bad
+                optimizer.step()
+            spoilt[state] = (~param.isfinite()).nonzero().flatten().tolist()
+            moments = decoded(optimizer.state[param])
+            assert all(bool(moments[name][others].isfinite().all()) for name in state_names(cls))
+        assert spoilt[INT8] == spoilt[F32]
 
     @pytest.mark.parametrize("state", [F32, BF16], ids=str)
     def test_int8_codes_are_not_taken_for_numbers(self, state: torch.dtype) -> None:

@@ -80,7 +80,8 @@ def wrap(
         master_weights: with `param_dtype`. "float32": each rank keeps a float32 copy of the parameters it steps; "remainder":
             16 bits that complete a bfloat16 to that very copy; "none": nothing, bfloat16 is rounded stochastically.
         state_dtype: of the moments: torch.float32, torch.bfloat16 (rounded stochastically) or torch.int8 (codes with a scale
-            for every 256 elements).
+            for every 256 elements: a gradient far larger than its neighbours' coarsens their moments, one that is not
+            finite harms its own parameter only).
         fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD and Adagrad,
             and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
             otherwise; True insists on the kernel, as do the last two options, False on the own step.

@@ -10,32 +10,54 @@ ZEROOPT_DEVICE void load_codes(const uint8_t* codes, const float* scale, bool is
                                float (&values)[kLaneNumel]) {
   uint8_t items[kLaneNumel];
   load_lane(codes, lane, items);
-  const float shared = *scale;
+  const float shared = *scale, magnitude = fabsf(shared);
 #pragma unroll
   for (int k = 0; k < kLaneNumel; ++k)
-    values[k] = is_signed ? int8_decode<true>(shared, items[k]) : int8_decode<false>(shared, items[k]);
+    values[k] = is_signed ? int8_decode<true>(magnitude, items[k]) : int8_decode<false>(magnitude, items[k]);
+  if (!int8_is_marked(shared)) return;
+#pragma unroll
+  for (int k = 0; k < kLaneNumel; ++k)
+    values[k] = is_signed ? int8_unmark<true>(values[k], items[k]) : int8_unmark<false>(values[k], items[k]);
 }
 
-/// The largest magnitude of the warp's elements. Its result depends on what each lane decoded with the old scale, so
-/// nobody still has to read that afterwards.
-ZEROOPT_DEVICE int32_t largest_magnitude(const float (&values)[kLaneNumel], const LaneRange& lane) {
+/// The largest of the warp's elements by a measure of magnitude.
+template <class Measure>
+ZEROOPT_DEVICE int32_t largest_by(const float (&values)[kLaneNumel], const LaneRange& lane, const Measure& measure) {
   int32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < kLaneNumel; ++k) {
-    const int32_t magnitude = holds(lane, k) ? magnitude_of(values[k]) : 0;
+    const int32_t magnitude = holds(lane, k) ? measure(values[k]) : 0;
     largest = magnitude > largest ? magnitude : largest;
   }
   return warp_max(largest);
 }
 
+/// The scale of the warp's elements. It depends on what each lane decoded with the old scale, so nobody still has to
+/// read that afterwards.
+template <bool is_signed>
+ZEROOPT_DEVICE Int8Scale scale_of_warp(const float (&values)[kLaneNumel], const LaneRange& lane) {
+  const int32_t largest = largest_by(values, lane, [](float value) { return magnitude_of(value); });
+  if (largest < kInfiniteMagnitude) return int8_scale<is_signed>(largest);
+  return int8_marked_scale<is_signed>(largest_by(values, lane, [](float value) { return finite_magnitude_of(value); }));
+}
+
+template <bool is_signed>
+ZEROOPT_DEVICE void mark_codes(const Int8Scale& s, const float (&values)[kLaneNumel], uint8_t (&items)[kLaneNumel]) {
+  if (!int8_is_marked(s.scale)) return;
+#pragma unroll
+  for (int k = 0; k < kLaneNumel; ++k)
+    items[k] = int8_mark<is_signed>(values[k], items[k]);
+}
+
 ZEROOPT_DEVICE void store_signed_codes(const float (&values)[kLaneNumel], const LaneRange& lane, uint8_t* codes,
                                        float* scale) {
-  const Int8Scale s = int8_scale<true>(largest_magnitude(values, lane));
+  const Int8Scale s = scale_of_warp<true>(values, lane);
   if (lane_index() == 0) *scale = s.scale;
   uint8_t items[kLaneNumel];
 #pragma unroll
   for (int k = 0; k < kLaneNumel; ++k)
     items[k] = int8_encode_signed(s, values[k]);
+  mark_codes<true>(s, values, items);
   store_lane(codes, lane, items);
 }
 
@@ -43,12 +65,13 @@ ZEROOPT_DEVICE void store_signed_codes(const float (&values)[kLaneNumel], const 
 template <class Dither>
 ZEROOPT_DEVICE void store_unsigned_codes(const float (&values)[kLaneNumel], const LaneRange& lane, uint8_t* codes,
                                          float* scale, const Dither& dither) {
-  const Int8Scale s = int8_scale<false>(largest_magnitude(values, lane));
+  const Int8Scale s = scale_of_warp<false>(values, lane);
   if (lane_index() == 0) *scale = s.scale;
   uint8_t items[kLaneNumel];
 #pragma unroll
   for (int k = 0; k < kLaneNumel; ++k)
     items[k] = int8_encode_unsigned(s, values[k], dither(k));
+  mark_codes<false>(s, values, items);
   store_lane(codes, lane, items);
 }
 

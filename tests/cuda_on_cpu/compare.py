@@ -158,6 +158,7 @@ class StepMemory:
         for k in range(3 if state_kind == BYTES else 0):
             self.arrays[f"scales{k}"] = Arrays(FLOAT32, blocks, [0] * self.count, False, self.rng)
             self.arrays[f"scales{k}"].make_positive()
+            self.arrays[f"scales{k}"].memory[1::3] *= -1  # of blocks in which some codes stand for infinity and NaN
         for k in range(3):
             if step.op in ("adagrad", "adamw", "lamb_moments", "lamb_update") and (k > 0 or step.op == "adagrad"):
                 self.arrays[f"state{k}"].make_positive()
@@ -287,7 +288,8 @@ def compare_quantize(device: Device, cpu: Device, numel: int, shifts: tuple[int,
     rng = np.random.default_rng(numel)
     values = rng.standard_normal(numel) * 10.0 ** rng.integers(-30, 2, numel)
     if numel > 2000:
-        values[1000], values[300:320], values[1600] = np.nan, 0.0, np.inf
+        values[1000], values[300:320], values[1600:1602], values[1700] = np.nan, 0.0, [np.inf, -np.inf], np.nan
+        values[2048:2304] = np.nan
     values = encode(values if is_signed else np.abs(values), FLOAT32)
     values_memory, values_start = guarded(values, shifts[0])
     codes_memory, codes_start = guarded(np.zeros(numel, np.uint8), shifts[1])

@@ -14,7 +14,8 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Encode an array. Not collective.
 
     A code is within half a step of the value: for signed codes about 1/127 of the block's largest magnitude there and 1/254
-    near zero, for unsigned ones 1/255 of the square root. A block that holds what is not finite comes back as NaN.
+    near zero, for unsigned ones 1/255 of the square root. What is not finite comes back as itself; the scale of its block has
+    a sign then, and the steps of the others in the block are wider by a hundredth.
 
     Args:
         values: float32, 1-D, contiguous. For unsigned codes, not negative.
@@ -60,14 +61,18 @@ def encode_again(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the codes: int8 (signed) or uint8.
     """
     scale = scales.repeat_interleave(QUANT_BLOCK)[: values.numel()].to(values.device)
-    # Where the scale is not finite, or 0, all codes are 0.
+    marked, scale = scale.signbit(), scale.abs()
+    # Where the scale is 0, or was not finite before signs marked blocks, all codes are 0.
     inverse = torch.where(scale.isfinite() & (scale > 0), scale.double().reciprocal(), 0.0)
     if dtype is torch.int8:
         share = values.double() * inverse
         codes = 254 * share / (1 + share.abs())
+        marks = torch.where(values.isnan(), -128.0, values.sign().double() * 127)
     else:
         codes = 255 * values.double().sqrt() * inverse
-    return codes.round().nan_to_num(0.0).to(dtype)
+        marks = torch.where(values.isnan(), 255.0, 254.0)
+    codes = torch.where(marked & ~values.isfinite(), marks, codes.round().nan_to_num(0.0))
+    return codes.to(dtype)
 
 
 def _check(values: Tensor, codes: Tensor, scales: Tensor) -> bool:

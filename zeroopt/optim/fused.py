@@ -33,7 +33,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Args:
         master_weights: of 16-bit parameters: "float32", "remainder" or "none"; see `zeroopt.ops.Storage`.
-        state_dtype: of the moments: torch.float32, torch.bfloat16 or torch.int8.
+        state_dtype: of the moments: torch.float32, torch.bfloat16 or torch.int8 (codes with a scale for every 256 elements,
+            which the largest of them sets; one that is not finite harms no other).
         seed: of stochastic rounding.
 
     Raises:

@@ -50,7 +50,18 @@ template <bool is_signed> ZEROOPT_INLINE Int8Scale scale_of(const float* values,
     const int32_t magnitude = magnitude_of(values[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
-  return int8_scale<is_signed>(largest);
+  if (largest < kInfiniteMagnitude) return int8_scale<is_signed>(largest);
+  largest = 0;
+  for (int64_t i = 0; i < numel; ++i) {
+    const int32_t magnitude = finite_magnitude_of(values[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return int8_marked_scale<is_signed>(largest);
+}
+
+template <bool is_signed> ZEROOPT_INLINE void mark_block(const float* values, uint8_t* codes, int64_t numel) {
+  for (int64_t i = 0; i < numel; ++i)
+    codes[i] = int8_mark<is_signed>(values[i], codes[i]);
 }
 
 ZEROOPT_INLINE void encode_signed_block(const float* values, uint8_t* codes, float* scale, int64_t numel) {
@@ -59,6 +70,7 @@ ZEROOPT_INLINE void encode_signed_block(const float* values, uint8_t* codes, flo
   ZEROOPT_VECTORIZE
   for (int64_t i = 0; i < numel; ++i)
     codes[i] = int8_encode_signed(s, values[i]);
+  if (int8_is_marked(s.scale)) mark_block<true>(values, codes, numel);
 }
 
 ZEROOPT_INLINE void encode_unsigned_block(const float* values, const uint16_t* random, uint8_t* codes, float* scale,
@@ -79,13 +91,18 @@ ZEROOPT_INLINE void encode_unsigned_block(const float* values, const uint16_t* r
     for (int64_t i = 0; i < numel; ++i)
       codes[i] = int8_encode_unsigned(s, values[i], dither[i]);
   }
+  if (int8_is_marked(s.scale)) mark_block<false>(values, codes, numel);
 }
 
 template <bool is_signed>
 ZEROOPT_INLINE void decode_block(const uint8_t* codes, float scale, float* values, int64_t numel) {
+  const float magnitude = fabsf(scale);
   ZEROOPT_VECTORIZE
   for (int64_t i = 0; i < numel; ++i)
-    values[i] = int8_decode<is_signed>(scale, codes[i]);
+    values[i] = int8_decode<is_signed>(magnitude, codes[i]);
+  if (!int8_is_marked(scale)) return;
+  for (int64_t i = 0; i < numel; ++i)
+    values[i] = int8_unmark<is_signed>(values[i], codes[i]);
 }
 
 // Whole blocks apart from the last one: a loop of known length is the faster one.
