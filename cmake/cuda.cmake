@@ -1,8 +1,7 @@
 # The CUDA kernels, or their stand-ins that raise. Sets ZEROOPT_WITH_CUDA, ZEROOPT_CUDA_SOURCES and ZEROOPT_CUDA_ARCHS.
 #
-# ZEROOPT_CUDA (environment or -D): auto compiles them when there is a CUDA compiler, on demands one, off does without.
-# Architectures: CMAKE_CUDA_ARCHITECTURES (-D or environment) or CUDAARCHS in CMake's notation, else TORCH_CUDA_ARCH_LIST,
-# else the default.
+# ZEROOPT_CUDA (environment or -D): auto compiles them when there is a CUDA compiler that works, on demands one, off does
+# without.
 set(ZEROOPT_WITH_CUDA 0)
 set(ZEROOPT_CUDA_ARCHS "")
 set(ZEROOPT_CUDA_SOURCES csrc/cuda/unavailable.cpp)
@@ -20,73 +19,35 @@ if(wanted STREQUAL "off")
   return()
 endif()
 
-# A build directory may be older than the CUDA toolkit: look again when nothing was found before.
-if(NOT CMAKE_CUDA_COMPILER)
-  unset(CMAKE_CUDA_COMPILER CACHE)
+include(${CMAKE_CURRENT_LIST_DIR}/cuda_archs.cmake)
+include(${CMAKE_CURRENT_LIST_DIR}/try_cuda.cmake)
+
+if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
   find_program(ZEROOPT_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
-  if(ZEROOPT_NVCC AND NOT DEFINED ENV{CUDACXX})
+  if(ZEROOPT_NVCC)
     set(CMAKE_CUDA_COMPILER ${ZEROOPT_NVCC})
   endif()
 endif()
 
-# "8.0;9.0+PTX" or "8.0 8.6" in torch's notation to "80-real;90" in CMake's.
-function(zeroopt_archs_from_torch list result)
-  string(REGEX REPLACE "[ ,]+" ";" list "${list}")
-  set(archs "")
-  foreach(arch IN LISTS list)
-    if(NOT arch MATCHES "^([0-9]+)\\.([0-9][af]?)(\\+PTX)?$")
-      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0+PTX, got \"${arch}\"")
-    endif()
-    if(CMAKE_MATCH_3)
-      list(APPEND archs "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
-    else()
-      list(APPEND archs "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real")
-    endif()
-  endforeach()
-  set(${result} "${archs}" PARENT_SCOPE)
-endfunction()
-
-# Machine code for each generation this compiler knows, and PTX of the newest for what comes after it.
-function(zeroopt_default_archs result)
-  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
-  set(archs "")
-  foreach(arch 75 80 86 90 100 120)
-    if(known MATCHES "compute_${arch}\n")
-      list(APPEND archs ${arch})
-    endif()
-  endforeach()
-  list(POP_BACK archs newest)
-  list(TRANSFORM archs APPEND "-real")
-  set(${result} "${archs};${newest}" PARENT_SCOPE)
-endfunction()
-
-include(CheckLanguage)
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
+zeroopt_try_cuda(problem)
+if(problem)
   if(wanted STREQUAL "on")
-    message(FATAL_ERROR "ZEROOPT_CUDA=on, but there is no working CUDA compiler: put nvcc on PATH or set CUDACXX")
+    message(FATAL_ERROR "ZEROOPT_CUDA=on, but there are no CUDA kernels to be had:\n  ${problem}")
   endif()
-  message(STATUS "No CUDA compiler: CPU kernels only")
+  message(STATUS "CPU kernels only: ${problem}")
   return()
 endif()
 
-if(DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(ZEROOPT_CUDA_ARCHS "${CMAKE_CUDA_ARCHITECTURES}")
-elseif(DEFINED ENV{CMAKE_CUDA_ARCHITECTURES})
-  set(ZEROOPT_CUDA_ARCHS "$ENV{CMAKE_CUDA_ARCHITECTURES}")
-elseif(DEFINED ENV{CUDAARCHS})
-  set(ZEROOPT_CUDA_ARCHS "$ENV{CUDAARCHS}")
-elseif(DEFINED ENV{TORCH_CUDA_ARCH_LIST})
-  zeroopt_archs_from_torch("$ENV{TORCH_CUDA_ARCH_LIST}" ZEROOPT_CUDA_ARCHS)
-else()
-  zeroopt_default_archs(ZEROOPT_CUDA_ARCHS)
-endif()
+zeroopt_asked_archs(ZEROOPT_CUDA_ARCHS)
 
 # The compiler is tried out with one architecture, its default; the sources are compiled for all of them.
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
+if(ZEROOPT_CUDA_ARCHS STREQUAL "")
+  zeroopt_default_archs(ZEROOPT_CUDA_ARCHS)
+endif()
 
 set(warnings -Wall,-Wextra)
 if(ZEROOPT_WERROR)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +88,110 @@ def test_env_command_prints_every_fact() -> None:
     for name, value in environment().items():
         line = next(line for line in result.stdout.splitlines() if line.startswith(f"{name} "))
         assert name == "cores" or line.endswith(value)
+
+
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+CMAKE_FOLDER = Path(__file__).parents[1] / "cmake"
+CUDA_VARIABLES = ("ZEROOPT_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
+
+
+def run_cmake(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    others = {
+        name: value for name, value in os.environ.items() if name not in (*CUDA_VARIABLES, "CMAKE_CUDA_ARCHITECTURES")
+    }
+    command = [str(shutil.which("cmake")), *arguments]
+    return subprocess.run(command, cwd=folder, env=others | environment, capture_output=True, text=True, check=False)
+
+
+@needs_cmake
+class TestBrokenCudaCompiler:
+    """What cmake/cuda.cmake makes of a compiler that is there and does not compile."""
+
+    def configure(self, folder: Path, nvcc: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A project of nothing but that file."""
+        (folder / "CMakeLists.txt").write_text(
+            "cmake_minimum_required(VERSION 3.24)\nproject(empty LANGUAGES NONE)\n"
+            f'include({CMAKE_FOLDER}/cuda.cmake)\nmessage(STATUS "with CUDA: ${{ZEROOPT_WITH_CUDA}}")\n'
+        )
+        (folder / "bin").mkdir()
+        (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (folder / "bin" / "nvcc").chmod(0o755)
+        path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return run_cmake(folder, "-S", ".", "-B", "build", **{"PATH": path, **environment})
+
+    REFUSING = "echo 'error: unsupported GNU version' >&2; exit 1"
+
+    @pytest.mark.parametrize(
+        ("nvcc", "reason"),
+        [
+            (REFUSING, "error: unsupported GNU version"),
+            ("exit 3", "it ends with code 3"),
+            ("exit 0", "it compiles, but not what CMake tries"),
+        ],
+    )
+    def test_auto_does_without_and_says_why(self, tmp_path: Path, nvcc: str, reason: str) -> None:
+        result = self.configure(tmp_path, nvcc)
+        assert result.returncode == 0, result.stderr
+        assert f"CPU kernels only: {tmp_path}/bin/nvcc does not work: {reason} (" in result.stdout
+        assert "with CUDA: 0" in result.stdout
+
+    def test_on_is_an_error_that_says_why(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, self.REFUSING, ZEROOPT_CUDA="on")
+        assert result.returncode != 0
+        assert "ZEROOPT_CUDA=on, but" in result.stderr
+        assert f"{tmp_path}/bin/nvcc does not work: error: unsupported GNU version" in result.stderr
+
+    def test_a_compiler_that_is_not_there(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, self.REFUSING, CUDACXX="/nowhere/nvcc")
+        assert result.returncode == 0, result.stderr
+        assert "CPU kernels only: /nowhere/nvcc does not work: No such file or directory" in result.stdout
+
+    def test_off_looks_for_none(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, "touch called; exit 1", ZEROOPT_CUDA="off")
+        assert result.returncode == 0 and not (tmp_path / "called").exists()
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ""),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}, "80-real;90"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5;12.0a"}, "75-real;120a-real"),
+        ({"TORCH_CUDA_ARCH_LIST": ""}, ""),
+        ({"TORCH_CUDA_ARCH_LIST": " "}, ""),
+        ({"CUDAARCHS": "", "TORCH_CUDA_ARCH_LIST": "8.6"}, "86-real"),
+        ({"CUDAARCHS": "90", "TORCH_CUDA_ARCH_LIST": "8.6"}, "90"),
+        ({"CMAKE_CUDA_ARCHITECTURES": "", "CUDAARCHS": "75;80-real"}, "75;80-real"),
+    ],
+)
+def test_architectures_that_are_asked_for(environment: dict[str, str], expected: str, tmp_path: Path) -> None:
+    """An empty variable is as good as none."""
+    script = f'include({CMAKE_FOLDER}/cuda_archs.cmake)\nzeroopt_asked_archs(archs)\nmessage("archs: ${{archs}}.")\n'
+    (tmp_path / "script.cmake").write_text(script)
+    result = run_cmake(tmp_path, "-P", "script.cmake", **environment)
+    assert f"archs: {expected}." in result.stderr, result
+
+
+@needs_cmake
+def test_an_architecture_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "script.cmake").write_text(f"include({CMAKE_FOLDER}/cuda_archs.cmake)\nzeroopt_asked_archs(archs)\n")
+    result = run_cmake(tmp_path, "-P", "script.cmake", TORCH_CUDA_ARCH_LIST="Hopper")
+    assert result.returncode != 0 and 'got "Hopper"' in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(not (CMAKE_FOLDER.parent / ".git").exists(), reason="this is no checkout")
+def test_a_source_distribution_has_what_is_tracked() -> None:
+    """Tests with their helpers, benchmarks, examples and documents: all but what only git reads."""
+    root = CMAKE_FOLDER.parent
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    lines = [line.split() for line in (root / "MANIFEST.in").read_text().splitlines()]
+    folders = {"zeroopt", *(line[1] for line in lines if line[0] == "graft")}
+    files = {
+        "MANIFEST.in",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+    }  # which setuptools takes unasked, like the package
+    files |= {name for line in lines if line[0] == "include" for name in line[1:]}
+    assert [f for f in tracked if f.split("/")[0] not in folders and f not in files] == [".gitignore"]
