@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -235,6 +236,197 @@ def test_a_skipped_step_leaves_everything_as_it_is(run_on_ranks: RunOnRanks, sta
         assert 0 < before < 10 and skipped == INF and 0 < after < 10
 
 
+# Who watches whether a step was taken.
+
+
+class WatchedOptimizer:
+    """Steps through a scaler and looks whether that has called `step()`, as Accelerate does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+        self.was_skipped = False
+
+    def step(self) -> None:
+        with patch.object(self.optimizer, "step", wraps=self.optimizer.step) as spy:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.was_skipped = not spy.called
+
+
+Report = tuple[list[bool], list[float], list[float], list[Tensor]]
+
+
+def train_watched(options: dict[str, Any] | None, unscale: bool) -> Report:
+    """A scheduler steps when the optimizer has. Lightning clips where an optimizer leaves unscaling to the scaler."""
+    net = build("mlp")
+    model, optimizer = prepare(net, optimizer_for("adamw", net), options)
+    scaler = GradScaler("cpu", init_scale=256.0)
+    watched = WatchedOptimizer(optimizer, scaler)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    skipped, rates, scales = [], [], []
+    for step in range(STEPS):
+        spoil(net, step, float("nan") if step == 4 else INF)
+        scaler.scale(loss_of(model(batch("mlp", step)).float())).backward()
+        while handles:
+            handles.pop().remove()
+        if unscale:
+            assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(net.parameters(), 0.1)
+        watched.step()
+        if not watched.was_skipped:
+            scheduler.step()
+        optimizer.zero_grad()
+        skipped.append(watched.was_skipped)
+        rates.append(optimizer.param_groups[0]["lr"])
+        scales.append(scaler.get_scale())
+    return skipped, rates, scales, snapshot(net)
+
+
+def train_watched_all() -> list[list[Report]]:
+    return [[train_watched(options, unscale) for options in (None, *ZERO[:3])] for unscale in (False, True)]
+
+
+def test_skipped_steps_are_seen_as_under_ddp(run_on_ranks: RunOnRanks) -> None:
+    ranks = run_on_ranks(2, train_watched_all)
+    for by_unscale in ranks:
+        for (skipped, rates, scales, expected), *others in by_unscale:
+            assert skipped == [step in (2, 4) for step in range(STEPS)]
+            for report in others:
+                assert report[:3] == (skipped, rates, scales)
+                check_close(expected, report[3])
+
+
+def train_half_watched() -> list[list[bool]]:
+    tiers = ((torch.float16, 0), (torch.float16, 2), (torch.bfloat16, 0))
+    return [
+        train_watched({"stage": stage, "param_dtype": dtype, "cast_inputs": True}, unscale=False)[0]
+        for dtype, stage in tiers
+    ]
+
+
+def test_skipped_steps_of_sixteen_bits_are_seen(run_on_ranks: RunOnRanks) -> None:
+    """Also where gradients are of float16, which a scaler does not unscale."""
+    for by_tier in run_on_ranks(2, train_half_watched):
+        assert by_tier == [[step in (2, 4) for step in range(STEPS)]] * 3
+
+
+def unscale_alone(stage: int) -> list[float]:
+    """`unscale_` without the scaler's step: what one rank has found, all scalers go by."""
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage, bucket_mb=0.002)
+    scaler = GradScaler("cpu", init_scale=64.0)
+    scales = []
+    for step in range(STEPS):
+        spoil(net, step)
+        scaler.scale(loss_of(model(batch("mlp", step)))).backward()
+        while handles:
+            handles.pop().remove()
+        scaler.unscale_(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unscaling_is_agreed_at_once(run_on_ranks: RunOnRanks, stage: int) -> None:
+    assert run_on_ranks(2, unscale_alone, stage) == [[64.0, 64.0, 32.0, 32.0, 16.0, 16.0, 16.0]] * 2
+
+
+def average_with_a_scaler(inner: bool) -> tuple[list[bool], list[Tensor]]:
+    """Ranks that train alone skip alone, and average with the others nevertheless."""
+    net = build("mlp")
+    groups = [dist.new_group([2 * pair, 2 * pair + 1]) for pair in range(2)]
+    across = [dist.new_group([rank, rank + 2]) for rank in range(2)]
+    within = {"process_group": groups[dist.get_rank() // 2], "average_group": across[dist.get_rank() % 2]}
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), average_every=2, **(within if inner else {}))
+    scaler = GradScaler("cpu", init_scale=64.0)
+    kept = []
+    for step in range(4):
+        before = snapshot(net)
+        loss = scaler.scale(loss_of(model(batch("mlp", step))))
+        (loss * INF if (step, dist.get_rank()) in ((2, 3), (3, 0)) else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        kept.append(all(torch.equal(a, b) for a, b in zip(before, snapshot(net), strict=True)))
+    return kept, snapshot(net)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_averaging_goes_on_where_a_rank_skips(run_on_ranks: RunOnRanks, inner: bool) -> None:
+    ranks = run_on_ranks(4, average_with_a_scaler, inner)
+    skips = [False, False, inner, True]  # step 2 by rank; in step 3 all average
+    for (kept, values), skip in zip(ranks, skips, strict=True):
+        assert kept == [False, False, skip, False]
+        assert all(torch.equal(a, b) for a, b in zip(ranks[0][1], values, strict=True))
+
+
+def join_with_a_scaler(options: dict[str, Any] | None, rank_steps: list[int]) -> tuple[list[float], list[Tensor]]:
+    """Ranks run out of data; one that still trains overflows after that."""
+    net = build("mlp")
+    model, optimizer = prepare(net, optimizer_for("adamw", net), options)
+    scaler = GradScaler("cpu", init_scale=256.0)
+    scales = []
+    with model.join():  # type: ignore[operator]
+        for step in range(rank_steps[dist.get_rank()]):
+            scaler.scale(loss_of(model(batch("mlp", step)).float()) * (INF if step == 2 else 1.0)).backward()
+            if options is None or "param_dtype" not in options:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+    return scales, snapshot(net)
+
+
+def join_with_a_scaler_all(rank_steps: list[int]) -> list[tuple[list[float], list[Tensor]]]:
+    half = {"stage": 0, "param_dtype": torch.float16, "cast_inputs": True}
+    return [join_with_a_scaler(options, rank_steps) for options in (None, *ZERO[:3], half)]
+
+
+def test_ranks_that_have_left_skip_with_the_others(run_on_ranks: RunOnRanks) -> None:
+    ranks = run_on_ranks(3, join_with_a_scaler_all, [4, 1, 4])
+    (scales, expected), *_ = ranks[0]
+    assert scales == [256.0, 256.0, 128.0, 128.0]
+    for rank, by_variant in enumerate(ranks):
+        for other_scales, values in by_variant[1:]:
+            assert other_scales == scales[: 1 if rank == 1 else 4]
+        for _, values in by_variant[1:-1]:
+            check_close(expected, values)
+        assert all(torch.equal(a, b) for a, b in zip(ranks[0][-1][1], by_variant[-1][1], strict=True))
+
+
+def overflow_in_another_part(stage: int) -> tuple[list[bool], list[float]]:
+    """Two pipeline stages of two ranks each. One rank of one stage overflows."""
+    groups = [dist.new_group([2 * part, 2 * part + 1]) for part in range(2)]
+    norms = [dist.new_group([rank, rank + 2]) for rank in range(2)]
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(
+        net,
+        optimizer_for("sgd", net),
+        stage=stage,
+        process_group=groups[dist.get_rank() // 2],
+        norm_group=norms[dist.get_rank() % 2],
+    )
+    scaler = GradScaler("cpu", init_scale=64.0)
+    watched, skipped, scales = WatchedOptimizer(optimizer, scaler), [], []
+    for step in range(3):
+        loss = scaler.scale(loss_of(model(batch("mlp", step))))
+        (loss * INF if step == 1 and dist.get_rank() == 3 else loss).backward()
+        watched.step()
+        optimizer.zero_grad()
+        skipped.append(watched.was_skipped)
+        scales.append(scaler.get_scale())
+    return skipped, scales
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_all_parts_of_a_model_skip_together(run_on_ranks: RunOnRanks, stage: int) -> None:
+    assert run_on_ranks(4, overflow_in_another_part, stage) == [([False, True, False], [64.0, 32.0, 32.0])] * 4
+
+
 # Ranks that run no backward.
 
 
@@ -264,6 +456,11 @@ def train_with_absences(
     net = build("mlp")
     model, optimizer = zeroopt.wrap(net, OPTIMIZERS["adamw"](net.parameters()), **options)
     for step in range(4):
+        if how == "overflow" and scaler is not None:  # in a step before, which all skip
+            scaler.scale(loss_of(model(batch("mlp", step))) * INF).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
         here = absent.get(step) != dist.get_rank()
         if here:
             loss = loss_of(model(batch("mlp", step)))
@@ -295,7 +492,7 @@ def train_with_absences_all() -> tuple[list[Tensor], list[list[Tensor]], list[Te
     for options in ZERO:
         for how in ("plain", "zeros", "look"):
             unclipped.append(train_with_absences(options, absent, how, None))
-        for how in ("plain", "zeros", "unscale"):
+        for how in ("plain", "zeros", "unscale", "overflow"):
             scaler = GradScaler("cpu", init_scale=1000.0, growth_interval=2)
             unclipped.append(train_with_absences(options, absent, how, scaler))
             scaler = GradScaler("cpu", init_scale=1000.0, growth_interval=2)
@@ -355,9 +552,10 @@ def test_mistakes_are_named_on_all_ranks(run_on_ranks: RunOnRanks, world_size: i
     different = f"StateError: the ranks multiply their losses by different scales ({scales}): make the GradScaler alike"
     for (message,) in run_on_ranks(world_size, go_wrong, "scales", stage):
         assert message.startswith(different), message
-    if stage > 0:  # in stage 0 it is torch that unscales, and says nothing to anybody
-        for unscale, message in run_on_ranks(world_size, go_wrong, "unscaled scales", stage):
-            assert unscale == "fine" and message.startswith(different), message
+    for unscale, step in run_on_ranks(world_size, go_wrong, "unscaled scales", stage):
+        # In stage 0 it is torch that unscales, and says nothing to anybody.
+        assert unscale == "fine" if stage == 0 else unscale.startswith(different), unscale
+        assert step.startswith(different), step
     for messages in run_on_ranks(world_size, go_wrong, "order", stage):
         assert messages == [
             "fine",
@@ -368,6 +566,22 @@ def test_mistakes_are_named_on_all_ranks(run_on_ranks: RunOnRanks, world_size: i
             "RuntimeError: Closure use is not currently supported if GradScaler is enabled.",
             "fine",
         ]
+
+
+def step_without_gradients(stage: int) -> str:
+    net = build("mlp")
+    _, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage)
+    scaler = GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(zeroopt.StateError) as error:
+        scaler.step(optimizer)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_without_any_gradients_is_named(run_on_ranks: RunOnRanks, stage: int) -> None:
+    for message in run_on_ranks(2, step_without_gradients, stage):
+        assert message.startswith("a GradScaler found no gradients on some rank")
 
 
 def unscale_without_gradients(stage: int) -> str:

@@ -395,17 +395,23 @@ def test_grad_scaler(run_on_ranks: RunOnRanks, unscale: str) -> None:
                 check_close(got, want)
 
 
-def step_scaled_gradients() -> None:
+def step_scaled_gradients(stage: int, unscale: bool) -> str:
     net = build("mlp")
-    model, optimizers = prepare_all(net, optimizers_for(net), {"max_grad_norm": 1.0})
+    model, optimizers = prepare_all(net, optimizers_for(net), {"max_grad_norm": 1.0, "stage": stage})
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model(batch("mlp", 0)))).backward()
-    scaler.step(optimizers[0])
+    if unscale:
+        scaler.unscale_(optimizers[0])
+    with pytest.raises(zeroopt.StateError) as error:
+        scaler.step(optimizers[0])
+    return str(error.value)
 
 
-def test_max_grad_norm_needs_unscaled_gradients(run_on_ranks: RunOnRanks) -> None:
-    for error in run_on_ranks.outcomes(2, step_scaled_gradients):
-        assert error.type_name == "StateError" and "call scaler.unscale_ for each of them" in error.message
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_max_grad_norm_needs_unscaled_gradients(run_on_ranks: RunOnRanks, stage: int, unscale: bool) -> None:
+    for message in run_on_ranks(2, step_scaled_gradients, stage, unscale):
+        assert "call scaler.unscale_ for each of them" in message
 
 
 class Tiers(nn.Module):

@@ -89,7 +89,7 @@ class GradientReducer:
         num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
         is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
-        num_backwards_stepped: `num_backwards` when the last of them was taken.
+        num_backwards_stepped: `num_backwards` when the last of them was taken, or left out.
         norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
         arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
@@ -315,6 +315,10 @@ class GradientReducer:
         self.num_steps += 1
         self.num_backwards_stepped = self.num_backwards
 
+    def note_skipped_step(self) -> None:
+        """A GradScaler has left a step out, on all ranks."""
+        self.num_backwards_stepped = self.num_backwards
+
     def reclaim(self) -> None:
         """After the step: where gradients go by messages, wait for the last of them. Theirs is memory that nothing else frees."""
         if self._transport.needs_staging:
@@ -372,6 +376,17 @@ class GradientReducer:
         self._finish_flags()
         if not self._had_gradients:
             self.num_backwards -= 1
+
+    def unscale_along(self, indices: Sequence[int], inverse: float) -> None:
+        """Look at gradients, and multiply them, as a GradScaler does on the ranks that still train, when this one has left
+        `join()`. Collective.
+
+        Args:
+            indices: of the parameters.
+            inverse: of the scale.
+        """
+        assert self.sharded is not None
+        self.sharded.check_and_unscale(indices, torch.zeros(()), torch.tensor(inverse))
 
     def drop_local(self) -> None:
         """Forget what a backward under `no_sync()` has left. Not collective."""

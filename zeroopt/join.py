@@ -36,6 +36,8 @@ class Phase(IntEnum):
     CLIP = 3
     STEP = 4
     ZERO_GRAD = 5
+    UNSCALE = 6
+    OVERFLOW = 7
 
     def __str__(self) -> str:
         return self.name.lower()

@@ -1,89 +1,115 @@
-"""What a `torch.amp.GradScaler` asks of a step, agreed by all ranks.
+"""What a `torch.amp.GradScaler` asks of an optimizer, agreed by all ranks.
 
-A GradScaler looks at the gradients of its own rank, skips the step when one of them is not finite, and changes its scale
-accordingly. Here a rank looks at its slices only, so ranks tell each other what they have found before the step, and each
-writes the common answer back to where its scaler will look for it.
+A GradScaler looks at the gradients of its own rank, leaves out `optimizer.step()` when one of them is not finite, and changes
+its scale accordingly. Here a rank looks at its slices only, and all ranks have to leave out the same steps. So they tell each
+other what they have found: in stages 1 and 2 where `unscale_` looks (`ShardedGradients.check_and_unscale`), and for what is
+left when the scaler's `step()` begins, in which it asks every optimizer for `_step_supports_amp_scaling`.
+
+It does not say who asks, so its own frame is looked at.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import Enum
+from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
 
 from .collectives import Transport
 from .errors import StateError
-from .gradient_store import GradientStore
-from .norm_groups import NormGroups
 
 
-@dataclass(frozen=True)
-class LossScaling:
-    """By what a GradScaler has the gradients of a step multiplied.
+class Obstacle(Enum):
+    """Why a rank cannot go on with a GradScaler's step. The values are what it tells the others in place of its scale."""
 
-    Attributes:
-        is_unscaled: they have been multiplied back.
-        inverse: by what they are or were; 0 when it is not known.
-    """
+    NO_GRADIENTS = math.inf
+    SCALED_PEERS = -math.inf
 
-    is_unscaled: bool
-    inverse: float
+
+_MESSAGES = {
+    Obstacle.NO_GRADIENTS: "a GradScaler found no gradients on some rank, which has run no backward: leave out its unscale_() on "
+    "all ranks, for its step() does the same (max_grad_norm clips after that), or run a backward on every rank",
+    Obstacle.SCALED_PEERS: "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of "
+    "them before the first scaler.step, on every rank",
+}
 
 
 def agree_on_overflow(
-    found_inf: Tensor | None,
-    grad_scale: Tensor | None,
-    checks: Sequence[tuple[Tensor, Tensor]],
-    stores: Sequence[GradientStore],
     transport: Transport,
-    beyond: NormGroups,
+    device: torch.device,
+    *,
+    found: bool = False,
+    scale: float = 0.0,
+    obstacle: Obstacle | None = None,
 ) -> bool:
-    """Whether any rank has found a gradient that is not finite. If none has, gradients are scaled back. Collective, also with
-    the groups `beyond` the data-parallel ranks.
+    """Whether any rank has found a gradient that is not finite. Collective.
 
     Args:
-        found_inf: the scaler's, one element: not 0 when this rank has found one; None when it saw no gradients here.
-        grad_scale: by which gradients are still multiplied; None when the scaler has had them unscaled.
-        checks: `found_inf` and `inv_scale` of each check of sharded gradients that the scaler has asked for since the last step.
+        found: this rank has.
+        scale: by which this rank multiplies its loss; 0 when it does not know.
+        obstacle: this rank cannot go on.
 
     Raises:
-        StateError: on every rank: the scalers multiply by different scales, or one of them had no gradients to look at.
+        StateError: on every rank: the scales differ, or some rank cannot go on.
     """
-    device = stores[0].reduced.device
-    _check_scales(inverse_of_scale(grad_scale, checks).to(device), transport)
-    seen_here = torch.tensor(math.nan) if found_inf is None else found_inf.detach().reshape(()).float().ne(0).float()
-    by_rank = transport.gather_scalar(seen_here.to(device), label="found_inf")
-    if by_rank.isnan().any():
-        raise StateError(
-            "a GradScaler found no gradients on some rank, which has run no backward: leave out its unscale_() on all ranks, "
-            "for its step() does the same (max_grad_norm clips after that), or run a backward on every rank"
-        )
-    overflow = bool(beyond.max_over_model(by_rank.max()))
-    for seen, _ in checks:
-        seen.fill_(float(overflow))
-    if grad_scale is not None and not overflow:
-        for store in stores:
-            if store.holds_sum:
-                store.scale(inverse_of_scale(grad_scale, checks))
-    return overflow
-
-
-def inverse_of_scale(grad_scale: Tensor | None, checks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """What gradients are scaled back by, 0-dim float64; 0 when it is not known, as in stage 0 once they have been."""
-    if grad_scale is not None:
-        # As a GradScaler rounds it: gradients are the same wherever they are multiplied by it.
-        return grad_scale.detach().double().reshape(()).reciprocal().float().double()
-    return checks[0][1].double().reshape(()) if checks else torch.zeros((), dtype=torch.float64)
-
-
-def _check_scales(inverse: Tensor, transport: Transport) -> None:
-    by_rank = transport.gather_scalar(inverse, label="loss scales").tolist()
-    if len({value for value in by_rank if value != 0}) > 1:
-        scales = ", ".join("unknown" if value == 0 else f"{1 / value:g}" for value in by_rank)
+    # One number says it all: its sign is that of `found`.
+    mine = math.copysign(scale, -1.0 if found else 1.0) if obstacle is None else obstacle.value
+    number = torch.tensor(mine, dtype=torch.float64, device=device)
+    by_rank = transport.gather_scalar(number, label="loss scales").tolist()
+    for each, message in _MESSAGES.items():
+        if each.value in by_rank:
+            raise StateError(message)
+    if len({abs(value) for value in by_rank if value != 0}) > 1:
+        scales = ", ".join(f"{abs(value):g}" if value != 0 else "unknown" for value in by_rank)
         raise StateError(
             f"the ranks multiply their losses by different scales ({scales}): make the GradScaler alike on all ranks, load its "
             "state on all of them, and call its update() on all of them after each step"
         )
+    return any(math.copysign(1.0, value) < 0 for value in by_rank)
+
+
+def scaler_in(frame: FrameType | None) -> GradScaler | None:
+    """The GradScaler whose method runs in a frame, if one does."""
+    owner = None if frame is None else frame.f_locals.get("self")
+    return owner if isinstance(owner, GradScaler) else None
+
+
+class ScaledStep:
+    """What a GradScaler knows of one optimizer, from when its `step()` has begun until it looks at it itself."""
+
+    def __init__(self, scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        self._scaler = scaler
+        self._optimizer = optimizer
+        self._state = scaler._per_optimizer_states[id(optimizer)]
+
+    @property
+    def scale(self) -> float:
+        """By which losses are multiplied."""
+        return float(self._scaler.get_scale())
+
+    @property
+    def is_unscaled(self) -> bool:
+        """Whether `unscale_` has been called since the last `update`."""
+        return self._state["stage"] is not OptState.READY
+
+    @property
+    def found(self) -> Sequence[Tensor]:
+        """One element for each device with gradients that the scaler has looked at: not 0 where one was not finite."""
+        return list(self._state["found_inf_per_device"].values())
+
+    def look(self, *, unscale: bool) -> None:
+        """Have it look at the gradients, and multiply them back if they are to be."""
+        if unscale:
+            self._scaler.unscale_(self._optimizer)
+        else:
+            self._scaler._check_inf_per_device(self._optimizer)
+
+    def skip(self) -> None:
+        """Let it go on as when it has unscaled gradients and found an overflow: it will not step, or tell a step of it."""
+        for each in self.found:
+            each.fill_(1.0)
+        self._state["stage"] = OptState.UNSCALED

@@ -195,6 +195,8 @@ class ZeroDataParallel(nn.Module):
             Phase.CLIP: lambda number, *args: self._optimizers[number].clip_grad_norm_(*args),
             Phase.STEP: lambda number, *args: self._optimizers[number].step_along(*args),
             Phase.ZERO_GRAD: self._zero_grad_along,
+            Phase.UNSCALE: self._reducer.unscale_along,
+            Phase.OVERFLOW: lambda number, found: self._optimizers[number].agree_on_overflow(found),
         }
         with self._reducer.join.context(
             calls,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from . import _C
 from .agreement import agree, describe_groups, describe_params
@@ -22,11 +23,11 @@ from .config import Config, check_param_dtypes
 from .dcp_options import refuse_full_state
 from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
-from .grad_clip import clip_by, is_finite, norm_of_shards, norm_of_whole
+from .grad_clip import clip_by, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
 from .inspect import inspect_further
 from .join import Phase, pack_options, take_options
-from .loss_scaling import LossScaling, agree_on_overflow, inverse_of_scale
+from .loss_scaling import Obstacle, ScaledStep, agree_on_overflow, scaler_in
 from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
 from .saved_state import positions_of
@@ -34,11 +35,6 @@ from .shard_layout import ShardLayout
 from .sharding import Sharding
 from .state_dicts import LoadedState, StateDicts
 from .step import ShardStepper, check_fused
-
-_UNSCALE_ALL = (
-    "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of them before the first "
-    "scaler.step"
-)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -102,6 +98,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
         self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
+        sharding.optimizers.append(self)
         log_wrapped(self._buckets, self._stores, optimizer, config, self._transport)
 
     def _take_in(self, params: Sequence[ManagedParam]) -> None:
@@ -140,12 +137,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """A GradScaler asks before it looks at gradients, which a rank without a backward of its own has yet to get.
+        """What a GradScaler asks for when its `step` begins: whether it is to call `step` here whatever it has found.
 
-        Collective, as `step` is, where a rank has run no backward.
+        It is, where a step does more than to step (`average_every`) and where the scaler refuses to unscale (float16 gradients,
+        stage 0). Elsewhere it unscales, and steps or does not step, as with any optimizer of torch.
+
+        Collective, as `step` is: in a GradScaler's `step` ranks agree on what they have found, and everywhere a rank that has
+        run no backward takes part in that of the others.
         """
         self._take_part()
-        return True
+        scaler = scaler_in(sys._getframe(1))
+        skips = scaler is not None and self._agree_on_overflow(ScaledStep(scaler, self), scaler)
+        if self._average is not None:
+            return True
+        return not skips and self._has_half_gradients
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -160,7 +165,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
-                reduced, the last backward raised, or the ranks' loss scales differ.
+                reduced, or the last backward raised.
             NonFiniteError, RankMismatchError: with `check_every`, on all ranks; see `zeroopt.wrap`.
         """
         loss = None
@@ -177,7 +182,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
-        overflow = self._agree_on_overflow()
+        overflow = self._finish_unscaling()
         self._whole = None
         if overflow:
             active.zero_()
@@ -583,26 +588,71 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if reducer.is_cleared(self._params):
             reducer.take_part()
 
-    def _agree_on_overflow(self) -> bool:
-        """Whether a GradScaler's step is to be skipped. Collective where there is one.
+    @property
+    def _has_half_gradients(self) -> bool:
+        """Whether a GradScaler refuses to unscale gradients. In stages 1 and 2 their sums are float32."""
+        return self._reducer.sharded is None and any(bucket.dtype is torch.float16 for bucket in self._buckets)
+
+    def _agree_on_overflow(self, scaled: ScaledStep, scaler: GradScaler) -> bool:
+        """Whether a GradScaler whose step begins is not to step, on any rank. Collective."""
+        obstacle = Obstacle.SCALED_PEERS if self._has_scaled_peers(scaler) else None
+        if obstacle is None and not scaled.is_unscaled:
+            scaled.look(unscale=not self._has_half_gradients)
+        if obstacle is None and not scaled.found:
+            obstacle = Obstacle.NO_GRADIENTS
+        found = any(bool(each) for each in scaled.found)
+        overflow = self.agree_on_overflow(found, scaled.scale, obstacle)
+        if overflow:
+            scaled.skip()
+        return overflow
+
+    def agree_on_overflow(self, found: bool, scale: float = 0.0, obstacle: Obstacle | None = None) -> bool:
+        """Whether any rank has found a gradient that is not finite, ranks with other parts of the model too. Collective.
+
+        Args: as those of `loss_scaling.agree_on_overflow`.
+        """
+        reducer = self._reducer
+        if reducer.join.is_on:
+            reducer.join.announce(Phase.OVERFLOW, self.number, found)
+        device = self._params[0].param.device
+        # In stages 1 and 2 the ranks have agreed when each one's gradients were looked at.
+        if reducer.sharded is None or obstacle is not None:
+            found = agree_on_overflow(self._transport, device, found=found, scale=scale, obstacle=obstacle)
+        beyond = self._sharding.norm_groups.max_over_model(torch.tensor(float(found), device=device))
+        if bool(beyond):
+            reducer.note_skipped_step()
+            if self._config.max_grad_norm is not None:
+                self._note_norm(torch.tensor(torch.inf, device=device))
+        return bool(beyond)
+
+    def _has_scaled_peers(self, scaler: GradScaler) -> bool:
+        """Whether gradients of other optimizers, by whose norm this one is to clip, are still multiplied."""
+        if self._config.max_grad_norm is None:
+            return False
+        sharded, sharding = self._reducer.sharded, self._sharding
+        others = [
+            other for other in sharding.optimizers if other is not self and not ScaledStep(scaler, other).is_unscaled
+        ]
+        scaled = {p for other in others for group in other.param_groups for p in group["params"] if p.grad is not None}
+        checked = set() if sharded is None else sharded.checked
+        return any(managed.param in scaled and managed.index not in checked for managed in sharding.params)
+
+    def _finish_unscaling(self) -> bool:
+        """Whether a GradScaler that steps whatever it has found, on which all ranks have agreed, has found an overflow. If not,
+        gradients are multiplied back, where it has left that to the step.
 
         For the time of its step it sets `found_inf` and `grad_scale`, as the fused optimizers of torch have them.
         """
         if "found_inf" not in vars(self):
             return False
-        several = len(self._buckets) < len(self._sharding.buckets)
-        if several and self._config.max_grad_norm is not None and vars(self)["grad_scale"] is not None:
-            raise StateError(_UNSCALE_ALL)
-        sharded = self._reducer.sharded
-        checks = [] if sharded is None else sharded.take_scaler_checks(managed.index for managed in self._params)
-        seen = vars(self)["found_inf"]
-        found_inf = seen if isinstance(seen, Tensor) else None  # the number 0 where it has looked at no gradients
-        overflow = agree_on_overflow(
-            found_inf, vars(self)["grad_scale"], checks, self._stores, self._transport, self._sharding.norm_groups
-        )
-        self._note_factors()
-        if overflow and self._config.max_grad_norm is not None:
-            self._note_norm(torch.tensor(torch.inf, device=self._params[0].param.device))
+        overflow, grad_scale = bool(vars(self)["found_inf"]), vars(self)["grad_scale"]
+        if grad_scale is not None and not overflow:
+            # As a GradScaler rounds it: gradients are the same wherever they are multiplied by it.
+            inverse = grad_scale.detach().double().reshape(()).reciprocal().float().double()
+            for store in self._stores:
+                if store.holds_sum:
+                    store.scale(inverse)
+            self._note_factors()
         return overflow
 
     def _note_factors(self) -> None:
@@ -635,21 +685,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with named_range("clip"):
             number = reducer.num_backwards
             if sharding.norm is None or sharding.norm[0] != number or self._clipped_backward == number:
-                self._check_unscaled()
                 sharding.norm = number, self._compute_norm(active, 2.0, reducer.stores)
             # Otherwise as another optimizer has found it before it clipped its own gradients.
             self._clipped_backward = number
             self._clip(sharding.norm[1], max_norm, 2.0)
-
-    def _check_unscaled(self) -> None:
-        """With a GradScaler: raise StateError when gradients of other optimizers are still multiplied."""
-        sharded = self._reducer.sharded
-        if sharded is None or "found_inf" not in vars(self):
-            return
-        for bucket in self._sharding.buckets:
-            checked = any(managed.index in sharded.checked for managed in bucket.params)
-            if bucket not in self._buckets and self._reducer.stores[bucket.index].holds_sum and not checked:
-                raise StateError(_UNSCALE_ALL)
 
     def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:
         """Clip the gradients that are there, by a factor that has yet to be applied."""
@@ -870,50 +909,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
 
     def _announce_step(self) -> None:
-        join = self._reducer.join
-        join.announce(Phase.STEP, self.number, pack_options(self.param_groups), self._loss_scaling())
+        join, scale = self._reducer.join, vars(self).get("grad_scale")
+        join.announce(Phase.STEP, self.number, pack_options(self.param_groups), None if scale is None else float(scale))
         if join.some_have_left and not self._config.placement.shard_state:
             self._reducer.follow_gradients(join.source)
 
-    def _loss_scaling(self) -> LossScaling | None:
-        """By what a GradScaler has gradients multiplied, for ranks that have left `join()`; None where there is none."""
-        if "found_inf" not in vars(self):
-            return None
-        sharded, grad_scale = self._reducer.sharded, vars(self)["grad_scale"]
-        checks = [] if sharded is None else sharded.peek_scaler_checks(managed.index for managed in self._params)
-        return LossScaling(grad_scale is None, inverse_of_scale(grad_scale, checks).item())
-
-    def step_along(self, options: Sequence[Mapping[str, Any]], scaling: LossScaling | None) -> None:
+    def step_along(self, options: Sequence[Mapping[str, Any]], grad_scale: float | None) -> None:
         """Step as the ranks do that still train, when this one has left `join()`.
 
         Args:
             options: of their groups.
-            scaling: they step through a GradScaler, for which this rank looks at its slices of the gradients.
+            grad_scale: of a GradScaler that leaves it to the step to multiply gradients back.
         """
         take_options(self.param_groups, options)
-        if scaling is not None:
-            self._reducer.finish()
-            self._scale_along(scaling)
+        if grad_scale is None:
+            self.step()
+            return
+        self.grad_scale, self.found_inf = torch.tensor(grad_scale, dtype=torch.float32), torch.tensor(0.0)
         try:
             self.step()
         finally:
-            if scaling is not None:
-                del self.grad_scale, self.found_inf
-
-    def _scale_along(self, scaling: LossScaling) -> None:
-        """Do what a GradScaler of this rank would have done before its step."""
-        sharded, device = self._reducer.sharded, self._params[0].param.device
-        finite = [bool(is_finite(store)) for store in self._stores if store.holds_sum]
-        self.found_inf = torch.tensor(0.0 if all(finite) else 1.0, device=device)
-        self.grad_scale: Tensor | None = None
-        if sharded is None and not scaling.is_unscaled:
-            self.grad_scale = torch.tensor(scaling.inverse, dtype=torch.float64, device=device).reciprocal()
-        elif sharded is not None:
-            inverse = torch.tensor(scaling.inverse, dtype=torch.float64, device=device)
-            sharded.note_scaler_check((m.index for m in self._params), self.found_inf, inverse)
-            for store in self._stores:
-                if store.holds_sum:
-                    store.scale(inverse)
+            del self.grad_scale, self.found_inf
 
     def _note_step_for_schedulers(self) -> None:
         """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""

@@ -22,7 +22,8 @@ from .collectives import Transport
 from .errors import StateError
 from .grad_clip import is_finite
 from .gradient_store import GradientStore
-from .join import Join
+from .join import Join, Phase
+from .loss_scaling import agree_on_overflow
 
 aten = torch.ops.aten
 
@@ -157,8 +158,6 @@ class ShardedGradients:
         self._objects: list[ShardedGradient] = []
         self._shown: list[bool] = []
         self.local: dict[int, Tensor] = {}
-        # Which gradients a GradScaler has checked since their last step, `found_inf` and `inv_scale`.
-        self._scaler_checks: list[tuple[set[int], Tensor, Tensor]] = []
         self.checked: set[int] = set()
 
     def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
@@ -277,32 +276,19 @@ class ShardedGradients:
                 self._change(chosen, lambda piece: piece.mul_(factor.to(piece.device)))
 
     def check_and_unscale(self, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
-        """What a GradScaler asks for: set `found_inf` to 1 when an element on this rank is not finite, and multiply by
-        `inv_scale`. The step has the ranks agree on both."""
+        """What a GradScaler asks for: set `found_inf` to 1 when an element on any rank is not finite, and multiply by
+        `inv_scale`. Collective."""
         self._prepare(indices)
+        if self._join.is_on:
+            self._join.announce(Phase.UNSCALE, list(indices), inv_scale.item())
         finite = [flag for bucket, chosen in self._by_bucket(indices) for flag in self._are_finite(bucket, chosen)]
-        if finite and not torch.stack(finite).all():
+        found = bool(found_inf) or (bool(finite) and not torch.stack(finite).all())
+        device, scale = self._stores[0].reduced.device, inv_scale.double().reciprocal().item()
+        if agree_on_overflow(self._transport, device, found=found, scale=scale):
             found_inf.fill_(1.0)
-        self.note_scaler_check(indices, found_inf, inv_scale)
+        self.checked.update(indices)
         if not (inv_scale.is_cpu and inv_scale == 1):
             self._scale(indices, inv_scale)
-
-    def note_scaler_check(self, indices: Iterable[int], found_inf: Tensor, inv_scale: Tensor) -> None:
-        """Gradients have been checked and multiplied for a GradScaler."""
-        self._scaler_checks.append((set(indices), found_inf, inv_scale))
-        self.checked.update(self._scaler_checks[-1][0])
-
-    def take_scaler_checks(self, indices: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
-        """`found_inf` and `inv_scale` of the checks of these gradients that a GradScaler has asked for since the last call."""
-        own = set(indices)
-        taken = self.peek_scaler_checks(own)
-        self._scaler_checks = [check for check in self._scaler_checks if not check[0] & own]
-        return taken
-
-    def peek_scaler_checks(self, indices: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
-        """What `take_scaler_checks` will give."""
-        own = set(indices)
-        return [(found_inf, inv_scale) for checked, found_inf, inv_scale in self._scaler_checks if checked & own]
 
     def _prepare(self, indices: Sequence[int]) -> None:
         """Before gradients are used: have them all reduced."""
@@ -495,7 +481,8 @@ def _on_many(op: Any, gradients: Sequence[Tensor], *args: Any, **kwargs: Any) ->
     places: defaultdict[ShardedGradients | None, list[int]] = defaultdict(list)
     for place, gradient in enumerate(gradients):
         places[gradient.owner if isinstance(gradient, ShardedGradient) else None].append(place)
-    for owner, chosen in places.items():
+    # Other tensors first: what a GradScaler finds in them, all ranks are to hear of.
+    for owner, chosen in sorted(places.items(), key=lambda item: item[0] is not None):
         some = [gradients[place] for place in chosen]
         if owner is None:
             values = op(some, *args, **kwargs)
