@@ -34,7 +34,8 @@ from .gradient_store import BufferPool, GradientStore
 from .join import Join, Phase
 from .lockstep import Lockstep
 from .profiling import named_range
-from .sharded_gradient import ShardedGradient, ShardedGradients
+from .sharded_gradient import ShardedGradient
+from .sharded_gradients import ShardedGradients
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
 

@@ -53,7 +53,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 the mean exists in slices, each on the
     rank that owns it, and `param.grad` is a `ShardedGradient` that stands for it: torch's clipping, `GradScaler`, clearing,
-    norms and multiplying by a number work on it as usual; `full_grad` gives the whole.
+    norms and changing it in place element by element work on it as usual; `full_grad` gives the whole.
 
     Made by `zeroopt.wrap`.
     """
