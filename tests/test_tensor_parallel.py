@@ -199,6 +199,26 @@ def test_clipping_follows_one_process(run_on_ranks: RunOnRanks, stage: int, how:
         assert norm_error < 1e-6 and grad_error < 1e-9 and error < 1e-6
 
 
+def change_by_elements() -> float:
+    """Gradients are changed in place, with tensors that are distributed as their parameters are and with whole ones."""
+    mesh = square_mesh()
+    reference = parallel.build(torch.float64)
+    net, model, optimizer = wrap_split("sequence", mesh, parallel.sgd, torch.float64)
+    batch = torch.cat([parallel.tokens(0, index) for index in range(2)])
+    parallel.loss_of(reference(batch), batch).backward()
+    backward(model, mesh, 0)
+    for seed, (plain, param) in enumerate(zip(reference.parameters(), net.parameters(), strict=True)):
+        noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        plain.grad.add_(noise).mul_(plain.detach()).clamp_(-0.1, 0.1)  # type: ignore[union-attr]
+        param.grad.add_(noise).mul_(param.detach()).clamp_(-0.1, 0.1)  # type: ignore[union-attr]
+    full = [optimizer.full_grad(param) for param in net.parameters()]
+    return largest_error((whole(grad) for grad in full if grad is not None), (p.grad for p in reference.parameters()))
+
+
+def test_gradients_are_changed_by_elements(run_on_ranks: RunOnRanks) -> None:
+    assert all(error < 1e-9 for error in run_on_ranks(4, change_by_elements))
+
+
 def keep_copies_equal() -> bool:
     """Ranks have seeds of their own, and yet what is replicated is rounded alike: it stays the same on all ranks."""
     mesh = square_mesh()
