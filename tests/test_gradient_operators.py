@@ -159,6 +159,30 @@ def test_ranks_stay_alike_whatever_they_add(run_on_ranks: RunOnRanks) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def use_in_backward(use: str) -> str:
+    """In a hook, while autograd is at work: its own way to add is not the user's."""
+    net = Shapes()
+    model, _ = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    model().backward()
+    grad = net.pair.grad
+    assert grad is not None
+    edits: dict[str, Callable[[], Tensor]] = {
+        "number": lambda: grad.add_(1.0),
+        "alpha": lambda: grad.add_(torch.ones(2), alpha=0.5),
+        "clamp_": lambda: grad.clamp_(0, 1),
+    }
+    net.matrix.register_hook(lambda _: edits[use]() and None)
+    with pytest.raises(zeroopt.StateError) as error:
+        model().backward()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("use", ["number", "alpha", "clamp_"])
+def test_gradients_are_not_changed_during_backward(run_on_ranks: RunOnRanks, use: str) -> None:
+    for message in run_on_ranks(2, use_in_backward, use):
+        assert message.startswith("a sharded gradient was used while backward runs")
+
+
 MISTAKES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "The expanded size of the tensor": lambda grad, _: grad.add_(torch.ones(2, 3)),
     "not implemented for": lambda grad, _: grad.bitwise_and_(torch.ones(7, 9, dtype=torch.int64)),

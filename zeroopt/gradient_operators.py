@@ -45,7 +45,7 @@ def apply(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return _on_many(op, args[0], args[1:], kwargs)
     target = args[0] if args else None
     if isinstance(target, ShardedGradient):
-        if _is_for_all(op, args[1:]):
+        if _is_for_all(op, args[1:], kwargs):
             results = _FOR_ALL[op](target.owner, [target.param_index], *args[1:], **kwargs)
             return target if results is None else results[0]
         if op is aten.index_put_.default:
@@ -132,10 +132,11 @@ _FOR_ALL: dict[Any, Callable[..., _Results]] = {
 }
 
 
-def _is_for_all(op: Any, args: Sequence[Any]) -> bool:
+def _is_for_all(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     change = _FOR_ALL.get(op)
     if change is _accumulate:
-        return is_in_backward() and not isinstance(args[0], ShardedGradient)
+        is_gradient = isinstance(args[0], Tensor) and not isinstance(args[0], ShardedGradient) and not kwargs
+        return is_in_backward() and is_gradient
     if change is _multiply or change is _divide:
         factor = args[0]
         return not isinstance(factor, Tensor) or (factor.numel() == 1 and not isinstance(factor, ShardedGradient))
@@ -144,7 +145,7 @@ def _is_for_all(op: Any, args: Sequence[Any]) -> bool:
 
 def _on_many(op: Any, gradients: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Results:
     """Gradients of several models, and tensors that a user has put in the place of some, may stand side by side."""
-    if not _is_for_all(op, args):
+    if not _is_for_all(op, args, kwargs):
         _one_by_one(op, gradients, args, kwargs)
         return None
     results: dict[int, Tensor] = {}
