@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import all_of, assert_all_same, assert_same, train, wrap_all, wrapped
+from checkpoints import TIERS, Recipe, all_of, assert_all_same, assert_same, train, whole_state, wrap_all, wrapped
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import StepLR
@@ -20,6 +20,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
+from zeroopt.checkpoint.inspection import inspect
 from zeroopt.errors import CheckpointError
 
 
@@ -95,11 +96,11 @@ def make_checkpoints(path: Path) -> None:
 EXPECTED = {
     "missing": "is not there",
     "nothing": "is not a checkpoint",
-    "other model": "the model and the checkpoint have different names under 'model': the checkpoint lacks",
+    "other model": "the model and the checkpoint have no name in common under 'model': the checkpoint lacks",
     "other shapes": "'model.layers.0.weight' has shape [33, 8] in the checkpoint, and [33, 7] was expected",
     "not all trained": "the checkpoint has no param_group with parameter 'scale', which is in group 0 here",
     "other groups": "parameters of param_group 0 were saved in groups of different options",
-    "no optimizer": "has nothing under 'optimizer', only 'model'",
+    "no optimizer": "only 'model': say with model_key and optimizer_key where it has the model and the optimizer, or leave out the",
     "keys": "has nothing under 'model', only 'net', 'optim'",
     "damaged": "__1_0.distcp is damaged",
     "cut off": "__0_0.distcp has 1000 bytes",
@@ -200,3 +201,88 @@ def test_loading_what_both_have(run_on_ranks: RunOnRanks, tmp_path: Path) -> Non
     for extra, _ in run_on_ranks(3, load_what_both_have, tmp_path):  # as many ranks have not saved
         assert extra["epoch"] == 4
         assert "rank" not in extra
+
+
+def backbone_and(*heads: str) -> Recipe:
+    """A backbone with heads, all in one group."""
+
+    def recipe() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = nn.ModuleDict({name: nn.Linear(6, 3) for name in heads})
+        net["backbone"] = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+        return net, [torch.optim.AdamW(net.parameters(), lr=0.01)]
+
+    return recipe
+
+
+def train_heads(model: zeroopt.ZeroDataParallel, optimizer: zeroopt.ZeroOptimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        features = model.module["backbone"](x)
+        heads = [head for name, head in model.module.items() if name != "backbone"]
+        sum((head(features).square().sum() for head in heads), torch.zeros(())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def named_state(optimizer: zeroopt.ZeroOptimizer) -> dict[str, Any]:
+    """The whole state by parameter, on all ranks."""
+    whole = whole_state(optimizer)
+    return {name: whole["state"][position] for position, name in optimizer.names().items()}
+
+
+def change_heads(path: Path, options: dict[str, Any]) -> None:
+    """A model with one more head, and with one less: the head that the checkpoint lacks stays as it is, state and all."""
+    saved, (its_optimizer,) = wrap_all(backbone_and("old"), **options)
+    train_heads(saved, its_optimizer, range(3))
+    its_optimizer.param_groups[0]["lr"] = 0.5
+    zeroopt.checkpoint.save(path / "saved", saved, its_optimizer)
+    theirs = all_of(saved, [its_optimizer])[0], named_state(its_optimizer)
+
+    for heads in (("new", "old"), ("new",), ()):
+        model, (optimizer,) = wrap_all(backbone_and(*heads), **options)
+        train_heads(model, optimizer, range(5, 6 if heads else 5))
+        ours = all_of(model, [optimizer])[0], named_state(optimizer) if heads else {}
+        with pytest.raises(CheckpointError, match="strict=False loads what both have"):
+            zeroopt.checkpoint.load(path / "saved", model, optimizer)
+        zeroopt.checkpoint.load(path / "saved", model, optimizer, strict=False)
+        loaded = all_of(model, [optimizer])[0], named_state(optimizer)
+        for mine, before, other in zip(loaded, ours, theirs, strict=True):
+            for name, value in mine.items():
+                assert_same(value, before[name] if name.startswith("new") else other[name], name)
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        train_heads(model, optimizer, range(6, 7 if heads else 6))
+
+
+@pytest.mark.parametrize("tier", ["float32", "int8"])
+def test_heads_that_only_one_of_both_has(run_on_ranks: RunOnRanks, tmp_path: Path, tier: str) -> None:
+    run_on_ranks(2, change_heads, tmp_path, {**TIERS[tier], "param_dtype": None, "master_weights": "float32"})
+
+
+def load_the_model_alone(path: Path, options: dict[str, Any]) -> None:
+    model, optimizer = wrapped("mlp", "adamw", options)
+    train(model, optimizer, "mlp", range(3))
+    values, _ = all_of(model, [optimizer])
+    zeroopt.checkpoint.save(path / "whole", model, optimizer, {"step": 3})
+    zeroopt.checkpoint.save(path / "model", model, extra={"step": 3})
+    zeroopt.checkpoint.async_save(path / "in the background", model).result()
+    for name in ("whole", "model", "in the background"):
+        other, its_optimizer = wrapped("mlp", "adamw", options)
+        train(other, its_optimizer, "mlp", range(7, 8))
+        _, state = all_of(other, [its_optimizer])
+        beyond = [one.pop("beyond torch") for one in state]
+        extra = zeroopt.checkpoint.load(path / name, other)
+        assert extra == ({} if name == "in the background" else {"step": 3})
+        now, its_state = all_of(other, [its_optimizer])
+        assert_same(now, values, name)
+        assert beyond and all(one.pop("beyond torch", None) is not None for one in its_state)
+        assert_same(its_state, state, name)  # but for masters, which are the loaded parameters
+        train(other, its_optimizer, "mlp", range(3, 4))
+        if name != "whole":
+            assert inspect(path / name).totals().keys() == {"model"}
+            with pytest.raises(CheckpointError, match="leave out the optimizer to load the model alone"):
+                zeroopt.checkpoint.load(path / name, other, its_optimizer)
+
+
+@pytest.mark.parametrize("tier", ["float32", "remainder"])
+def test_the_model_alone(run_on_ranks: RunOnRanks, tmp_path: Path, tier: str) -> None:
+    run_on_ranks(2, load_the_model_alone, tmp_path, TIERS[tier])

@@ -24,10 +24,10 @@ facts = st.dictionaries(
 records = st.builds(FileRecord, st.integers(0, 1 << 60), st.integers(0, (1 << 32) - 1))
 
 
-@given(facts, st.dictionaries(st.text(), records), st.integers(0, 1 << 62))
+@given(facts, st.dictionaries(st.text(), records), st.integers(0, 1 << 62), st.integers(0, 1 << 62))
 @settings(deadline=None)
-def test_it_comes_back(facts: dict[str, Any], files: dict[str, FileRecord], saved_at: int) -> None:
-    made = Manifest.of(facts, files, saved_at)
+def test_it_comes_back(facts: dict[str, Any], files: dict[str, FileRecord], number: int, saved_at: int) -> None:
+    made = Manifest.of(facts, files, number, saved_at)
     assert (made.zeroopt, made.torch) == (zeroopt.__version__, torch.__version__)
     with tempfile.TemporaryDirectory() as directory:
         made.write(Path(directory), CheckedFiles())
@@ -50,7 +50,7 @@ def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_changed_facts_are_noticed(tmp_path: Path) -> None:
-    Manifest.of({"stage": 2}, {}, 1).write(tmp_path, CheckedFiles())
+    Manifest.of({"stage": 2}, {}, 1, 1).write(tmp_path, CheckedFiles())
     content = json.loads((tmp_path / NAME).read_text())
     content["facts"]["stage"] = 1
     (tmp_path / NAME).write_text(json.dumps(content))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,39 @@ def test_the_new_one_stays_even_when_clocks_say_that_it_is_old(tmp_path: Path, m
     monkeypatch.setattr("time.time_ns", lambda: 0)
     write(tmp_path / "b", 2, keep=1)
     assert names(tmp_path) == ["b"]
+
+
+def test_clocks_that_are_set_back_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, clock in enumerate([10**18, 10**17, 2 * 10**18, 0]):
+        monkeypatch.setattr("time.time_ns", lambda now=clock: now)
+        write(tmp_path / f"step-{version}", version)
+        assert latest(tmp_path) == tmp_path / f"step-{version}"
+    write(tmp_path / "step-0", 9)
+    assert latest(tmp_path) == tmp_path / "step-0"
+    write(tmp_path / "step-4", 4, keep=3)
+    assert names(tmp_path) == ["step-0", "step-3", "step-4"]
+
+
+def without_number(path: Path, saved_at: int) -> None:
+    """Make a manifest that of a time before there were numbers."""
+    content = json.loads((path / manifest.NAME).read_text())
+    del content["crc32"], content["number"]
+    content["saved_at"] = saved_at
+    text = json.dumps(content | {"crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())})
+    (path / manifest.NAME).write_text(text)
+
+
+def test_checkpoints_without_numbers_are_older_and_ordered_by_the_clock(tmp_path: Path) -> None:
+    for version, name in enumerate("abc"):
+        write(tmp_path / name, version)
+    for name, saved_at in (("a", 5), ("b", 2**62), ("c", 7)):
+        without_number(tmp_path / name, saved_at)
+    assert latest(tmp_path) == tmp_path / "b"
+    assert version_of(tmp_path / "b") == 1
+    write(tmp_path / "d", 3)
+    assert latest(tmp_path) == tmp_path / "d"
+    write(tmp_path / "e", 4, keep=3)
+    assert names(tmp_path) == ["b", "d", "e"]
 
 
 def test_what_cannot_be_removed_is_logged(

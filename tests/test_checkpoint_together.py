@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from worker_pool import RankError, RunOnRanks
 
-from zeroopt import CheckpointError
+from zeroopt import CheckpointError, CollectiveError
 from zeroopt.checkpoint.together import together
 
 
@@ -90,6 +91,22 @@ def test_an_interrupted_rank_stops_and_the_others_hear_of_it(run_on_ranks: RunOn
         RankError("KeyboardInterrupt", ""),
         RankError("CheckpointError", "drawing lots failed on rank 0: KeyboardInterrupt: "),
     ]
+
+
+def alone() -> str:
+    """The error of a rank whose peer does something else."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    if dist.get_rank() == 1:
+        return ""
+    with pytest.raises(CollectiveError) as raised:
+        together(group, "saving the checkpoint x", lambda: 0, lambda values: values)
+    return str(raised.value)
+
+
+def test_a_rank_alone_hears_that_all_must_come(run_on_ranks: RunOnRanks) -> None:
+    (error, _) = run_on_ranks(2, alone)
+    assert "saving the checkpoint x: failed for want of rank 1" in error
+    assert "let all of them call it, not rank 0 alone" in error
 
 
 def test_many_failing_ranks_are_counted(run_on_ranks: RunOnRanks) -> None:

@@ -70,6 +70,8 @@ def wrap_case(case: str) -> str:
         model = "model"  # type: ignore[assignment]
     elif case == "not an optimizer":
         optimizer = torch.optim.AdamW  # type: ignore[assignment]
+    elif case == "no optimizer":
+        optimizer = None  # type: ignore[assignment]
     else:
         if case.startswith("half, "):
             model.half()
@@ -126,6 +128,10 @@ class GloballyNormalisedSgd(torch.optim.Optimizer):
         ("fused double", "ConfigError: fused=True: parameter '0.weight' is torch.float64"),
         ("not a module", "ConfigError: expected model to be a torch.nn.Module, got str"),
         ("not an optimizer", "ConfigError: expected optimizer to be a torch.optim.Optimizer instance, got type"),
+        (
+            "no optimizer",
+            "ConfigError: expected optimizer to be a torch.optim.Optimizer instance, got None: pass the one",
+        ),
         ("stage=3", "ConfigError: expected stage to be one of 0, 1, 2, got 3"),
         ("stage=True", "ConfigError: expected stage"),
         ("bucket_mb=0", "ConfigError: expected bucket_mb to be a positive number of MiB, got 0"),

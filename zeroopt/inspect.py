@@ -95,7 +95,11 @@ def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer, *, further:
             "this model is already wrapped; to train it with one more optimizer, wrap what zeroopt.wrap returned"
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(f"expected optimizer to be a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+        got = "None" if optimizer is None else type(optimizer).__name__
+        raise ConfigError(
+            f"expected optimizer to be a torch.optim.Optimizer instance, got {got}: pass the one that trains the model, such as "
+            "torch.optim.AdamW(model.parameters(), lr=3e-4); a model that is not trained needs no wrapping"
+        )
     if isinstance(optimizer, FusedOptimizer) and not optimizer.has_default_precision:
         raise ConfigError(
             f"this {type(optimizer).__name__} was built with master_weights or state_dtype of its own; give these options to "

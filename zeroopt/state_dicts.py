@@ -35,11 +35,13 @@ class LoadedState:
         state: by segment's shard, and by the parameter for those that no rank steps.
         groups: param_groups, of which the options count.
         layout: None where a plain torch optimizer saved it.
+        kept: positions of parameters whose state stays as it is.
     """
 
     state: dict[Tensor, ParamState]
     groups: Sequence[Mapping[str, Any]]
     layout: ShardLayout | None
+    kept: frozenset[int] = frozenset()
 
 
 class StateDicts:
@@ -159,7 +161,8 @@ class StateDicts:
         state = self._inner.state
         completed = self._complete(loaded.state)
         for segment in self._segments():
-            state.pop(segment.shard, None)
+            if segment.owner.position not in loaded.kept:
+                state.pop(segment.shard, None)
         state.update(loaded.state)
         for bucket in self.buckets:
             bucket.take_back(state)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
 from .files import sync_directory
+from .paths import local_path
 from .reading import Checkpoint
 from .torch_file import write_torch_file
 
@@ -28,7 +29,7 @@ def export(checkpoint: Checkpoint, to: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged, the file exists, or it cannot be written. Nothing is left of it then.
     """
-    target = Path(os.path.realpath(to))
+    target = Path(os.path.realpath(local_path(to)))
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists already. Choose another name, or remove it")
     if target.parent == checkpoint.path.resolve():

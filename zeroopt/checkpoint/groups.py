@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
 from ..optimizer import ZeroOptimizer
+from .contents import clean_name
 from .parts import named_groups
 from .reading import Checkpoint
 from .targets import Names, put
@@ -40,35 +42,81 @@ def _by_parameter(options: dict[str, Any]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def match_groups(optimizer: ZeroOptimizer, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each group of an optimizer the options of the saved one that has its parameters, with positions of parameters.
+@dataclass(frozen=True)
+class MatchedGroups:
+    """What saved groups mean to an optimizer.
+
+    Attributes:
+        groups: for each of its groups the saved options, with positions of parameters.
+        unknown: positions of parameters that are in no saved group.
+    """
+
+    groups: list[dict[str, Any]]
+    unknown: frozenset[int]
+
+
+def match_groups(optimizer: ZeroOptimizer, saved: Sequence[dict[str, Any]], *, strict: bool) -> MatchedGroups:
+    """Find for each group of an optimizer the saved one that has its parameters; for one without parameters, that without
+    parameters at the same place.
+
+    Args:
+        strict: all parameters have to be in saved groups; else those that are decide, and a group of none keeps its options.
 
     Raises:
-        CheckpointError: there is none, or they are in several that have different options.
+        CheckpointError: there is none, or they are in several that have different options, or it cannot be told which.
     """
-    owner = {name: group for group in saved for name in group["params"]}
-    matched = []
-    for number, (packed, named) in enumerate(
-        zip(optimizer.state_dicts.pack_groups(), named_groups([optimizer]), strict=True)
-    ):
-        found = [
-            owner.get(name, owner.get(position))
-            for name, position in zip(named["params"], packed["params"], strict=True)
-        ]
-        if None in found:
-            missing = named["params"][found.index(None)]
-            raise CheckpointError(
-                f"the checkpoint has no param_group with parameter {missing!r}, which is in group {number} here"
-            )
-        options = [_options(group) for group in found if group is not None]
-        if any(str(other) != str(options[0]) for other in options):
-            raise CheckpointError(
-                f"parameters of param_group {number} were saved in groups of different options: give the optimizer the same "
-                "param_groups"
-            )
-        matched.append({**packed, **(options[0] if options else {})})
-    return matched
+    packed = optimizer.state_dicts.pack_groups()
+    found = _find_params(optimizer, packed, saved)
+    unknown = frozenset(position for group in found for position, place in group.items() if place is None)
+    if strict and unknown:
+        first = min(unknown)
+        number = next(number for number, group in enumerate(found) if first in group)
+        raise CheckpointError(
+            f"the checkpoint has no param_group with parameter {clean_name(optimizer.names()[first])!r}, which is in group "
+            f"{number} here; strict=False loads what both have"
+        )
+    places = [{place for place in group.values() if place is not None} for group in found]
+    empty = {place for place, group in enumerate(saved) if not group.get("params")}
+    groups = []
+    for number, group in enumerate(packed):
+        of_group = places[number] if group["params"] else _places_of_empty(number, places, empty)
+        groups.append({**group, **_common_options(number, [saved[place] for place in sorted(of_group)])})
+    return MatchedGroups(groups, unknown)
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+def _find_params(
+    optimizer: ZeroOptimizer, packed: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
+) -> list[dict[int, int | None]]:
+    """For each group, for each of its parameters by position, which saved group has it."""
+    owner = {name: place for place, group in enumerate(saved) for name in group.get("params", ())}
+    return [
+        {
+            position: owner.get(name, owner.get(position))
+            for name, position in zip(named["params"], group["params"], strict=True)
+        }
+        for named, group in zip(named_groups([optimizer]), packed, strict=True)
+    ]
+
+
+def _places_of_empty(number: int, places: Sequence[set[int]], empty: set[int]) -> set[int]:
+    """Which saved groups a group without parameters may be: that at its place, where the groups around were saved in the order
+    that they have here; else any without parameters."""
+    shifts = {place - other for other, of_group in enumerate(places) for place in of_group}
+    if len(shifts) == 1 and number + min(shifts) in empty:
+        return {number + min(shifts)}
+    return empty
+
+
+def _common_options(number: int, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    options = [
+        {name: value for name, value in group.items() if name not in ("params", "param_names")} for group in groups
+    ]
+    if any(str(other) != str(options[0]) for other in options):
+        raise CheckpointError(
+            f"parameters of param_group {number} were saved in groups of different options: give the optimizer the same "
+            "param_groups"
+            if groups[0].get("params")
+            else f"param_group {number} has no parameters, and the checkpoint has {len(groups)} such groups of different "
+            "options: give the optimizer the same param_groups in the same order"
+        )
+    return options[0] if options else {}

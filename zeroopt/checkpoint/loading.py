@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from ..state_dicts import LoadedState
 from .contents import clean_name
 from .extra import EXTRA, check_extra, rank_file, unpack_extra
 from .groups import match_groups, read_groups
-from .parts import first_param
 from .reading import Checkpoint, open_checkpoint
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
@@ -30,7 +30,7 @@ from .together import together
 def load(
     path: str | os.PathLike[str],
     model: ZeroDataParallel,
-    optimizer: Optimizers,
+    optimizer: Optimizers | None = None,
     extra: Mapping[str, Any] | None = None,
     *,
     rank_extra: Mapping[str, Any] | None = None,
@@ -50,10 +50,12 @@ def load(
 
     Args:
         path: the checkpoint's directory; see `latest`.
-        optimizer, process_group: as for `save`.
+        optimizer: as for `save`. None loads the model alone, and leaves optimizers their state and options.
+        process_group: as for `save`.
         extra, rank_extra: objects with `load_state_dict()` by the names that they were saved under. `rank_extra` is loaded
             where as many ranks saved.
-        strict: the model and the checkpoint have to have the same names; else what both have is loaded.
+        strict: the model and the checkpoint have to have the same names; else what both have is loaded, and the values, state
+            and options of all other parameters stay as they are. Shapes have to be the same.
         model_key, optimizer_key: under which names a checkpoint that zeroopt did not write has the model and the optimizer.
 
     Returns:
@@ -63,21 +65,21 @@ def load(
         CheckpointError: on all ranks, with the rank, the file or the name: the checkpoint is not there, damaged (all files
             are compared with their checksums first), of another model, or model and optimizer do not belong together. Nothing
             has been changed. So it is when the `load_state_dict` of an extra object raises.
+        CollectiveError: other ranks have not called it, or are gone.
         StateError: there is no process group, or within `join()`.
     """
     group = begin(model, process_group)
     source = _Source(path, model_key, optimizer_key)
 
     def open_source() -> _Opened:
-        optimizers_of(model, optimizer)
+        optimizers = optimizers_of(model, optimizer)
         check_group(model, group)
-        identity = source.open()
+        identity = source.open(with_optimizer=bool(optimizers))
         return _Opened(identity, list(model_names(model, source.model)) if model.sharding.transport.rank == 0 else [])
 
     def compare(opened: list[_Opened]) -> list[None]:
         _check_same([one.identity for one in opened])
-        if strict:
-            check_names({name for one in opened for name in one.names}, source.model)
+        check_names({name for one in opened for name in one.names}, source.model, strict=strict)
         return [None] * len(opened)
 
     together(group, f"opening the checkpoint {path}", open_source, compare)
@@ -88,7 +90,7 @@ def load(
         reading.take_extra(source.checkpoint, extra, rank_extra, group)
         reading.take_model(source, model)
         for one in optimizers_of(model, optimizer):
-            reading.take_state(source, one)
+            reading.take_state(source, one, strict=strict)
 
     together(group, f"reading the checkpoint {path}", read, lambda done: done)
     with ExitStack() as undo:
@@ -122,11 +124,12 @@ class _Source:
     def __init__(self, path: str | os.PathLike[str], model_key: str, optimizer_key: str) -> None:
         self._path, self._model_key, self._optimizer_key = path, model_key, optimizer_key
 
-    def open(self) -> tuple[str, int]:
+    def open(self, *, with_optimizer: bool) -> tuple[str, int]:
         """Open it, and return what tells it from others."""
         self.checkpoint = open_checkpoint(self._path)
         self.model = self._names(self._model_key)
-        self.optimizer = self._names(self._optimizer_key)
+        if with_optimizer:
+            self.optimizer = self._names(self._optimizer_key)
         manifest = self.checkpoint.manifest
         return str(os.path.realpath(self._path)), 0 if manifest is None else manifest.saved_at
 
@@ -139,7 +142,9 @@ class _Source:
         """What a state dict says of itself under "zeroopt", as far as the checkpoint knows."""
         facts = self.checkpoint.facts
         of_all = [] if facts is None else facts["optimizers"]
-        mine = next((one for one in of_all if one["first_param"] == first_param(optimizer)), None)
+        # By any parameter, for the first one may be new.
+        names = {clean_name(name) for name in optimizer.names().values()}
+        mine = next((one for one in of_all if one["first_param"] in names), None)
         if mine is None:
             return {}
         params = optimizer.state_dicts.params
@@ -162,7 +167,7 @@ class _Source:
             found = sorted({key.partition(".")[0] for key in self.checkpoint.metadata.state_dict_metadata})
             raise CheckpointError(
                 f"{self._path} has nothing under {prefix!r}, only {', '.join(map(repr, found))}: say with model_key and "
-                "optimizer_key where it has the model and the optimizer"
+                "optimizer_key where it has the model and the optimizer, or leave out the optimizer to load the model alone"
             )
         return names
 
@@ -213,16 +218,14 @@ class _Reading:
         self._trained = [partial(commit, values) for commit in target.trained]
         self._rest = [partial(commit, values) for commit in target.rest]
 
-    def take_state(self, source: _Source, optimizer: ZeroOptimizer) -> None:
+    def take_state(self, source: _Source, optimizer: ZeroOptimizer, *, strict: bool) -> None:
         """Read this rank's part of an optimizer's state."""
+        matched = match_groups(optimizer, source.groups, strict=strict)
         target = state_target(optimizer, source.optimizer)
         state = target.assemble(source.checkpoint.read(target.entries))
-        state_dict = {
-            "state": state,
-            "param_groups": match_groups(optimizer, source.groups),
-            **source.layout_for(optimizer),
-        }
-        self._states.append((optimizer, optimizer.state_dicts.read([state_dict], keeps=True)))
+        state_dict = {"state": state, "param_groups": matched.groups, **source.layout_for(optimizer)}
+        loaded = optimizer.state_dicts.read([state_dict], keeps=True)
+        self._states.append((optimizer, replace(loaded, kept=matched.unknown)))
 
     def commit(self, model: ZeroDataParallel) -> None:
         """Let all of it be the model's and the optimizers'. Collective in the model's process group."""

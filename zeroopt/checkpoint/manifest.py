@@ -38,20 +38,28 @@ class Manifest:
     Attributes:
         facts: of the run that wrote it, as `as_json` gives them.
         files: all files but the manifest, by name.
-        saved_at: when it was complete, in nanoseconds since 1970.
+        number: larger than those of all checkpoints that were beside it when it was written; 0 where it was written before
+            there were numbers.
+        saved_at: when it was complete, in nanoseconds since 1970, by a clock that may have been set back since.
         zeroopt, torch: versions that wrote it.
     """
 
     facts: dict[str, Any]
     files: dict[str, FileRecord]
+    number: int
     saved_at: int
     zeroopt: str
     torch: str
 
     @staticmethod
-    def of(facts: dict[str, Any], files: dict[str, FileRecord], saved_at: int) -> Manifest:
+    def of(facts: dict[str, Any], files: dict[str, FileRecord], number: int, saved_at: int) -> Manifest:
         """That of a checkpoint which is written now."""
-        return Manifest(facts, files, saved_at, build_info()["version"], torch.__version__)
+        return Manifest(facts, files, number, saved_at, build_info()["version"], torch.__version__)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Later checkpoints of a directory have larger ones."""
+        return self.number, self.saved_at
 
     def write(self, directory: Path, files: CheckedFiles) -> None:
         """Write it into the directory. Raises CheckpointError when it cannot be written."""
@@ -59,6 +67,7 @@ class Manifest:
             "format": FORMAT,
             "zeroopt": self.zeroopt,
             "torch": self.torch,
+            "number": self.number,
             "saved_at": self.saved_at,
             "facts": self.facts,
             "files": {name: record._asdict() for name, record in sorted(self.files.items())},
@@ -88,7 +97,8 @@ class Manifest:
                     f"({build_info()['version']}) reads formats up to {FORMAT}. Install a newer one"
                 )
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
-            return Manifest(content["facts"], files, content["saved_at"], content["zeroopt"], content["torch"])
+            number, saved_at = int(content.get("number", 0)), int(content["saved_at"])
+            return Manifest(content["facts"], files, number, saved_at, content["zeroopt"], content["torch"])
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from .directory import foreign_names
 from .files import FileRecord
 from .manifest import NAME, Manifest
+from .paths import local_path
 from .plain import MetadataUnpickler, load_plain
 from .planning import ShardLoadPlanner
 from .together import together
@@ -158,7 +159,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: there is none, it is of a newer zeroopt, or one of the two is damaged.
     """
-    directory = Path(path)
+    directory = local_path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is {'a file' if directory.exists() else 'not there'}: no checkpoint")
     manifest = None

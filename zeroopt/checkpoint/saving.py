@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from ..shard_state import map_tensors
 from .contents import model_contents, state_contents
 from .extra import EXTRA, pack_extra, rank_file
 from .parts import Part, describe_part, join_parts
+from .paths import local_path
 from .together import together
 from .writing import write_checkpoint
 
@@ -33,7 +34,7 @@ Optimizers = ZeroOptimizer | Sequence[ZeroOptimizer]
 def save(
     path: str | os.PathLike[str],
     model: ZeroDataParallel,
-    optimizer: Optimizers,
+    optimizer: Optimizers | None = None,
     extra: Mapping[str, Any] | None = None,
     *,
     rank_extra: Mapping[str, Any] | None = None,
@@ -52,7 +53,7 @@ def save(
 
     Args:
         path: where nothing is, or a checkpoint, which is replaced at once.
-        optimizer: what `zeroopt.wrap` returned, or all of them in the order of wrapping.
+        optimizer: what `zeroopt.wrap` returned, or all of them in the order of wrapping. None saves the model alone.
         extra: by name, what else is to be saved, the same on all ranks (that of the first rank is): objects with
             `state_dict()` (schedulers, GradScaler, …), or plain containers, numbers, strings and tensors.
         rank_extra: the same, of each rank alone, such as the state of its random number generators.
@@ -62,7 +63,8 @@ def save(
 
     Raises:
         CheckpointError: on all ranks, with the rank, the file and the reason: it cannot be written, or not be saved like
-            this. What was at `path` is as it was.
+            this, or `path` is a URL. What was at `path` is as it was.
+        CollectiveError: other ranks have not called it, or are gone.
         StateError: there is no process group, or within `join()`.
     """
     group = begin(model, process_group)
@@ -73,7 +75,7 @@ def save(
 def async_save(
     path: str | os.PathLike[str],
     model: ZeroDataParallel,
-    optimizer: Optimizers,
+    optimizer: Optimizers | None = None,
     extra: Mapping[str, Any] | None = None,
     *,
     rank_extra: Mapping[str, Any] | None = None,
@@ -124,9 +126,9 @@ def _copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers) -> list[ZeroOptimizer]:
-    """The optimizers that were given, checked."""
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers | None) -> list[ZeroOptimizer]:
+    """The optimizers that were given, checked: none, or all of the model."""
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     if not isinstance(model, ZeroDataParallel):
         raise ConfigError(
             f"expected the model that zeroopt.wrap returned, got a {type(model).__name__}; torch.distributed.checkpoint saves and "
@@ -137,9 +139,10 @@ def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers) -> list[ZeroOp
             raise ConfigError(f"expected optimizers that zeroopt.wrap returned, got a {type(one).__name__}")
         if one.sharding is not model.sharding:
             raise ConfigError("the optimizer was not wrapped with this model")
-    if sorted(map(id, optimizers)) != sorted(map(id, model.optimizers)):
+    if optimizer is not None and sorted(map(id, optimizers)) != sorted(map(id, model.optimizers)):
         raise ConfigError(
-            f"the model has {len(model.optimizers)} optimizers, {len(optimizers)} were given: give each of them once, as a list"
+            f"the model has {len(model.optimizers)} optimizers, {len(optimizers)} were given: give each of them once, as a list, "
+            "or None for the model alone"
         )
     return optimizers
 
@@ -147,7 +150,7 @@ def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers) -> list[ZeroOp
 def _take(
     path: str | os.PathLike[str],
     model: ZeroDataParallel,
-    optimizer: Optimizers,
+    optimizer: Optimizers | None,
     extra: Mapping[str, Any] | None,
     rank_extra: Mapping[str, Any] | None,
     group: dist.ProcessGroup,
@@ -161,38 +164,55 @@ def _take(
     """
     taken: list[_Snapshot] = []
 
-    def take() -> tuple[str, Part | None]:
+    def take() -> _Taken:
+        target = os.path.realpath(local_path(path))
         optimizers = optimizers_of(model, optimizer)
         check_group(model, group)
         model.sharding.gathers.finish_all()
-        for one in optimizers:
+        for one in model.optimizers:
             one.check_can_save(group)
             one.take_up_writes()
         state = {name: entry for one in optimizers for name, entry in state_contents(one).items()}
         side_files: dict[str, Any] = {} if rank_extra is None else {rank_file(group.rank()): pack_extra(rank_extra)}
         if group.rank() == 0:
             side_files[EXTRA] = pack_extra(extra)
-        snapshot = _Snapshot({"model": model_contents(model), "optimizer": {"state": state}}, {}, side_files)
+        entries: dict[str, Any] = {"model": model_contents(model)}
+        if optimizers:
+            entries["optimizer"] = {"state": state}
+        snapshot = _Snapshot(entries, {}, side_files)
         taken.append(snapshot.copied() if copies else snapshot)
         is_first = model.sharding.transport.rank == 0
-        return os.path.realpath(path), describe_part(model, optimizers) if is_first else None
+        return _Taken(target, bool(optimizers), describe_part(model, optimizers) if is_first else None)
 
     parts = together(group, f"saving the checkpoint {path}", take, _joined)
     snapshot = taken[0]
     if group.rank() == 0:
-        snapshot.entries["optimizer"]["param_groups"] = [entry for part in parts for entry in part.param_groups]
+        if optimizer is not None:
+            snapshot.entries["optimizer"]["param_groups"] = [entry for part in parts for entry in part.param_groups]
         snapshot.facts.update(world_size=group.size(), optimizers=[entry for part in parts for entry in part.facts])
     return snapshot
 
 
-def _joined(found: Sequence[tuple[str, Part | None]]) -> list[list[Part]]:
+class _Taken(NamedTuple):
+    """What the ranks compare. part: from the first rank of each process group."""
+
+    path: str
+    with_optimizer: bool
+    part: Part | None
+
+
+def _joined(taken: Sequence[_Taken]) -> list[list[Part]]:
     """The parts of all ranks, for the first one."""
-    for rank, (path, _) in enumerate(found):
-        if path != found[0][0]:
+    for rank, (path, with_optimizer, _) in enumerate(taken):
+        if path != taken[0].path:
             raise CheckpointError(
-                f"rank 0 was to save to {found[0][0]} and rank {rank} to {path}: give all the same path"
+                f"rank 0 was to save to {taken[0].path} and rank {rank} to {path}: give all the same path"
             )
-    return [join_parts([part for _, part in found if part is not None]), *[[]] * (len(found) - 1)]
+        if with_optimizer != taken[0].with_optimizer:
+            raise CheckpointError(
+                f"only one of rank 0 and rank {rank} was given an optimizer: give it to all or to none"
+            )
+    return [join_parts([one.part for one in taken if one.part is not None]), *[[]] * (len(taken) - 1)]
 
 
 def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -10,30 +10,48 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .directory import foreign_names, is_aside, remove, remove_left_aside
 from .manifest import Manifest, NewerFormatError
+from .paths import local_path
 
 _log = logging.getLogger("zeroopt")
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint directly in a directory, by what its manifest says; None when there is none.
+    """The newest complete checkpoint directly in a directory; None when there is none.
+
+    That is by numbers in the manifests, for each save takes one more than the largest that it finds beside it. Clocks count
+    only for checkpoints that were saved before there were numbers, and these are older than all others.
 
     Not collective: let one rank ask and tell the others, should checkpoints be written or removed meanwhile. Partial
     checkpoints, those of which files are missing or of another size, and everything else in there do not count.
 
     Raises:
-        CheckpointError: there is a checkpoint of a newer zeroopt, or the directory cannot be read.
+        CheckpointError: there is a checkpoint of a newer zeroopt, or the directory cannot be read, or is a URL.
     """
     found = []
     try:
-        for path in Path(root).iterdir():
+        for path in local_path(root).iterdir():
             manifest = _manifest_of(path)
             if manifest is not None and _is_complete(path, manifest):
-                found.append((manifest.saved_at, path))
+                found.append((manifest.order, path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"cannot look for checkpoints in {root}: {error.strerror or error}") from error
     return max(found)[1] if found else None
+
+
+def next_number(target: Path) -> int:
+    """The number of a checkpoint that is to be put at `target`. Of one rank alone.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    numbers = [0]
+    for path in target.parent.iterdir():
+        with suppress(NewerFormatError):
+            manifest = _manifest_of(path)
+            numbers.append(0 if manifest is None else manifest.number)
+    return max(numbers) + 1
 
 
 def keep_newest(target: Path, count: int) -> None:
@@ -48,7 +66,7 @@ def keep_newest(target: Path, count: int) -> None:
             with suppress(NewerFormatError):
                 manifest = _manifest_of(path)
                 if manifest is not None and path != target and not foreign_names(path, manifest):
-                    others.append((manifest.saved_at, path))
+                    others.append((manifest.order, path))
         for _, path in sorted(others, reverse=True)[count - 1 :]:
             remove(path)
         remove_left_aside(target.parent)

@@ -97,13 +97,19 @@ def model_names(model: ZeroDataParallel, names: Names) -> dict[str, tuple[str, A
     return {f"{names.prefix}.{clean_name(name)}": (name, value) for name, value in state_dict.items()}
 
 
-def check_names(wanted: AbstractSet[str], names: Names) -> None:
-    """Raise CheckpointError for names that only the model, in all its parts, or only the checkpoint has."""
+def check_names(wanted: AbstractSet[str], names: Names, *, strict: bool) -> None:
+    """Raise CheckpointError for names that only the model, in all its parts, or only the checkpoint has; when not strict, where
+    they have none in common."""
     known = {key: _saved_as(key, names) for key in wanted}
     missing = sorted(key for key, saved in known.items() if not saved)
     expected = {key for saved in known.values() for key in saved}
     unexpected = [key for key, _ in names.below() if key not in expected]
-    if missing or unexpected:
+    if missing and len(missing) == len(known):
+        raise CheckpointError(
+            f"the model and the checkpoint have no name in common under {names.prefix!r}: the checkpoint lacks {_shown(missing)}, the "
+            f"model lacks {_shown(unexpected)}. Rename either"
+        )
+    if strict and (missing or unexpected):
         raise CheckpointError(
             f"the model and the checkpoint have different names under {names.prefix!r}: the checkpoint lacks {_shown(missing)}, the "
             f"model lacks {_shown(unexpected)}; strict=False loads what both have"

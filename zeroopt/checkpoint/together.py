@@ -15,6 +15,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _SHOWN_RANKS = 3
+_ADVICE = (
+    "Checkpoints are saved and loaded by every rank of the process group: let all of them call it, not rank 0 alone"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _gather(value: T, group: dist.ProcessGroup | None, what: str) -> list[T] | N
     if group is None:
         return [value]
     everyone: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    with named_failures(what, group):
+    with named_failures(what, group, _ADVICE):
         dist.gather_object(value, everyone, dst=dist.get_global_rank(group, 0), group=group)
     return everyone
 
@@ -99,7 +102,7 @@ def _scatter(values: list[T] | None, group: dist.ProcessGroup | None, what: str)
         assert values is not None
         return values[0]
     mine: list[Any] = [None]
-    with named_failures(what, group):
+    with named_failures(what, group, _ADVICE):
         dist.scatter_object_list(mine, values, src=dist.get_global_rank(group, 0), group=group)
     value: T = mine[0]
     return value

@@ -21,9 +21,10 @@ from ..errors import CheckpointError
 from .directory import aside, commit
 from .files import CheckedFiles, FileRecord
 from .manifest import Manifest, as_json
+from .paths import local_path
 from .plain import check_plain
 from .planning import ShardSavePlanner
-from .siblings import keep_newest
+from .siblings import keep_newest, next_number
 from .together import together
 
 
@@ -53,7 +54,7 @@ def write_checkpoint(
         CheckpointError: on all ranks, with the rank, the file and the reason. `path` is as it was, and nothing remains of
             the new one.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(local_path(path)))
     rank = 0 if group is None else group.rank()
     planner = ShardSavePlanner(entries, is_coordinator=rank == 0)
     with ExitStack() as left_aside:
@@ -79,7 +80,7 @@ def write_checkpoint(
         def finish(parts: list[_Part]) -> list[None]:
             writer.finish(planner.metadata, [results for results, _ in parts])
             files = {name: record for _, records in parts for name, record in records.items()}
-            manifest = Manifest.of(as_json(facts), files | writer.fs.records, time.time_ns())
+            manifest = Manifest.of(as_json(facts), files | writer.fs.records, next_number(target), time.time_ns())
             manifest.write(directory, writer.fs)
             commit(directory, target)
             return [None] * len(parts)

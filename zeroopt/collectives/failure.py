@@ -49,11 +49,16 @@ def the_other_rank(group: dist.ProcessGroup) -> int | None:
 
 
 @contextmanager
-def named_failures(what: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Let calls of torch.distributed fail as transports do: with a CollectiveError that says what was going on."""
+def named_failures(what: str, group: dist.ProcessGroup, advice: str = "") -> Iterator[None]:
+    """Let calls of torch.distributed fail as transports do: with a CollectiveError that says what was going on.
+
+    Args:
+        advice: what else to say, where ranks have diverged or are gone.
+    """
     try:
         yield
     except ZeroOptError:
         raise
     except RuntimeError as error:
-        raise CollectiveError(describe_failure(what, [the_other_rank(group)], str(error))) from error
+        message = describe_failure(what, [the_other_rank(group)], str(error))
+        raise CollectiveError(f"{message}. {advice}" if advice else message) from error
