@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .bucket import MASTER_NAMES, ManagedParam, ParamState, Segment
-from .elementwise import is_per_element
 from .errors import StateError
 from .local_tensor import is_distributed
+from .probe import is_per_element
 from .shard_layout import ShardLayout
 from .shard_state import Path, block_of, map_leaves, map_tensors
 from .shard_tensor import ShardTensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .bucket import ManagedParam, ParamState, Segment
-from .elementwise import is_per_element
+from .probe import is_per_element
 from .regions import FlatLayout
 from .shard_tensor import ShardTensor
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from . import ops
 from .bucket import Bucket, ManagedParam, Segment
 from .config import Config
-from .elementwise import step_without_hooks
 from .errors import ConfigError, StateError
 from .fused_rules import FusedRule, fused_optimizers, rule_for
 from .fused_segments import FusedSegments, StateArray
 from .gradient_store import GradientStore
 from .precision import Precision, round_master
+from .probe import step_without_hooks
 from .profiling import named_range
 
 

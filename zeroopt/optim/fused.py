@@ -43,6 +43,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     fused_rule: ClassVar[FusedRule]
+    derived_attributes: ClassVar = frozenset({"_batches"})  # made anew from what is in the groups and in `state`
     _step_supports_amp_scaling = True
 
     def __init__(
