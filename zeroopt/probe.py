@@ -198,10 +198,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers_in(place: Place, values: dict[str, Any]) -> dict[Place, float]:
-    """All numbers in options or attributes, in dicts, lists and tuples there too."""
-    return {
-        (*place, *path): float(leaf) for path, leaf in _leaves(values) if _is_number(leaf) or isinstance(leaf, bool)
-    }
+    """All numbers in options or attributes, in dicts there too. (What grows in a list is a record of what was done.)"""
+    found: dict[Place, float] = {}
+    for name, value in dict.items(values):
+        if isinstance(value, dict):
+            found |= _numbers_in((*place, name), value)
+        elif _is_number(value) or isinstance(value, bool):
+            found[(*place, name)] = float(value)
+    return found
 
 
 def _leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
