@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from follow import WIDTH, Prepare, follow, inputs, layers, values, with_ddp, with_zeroopt
 from torch import Tensor, nn
 from training import batch, build, loss_of, optimizer_for, prepare, snapshot, train
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt.precision import round_master
 
 STAGES = (0, 1, 2)
 
@@ -43,9 +46,9 @@ def train_with_scheduler(options: dict[str, Any] | None, before: bool) -> tuple[
 def test_schedulers_made_before_and_after_wrapping(run_on_ranks: RunOnRanks, before: bool, fused: bool) -> None:
     expected, _ = run_on_ranks(2, train_with_scheduler, None, True)[0]
     for stage in STAGES:
-        for values, messages in run_on_ranks(2, train_with_scheduler, {"stage": stage, "fused": fused}, before):
+        for ends, messages in run_on_ranks(2, train_with_scheduler, {"stage": stage, "fused": fused}, before):
             assert messages == []
-            for want, got in zip(expected, values, strict=True):
+            for want, got in zip(expected, ends, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
 
 
@@ -371,3 +374,97 @@ def refuse_copying() -> str:
 def test_copying_is_refused_and_repr(run_on_ranks: RunOnRanks) -> None:
     for rank, text in enumerate(run_on_ranks(2, refuse_copying)):
         assert text.startswith(f"ZeroOptimizer(stage=2, rank={rank}, world_size=2, transport=shm, AdamW")
+
+
+class ScheduleFreeSgd(torch.optim.Optimizer):
+    """Keeps a second sequence of parameters, and shows their average in `eval()` (Defazio et al. 2024, arXiv:2405.15682)."""
+
+    def __init__(self, params: Iterable[Any], beta: float = 0.9) -> None:
+        super().__init__(params, {"lr": 0.1, "beta": beta, "k": 0, "trains": False})
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        self.mix(False, lambda beta: 1 - 1 / beta)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        self.mix(True, lambda beta: 1 - beta)
+
+    def mix(self, trains: bool, weight: Callable[[float], float]) -> None:
+        for group in self.param_groups:
+            if group["trains"] is not trains:
+                for param in group["params"]:
+                    if "z" in self.state[param]:
+                        param.lerp_(self.state[param]["z"], weight(group["beta"]))
+                group["trains"] = trains
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if not group["trains"]:
+                raise ValueError("call train() before step()")
+            group["k"] += 1
+            for param in group["params"]:
+                z = self.state[param].setdefault("z", param.detach().clone())
+                param.lerp_(z, 1 / group["k"]).sub_(param.grad, alpha=group["lr"] * (1 - group["beta"]))
+                z.sub_(param.grad, alpha=group["lr"])
+
+
+def schedule_free(through: str) -> Callable[[Prepare], list[Tensor]]:
+    def train_and_evaluate(prepare: Prepare) -> list[Tensor]:
+        """Parameters in evaluation and at the end; both have to be seen by whoever reads them, without a forward."""
+        net = layers()
+        inner = ScheduleFreeSgd(net.parameters())
+        inner.train()
+        model, optimizer = prepare(net, inner)
+        switch: Any = inner if through == "inner" else optimizer
+        seen = []
+        for step in range(6):
+            switch.train()
+            loss_of(model(inputs(step, 4, WIDTH))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 2:
+                switch.eval()
+                seen += values(net)
+        switch.train()
+        return seen + values(net)
+
+    return train_and_evaluate
+
+
+def follow_schedule_free() -> None:
+    for through in ("inner", "wrapped"):
+        follow(schedule_free(through), with_ddp())
+    expected = schedule_free("wrapped")(with_ddp())
+    got = schedule_free("wrapped")(with_zeroopt(stage=2, share_parameters=True))
+    assert all(map(torch.equal, got, expected))
+
+
+def test_train_and_eval_of_a_schedule_free_optimizer(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, follow_schedule_free)
+
+
+def switch_masters() -> None:
+    """With float32 masters, `eval()` changes those, and parameters are what they round to."""
+    net = layers()
+    model, optimizer = zeroopt.wrap(net, ScheduleFreeSgd(net.parameters()), param_dtype=torch.bfloat16, bucket_mb=0.001)
+    optimizer.train()
+    for step in range(3):
+        loss_of(model(inputs(step, 4, WIDTH).bfloat16()).float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = [optimizer.full_parameter(param) for param in net.parameters()]
+    optimizer.eval()
+    shown = [optimizer.full_parameter(param) for param in net.parameters()]
+    assert all(
+        torch.equal(round_master(a, torch.bfloat16), p.detach()) for a, p in zip(shown, net.parameters(), strict=True)
+    )
+    assert not any(map(torch.equal, before, shown))
+    optimizer.train()
+    for param, expected in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(optimizer.full_parameter(param), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_train_and_eval_with_masters(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, switch_masters)

@@ -274,6 +274,11 @@ class Bucket:
             )
             self.master[written] = self.own_param[written].float()
 
+    def round_masters(self) -> None:
+        """Let parameters follow their float32 master, where they have one and it was stepped."""
+        if self.master is not None and self.master.dtype is torch.float32:
+            self.own_param.copy_(round_master(self.master, self.dtype))
+
     def exact(self, segment: Segment) -> Tensor:
         """The float32 values of a segment's parameters, of which the model has them rounded; for buckets with a `master`."""
         assert self.master is not None

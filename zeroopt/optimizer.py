@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,7 @@ from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
 from .grad_clip import clip_by, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
+from .inner_attributes import reach, takes
 from .inspect import inspect_further
 from .join import Phase, pack_options, take_options
 from .loss_scaling import Obstacle, ScaledStep, agree_on_overflow, scaler_in
@@ -54,6 +56,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 the mean exists in slices, each on the
     rank that owns it, and `param.grad` is a `ShardedGradient` that stands for it: torch's clipping, `GradScaler`, clearing,
     norms and changing it in place element by element work on it as usual; `full_grad` gives the whole.
+
+    Where the wrapped optimizer has `train()` and `eval()`, which exchange the parameters for others, this one has them too, and
+    they are collective: every rank must call them, of this or of the wrapped one. Its plain attributes can be read and set here.
 
     Made by `zeroopt.wrap`.
     """
@@ -553,6 +558,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # torch's constructor sets an empty state; the wrapped optimizer keeps the real one.
         assert not self._ready, "the state of a ZeroOptimizer is replaced through load_state_dict"
 
+    def __getattr__(self, name: str) -> Any:
+        inner = vars(self).get("_inner")
+        if inner is None:
+            raise AttributeError(f"'ZeroOptimizer' object has no attribute {name!r}")
+        has_all_state = not self._config.placement.shard_state or self._transport.world_size == 1
+        return reach(inner, name, has_all_state=has_all_state)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = vars(self).get("_inner")
+        if inner is not None and name not in vars(self) and not hasattr(type(self), name) and takes(inner, name, value):
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         raise NotSupportedError("a ZeroOptimizer cannot be copied or pickled; save and load its state_dict()")
 
@@ -882,6 +901,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one."""
         self._inner.zero_grad = self.zero_grad  # type: ignore[method-assign]
         self._inner.add_param_group = self.add_param_group  # type: ignore[method-assign]
+        for name in ("train", "eval"):  # of schedule-free ones, which write parameters
+            if callable(getattr(type(self._inner), name, None)):
+                vars(self)[name] = vars(self._inner)[name] = partial(self._switch, name)
+
+    @torch.no_grad()
+    def _switch(self, mode: str) -> None:
+        """Do what `train()` or `eval()` of the wrapped optimizer does, on this rank's part of the parameters. Collective."""
+        self._reducer.join.check_outside(f"{mode}() of an optimizer")
+        self._reducer.check_storage()
+        self._gathers.finish_all()
+        if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
+            self.take_up_writes()
+        self._whole = None
+        with self.rewriting_parameters():
+            self._stepper.apply(getattr(type(self._inner), mode))
 
     def _take_over_hooks(self) -> None:
         """Hooks registered on the wrapped optimizer, at any time, are those of this one, and run once a step."""

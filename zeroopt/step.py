@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from .errors import ConfigError, StateError
 from .fused_rules import FusedRule, fused_optimizers, rule_for
 from .fused_segments import FusedSegments, StateArray
 from .gradient_store import GradientStore
-from .precision import Precision, round_master
+from .precision import Precision
 from .probe import step_without_hooks
 from .profiling import named_range
 
@@ -86,6 +86,18 @@ class ShardStepper:
                 fused.step_params(active, groups, control)
             yield fused.bucket
 
+    def apply(self, method: Callable[[torch.optim.Optimizer], object]) -> None:
+        """Call a method of the optimizer that writes parameters, with this rank's segments in their place."""
+        parts = [*self._plain, *((bucket, store) for bucket, store, _ in self._fused_parts)]
+        by_group: list[list[torch.nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+        for bucket, _ in parts:
+            for segment in bucket.segments:
+                by_group[segment.owner.group].append(segment.shard)
+        with self._shards_in_groups(by_group):
+            method(self._optimizer)
+        for bucket, _ in parts:
+            bucket.round_masters()
+
     def _step_plain(self, active: Tensor) -> None:
         flags = active.tolist()
         by_group: list[list[torch.nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
@@ -101,8 +113,7 @@ class ShardStepper:
         for segment in segments:
             segment.shard.grad = None
         for bucket, _ in self._plain:
-            if bucket.master is not None:
-                bucket.own_param.copy_(round_master(bucket.master, bucket.dtype))
+            bucket.round_masters()
 
     @contextmanager
     def _shards_in_groups(self, by_group: Sequence[list[torch.nn.Parameter]]) -> Iterator[None]:
