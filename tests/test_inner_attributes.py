@@ -76,7 +76,7 @@ def test_plain_values_are_and_what_may_need_the_state_is_not(run_on_ranks: RunOn
 
 def follow_adafactor_schedule() -> list[list[Tensor]]:
     """transformers' scheduler, which asks Adafactor for its rates, under stage 0 and without zeroopt."""
-    from transformers.optimization import Adafactor, AdafactorSchedule  # noqa: PLC0415  takes seconds
+    from transformers.optimization import Adafactor, AdafactorSchedule
 
     results = []
     for wraps in (False, True):
