@@ -374,6 +374,18 @@ def test_state_of_pieces_has_to_be_that_of_the_whole() -> None:
     assert find_grains(RmsInState(params_of((3, 4)))) == [Grain.PARAMETER]
 
 
+class HasTable(torch.optim.SGD):
+    """Has a table of as many elements as a parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.table = torch.arange(256.0)
+
+
+def test_tables_are_no_state() -> None:
+    assert find_grains(HasTable(params_of((16, 16), (3, 4)))) == [Grain.ELEMENT]
+
+
 def test_an_optimizer_that_has_to_be_told_to_train_and_a_rate_that_is_a_tensor() -> None:
     optimizer = TrainsOnDemand(params_of((3, 4)))
     assert find_grains(optimizer) == [Grain.ELEMENT]

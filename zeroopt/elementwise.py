@@ -177,7 +177,7 @@ class _Question:
                 f"{self._name} could not step a parameter of {len(self._kind.shape)} dimensions by itself "
                 f"({type(error).__name__}: {error}). {_ADVICE}"
             ) from error
-        _check_strays(alone.probe, alone.params, self._name)
+        _check_strays(alone.probe, alone.params, self._name, SMALL_NUMEL if start.numel() == SMALL_NUMEL else 0)
         for one, other in zip(alone.outcomes, again.outcomes, strict=False):
             if not torch.equal(one.changes[0].nan_to_num(), other.changes[0].nan_to_num()):
                 raise NotSupportedError(
@@ -308,8 +308,8 @@ def _words(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-def _check_strays(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], name: str) -> None:
-    stray = find_stray_state(optimizer, params)
+def _check_strays(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], name: str, numel: int = 0) -> None:
+    stray = find_stray_state(optimizer, params, numel)
     if stray is not None:
         raise NotSupportedError(
             f"{name} keeps {stray} where ranks do not see it. zeroopt puts pieces in the place of parameters, and moves and "

@@ -20,14 +20,14 @@ from .local_tensor import is_distributed
 from .probe import is_torchs_own
 
 _DEPTH = 6
-_MANY = 16  # a few elements may be anything: coefficients, a table of options
 
 
-def find_stray_state(optimizer: torch.optim.Optimizer, params: Collection[Tensor]) -> str | None:
+def find_stray_state(optimizer: torch.optim.Optimizer, params: Collection[Tensor], numel: int = 0) -> str | None:
     """Where something of the parameters is that should be in `state[param]`, in words; None where nothing is.
 
     Args:
         params: those in the optimizer's param_groups.
+        numel: a tensor of so many elements belongs to one of them; 0 where it may be anything, such as a table of codes.
     """
     derived: Collection[str] = getattr(type(optimizer), "derived_attributes", ())  # which `zeroopt.optim` makes anew
     attributes = {name: v for name, v in vars(optimizer).items() if not is_torchs_own(name) and name not in derived}
@@ -39,7 +39,7 @@ def find_stray_state(optimizer: torch.optim.Optimizer, params: Collection[Tensor
             if name not in ("params", "param_names")
         ]
     for where, value in places:
-        what = _what_belongs_to(params, value)
+        what = _what_belongs_to(params, numel, value)
         if what is not None:
             return f"{what} in {where}"
     for key, entry in optimizer.state.items():
@@ -51,15 +51,14 @@ def find_stray_state(optimizer: torch.optim.Optimizer, params: Collection[Tensor
     return None
 
 
-def _what_belongs_to(params: Collection[Tensor], value: Any) -> str | None:
+def _what_belongs_to(params: Collection[Tensor], numel: int, value: Any) -> str | None:
     numbers = {id(param) for param in params}
-    sizes = {param.numel() for param in params if param.numel() >= _MANY}
     for part in _parts(value, set(), _DEPTH):
         if isinstance(part, torch.optim.Optimizer):
             return f"another optimizer, {type(part).__name__},"
         if id(part) in numbers or (type(part) is int and part in numbers):
             return "references to parameters"
-        if isinstance(part, Tensor) and part.numel() in sizes:
+        if isinstance(part, Tensor) and part.numel() == numel > 0:
             return "tensors for parameters"
     return None
 
