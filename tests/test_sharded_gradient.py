@@ -164,7 +164,7 @@ EDITS: dict[str, Edit] = {
     "noise": multiply(
         lambda grad: grad.add_(torch.randn(grad.shape, generator=torch.Generator().manual_seed(1)), alpha=0.01)
     ),
-    "mask": multiply(lambda grad: grad.mul_(torch.arange(grad.numel()).reshape(grad.shape) % 2)),
+    "mask": multiply(lambda grad: grad.mul_(torch.arange(grad.numel()).reshape(grad.shape) % 2 == 0)),
     "_foreach_mul_": multiply_together(lambda grads: torch._foreach_mul_(grads, 0.3)),
     "_foreach_mul_ 0-dim": multiply_together(lambda grads: torch._foreach_mul_(grads, torch.tensor(0.3))),
     "_foreach_div_": multiply_together(lambda grads: torch._foreach_div_(grads, 3.0)),

@@ -72,7 +72,9 @@ def _divide(gradients: ShardedGradients, indices: Sequence[int], divisor: Tensor
 
 
 def _number(value: Tensor | float) -> Tensor:
-    return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    return value.reshape(()) if value.is_floating_point() else value.reshape(()).double()  # a mask, say
 
 
 def _zero(gradients: ShardedGradients, indices: Sequence[int]) -> None:
