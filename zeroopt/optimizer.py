@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 
 from . import _C
 from .agreement import agree, describe_groups, describe_params
@@ -29,10 +28,11 @@ from .gradient_store import GradientStore
 from .inner_attributes import reach, takes
 from .inspect import inspect_further
 from .join import Phase, pack_options, take_options
-from .loss_scaling import Obstacle, ScaledStep, agree_on_overflow, scaler_in
+from .loss_scaling import scaler_in
 from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
 from .saved_state import positions_of
+from .scaled_steps import ScaledSteps
 from .shard_layout import ShardLayout
 from .sharding import Sharding
 from .state_dicts import LoadedState, StateDicts
@@ -103,6 +103,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
         self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
+        self._scaled_steps = ScaledSteps(sharding, self, self._buckets)
         sharding.optimizers.append(self)
         log_wrapped(self._buckets, self._stores, optimizer, config, self._transport)
 
@@ -152,10 +153,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._take_part()
         scaler = scaler_in(sys._getframe(1))
-        skips = scaler is not None and self._agree_on_overflow(ScaledStep(scaler, self), scaler)
-        if self._average is not None:
-            return True
-        return not skips and self._has_half_gradients
+        skips = scaler is not None and self._note_overflow(self._scaled_steps.begin(scaler))
+        return self._average is not None or (not skips and self._scaled_steps.unscale_in_step)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -607,54 +606,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if reducer.is_cleared(self._params):
             reducer.take_part()
 
-    @property
-    def _has_half_gradients(self) -> bool:
-        """Whether a GradScaler refuses to unscale gradients. In stages 1 and 2 their sums are float32."""
-        return self._reducer.sharded is None and any(bucket.dtype is torch.float16 for bucket in self._buckets)
+    def agree_on_overflow(self, found: bool) -> None:
+        """Take part in the step of a GradScaler of the ranks that still train, when this one has left `join()`. Collective."""
+        self._note_overflow(self._scaled_steps.agree(found))
 
-    def _agree_on_overflow(self, scaled: ScaledStep, scaler: GradScaler) -> bool:
-        """Whether a GradScaler whose step begins is not to step, on any rank. Collective."""
-        obstacle = Obstacle.SCALED_PEERS if self._has_scaled_peers(scaler) else None
-        if obstacle is None and not scaled.is_unscaled:
-            scaled.look(unscale=not self._has_half_gradients)
-        if obstacle is None and not scaled.found:
-            obstacle = Obstacle.NO_GRADIENTS
-        found = any(bool(each) for each in scaled.found)
-        overflow = self.agree_on_overflow(found, scaled.scale, obstacle)
+    def _note_overflow(self, overflow: bool) -> bool:
         if overflow:
-            scaled.skip()
-        return overflow
-
-    def agree_on_overflow(self, found: bool, scale: float = 0.0, obstacle: Obstacle | None = None) -> bool:
-        """Whether any rank has found a gradient that is not finite, ranks with other parts of the model too. Collective.
-
-        Args: as those of `loss_scaling.agree_on_overflow`.
-        """
-        reducer = self._reducer
-        if reducer.join.is_on:
-            reducer.join.announce(Phase.OVERFLOW, self.number, found)
-        device = self._params[0].param.device
-        # In stages 1 and 2 the ranks have agreed when each one's gradients were looked at.
-        if reducer.sharded is None or obstacle is not None:
-            found = agree_on_overflow(self._transport, device, found=found, scale=scale, obstacle=obstacle)
-        beyond = self._sharding.norm_groups.max_over_model(torch.tensor(float(found), device=device))
-        if bool(beyond):
-            reducer.note_skipped_step()
+            self._reducer.note_skipped_step()
             if self._config.max_grad_norm is not None:
-                self._note_norm(torch.tensor(torch.inf, device=device))
-        return bool(beyond)
-
-    def _has_scaled_peers(self, scaler: GradScaler) -> bool:
-        """Whether gradients of other optimizers, by whose norm this one is to clip, are still multiplied."""
-        if self._config.max_grad_norm is None:
-            return False
-        sharded, sharding = self._reducer.sharded, self._sharding
-        others = [
-            other for other in sharding.optimizers if other is not self and not ScaledStep(scaler, other).is_unscaled
-        ]
-        scaled = {p for other in others for group in other.param_groups for p in group["params"] if p.grad is not None}
-        checked = set() if sharded is None else sharded.checked
-        return any(managed.param in scaled and managed.index not in checked for managed in sharding.params)
+                self._note_norm(torch.tensor(torch.inf, device=self._params[0].param.device))
+        return overflow
 
     def _finish_unscaling(self) -> bool:
         """Whether a GradScaler that steps whatever it has found, on which all ranks have agreed, has found an overflow. If not,
