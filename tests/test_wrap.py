@@ -170,12 +170,6 @@ def test_refusals(run_on_ranks: RunOnRanks, case: str, expected: str) -> None:
         assert message.startswith(expected), message
 
 
-def test_without_process_group() -> None:
-    model, optimizer = linear()
-    with pytest.raises(zeroopt.StateError, match=r"call torch\.distributed\.init_process_group first"):
-        zeroopt.wrap(model, optimizer)
-
-
 def wrap_differently(difference: str) -> str:
     """Wrap with something else on rank 1; the text of the error."""
     odd = dist.get_rank() == 1

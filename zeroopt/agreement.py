@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .bucket import Grain, ManagedParam
+from .collectives.lone import is_lone
 from .errors import RankMismatchError
 from .local_tensor import describe_part
 
@@ -42,6 +43,8 @@ def agree(
 def _disagreement(
     group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None, what: str
 ) -> Exception | None:
+    if group.size() == 1:
+        return problem
     device = agreement_device(group)
     if not _differs(group, device, lines, problem):
         return None
@@ -56,7 +59,7 @@ _GRAINS = {Grain.ELEMENT: "", Grain.PARAMETER: ", stepped whole", Grain.MATRIX: 
 
 def agreement_device(group: dist.ProcessGroup) -> torch.device:
     """Where small tensors lie that ranks of the group compare."""
-    return torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    return torch.device("cuda" if not is_lone(group) and dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:

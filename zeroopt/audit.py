@@ -119,9 +119,10 @@ class Audit:
             )
 
     def _blame_gradients(self, step: int, bad: Sequence[int]) -> None:
-        everyone: list[tuple[Sequence[int], dict[int, int]]] = [([], {})] * self._group.size()
-        with named_failures(_WHAT, self._group):
-            dist.all_gather_object(everyone, (bad, self._found), group=self._group)
+        everyone: list[tuple[Sequence[int], dict[int, int]]] = [(bad, self._found)] * self._group.size()
+        if len(everyone) > 1:
+            with named_failures(_WHAT, self._group):
+                dist.all_gather_object(everyone, (bad, self._found), group=self._group)
         sums = {index for indices, _ in everyone for index in indices}
         # Clipping by a norm that is not finite leaves no gradient finite; what a backward has left like that comes first.
         found = sums & {index for _, found in everyone for index in found}

@@ -27,6 +27,7 @@ from .agreement import agree, agreement_device
 from .broadcast import Broadcaster
 from .bucket import Bucket
 from .collectives.base import PendingWork
+from .collectives.lone import is_lone
 from .errors import CollectiveError, ConfigError, RankMismatchError
 from .precision import join_master, round_master, split_master
 
@@ -160,7 +161,7 @@ def average_over(
                 "share_parameters=True with average_every needs an average_group: without one, every rank trains parameters "
                 "of its own"
             )
-        return ParameterAverage(group, average_every, alone=True)
+        return None if is_lone(group) else ParameterAverage(group, average_every, alone=True)
     if not isinstance(average_group, dist.ProcessGroup):
         raise ConfigError(
             f"expected average_group to be a torch.distributed.ProcessGroup that this rank is in, got {average_group!r}"

@@ -22,6 +22,6 @@ def refuse_ddp_around() -> None:
     """Raise ConfigError."""
     raise ConfigError(
         "a model that zeroopt.wrap returned was put into DistributedDataParallel, perhaps by Accelerate's prepare() or a Trainer: "
-        "zeroopt averages gradients itself. Leave DistributedDataParallel out, and do not give wrapped models to such "
-        "functions; zeroopt.unwrap gives back the plain model and optimizer"
+        "zeroopt averages gradients itself. Leave DistributedDataParallel out, and give wrapped models to no such "
+        "functions"
     )

@@ -165,6 +165,6 @@ def _agree_on_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) ->
     Collective in each of the groups; together they hold all ranks that have copies of a parameter, which must stay equal.
     """
     seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
-    for group in groups:
+    for group in (group for group in groups if group.size() > 1):
         dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
     return int(seed.item())

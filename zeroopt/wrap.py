@@ -13,6 +13,7 @@ from .agreement import agree, describe_groups, describe_params
 from .averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .bucket import ManagedParam
 from .collectives import Transport, check_transport, connect_transport
+from .collectives.lone import default_group
 from .collectives.single import SingleTransport
 from .config import Config, Fused, check_config, check_param_dtypes
 from .errors import ConfigError, StateError
@@ -73,7 +74,7 @@ def wrap(
             LAMB), each parameter of that param_group belongs to one rank in stages 1 and 2. State that it already has is kept.
         stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
             the gradients.
-        process_group: the ranks to train with; the default group when None.
+        process_group: the ranks to train with; the default group when None, or this process alone where there is none.
         bucket_mb: size of a bucket in MiB. A larger parameter has a bucket of its own.
         param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, frozen ones too, and what rounding takes away is kept as
             `master_weights` says. None leaves parameters as they are.
@@ -120,7 +121,7 @@ def wrap(
         NotSupportedError: options, parameters or optimizers that this release cannot train. Nothing has been changed.
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
             been changed.
-        StateError: there is no process group, or this rank is not in it.
+        StateError: there is no process group, though several processes were started, or this rank is not in it.
         RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
     """
     given_group = _resolve_group(process_group)
@@ -215,12 +216,7 @@ def _add_optimizer(
 
 
 def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if not dist.is_available() or not dist.is_initialized():
-        raise StateError(
-            "zeroopt.wrap needs a process group: call torch.distributed.init_process_group first (and start the script "
-            "with torchrun, also for a single process)"
-        )
-    group = dist.group.WORLD if process_group is None else process_group
+    group = default_group() if process_group is None else process_group
     if not isinstance(group, dist.ProcessGroup):
         raise StateError(
             f"expected process_group to be a torch.distributed.ProcessGroup that this rank is in, got {group!r}"

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, StateError
+from ..collectives.lone import default_group, is_lone
+from ..errors import CheckpointError, ConfigError
 from ..module import ZeroDataParallel
 from ..optimizer import ZeroOptimizer
 from ..shard_state import map_tensors
@@ -219,12 +220,10 @@ def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> d
     """Before anything is saved or loaded: the group of ranks that do so together, none of which is busy with saving.
 
     Raises:
-        StateError: there is no process group, or within `join()`.
+        StateError: there is no process group, though several processes were started, or within `join()`.
         CheckpointError: what a save in the background raised.
     """
-    group = dist.group.WORLD if process_group is None else process_group
-    if group is None:
-        raise StateError("checkpoints need a process group: call torch.distributed.init_process_group first")
+    group = default_group() if process_group is None else process_group
     if isinstance(model, ZeroDataParallel):  # else refused when all ranks can hear of it
         model.sharding.reducer.join.check_outside("saving or loading a checkpoint")
     pending = _pending.pop(group, None)
@@ -257,6 +256,8 @@ def _thread() -> ThreadPoolExecutor:
 
 def _background_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks for another thread: collectives of two threads in one group would mix. Collective."""
+    if is_lone(group):
+        return group
     if group not in _background_groups:
         ranks = dist.get_process_group_ranks(group)
         _background_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

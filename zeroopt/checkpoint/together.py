@@ -88,7 +88,7 @@ def _describe(what: str, failures: Mapping[int, str]) -> str:
 
 def _gather(value: T, group: dist.ProcessGroup | None, what: str) -> list[T] | None:
     """The values of all ranks, on rank 0."""
-    if group is None:
+    if group is None or group.size() == 1:
         return [value]
     everyone: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     with named_failures(what, group, _ADVICE):
@@ -98,7 +98,7 @@ def _gather(value: T, group: dist.ProcessGroup | None, what: str) -> list[T] | N
 
 def _scatter(values: list[T] | None, group: dist.ProcessGroup | None, what: str) -> T:
     """Each rank's value of those that rank 0 has."""
-    if group is None:
+    if group is None or group.size() == 1:
         assert values is not None
         return values[0]
     mine: list[Any] = [None]

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from .base import Transport
 from .hosts import ranks_by_host
 from .hybrid import HybridTransport
+from .lone import is_lone
 from .pairwise import PairwiseTransport
 from .shared_memory import SharedMemoryError
 from .shm import ShmTransport
@@ -22,7 +23,7 @@ _log = logging.getLogger("zeroopt")
 
 def check_transport(name: str, group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise ConfigError when the transport cannot serve that backend or device. Not collective."""
-    if name in ("pairwise", "shm") and not _is_gloo_on_cpu(group, device):
+    if name in ("pairwise", "shm") and not is_lone(group) and not _is_gloo_on_cpu(group, device):
         raise ConfigError(
             f"transport={name!r} needs CPU parameters and the Gloo backend, got {device.type} parameters and "
             f"{backend_of(group, device)}; use transport='auto'"
