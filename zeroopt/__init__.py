@@ -22,6 +22,7 @@ from .errors import (
 )
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
+from .unwrap import unwrap
 from .wrap import wrap
 
 __version__: str = build_info()["version"]
@@ -42,5 +43,6 @@ __all__ = [
     "build_info",
     "ops",
     "optim",
+    "unwrap",
     "wrap",
 ]

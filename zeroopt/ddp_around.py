@@ -23,5 +23,5 @@ def refuse_ddp_around() -> None:
     raise ConfigError(
         "a model that zeroopt.wrap returned was put into DistributedDataParallel, perhaps by Accelerate's prepare() or a Trainer: "
         "zeroopt averages gradients itself. Leave DistributedDataParallel out, and give wrapped models to no such "
-        "functions"
+        "functions; zeroopt.unwrap gives back the plain model and optimizer"
     )

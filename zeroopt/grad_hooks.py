@@ -20,6 +20,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from . import _C, ops
 from .audit import Audit
@@ -125,6 +126,7 @@ class GradientReducer:
         self._had_gradients = False  # any rank, in the last backward
         self._running = False  # between the first hook of a backward and its end
         self._params: list[ManagedParam] = []
+        self._hooks: list[RemovableHandle] = []
         self._arrived = bytearray()  # 1: its gradient has come, for this backward
         self._packed = bytearray()  # 1: and lies in the bucket; until then in param.grad
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
@@ -152,12 +154,18 @@ class GradientReducer:
         for managed in params:
             managed.align_gradients()
             hook = partial(_on_gradient, weakref.ref(self), managed.index)
-            managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._hooks.append(managed.param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         self._params += params
         self._arrived, self._packed = bytearray(len(self._params)), bytearray(len(self._params))
         self._used = torch.cat([self._used, torch.zeros(len(params), dtype=torch.uint8)])
         self._make_flags(buckets[0].device)
         self._take_in(buckets)
+
+    def remove_hooks(self) -> None:
+        """Take up no more gradients. After `discard`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._reclaim_all()
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
         """Take up buckets in which the same parameters lie. Collective. No gradients are kept."""

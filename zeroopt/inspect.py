@@ -31,6 +31,12 @@ def mark_wrapped(*objects: nn.Module | torch.optim.Optimizer) -> None:
     _wrapped.update(objects)
 
 
+def forget_wrapped(*objects: nn.Module | torch.optim.Optimizer) -> None:
+    """Models and optimizers may be wrapped again."""
+    for one in objects:
+        _wrapped.discard(one)
+
+
 def inspect(
     model: nn.Module, optimizer: torch.optim.Optimizer, known: Sequence[ManagedParam] = ()
 ) -> list[ManagedParam]:

@@ -878,6 +878,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with self.rewriting_parameters():
             self._stepper.apply(getattr(type(self._inner), mode))
 
+    def release(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer, which no longer knows of this one. Not collective."""
+        for name in ("zero_grad", "add_param_group"):
+            vars(self._inner).pop(name)
+        self._stepper.refusal.remove()
+        return self._inner
+
     def _take_over_hooks(self) -> None:
         """Hooks registered on the wrapped optimizer, at any time, are those of this one, and run once a step."""
         for name, hooks in vars(self._inner).items():

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .bucket import Bucket
 from .collectives import PendingCollective, Transport
@@ -97,6 +98,7 @@ class ParamGathers:
         self._lazy = lazy and not _runs_compiled(module)
         self._pending: dict[int, PendingCollective] = {}
         self._hooks: list[_ForwardHook] = []
+        self._handles: list[RemovableHandle] = []
         self._buckets: list[Bucket] = []
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
@@ -175,7 +177,12 @@ class ParamGathers:
             if own:
                 hook = _ForwardHook(weakref.ref(self), own)
                 self._hooks.append(hook)
-                submodule.register_forward_pre_hook(hook)
+                self._handles.append(submodule.register_forward_pre_hook(hook))
+
+    def remove_hooks(self) -> None:
+        """Let forwards wait for nothing any more. After `finish_all`."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class _ForwardHook:

@@ -31,6 +31,7 @@ class Sharding:
         mesh: of the model's DTensors, and its groups of more than one rank.
         norm_groups: over which the norm of the gradients is that of the whole model.
         seed: of stochastic rounding, the same on all ranks.
+        dtypes: of the model's parameters, before they were wrapped.
         optimizers: that have been wrapped with the model.
         norm: of all gradients, and the number of the backward that it belongs to; kept by the first optimizer that clips.
     """
@@ -54,6 +55,7 @@ class Sharding:
         self.broadcaster = Broadcaster(group) if transport.world_size > 1 else None
         self.params: list[ManagedParam] = []
         self.buckets: list[Bucket] = []
+        self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.norm: tuple[int, Tensor] | None = None
         self.reducer = GradientReducer(

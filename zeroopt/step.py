@@ -28,6 +28,7 @@ class ShardStepper:
 
     Attributes:
         seed: of stochastic rounding, the same on all ranks.
+        refusal: the hook that lets nobody step the wrapped optimizer.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ShardStepper:
         self._precision = config.precision
         self._may_fuse = bool(config.fused)
         self._fused: list[FusedBucket] = []
-        optimizer.register_step_pre_hook(self._refuse_direct_step)
+        self.refusal = optimizer.register_step_pre_hook(self._refuse_direct_step)
         self.adopt((), ())
 
     def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
