@@ -258,6 +258,24 @@ def test_heads_that_only_one_of_both_has(run_on_ranks: RunOnRanks, tmp_path: Pat
     run_on_ranks(2, change_heads, tmp_path, {**TIERS[tier], "param_dtype": None, "master_weights": "float32"})
 
 
+def load_beside_numbered_modules(path: Path) -> None:
+    """Modules may be called 0 and 1: these are no positions."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net[0].parameters()))
+    model(torch.ones(5, 3)).sum().backward()
+    optimizer.step()
+    zeroopt.checkpoint.save(path, model, optimizer)
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model, optimizer = zeroopt.wrap(other, torch.optim.AdamW(other[1].parameters()))
+    zeroopt.checkpoint.load(path, model, optimizer, strict=False)
+    assert_same(dict(other.state_dict()), dict(net.state_dict()))
+    assert not any(optimizer.state_dict()["state"].values())
+
+
+def test_names_that_are_numbers(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, load_beside_numbered_modules, tmp_path / "x")
+
+
 def load_the_model_alone(path: Path, options: dict[str, Any]) -> None:
     model, optimizer = wrapped("mlp", "adamw", options)
     train(model, optimizer, "mlp", range(3))

@@ -19,7 +19,7 @@ from zeroopt.checkpoint.reading import open_checkpoint
 URLS = ["s3://bucket/a", "gs://bucket", "hf://x/y", "file:///tmp/a", "simplecache::s3://b/a", "abfs+x://a"]
 
 
-@pytest.mark.parametrize("path", ["a/b", "/a/b", "./s3:/a", "a://b/../c:d"[4:], "step:3", "run:/a", "C:/a", "a b/c::d"])
+@pytest.mark.parametrize("path", ["a/b", "/a/b", "./s3:/a", "b/../c:d", "step:3", "run:/a", "C:/a", "a b/c::d"])
 def test_local_paths_stay(path: str) -> None:
     assert local_path(path) == Path(path)
 

@@ -42,6 +42,11 @@ def _by_parameter(options: dict[str, Any]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def has_positions(saved: Sequence[dict[str, Any]]) -> bool:
+    """Whether saved groups know parameters by their numbers, as those of a plain optimizer's state dict."""
+    return any(isinstance(param, int) for group in saved for param in group.get("params", ()))
+
+
 @dataclass(frozen=True)
 class MatchedGroups:
     """What saved groups mean to an optimizer.

@@ -19,7 +19,7 @@ from ..shard_layout import describe_layout
 from ..state_dicts import LoadedState
 from .contents import clean_name
 from .extra import EXTRA, check_extra, rank_file, unpack_extra
-from .groups import match_groups, read_groups
+from .groups import has_positions, match_groups, read_groups
 from .reading import Checkpoint, open_checkpoint
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
@@ -221,7 +221,7 @@ class _Reading:
     def take_state(self, source: _Source, optimizer: ZeroOptimizer, *, strict: bool) -> None:
         """Read this rank's part of an optimizer's state."""
         matched = match_groups(optimizer, source.groups, strict=strict)
-        target = state_target(optimizer, source.optimizer)
+        target = state_target(optimizer, source.optimizer, by_position=has_positions(source.groups))
         state = target.assemble(source.checkpoint.read(target.entries))
         state_dict = {"state": state, "param_groups": matched.groups, **source.layout_for(optimizer)}
         loaded = optimizer.state_dicts.read([state_dict], keeps=True)

@@ -203,13 +203,16 @@ class StateTarget:
         return state
 
 
-def state_target(optimizer: ZeroOptimizer, names: Names) -> StateTarget:
-    """An optimizer's part of the state, and that of parameters that no rank steps."""
+def state_target(optimizer: ZeroOptimizer, names: Names, *, by_position: bool) -> StateTarget:
+    """An optimizer's part of the state, and that of parameters that no rank steps.
+
+    Args:
+        by_position: the checkpoint has parameters by number, not by name.
+    """
     target = StateTarget()
     dicts, known = optimizer.state_dicts, optimizer.names()
     segments = {s.owner.position: s for bucket in dicts.buckets for s in bucket.segments}
     state_dtype = dicts.precision.state_dtype
-    by_position = not any(True for name in known.values() for _ in names.below("state", clean_name(name)))
     for position in (*segments, *dicts.idle_params()):
         segment = segments.get(position)
         known_as = str(position) if by_position else clean_name(known[position])
