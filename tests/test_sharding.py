@@ -556,14 +556,15 @@ def buffers_in_use(options: dict[str, Any]) -> list[tuple[int, int, int]]:
     model, optimizers = prepare_all(net, optimizers_for(net), {"stage": 2, "bucket_mb": 0.01, **options})
     reducer = model._reducer
     seen: list[tuple[int, int, int]] = []
+    take_up = reducer.take_up
 
-    def count(_: Tensor) -> None:
+    def count(index: int) -> None:
+        take_up(index)
         lent = sum(store.full is not None for store in reducer.stores)
         waiting = sum(type(layer.weight.grad) is Tensor for layer in net)
         seen.append((lent, len(reducer._in_flight), waiting))
 
-    for param in net.parameters():
-        param.register_post_accumulate_grad_hook(count)
+    reducer.take_up = count
     most = []
     for _ in range(2):
         model(torch.randn(2, 64)).sum().backward()

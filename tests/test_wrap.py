@@ -215,7 +215,7 @@ def wrap_differently(difference: str) -> str:
         (
             "frozen",
             [
-                "rank 1 has [parameter 'extra.weight' of shape [3, 3], torch.float32, which this optimizer does not train]"
+                "rank 1 has [frozen parameter 'extra.weight' of shape [3, 3], torch.float32, which this optimizer does not"
             ],
         ),
         ("buffer", ["rank 1 has [buffer 'count' of shape [3], torch.float32]"]),

@@ -11,16 +11,14 @@ the step, as under DistributedDataParallel with find_unused_parameters.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import MutableMapping, Sequence
-from functools import partial
 from itertools import islice
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from . import _C, ops
 from .audit import Audit
@@ -34,21 +32,13 @@ from .grad_clip import note_norm
 from .gradient_store import BufferPool, GradientStore
 from .join import Join, Phase
 from .lockstep import Lockstep
+from .param_hooks import GradientHook
 from .profiling import named_range
 from .sharded_gradient import ShardedGradient
 from .sharded_gradients import ShardedGradients
+from .untrained import UntrainedGradients
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
-
-
-def _on_gradient(reducer: weakref.ref[GradientReducer], index: int, _: Tensor) -> None:
-    """The hook of one parameter. It runs between two kernels of the user's, so it does as little as it can.
-
-    Autograd keeps it where the garbage collector does not look, so it must not keep parameters or the reducer alive.
-    """
-    owner = reducer()
-    if owner is not None:
-        owner.take_up(index)
 
 
 def _has_local_gradient(managed: ManagedParam) -> bool:
@@ -78,6 +68,14 @@ def _dense_gradient(managed: ManagedParam) -> Tensor:
     return grad
 
 
+def _refuse_edit(managed: ManagedParam) -> NoReturn:
+    """Something other than a hook of the parameter has changed a gradient after it was taken up."""
+    raise StateError(
+        f"the gradient of {managed.name!r} was changed while backward ran, after it had been taken up; change gradients when "
+        "backward is through, or in a hook on the parameter itself"
+    )
+
+
 class GradientReducer:
     """Fills, starts and finishes the gradient buckets of one wrapped model.
 
@@ -88,6 +86,7 @@ class GradientReducer:
         audit: looks at gradients in some steps; None: in none.
         buffer_sync: sends the model's buffers at the end of each backward; None where they stay as they are.
         sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
+        untrained: the gradients of the model's other parameters.
         num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
         is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
@@ -98,6 +97,7 @@ class GradientReducer:
 
     def __init__(
         self,
+        module: nn.Module,
         transport: Transport,
         placement: Placement,
         *,
@@ -126,7 +126,8 @@ class GradientReducer:
         self._had_gradients = False  # any rank, in the last backward
         self._running = False  # between the first hook of a backward and its end
         self._params: list[ManagedParam] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[GradientHook] = []
+        self._later: list[int] = []  # of gradients that are taken up when backward is through
         self._arrived = bytearray()  # 1: its gradient has come, for this backward
         self._packed = bytearray()  # 1: and lies in the bucket; until then in param.grad
         self._in_flight: deque[GradientStore] = deque()  # in the order of their start
@@ -144,6 +145,7 @@ class GradientReducer:
         self.sharded = (
             ShardedGradients(transport, self.finish, self.join, mesh_groups) if placement.shard_state else None
         )
+        self.untrained = UntrainedGradients(module, transport, self._begin_synchronised)
         self._buckets: list[Bucket] = []
         self.stores: list[GradientStore] = []
 
@@ -153,8 +155,7 @@ class GradientReducer:
         self._reclaim_all()
         for managed in params:
             managed.align_gradients()
-            hook = partial(_on_gradient, weakref.ref(self), managed.index)
-            self._hooks.append(managed.param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            self._hooks.append(GradientHook(self, managed.param, managed.index))
         self._params += params
         self._arrived, self._packed = bytearray(len(self._params)), bytearray(len(self._params))
         self._used = torch.cat([self._used, torch.zeros(len(params), dtype=torch.uint8)])
@@ -380,6 +381,8 @@ class GradientReducer:
         """
         if self.sharded is None and self.join.divisor < self._transport.world_size:
             self._clear_visible()  # those that still train contribute it all
+        if self.join.divisor < self._transport.world_size:
+            self.untrained.clear(all_of_them=True)
         self._start_backward()
         self._end()
         self._finish_flags()
@@ -399,6 +402,7 @@ class GradientReducer:
 
     def drop_local(self) -> None:
         """Forget what a backward under `no_sync()` has left. Not collective."""
+        self.untrained.clear(all_of_them=False)
         if self.has_local_gradients:
             self._clear_visible()
             self._left_local = False
@@ -479,6 +483,14 @@ class GradientReducer:
                     "Move and cast the model first, then wrap it; to load values use load_state_dict or copy_"
                 )
 
+    def take_up_later(self, index: int) -> None:
+        """A parameter's gradient has come, but hooks of the user's may change it yet."""
+        self._begin_synchronised()
+        if self.sync:
+            self._later.append(index)
+        else:
+            self.take_up(index)
+
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
         if not self.sync:
@@ -486,9 +498,10 @@ class GradientReducer:
             if self.sharded is not None:
                 self.sharded.keep_local(index)
             return
-        if not self._running:
-            self._begin()
+        self._begin_synchronised()
         managed, bucket = self._params[index], self._bucket_of[index]
+        if not _has_local_gradient(managed):  # a hook of the user's has cleared it
+            return
         if self._arrived[index]:
             self._transport.give_up("its backward raised")
             raise StateError(
@@ -503,6 +516,10 @@ class GradientReducer:
         self._missing[bucket] -= 1
         if self._missing[bucket] == 0:
             self._start_complete()
+
+    def _begin_synchronised(self) -> None:
+        if self.sync and not self._running:
+            self._begin()
 
     def _begin(self) -> None:
         self._start_backward()
@@ -519,6 +536,7 @@ class GradientReducer:
         self._scale = 1.0 / self.join.divisor
         self.num_backwards += 1
         self.arrivals.clear()
+        self._later.clear()
         if self.sharded is not None:
             self.sharded.checked.clear()
             self._drop_cleared(self.sharded)
@@ -594,7 +612,7 @@ class GradientReducer:
     def _note_packed(self, managed: ManagedParam, full: Tensor) -> None:
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
         if self.sharded is None:
-            managed.set_local_grad(managed.view_in(full))
+            managed.set_local_grad(managed.view_in(full).data)  # whose version counts what is done to it from here on
         else:
             self.sharded.show(managed)
         self._packed[managed.index] = 1
@@ -647,12 +665,15 @@ class GradientReducer:
 
     def _end(self) -> None:
         """Autograd calls this when backward is through."""
+        for index in self._later:
+            self.take_up(index)
         while self._next < len(self._buckets):
             self._start_next()
         with named_range("agree_on_used"):
             self._agree_on_used()
         if self.buffer_sync is not None:
             self.buffer_sync.send(self.join.source)
+        edited = next((managed for managed in self._params if self._was_edited(managed)), None)
         everything = all(self._packed)
         self._arrived = bytearray(len(self._params))
         self._packed = bytearray(len(self._params))
@@ -667,17 +688,22 @@ class GradientReducer:
         elif not everything:  # others may have gradients that this rank has not: all must show the same ones
             self._finish_flags()
             self._show_sharded(self.sharded)
+        if self.untrained:
+            self.finish()
+            self.untrained.average(self._scale)
+        if edited is not None:
+            _refuse_edit(edited)
         if self.sharded is not None and self.sharded.local:
-            self._refuse_additions(self.sharded)
+            added = self._params[next(iter(self.sharded.local))]
+            self.sharded.local.clear()
+            _refuse_edit(added)
 
-    def _refuse_additions(self, sharded: ShardedGradients) -> None:
-        """What somebody's hook has added to a gradient after it was taken up."""
-        name = self._params[next(iter(sharded.local))].name
-        sharded.local.clear()
-        raise StateError(
-            f"something was added to the gradient of {name!r} while backward ran, after it had been taken up; change gradients "
-            "when backward is through, or in a hook on the parameter that was registered before zeroopt.wrap"
-        )
+    def _was_edited(self, managed: ManagedParam) -> bool:
+        """Stage 0: whether somebody has changed or replaced a gradient after it was taken up."""
+        grad = managed.param.grad
+        if self.sharded is not None or not self._packed[managed.index] or grad is None:
+            return False
+        return grad._version > 0
 
     def _agree_on_used(self) -> None:
         if self._flags_before is not None:

@@ -13,10 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import _C
 from .bucket import ManagedParam
+from .claims import check_unclaimed, claimed_params, is_claimed
 from .elementwise import find_grains
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
 from .local_tensor import check_state_parts, is_distributed, local_of, manage
 from .optim import FusedOptimizer
+from .sharded_gradient import ShardedGradient
 
 _log = logging.getLogger("zeroopt")
 
@@ -96,7 +98,7 @@ def _check_types(model: nn.Module, optimizer: torch.optim.Optimizer, *, further:
         raise ConfigError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
         raise ConfigError("expected a plain module, got a DistributedDataParallel; wrap the module inside it instead")
-    if model in _wrapped and not further:
+    if (model in _wrapped or is_claimed(model)) and not further:
         raise ConfigError(
             "this model is already wrapped; to train it with one more optimizer, wrap what zeroopt.wrap returned"
         )
@@ -133,6 +135,7 @@ def _managed_params(
     if not places:
         raise ConfigError("the optimizer has no parameters; build it on model.parameters()")
     trained, own_params = {m.param for m in known}, {m.param for m in own}
+    check_unclaimed((name, p) for p, name in names.items() if p in places and p.requires_grad and p not in trained)
     managed: list[ManagedParam] = []
     for param, name in names.items():
         if param not in places or not param.requires_grad or param in own_params:
@@ -159,6 +162,11 @@ def _check_param(name: str, param: nn.Parameter) -> None:
     if param.layout is not torch.strided or param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(map(str, SUPPORTED_DTYPES))
         raise NotSupportedError(f"parameter {name!r} is {param.layout} {param.dtype}; supported are dense {supported}")
+    if isinstance(param.grad, ShardedGradient) and param.grad.is_stray:
+        raise ConfigError(
+            f"parameter {name!r} has a sharded gradient of a wrapped model that is gone; clear it (model.zero_grad()) before "
+            "wrapping the model anew"
+        )
     # torch keeps the strides of a dense tensor for one like it, and no others.
     if torch.empty_like(local, device="meta").stride() != local.stride():
         raise ConfigError(f"parameter {name!r} has gaps or overlaps in memory; make its data contiguous()")
@@ -208,12 +216,12 @@ def _check_sparse(model: nn.Module) -> None:
 
 
 def _warn_untrained(model: nn.Module, params: Sequence[ManagedParam]) -> None:
-    managed = {m.param for m in params}
+    managed = {m.param for m in (*params, *claimed_params())}
     left = [name for name, param in model.named_parameters() if param.requires_grad and param not in managed]
     if left:
         _log.warning(
-            "%d parameters require gradients but are not in the optimizer; unless a further optimizer for them is wrapped, "
-            "zeroopt neither reduces nor steps them: %s%s",
+            "%d parameters require gradients but are not in the optimizer. Unless a further optimizer for them is wrapped, nothing "
+            "steps them, and averaging their gradients costs time in each backward, which requires_grad_(False) saves: %s%s",
             len(left),
             ", ".join(left[:5]),
             ", …" if len(left) > 5 else "",

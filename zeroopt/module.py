@@ -100,6 +100,7 @@ class ZeroDataParallel(nn.Module):
         check_ddp_around(managed.param for managed in self._sharding.params)
         for optimizer in self._optimizers:
             optimizer.take_in_unfrozen()
+        self._sharding.take_up_unfrozen()
         buffers, join = self._buffer_sync, self._reducer.join
         follows = buffers is not None and buffers.is_due
         if join.is_on and (follows or join.throws):

@@ -58,6 +58,16 @@ class ShardedGradient(Tensor):
         """That of the sum over ranks: float32 for 16-bit parameters with `param_dtype`."""
         return self._sum_dtype
 
+    @property
+    def data(self) -> Tensor:
+        """Itself. Setting it to another tensor, which every rank has whole, sets the gradient to that."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is not self:
+            self.owner.set(self.param_index, value)
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -88,6 +98,11 @@ class ShardedGradient(Tensor):
                 "to None before you train the model without it"
             )
         return owner
+
+    @property
+    def is_stray(self) -> bool:
+        """Whether the wrapped model is gone."""
+        return self._owner() is None
 
     @property
     def local(self) -> Tensor | None:

@@ -137,6 +137,20 @@ class ShardedGradients:
         change(piece, lambda value: self._cut(index, value))
         self.changed([index])
 
+    def set(self, index: int, value: object) -> None:
+        """Set a gradient, through its object, to a tensor that this rank has whole."""
+        managed = self._params[index]
+        if not isinstance(value, Tensor):
+            raise StateError(f"expected a tensor for the gradient of {managed.name!r}, got {type(value).__name__}")
+        if isinstance(value, ShardedGradient) or value.shape != self.shape_of(index):
+            what = "another sharded gradient" if isinstance(value, ShardedGradient) else f"shape {list(value.shape)}"
+            raise StateError(
+                f"expected a tensor of shape {list(self.shape_of(index))} for the gradient of {managed.name!r}, got {what}"
+            )
+        self._join.check_outside("setting param.grad.data")
+        self._prepare([index])
+        self.replace(managed, managed.local_part(value.detach()))
+
     def _cut(self, index: int, value: Tensor) -> Tensor:
         """This rank's piece of a tensor that belongs to a gradient."""
         if value.dim() == 0:

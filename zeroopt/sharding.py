@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .agreement import agree
 from .audit import Audit
 from .broadcast import Broadcaster
 from .bucket import Bucket, ManagedParam, make_buckets, make_plan
+from .claims import claim, claimed_params
 from .collectives import Transport
 from .config import Config
 from .grad_hooks import GradientReducer
@@ -18,6 +20,7 @@ from .local_tensor import count_copies, find_mesh, mesh_groups
 from .norm_groups import NormGroups
 from .param_gather import ParamGathers
 from .precision import Precision
+from .untrained import describe_untrained
 
 
 class Sharding:
@@ -59,6 +62,7 @@ class Sharding:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.norm: tuple[int, Tensor] | None = None
         self.reducer = GradientReducer(
+            module,
             transport,
             placement,
             overlap=config.overlap,
@@ -73,6 +77,7 @@ class Sharding:
         travels = placement.shard_state and transport.world_size > 1
         self.gathers = ParamGathers(module, transport, lazy=config.overlap and travels)
         self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
+        claim(self)
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
         """Move further parameters into buckets of their own, and return those. Collective.
@@ -104,6 +109,7 @@ class Sharding:
         self.params += params
         self.buckets += buckets
         self.reducer.extend(params, buckets)
+        self.reducer.untrained.fit({managed.param for managed in self.params})
         self.gathers.extend(buckets)
         if len(buckets) < len(self.buckets):
             self.reducer.start_in_order(self._reverse_order())
@@ -140,9 +146,25 @@ class Sharding:
                 else:
                     self.broadcaster.broadcast_flat(bucket.flat_param)
 
+    def take_up_unfrozen(self) -> None:
+        """Have the gradients of parameters averaged that were frozen, now require them, and are in no optimizer. Collective where
+        there are any: every rank has to unfreeze the same.
+
+        Raises:
+            RankMismatchError: another rank has unfrozen others.
+        """
+        untrained = self.reducer.untrained
+        if not untrained.some_unfrozen():
+            return
+        # Told through the transport, which notices when another rank goes on to something else.
+        self.transport.gather_scalar(torch.ones((), device=self.params[0].param.device), label="unfrozen parameters")
+        trained = {managed.param for managed in self.params}
+        agree([(self.group, describe_untrained(self.module, trained))], None, "unfreezing parameters")
+        untrained.fit(trained)
+
     def sync_rest(self) -> None:
         """Take over what rank 0 has besides the parameters in buckets: others, and buffers. Collective."""
-        managed = {managed.param for managed in self.params}
+        managed = {managed.param for managed in claimed_params()}
         rest = [param.data for param in self.module.parameters() if param not in managed]
         if self.broadcaster is not None:
             self.broadcaster.broadcast([*rest, *self.module.buffers()])
@@ -156,8 +178,10 @@ class Sharding:
 
 def cast_frozen(params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
     """Parameters that are not trained become of `param_dtype` too, or layers could not be mixed."""
+    trained = {managed.param for managed in claimed_params()}  # by whichever model
     for param in params:
-        if dtype is not None and not param.requires_grad and param.dtype is torch.float32:
+        is_free = not param.requires_grad and param not in trained
+        if dtype is not None and is_free and param.dtype is torch.float32:
             param.data = param.data.to(dtype)
 
 

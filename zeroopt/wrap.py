@@ -189,7 +189,7 @@ def wrap(
     cast_frozen(module.parameters(), param_dtype)
     if config.sync_module_states:
         wrapped.sharding.sync_rest()
-    mark_wrapped(module, wrapped)
+    mark_wrapped(wrapped)
     return wrapped, wrapped_optimizer
 
 
@@ -240,8 +240,8 @@ def _describe(
     for name, param in model.named_parameters():
         if param not in managed_params:
             lines.append(
-                f"parameter {name!r} of shape {list(param.shape)}, {param.dtype}{describe_part(param)}, which this optimizer "
-                "does not train"
+                f"{'' if param.requires_grad else 'frozen '}parameter {name!r} of shape {list(param.shape)}, {param.dtype}"
+                f"{describe_part(param)}, which this optimizer does not train"
             )
     for name, buffer in model.named_buffers():
         lines.append(f"buffer {name!r} of shape {list(buffer.shape)}, {buffer.dtype}{describe_part(buffer)}")
