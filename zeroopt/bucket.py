@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -239,6 +239,14 @@ class Bucket:
             assert not owner.is_whole or piece.numel == owner.numel
             shard = nn.Parameter(_view(stepped, owner, piece.offset, piece.numel))
             self.segments.append(Segment(owner, piece.start, piece.offset, piece.numel, shard, self._state_dtype))
+
+    def release(self, gone: Collection[ManagedParam]) -> None:
+        """Let parameters have memory of their own again. They leave gaps, of whatever values, that nobody steps."""
+        for managed in self.params:
+            if managed in gone:
+                managed.set_local(torch.empty_like(managed.local).copy_(managed.local))
+        self.params = [managed for managed in self.params if managed not in gone]
+        self.segments = [segment for segment in self.segments if segment.owner not in gone]
 
     def let_go(self) -> None:
         """Keep no part of the flat buffer any longer, so that it is freed when the last parameter has moved out of it."""

@@ -33,6 +33,11 @@ def claim(owner: Owner) -> None:
     _owners.add(owner)
 
 
+def release(owner: Owner) -> None:
+    """From now on, others may train what the owner has trained."""
+    _owners.discard(owner)
+
+
 def is_claimed(module: nn.Module) -> bool:
     """Whether a model is wrapped, and somebody still has what came of it."""
     return _is_still(lambda: any(owner.module is module for owner in _owners))

@@ -12,7 +12,7 @@ the step, as under DistributedDataParallel with find_unused_parameters.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from itertools import islice
 from typing import NoReturn
 
@@ -166,7 +166,43 @@ class GradientReducer:
         """Take up no more gradients. After `discard`."""
         for hook in self._hooks:
             hook.remove()
+        self.untrained.remove_hooks()
         self._reclaim_all()
+
+    def clear(self, params: Collection[ManagedParam]) -> None:
+        """Before parameters leave their buckets: nothing is on its way, and gaps in gradients are zero. Collective."""
+        self.finish()
+        self._reclaim_all()
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            for managed in bucket.params:
+                if managed in params:
+                    store.clear(managed)
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Parameters have left their buckets, and the others have new indices. Collective. Their gradients stay.
+
+        Args:
+            order: the old indices of the others, in the order of the new ones.
+        """
+        kept = set(order)
+        for hook in self._hooks:
+            if hook.index not in kept:
+                hook.remove()
+        self._hooks = [self._hooks[old] for old in order]
+        for new, hook in enumerate(self._hooks):
+            hook.index = new
+        self._params = [self._params[old] for old in order]
+        self._used = self._used[list(order)]
+        self._arrived, self._packed = bytearray(len(order)), bytearray(len(order))
+        self.arrivals.clear()
+        self._make_flags(self._buckets[0].device)
+        if self.sharded is not None:
+            self.sharded.keep(order)
+        if self.audit is not None:
+            self.audit.forget()
+        sequence = self._sequence
+        self._find_places()
+        self._set_sequence(sequence)
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
         """Take up buckets in which the same parameters lie. Collective. No gradients are kept."""
@@ -184,7 +220,7 @@ class GradientReducer:
         """
         assert not self._running
         place = {index: position for position, index in enumerate(order)}
-        complete = [max(place[managed.index] for managed in bucket.params) for bucket in self._buckets]
+        complete = [max((place[managed.index] for managed in bucket.params), default=-1) for bucket in self._buckets]
         self._set_sequence(sorted(range(len(self._buckets)), key=complete.__getitem__))
 
     def _set_sequence(self, sequence: Sequence[int]) -> None:
@@ -204,6 +240,10 @@ class GradientReducer:
         bounded = self._transport.needs_staging or not self._placement.shard_state
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         self._max_in_flight = most if self._overlap else 0
+        self._find_places()
+
+    def _find_places(self) -> None:
+        """Note where in the buckets each parameter lies."""
         self._addresses = [0] * len(self._params)
         self._missing = [len(bucket.params) for bucket in self._buckets]
         self._set_sequence(range(len(self._buckets)))

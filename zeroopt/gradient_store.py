@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .bucket import Bucket, Segment
+from .bucket import Bucket, ManagedParam, Segment
 from .collectives import PendingCollective, Transport
 from .config import Placement
 
@@ -179,6 +179,16 @@ class GradientStore:
         self.reduced.zero_()
         self.norm = None
         self.factor = None
+
+    def clear(self, managed: ManagedParam) -> None:
+        """Set the elements of a parameter to zero, which leaves the bucket. Nothing may be on its way."""
+        begin, end = self._bucket.own_range
+        first, last = max(managed.offset, begin), min(managed.offset + managed.numel, end)
+        if first < last:
+            self.reduced[first - begin : last - begin].zero_()
+        if self.full is not None:
+            self.full[managed.offset : managed.offset + managed.numel].zero_()
+        self.norm = None
 
     def scale(self, factor: Tensor) -> None:
         """Have the sum multiplied by a 0-dim tensor when it is used."""

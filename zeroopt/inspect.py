@@ -67,7 +67,7 @@ def inspect_further(
     optimizer: torch.optim.Optimizer,
     known: Sequence[ManagedParam],
     own: Sequence[ManagedParam] = (),
-    first_group: int = 0,
+    fresh: Sequence[int] | None = None,
 ) -> list[ManagedParam]:
     """The parameters of an optimizer that require gradients and are not yet trained, in the model's order. Changes nothing, and
     is not collective.
@@ -75,7 +75,7 @@ def inspect_further(
     Args:
         known: those that are trained.
         own: those of them that this optimizer trains.
-        first_group: of those that are looked at for the first time.
+        fresh: positions of the groups that are looked at for the first time; all of them when None.
 
     Raises:
         ConfigError, NotSupportedError: as `inspect`.
@@ -85,7 +85,8 @@ def inspect_further(
         _check_devices([*known, *params])
         _check_storage([*known, *params])
         check_state_parts(params, optimizer.state)
-    groups = sorted({*range(first_group, len(optimizer.param_groups)), *(m.group for m in params)})
+    fresh = range(len(optimizer.param_groups)) if fresh is None else fresh
+    groups = sorted({*fresh, *(m.group for m in params)})
     grains = dict(zip(groups, find_grains(optimizer, groups), strict=True))
     for managed in params:
         managed.grain = grains[managed.group]

@@ -85,7 +85,8 @@ class ZeroDataParallel(nn.Module):
         have been written since), so one rank may evaluate alone.
 
         With `cast_inputs`, floating-point tensors among the arguments, in whatever containers, are cast to `param_dtype`.
-        Parameters of an optimizer that were frozen and now require gradients are trained from here on.
+        Parameters of an optimizer that were frozen and now require gradients are trained from here on, and param_groups that
+        were edited hold.
         """
         if torch.is_grad_enabled():
             self._prepare_training()
@@ -99,7 +100,7 @@ class ZeroDataParallel(nn.Module):
         """What comes before a forward with gradients. Collective, where something has to be done on all ranks."""
         check_ddp_around(managed.param for managed in self._sharding.params)
         for optimizer in self._optimizers:
-            optimizer.take_in_unfrozen()
+            optimizer.take_up_groups(unfrozen=True)
         self._sharding.take_up_unfrozen()
         buffers, join = self._buffer_sync, self._reducer.join
         follows = buffers is not None and buffers.is_due

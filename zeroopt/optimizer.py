@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _C
-from .agreement import agree, describe_groups, describe_params
+from .agreement import agree
 from .averaging import ParameterAverage
 from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan
 from .config import Config, check_param_dtypes
@@ -25,8 +25,8 @@ from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
 from .grad_clip import clip_by, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
+from .group_edits import GroupEdit, GroupMembers, inspect_edit
 from .inner_attributes import reach, takes
-from .inspect import inspect_further
 from .join import Phase, pack_options, take_options
 from .loss_scaling import scaler_in
 from .profiling import named_range
@@ -37,6 +37,7 @@ from .shard_layout import ShardLayout
 from .sharding import Sharding
 from .state_dicts import LoadedState, StateDicts
 from .step import ShardStepper, check_fused
+from .whole_state import whole_states
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -51,7 +52,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     `overlap=False`, with which `step()` waits for everything and nothing moves.
 
     `param_groups` is the wrapped optimizer's own list of its own dicts, so options set through either object, or by a
-    scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped.
+    scheduler made for either, hold for both. The wrapped optimizer itself must no longer be stepped. Parameters may be taken out
+    of groups, moved and put in by hand, on all ranks alike: that holds from the next call of the optimizer, or the next forward
+    of the model, which is then collective whatever it is.
 
     `param.grad`: in stage 0, the mean over all ranks after backward. In stages 1 and 2 the mean exists in slices, each on the
     rank that owns it, and `param.grad` is a `ShardedGradient` that stands for it: torch's clipping, `GradScaler`, clearing,
@@ -83,7 +86,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
-        self.param_groups = optimizer.param_groups
+        self._members = GroupMembers()
         self._params: list[ManagedParam] = []
         self._buckets: list[Bucket] = []
         self._generations: list[list[int]] = []
@@ -97,6 +100,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._begun: set[int] = set()  # positions of the parameters of which some rank may have state
         self._whole: dict[str, Any] | None = None
         self._take_in(params)
+        self._members.note(self.param_groups)
         self._stepper.adopt(self._buckets, self._stores)
         self._take_over_hooks()
         self._take_over_methods()
@@ -118,9 +122,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._versions += [managed.param._version for managed in params]
         self._begun.update(managed.position for managed in params if managed.param in self._inner.state)
         self._state_dicts.take_in_state()
+        self._plan_again()
+
+    def _plan_again(self) -> None:
+        """Have buckets planned by the order of the gradients once more."""
         # Ranks that average their parameters must have cut them alike.
         self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
         self._taken_in_after = self._reducer.num_backwards
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's own."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._ready:  # torch's constructor begins with an empty list
+            self._inner.param_groups = groups
 
     @property
     def _stores(self) -> list[GradientStore]:
@@ -170,12 +188,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
                 reduced, or the last backward raised.
+            ConfigError, NotSupportedError: `param_groups` were edited, and cannot be trained as they are. Nothing has been changed.
+            RankMismatchError: they were edited in another way on another rank; on all ranks. Nothing has been changed.
             NonFiniteError, RankMismatchError: with `check_every`, on all ranks; see `zeroopt.wrap`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.take_up_groups()
         self._check_ready()
         self._take_part()
         if self._reducer.join.is_on:
@@ -223,6 +244,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Args:
             set_to_none: False leaves gradients of zero, with which parameters that had a gradient are still stepped.
         """
+        self.take_up_groups()
         if set_to_none:
             self._reducer.discard(self._buckets)
         else:
@@ -232,7 +254,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._reducer.join.note(Phase.ZERO_GRAD, self.number, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard of the state. Not collective, and works before the first step.
+        """This rank's shard of the state. Not collective, unless `param_groups` have just been edited, and works before the first
+        step.
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), and under "zeroopt" the layout that says
@@ -249,6 +272,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if self._config.placement.shard_state and self._transport.world_size > 1:
             refuse_full_state(sys._getframe(1))
+        self.take_up_groups()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         result = self._state_dicts.shard(self._generations, self._begun)
@@ -283,6 +307,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 within `join()`. Nothing has been changed.
         """
         self._reducer.join.check_outside("load_state_dict()")
+        self.take_up_groups()
         given = iter([state_dict] if isinstance(state_dict, Mapping) else state_dict)
         shards: Iterator[Mapping[str, Any]] = map(self._prepare_load, given)
         first = next(shards, None)
@@ -355,7 +380,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if not self._ready:
             # The groups are checked and complete already; going through torch's method would only copy their lists.
-            self.param_groups.append(param_group)
             return
         before = len(self.param_groups)
         problem: Exception | None = None
@@ -364,47 +388,91 @@ class ZeroOptimizer(torch.optim.Optimizer):
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
         try:
-            self._take_in_further(before, problem)
+            self._take_up_groups(problem)
         except Exception:
             del self.param_groups[before:]
             raise
 
-    def take_in_unfrozen(self) -> None:
-        """Have parameters trained that were frozen and now require gradients. Collective where there are any: every rank has to
-        unfreeze the same."""
-        if any(param.requires_grad for _, param in self._frozen):
-            self._take_in_further(len(self.param_groups))
-
-    def _take_in_further(self, first_group: int, problem: Exception | None = None) -> None:
-        """Take in the parameters of the groups that require gradients by now. Collective.
+    def take_up_groups(self, *, unfrozen: bool = False) -> None:
+        """Go by `param_groups` as they are. Collective where they have been edited since the last time: every rank has to make the
+        same of them.
 
         Args:
-            first_group: of those that are new.
+            unfrozen: have parameters trained that were frozen and now require gradients, too; collective where there are any.
+
+        Raises:
+            ConfigError, NotSupportedError, RankMismatchError: as `step`. Nothing has been changed.
+        """
+        if self._members.differ(self.param_groups) or (unfrozen and any(p.requires_grad for _, p in self._frozen)):
+            self._take_up_groups()
+
+    def _take_up_groups(self, problem: Exception | None = None) -> None:
+        """Collective.
+
+        Args:
             problem: what is wrong on this rank, if anything is.
         """
-        self._reducer.join.check_outside("taking in further parameters")
+        what = "taking up param_groups"
+        self._reducer.join.check_outside(what)
         # Told through the transport, which notices when another rank goes on to something else.
         device = self._params[0].param.device
-        self._transport.gather_scalar(torch.ones((), dtype=torch.float32, device=device), label="further parameters")
-        params: list[ManagedParam] = []
-        lines: list[str] = []
+        self._transport.gather_scalar(torch.ones((), dtype=torch.float32, device=device), label="edited param_groups")
+        edit = GroupEdit()
         if problem is None:
             try:
-                params = inspect_further(
-                    self._module, self._inner, self._sharding.params, self._params, first_group=first_group
-                )
-                self._sharding.count_copies(params)
-                check_param_dtypes(self._config, {managed.name: managed.param.dtype for managed in params})
-                check_fused(self._inner, params, self._config)
-                lines = describe_params(params) + describe_groups(self._inner)
-            except Exception as error:  # noqa: BLE001  as above
+                edit = inspect_edit(self._module, self._inner, self._sharding.params, self._params, self._members)
+                self._sharding.count_copies(edit.new)
+                check_param_dtypes(self._config, {managed.name: managed.param.dtype for managed in edit.new})
+                check_fused(self._inner, [*edit.places, *edit.new], self._config)
+            except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
                 problem = error
-        groups = [(self._sharding.group, lines), *((group, []) for group in self._sharding.mesh_groups)]
-        agree(groups, problem, "taking in further parameters")
+        groups = [(self._sharding.group, edit.lines), *((group, []) for group in self._sharding.mesh_groups)]
+        agree(groups, problem, what)
+        self._apply(edit)
+
+    def _apply(self, edit: GroupEdit) -> None:
+        """Collective."""
+        begun = [managed for managed in self._params if managed.position in self._begun]
+        if edit.gone:
+            self._take_out(edit.gone)
+        for managed, (group, position) in edit.places.items():
+            managed.group, managed.position = group, position
+        self._begun = {managed.position for managed in begun if managed in edit.places}
         self._frozen = self._find_frozen()
-        if params:
-            self._take_in(params)
+        if edit.new:
+            for index, managed in enumerate(edit.new, len(self._sharding.params)):
+                managed.index = index
+            self._take_in(edit.new)
+        self._members.note(self.param_groups)
         self._stepper.adopt(self._buckets, self._stores)
+        self._whole = None
+
+    def _take_out(self, params: Sequence[ManagedParam]) -> None:
+        """Train parameters no longer: they keep their values, their gradients and, as under torch, their state. Collective."""
+        gone = set(params)
+        self._reducer.finish()
+        grads = self._whole_grads(params)
+        is_local = self._reducer.has_local_gradients
+        cut = [segment for segment in self._segments() if segment.owner in gone]
+        shares = self._config.placement.shard_state and self._transport.world_size > 1
+        group = self._transport.group if shares else None
+        states = whole_states(self._state_dicts.with_masters(), cut, params, group)
+        self._sharding.take_out(gone)
+        for segment in cut:
+            self._inner.state.pop(segment.shard, None)
+        for managed in params:
+            if managed in states:
+                self._inner.state[managed.param] = states[managed]
+            managed.param.grad = grads[managed]
+        if is_local:
+            self._reducer.untrained.mark({managed.param for managed in params})
+        kept = {old: managed for old, managed in enumerate(self._params) if managed not in gone}
+        position_of = {old: new for new, old in enumerate(kept)}
+        self._versions = [self._versions[old] for old in kept]
+        self._params[:] = kept.values()
+        orders = [[position_of[old] for old in order if old in position_of] for order in self._generations]
+        self._generations = [order for order in orders if order]
+        self._plan_again()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
@@ -428,6 +496,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if not norm_type > 0:
             raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
+        self.take_up_groups()
         self._check_ready()
         self._take_part()
         if self._reducer.join.is_on:
@@ -454,6 +523,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
             self._reducer.join.check_outside("grad_norm")
+            self.take_up_groups()
             self._check_ready()
             self._take_part()
             return self._compute_norm(self._finish_reduces(), 2.0, self._stores).float()
@@ -470,8 +540,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: the parameter is not one that this optimizer trains.
             StateError: as `step`.
         """
-        managed = self._managed(param)
         self._reducer.join.check_outside("full_grad()")
+        self.take_up_groups()
+        managed = self._managed(param)
         self._check_ready()
         self._take_part()
         if not self._finish_reduces()[managed.index]:
@@ -492,8 +563,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: the parameter is not one that this optimizer trains.
         """
-        managed = self._managed(param)
         self._reducer.join.check_outside("full_parameter()")
+        self.take_up_groups()
+        managed = self._managed(param)
         bucket = next(bucket for bucket in self._buckets if managed in bucket.params)
         if bucket.master is None:
             return managed.param.detach().clone()
@@ -518,6 +590,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not 0 <= to < self._transport.group.size():
             raise ConfigError(f"expected a rank below {self._transport.group.size()}, got to={to}")
         self._reducer.join.check_outside("consolidate_state_dict()")
+        self.take_up_groups()
         self._whole = self._state_dicts.whole(to)
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -596,6 +669,25 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._config.placement.shard_state and self._transport.world_size > 1:
             dist.all_reduce(whole, group=self._transport.group)  # the pieces of other ranks are zero here
         return managed.layout_like(whole.to(dtype).as_strided(managed.shape, managed.stride))
+
+    def _whole_grads(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
+        """What `param.grad` would be under torch, in memory of its own, with what `no_sync()` has left on this rank. Collective."""
+        sharded = self._reducer.sharded
+        if sharded is None:
+            return {m: None if m.param.grad is None else m.param.grad.clone() for m in params}
+        shown = torch.tensor([sharded.is_shown(m) for m in params], dtype=torch.uint8, device=params[0].param.device)
+        if self._transport.world_size > 1:
+            dist.all_reduce(shown, op=dist.ReduceOp.MAX, group=self._transport.group)
+        grads: dict[ManagedParam, Tensor | None] = {}
+        for managed, is_shown in zip(params, shown.tolist(), strict=True):
+            here, local = sharded.is_shown(managed), sharded.local.get(managed.index)
+            grads[managed] = None if here else managed.param.grad
+            if is_shown:
+                whole = self._assemble(managed, sharded.piece(managed.index) if here else None, managed.param.dtype)
+                if local is not None:
+                    whole += managed.layout_like(local)
+                grads[managed] = whole if here else grads[managed]
+        return grads
 
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with

@@ -109,7 +109,7 @@ class ParamGathers:
         self.adopt([*self._buckets, *buckets])
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
-        """Take up buckets in which the same parameters lie."""
+        """Take up buckets in which the same parameters lie, or some of them."""
         assert not self._pending
         self._buckets = list(buckets)
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
@@ -118,6 +118,7 @@ class ParamGathers:
         self._markable = [all(type(param) is nn.Parameter for param in params) for params in self._params]
         bucket_of = {managed.param: bucket.index for bucket in buckets for managed in bucket.params}
         for hook in self._hooks:
+            hook.params = [param for param in hook.params if param in bucket_of]
             hook.buckets = sorted({bucket_of[param] for param in hook.params})
 
     def start(self, bucket: Bucket) -> None:

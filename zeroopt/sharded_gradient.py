@@ -32,7 +32,7 @@ class ShardedGradient(Tensor):
 
     param_name: str
     param_index: int
-    _owner: weakref.ref[ShardedGradients]
+    _owner: Callable[[], ShardedGradients | None]
     _sum_dtype: torch.dtype
 
     @staticmethod
@@ -94,10 +94,14 @@ class ShardedGradient(Tensor):
         owner = self._owner()
         if owner is None:
             raise StateError(
-                f"the gradient of {self.param_name!r} is gone: nothing refers to the wrapped model any more; set param.grad "
-                "to None before you train the model without it"
+                f"the gradient of {self.param_name!r} is gone: nothing refers to the wrapped model any more, or the parameter is in "
+                "none of its optimizer's groups; set param.grad to None before you train without it"
             )
         return owner
+
+    def forget_owner(self) -> None:
+        """The parameter has left its bucket."""
+        self._owner = _nobody
 
     @property
     def is_stray(self) -> bool:
@@ -112,6 +116,10 @@ class ShardedGradient(Tensor):
     def take_local(self) -> Tensor:
         """What autograd has added, which is no longer kept."""
         return self.owner.local.pop(self.param_index)
+
+
+def _nobody() -> None:
+    return None
 
 
 def refuse(what: str) -> NoReturn:

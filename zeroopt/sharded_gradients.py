@@ -65,6 +65,23 @@ class ShardedGradients:
             self._shown.append(False)
         self.changed()
 
+    def keep(self, order: Sequence[int]) -> None:
+        """Keep the objects of some parameters, which get new indices.
+
+        Args:
+            order: their old indices, in the order of the new ones.
+        """
+        index_of = {old: new for new, old in enumerate(order)}
+        for old, gone in enumerate(self._objects):
+            if old not in index_of:
+                gone.forget_owner()
+        self._objects = [self._objects[old] for old in order]
+        for new, kept in enumerate(self._objects):
+            kept.param_index = new
+        self._shown = [self._shown[old] for old in order]
+        self.local = {index_of[old]: grad for old, grad in self.local.items() if old in index_of}
+        self.checked = {index_of[old] for old in self.checked if old in index_of}
+
     def show(self, managed: ManagedParam) -> None:
         """Make the object the parameter's gradient."""
         managed.param.grad = self._objects[managed.index]

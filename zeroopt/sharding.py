@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,24 @@ class Sharding:
         if len(buckets) < len(self.buckets):
             self.reducer.start_in_order(self._reverse_order())
         return buckets
+
+    def take_out(self, gone: Collection[ManagedParam]) -> None:
+        """Let parameters have memory of their own again. No optimizer trains them any more. Collective.
+
+        The others get new indices. Gradients of those that leave are dropped.
+        """
+        self.gathers.finish_all()
+        self.reducer.clear(gone)
+        for bucket in self.buckets:
+            bucket.release(gone)
+        order = [managed.index for managed in self.params if managed not in gone]
+        self.params[:] = [self.params[old] for old in order]
+        for index, managed in enumerate(self.params):
+            managed.index = index
+        self.reducer.keep(order)
+        self.gathers.adopt(self.buckets)
+        self.reducer.untrained.fit({managed.param for managed in self.params})
+        self.norm = None
 
     def _average_gradients(self, params: Sequence[ManagedParam]) -> None:
         if self.transport.world_size == 1:

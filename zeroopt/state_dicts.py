@@ -189,6 +189,9 @@ class StateDicts:
             if managed.numel:
                 state.pop(managed.param, None)
         state.update(own)
+        for bucket in self.buckets:  # of parameters that were trained before
+            bucket.take_back(state)
+            bucket.take_up_writes()
 
     def idle_state(self) -> dict[int, ParamState]:
         """State of the parameters that no rank steps, by position: the same on all ranks, as it was made or loaded."""

@@ -82,9 +82,10 @@ class ShardStepper:
             self._fused = [FusedBucket(*parts, rule, self._optimizer) for parts in self._fused_parts]
         groups = torch.tensor([rule.hyper_row(g) for g in self._optimizer.param_groups], dtype=torch.float64)
         control = ops.StepControl(seed=self.seed)
+        flags = active.tolist()
         for fused in reversed(self._fused):
             with named_range("step", fused.bucket.name):
-                fused.step_params(active, groups, control)
+                fused.step_params(flags, groups, control)
             yield fused.bucket
 
     def apply(self, method: Callable[[torch.optim.Optimizer], object]) -> None:
@@ -152,16 +153,16 @@ class FusedBucket(FusedSegments):
         self.bucket = bucket
         self._store = store
         self._flat: dict[str, StateArray] = {}
-        self._owners = torch.tensor([s.owner.index for s in bucket.segments], dtype=torch.int64)
         leaves = [s.shard for s in bucket.segments]
         group_of = [s.owner.group for s in bucket.segments]
         super().__init__(optimizer, rule, storage, leaves, group_of, bucket.device)
 
-    def step_params(self, active: Tensor, groups: Tensor, control: ops.StepControl) -> None:
-        """One step; `active` is uint8 [number of parameters of the model]."""
+    def step_params(self, flags: Sequence[int], groups: Tensor, control: ops.StepControl) -> None:
+        """One step; flags are 1 for the active ones of all parameters of the model."""
         if self._store.factor is not None:
             control = replace(control, clip_coef=self._store.factor.float())
-        self.step(active.index_select(0, self._owners), groups, control)
+        active = torch.tensor([flags[segment.owner.index] for segment in self.bucket.segments], dtype=torch.uint8)
+        self.step(active, groups, control)
 
     def _arrays(self, i: int) -> ops.SegmentArrays:
         segment, master = self.bucket.segments[i], self.bucket.master

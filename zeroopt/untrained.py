@@ -55,8 +55,7 @@ class UntrainedGradients:
 
         Where a rank is alone, nothing is averaged.
         """
-        for handle in self._handles:
-            handle.remove()
+        self.remove_hooks()
         came = {managed.param for managed, flag in zip(self._params, self._came, strict=True) if flag}
         self._params, self._frozen = [], []
         for name, param in self._module.named_parameters() if self._transport.world_size > 1 else ():
@@ -69,6 +68,11 @@ class UntrainedGradients:
         self._came = bytearray(managed.param in came for managed in self._params)
         self._handles = [self._hook(managed) for managed in self._params]
 
+    def remove_hooks(self) -> None:
+        """Average nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+
     def _hook(self, managed: ManagedParam) -> torch.utils.hooks.RemovableHandle:
         hook = partial(_on_gradient, weakref.ref(self), managed.index)
         handle: torch.utils.hooks.RemovableHandle = managed.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -77,6 +81,11 @@ class UntrainedGradients:
     def some_unfrozen(self) -> bool:
         """Whether parameters require gradients that did not when `fit` was called."""
         return any(param.requires_grad for param in self._frozen)
+
+    def mark(self, params: Collection[Tensor]) -> None:
+        """Gradients of these that there are, are of this rank alone."""
+        for managed in self._params:
+            self._came[managed.index] |= managed.param in params
 
     def note(self, index: int) -> None:
         """A gradient has come."""

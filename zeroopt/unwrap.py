@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import agree
+from .claims import release
 from .errors import ConfigError, NotSupportedError, StateError
 from .inspect import forget_wrapped
 from .module import ZeroDataParallel
@@ -50,6 +51,8 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
         raise ConfigError(f"expected the model that zeroopt.wrap returned, got {type(model).__name__}")
     sharding, module = model.sharding, model.module
     sharding.reducer.join.check_outside("zeroopt.unwrap")
+    for one in model.optimizers:
+        one.take_up_groups()
     single = isinstance(optimizer, ZeroOptimizer)
     given = [optimizer] if isinstance(optimizer, ZeroOptimizer) else list(optimizer or ())
     problem: Exception | None = None
@@ -74,8 +77,11 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
     for one, state in zip(given, states, strict=True):
         _load(by_wrapped[id(one)], state)
     for one in given:
-        _replace(one, _UnwrappedOptimizer, keep=("param_groups", "defaults", "step"))
-    forget_wrapped(model, module, *plain)
+        groups = one.param_groups
+        _replace(one, _UnwrappedOptimizer, keep=("defaults", "step"))
+        vars(one)["param_groups"] = groups
+    forget_wrapped(model, *plain)
+    release(sharding)
     _replace(model, _UnwrappedModel)
     if optimizer is None:
         return module

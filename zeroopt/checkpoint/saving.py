@@ -222,10 +222,13 @@ def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> d
     Raises:
         StateError: there is no process group, though several processes were started, or within `join()`.
         CheckpointError: what a save in the background raised.
+        ConfigError, RankMismatchError: param_groups were edited, and cannot be trained as they are.
     """
     group = default_group() if process_group is None else process_group
     if isinstance(model, ZeroDataParallel):  # else refused when all ranks can hear of it
         model.sharding.reducer.join.check_outside("saving or loading a checkpoint")
+        for one in model.optimizers:
+            one.take_up_groups()
     pending = _pending.pop(group, None)
     if pending is not None:
         pending.result()
