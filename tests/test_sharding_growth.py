@@ -586,7 +586,7 @@ def test_refusals(run_on_ranks: RunOnRanks, case: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("foreign on one rank", ["taking in further parameters failed on rank 1: parameter 5 of the optimizer"]),
+        ("foreign on one rank", ["taking up param_groups failed on rank 1: parameter 5 of the optimizer"]),
         ("other parameters", ["rank 0 has [parameter 'layers.2.bias'", "rank 1 has [parameter 'layers.2.weight'"]),
         ("other options", ["lr=0.2", "lr=0.1"]),
         ("fewer", ["rank 0 has [parameter 'layers.2.bias'", "rank 1 has [optimizer AdamW]"]),
