@@ -98,7 +98,7 @@ def test_others_are_refused(run_on_ranks: RunOnRanks) -> None:
     for messages in run_on_ranks(2, try_setters):
         assert "of a sharded gradient" in messages["set_"]
         assert "swap_tensors" in messages["swap_tensors"] or "gradient edge" in messages["swap_tensors"]
-        assert messages["all_reduce"].startswith("c10d.allreduce_")
+        assert messages["all_reduce"].startswith("c10d")
         assert messages["all_reduce of data"] == messages["all_reduce"]
         expected = "expected a tensor of shape [12, 12] for the gradient of '0.weight', got "
         assert messages["data of another shape"] == expected + "shape [3, 3]"
