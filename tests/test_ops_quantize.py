@@ -296,6 +296,33 @@ class TestEncodeAgain:
         assert ops.encode_again(torch.empty(0), torch.empty(0), dtype).numel() == 0
 
 
+@both
+def test_requantize_keeps_the_codes_of_blocks_that_are_as_they_were_decoded(signed: bool) -> None:
+    """Of the others, their scales say nothing any more."""
+    codes = (
+        torch.arange(5 * 256 + 7).remainder(100).to(torch.int8 if signed else torch.uint8)
+    )  # the largest is never used
+    stored = torch.tensor([1.0, 2.0, 0.0, 3.0, math.nan, 0.5])
+    before = dequantize(codes, stored)
+    values = before.clone()
+    values[260] *= 1.5
+    values[1024 + 3] = math.nan
+    values[3 * 256] = 100.0  # far above its scale
+    again, scales = torch.empty_like(codes), torch.empty_like(stored)
+    ops.requantize(values, stored.bfloat16(), again, scales)
+    fresh, fresh_scales = quantize(values, signed=signed)
+    for block in range(6):
+        changed = block in (1, 3)
+        where = slice(block * 256, (block + 1) * 256)
+        expected = (fresh if changed else codes)[where]
+        if block not in (2, 4):  # a scale of zero, or none, has one code for all
+            assert torch.equal(again[where], expected), block
+        assert torch.equal(scales[block], (fresh_scales if changed else stored)[block]) or block == 4
+    decoded = dequantize(again, scales)
+    assert decoded[1024:1280].isnan().all() and torch.equal(decoded[:256], before[:256])
+    torch.testing.assert_close(decoded[256:1024], values[256:1024], rtol=0.02, atol=0.5)
+
+
 def test_codes_of_real_steps_come_again() -> None:
     """In which second moments are rounded stochastically."""
     torch.manual_seed(0)

@@ -209,7 +209,7 @@ def one_at_a_time() -> None:
 
 
 def collective_free() -> None:
-    """One rank alone, before and after the first step; and what it saves is about as large as its share."""
+    """One rank alone saves, before and after the first step; and what it saves is about as large as its share."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.05)
@@ -218,8 +218,8 @@ def collective_free() -> None:
             if dist.get_rank() == rank:
                 own = optimizer.state_dict()
                 assert type(own) is type(own["state"]) is type(own["zeroopt"]) is dict
-                optimizer.load_state_dict(through_file(own))
             dist.barrier()
+        optimizer.load_state_dict(through_file(own))
         model(torch.ones(2, 64)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -425,7 +425,7 @@ EXPECTED = {
     "another's": ("lacks elements", "holds nothing of parameter"),
     "other layout": ("they are not those of all ranks of one run; give load_state_dict what",),
     "own of another layout": ("lacks elements", "holds nothing of parameter"),
-    "format": ("expected a state dict of format 5, got 4",),
+    "format": ("expected a state dict of format 5 or 6, got 4",),
     "shapes": ("the state dict has shape [5] for parameter",),
     "shape": ("the state dict has 'exp_avg' of shape [3, 2] for parameter",),
     "late": ("the state dict has 'exp_avg' of shape [77] for parameter",),
@@ -463,6 +463,141 @@ def fails_alone() -> str:
     assert_alike(before, (exact_params(run), whole_state(run.optimizer)))
     run.train(1)
     return str(caught.value)
+
+
+def rank_0_saves(tier: str) -> list[str]:
+    """As Lightning, transformers and Accelerate do it: rank 0 writes `optimizer.state_dict()`, and all ranks load that file."""
+    options = {"stage": 2, "bucket_mb": 0.002, **TIERS[tier]}
+    run = Run("adamw", options)
+    run.train(3)
+    messages = []
+
+    def file_of_rank_0() -> Any:
+        held = [through_file(run.optimizer.state_dict()) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+    other = Run("adamw", options)
+    other.train(1)
+    before = exact_params(other), all_shards(other.optimizer)
+    with pytest.raises(zeroopt.ZeroOptError) as caught:
+        other.optimizer.load_state_dict(file_of_rank_0())
+    messages.append(str(caught.value))
+    assert_alike(before, (exact_params(other), all_shards(other.optimizer)))
+
+    run.optimizer.consolidate_state_dict()
+    run.optimizer.param_groups[0]["lr"] = 0.03  # by a scheduler that is stepped after the optimizer
+    saved = file_of_rank_0()
+    assert saved["param_groups"][0]["lr"] == 0.03
+    model = through_file(run.model.state_dict())
+    for fresh in (True, False):
+        resumed = Run("adamw", options) if fresh else other
+        resumed.model.load_state_dict(model)
+        resumed.optimizer.load_state_dict(saved)
+        assert_alike(whole_state(run.optimizer)["state"], whole_state(resumed.optimizer)["state"])
+        resumed.step = 3
+        resumed.train(2)
+        results = resumed.params()
+        if fresh:
+            first = results
+        else:
+            assert_alike(first, results)
+    own = through_file(run.optimizer.state_dict())  # whole on rank 0, shards elsewhere
+    again = Run("adamw", options)
+    again.model.load_state_dict(model)
+    again.optimizer.load_state_dict(own)
+    again.step = run.step = 3
+    run.train(2)
+    again.train(2)
+    assert_alike(run.params(), again.params())
+    assert_alike(run.params(), first)
+    assert "rank" in run.optimizer.state_dict()["zeroopt"], "the step has made it a shard again"
+    return messages
+
+
+def test_where_rank_0_saves_for_all(run_on_ranks: RunOnRanks) -> None:
+    for tier in ("float32", "int8 with remainder"):
+        for (message,) in run_on_ranks(2, rank_0_saves, tier):
+            assert "lacks elements" in message or "holds nothing of parameter" in message
+            assert (
+                "call optimizer.consolidate_state_dict() on every rank before that rank calls state_dict()" in message
+            )
+
+
+def different_things() -> None:
+    """What each rank could load by itself, and all of them together cannot."""
+    run = Run("adamw", {"stage": 2, "bucket_mb": 0.002})
+    run.train(2)
+    own = through_file(run.optimizer.state_dict())
+    before = all_shards(run.optimizer)
+    if dist.get_rank() == 1:
+        own["param_groups"][1]["lr"] = 7.0
+    with pytest.raises(
+        zeroopt.RankMismatchError, match=r"load_state_dict got different things .*param_group 1 with .*lr=7\.0"
+    ):
+        run.optimizer.load_state_dict(own)
+    with pytest.raises(zeroopt.ZeroOptError, match="expected state dicts of an optimizer"):
+        run.optimizer.load_state_dict(own if dist.get_rank() == 0 else {})
+    assert_alike(before, all_shards(run.optimizer))
+    run.train(1)
+
+
+def test_all_ranks_load_or_none(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, different_things)
+
+
+def masters_without_layout(tier: str) -> None:
+    """From where nothing says how parameters were kept: into float32 ones, which are exact on all ranks then."""
+    saved = Run("adamw", {"stage": 2, **TIERS[tier]}, unused=False)
+    saved.train(3)
+    own = copy.deepcopy(saved.optimizer.state_dict())
+    other = Run("adamw", {"stage": 2}, unused=False)
+    other.train(3)  # buckets are planned anew, as those
+    other.model.load_state_dict(saved.model.state_dict())
+    other.optimizer.load_state_dict({"state": own["state"], "param_groups": own["param_groups"]})
+    assert_alike(exact_params(saved), exact_params(other))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, other.params())
+    assert_alike(gathered[0], gathered[1])
+
+
+def test_masters_reach_all_ranks(run_on_ranks: RunOnRanks) -> None:
+    for tier in ("master", "remainder"):
+        run_on_ranks(2, masters_without_layout, tier)
+
+
+def codes_of_format_5() -> None:
+    """Earlier versions had 8-bit codes where now are the moments that they stand for."""
+    options = {"stage": 2, "bucket_mb": 0.002, **TIERS["int8"]}
+    run = Run("adamw", options)
+    run.train(2)
+    own = run.optimizer.state_dict()
+    live = dict(run.optimizer.state)
+    params = [param for group in run.optimizer.param_groups for param in group["params"]]
+    for position, entry in own["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in entry:
+                codes = live[params[position]][name]
+                assert codes.dtype in (torch.int8, torch.uint8) and entry[name].dtype is torch.float32
+                whole = tuple(entry[name].shape) if type(entry[name]) is Tensor else codes.shape
+                entry[name] = (
+                    codes.clone().as_strided(whole, entry[name].stride()) if whole != codes.shape else codes.clone()
+                )
+    own["zeroopt"]["format"] = 5
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for tier in ("int8", "float32"):
+        results = []
+        for given in (everyone, all_shards(run.optimizer)):
+            other = Run("adamw", {**options, "state_dtype": TIERS[tier].get("state_dtype", torch.float32)})
+            other.model.load_state_dict(run.model.state_dict())
+            other.optimizer.load_state_dict(given)
+            results.append(whole_state(other.optimizer))
+        assert_alike(*results)
+
+
+def test_the_format_before(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, codes_of_format_5)
 
 
 def test_no_rank_waits_for_one_that_fails_alone(run_on_ranks: RunOnRanks) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -100,8 +100,13 @@ def describe_params(params: Sequence[ManagedParam]) -> list[str]:
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
     """What ranks have to have in common of an optimizer."""
-    lines = [f"optimizer {type(optimizer).__name__}"]
-    for number, group in enumerate(optimizer.param_groups):
+    return [f"optimizer {type(optimizer).__name__}", *describe_options(optimizer.param_groups)]
+
+
+def describe_options(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What ranks have to have in common of param_groups."""
+    lines = []
+    for number, group in enumerate(groups):
         options = ", ".join(
             f"{key}={_plain(group[key])}" for key in sorted(group) if key not in ("params", "param_names")
         )

@@ -20,7 +20,7 @@ from .bucket import MASTER_NAMES, ManagedParam, ParamState, Segment
 from .collectives import named_failures
 from .local_tensor import local_of
 from .shard_state import block_of, is_array, map_leaves, map_tensors
-from .state_tiers import decoded
+from .state_tiers import readable
 
 _WHAT = "consolidating optimizer state"  # for messages
 
@@ -169,10 +169,9 @@ class _Entry:
         """Describe a segment's state, its moments as float32 whatever they are stored in."""
         arrays: list[_Array] = []
         pieces: list[Tensor] = []
-        scales = {name: value for name, value in entry.items() if name in ops.SCALES}
         skeleton = {
             name: map_tensors(value, partial(_take_out, name, segment, arrays, pieces))
-            for name, value in {**decoded(entry), **scales}.items()
+            for name, value in readable(entry).items()
         }
         return _Entry(_Described(skeleton, arrays), pieces)
 

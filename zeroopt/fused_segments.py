@@ -174,17 +174,21 @@ class FusedSegments(ABC):
         that they were decoded from."""
         array, scales = self._ensure(i, name)
         is_decoded = values.is_floating_point()
-        if scales is not None and stored_scales is not None:
+        if scales is not None and stored_scales is not None and not is_decoded:
             scales.copy_(stored_scales)
-            array.copy_(ops.encode_again(values, stored_scales, array.dtype) if is_decoded else values)
+            array.copy_(values)
             return
         if stored_scales is not None and not is_decoded:
             codes, values = values.contiguous(), torch.empty(values.numel(), dtype=torch.float32, device=values.device)
             ops.dequantize(codes, stored_scales.to(codes.device), values)
         if scales is None:
             array.copy_(values)
+            return
+        values = values.to(self._device, torch.float32).contiguous()
+        if stored_scales is not None and is_decoded:
+            ops.requantize(values, stored_scales, array, scales)
         else:
-            ops.quantize(values.to(self._device, torch.float32).contiguous(), array, scales)
+            ops.quantize(values, array, scales)
 
     def _ensure(self, i: int, name: str) -> StateArray:
         made = self._state(i, name)

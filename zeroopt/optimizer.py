@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,20 +17,21 @@ from torch import Tensor
 from . import _C
 from .agreement import agree
 from .averaging import ParameterAverage
-from .bucket import Bucket, ManagedParam, ParamState, Segment, make_buckets, make_plan
+from .bucket import Bucket, ManagedParam, Segment, make_buckets, make_plan
 from .config import Config, check_param_dtypes
-from .dcp_options import refuse_full_state
+from .dcp_options import ranks_that_want_all, takes_state_alone, wants_parts, with_flattened_names
 from .errors import ConfigError, NotSupportedError, StateError
 from .footprint import log_wrapped
+from .given_state import GivenState
 from .grad_clip import clip_by, norm_of_shards, norm_of_whole
 from .gradient_store import GradientStore
 from .group_edits import GroupEdit, GroupMembers, inspect_edit
 from .inner_attributes import reach, takes
 from .join import Phase, pack_options, take_options
+from .live_state import LiveState
 from .loss_scaling import scaler_in
 from .profiling import named_range
 from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
-from .saved_state import positions_of
 from .scaled_steps import ScaledSteps
 from .shard_layout import ShardLayout
 from .sharding import Sharding
@@ -97,8 +97,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             seed = average.vary_seed(seed)
         self._stepper = ShardStepper(optimizer, seed, config)
         self._state_dicts = StateDicts(sharding, optimizer, self._params, self._buckets, self._stepper, config, average)
-        self._begun: set[int] = set()  # positions of the parameters of which some rank may have state
-        self._whole: dict[str, Any] | None = None
+        self._state = LiveState(self._state_dicts)
         self._take_in(params)
         self._members.note(self.param_groups)
         self._stepper.adopt(self._buckets, self._stores)
@@ -120,7 +119,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._generations.append(list(reversed(range(first, len(self._params)))))
         self._frozen = self._find_frozen()
         self._versions += [managed.param._version for managed in params]
-        self._begun.update(managed.position for managed in params if managed.param in self._inner.state)
+        self._state_dicts.begun.update(m.position for m in params if m.param in self._inner.state)
         self._state_dicts.take_in_state()
         self._plan_again()
 
@@ -208,12 +207,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
         overflow = self._finish_unscaling()
-        self._whole = None
+        self._state_dicts.consolidated = None
         if overflow:
             active.zero_()
-        if len(self._begun) < len(self._params):
+        begun = self._state_dicts.begun
+        if len(begun) < len(self._params):
             flags = active.tolist()
-            self._begun.update(managed.position for managed in self._params if flags[managed.index])
+            begun.update(managed.position for managed in self._params if flags[managed.index])
         if not overflow and self._config.max_grad_norm is not None:
             self._clip_by_model(active, self._config.max_grad_norm)
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
@@ -254,28 +254,37 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._reducer.join.note(Phase.ZERO_GRAD, self.number, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard of the state. Not collective, unless `param_groups` have just been edited, and works before the first
-        step.
+        """This rank's shard of the state; after `consolidate_state_dict`, until the next step or load, all of it on the rank to
+        which it went. Not collective, unless `param_groups` have just been edited, and works before the first step.
+
+        Collective too where `get_optimizer_state_dict` of torch calls it with `full_state_dict=True`.
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), and under "zeroopt" the layout that says
             which elements this rank has. Where it has all of a parameter, tensors are plain ones of the parameter's shape; where
             it has some, `ShardTensor`s, which `torch.save` writes as plain 1-D tensors of these elements; where it has none,
             the entry is empty. With `param_dtype`, "master_param" (float32) or "remainder" (int16) completes the parameters
-            of the model's own state dict; 8-bit state comes with its scales, "exp_avg_scale" and the like.
+            of the model's own state dict. 8-bit state is decoded to float32, a copy, with its scales beside it
+            ("exp_avg_scale" and the like), from which the same codes are found again. All other tensors are live.
 
             Save one on every rank, with `torch.save`, or with torch.distributed.checkpoint, which understands it as it is.
 
         Raises:
-            NotSupportedError: it is called by `get_optimizer_state_dict` or `set_optimizer_state_dict` of torch with
-                `full_state_dict=True`.
+            NotSupportedError: it is called by `set_optimizer_state_dict` of torch with `full_state_dict=True`.
         """
-        if self._config.placement.shard_state and self._transport.world_size > 1:
-            refuse_full_state(sys._getframe(1))
+        caller, size = sys._getframe(1), self._transport.world_size
+        wanted = ranks_that_want_all(caller, size) if self._config.placement.shard_state and size > 1 else ()
         self.take_up_groups()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        result = self._state_dicts.shard(self._generations, self._begun)
+        if wanted:
+            self._reducer.join.check_outside("get_optimizer_state_dict(full_state_dict=True)")
+            self._gather_number(0, label="get_optimizer_state_dict")
+            result = self._state_dicts.whole_for(wanted)
+        elif wants_parts(caller):
+            result = self._state_dicts.shard(self._generations, all_in_state=takes_state_alone(caller))
+        else:
+            result = self._state_dicts.current(self._generations)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
@@ -298,62 +307,53 @@ class ZeroOptimizer(torch.optim.Optimizer):
         16-bit parameters ("master_param", "remainder") goes into parameters or masters here, to which the model's state dict
         of the same moment belongs.
 
-        Not collective when all of that is as it was. Collective, with every rank of the process group: for a shard that was saved
-        after buckets were planned anew (after the first step), when this optimizer's have not been, or the other way round, and
-        when the state was saved with other `param_dtype` or `master_weights`.
+        Collective: every rank of the process group, and of the mesh of DTensors, must call it. All ranks load, or none.
 
         Raises:
             StateError: the state belongs to other parameters, some of it is missing, or its groups are of other sizes; or
                 within `join()`. Nothing has been changed.
+            RankMismatchError: so it is on another rank, or ranks were given different options. Nothing has been changed.
         """
         self._reducer.join.check_outside("load_state_dict()")
         self.take_up_groups()
-        given = iter([state_dict] if isinstance(state_dict, Mapping) else state_dict)
-        shards: Iterator[Mapping[str, Any]] = map(self._prepare_load, given)
-        first = next(shards, None)
-        if first is None:
-            raise StateError("expected a state dict, or those of all ranks of a run; got none")
-        of_all_ranks = not isinstance(state_dict, Mapping)
-        layout, begun = ShardLayout.of(first), positions_of(first)
-        shards = chain(iter([first]), shards)
-        del first  # each goes before the next one comes
-        if layout is not None and not of_all_ranks:
-            self._follow_order(layout)
-        if self._state_dicts.crosses_tiers(layout):
-            self._load_and_gather(shards, of_all_ranks=of_all_ranks)
-        else:
-            self.adopt(self._state_dicts.read(shards, of_all_ranks=of_all_ranks))
-        self._begun = begun
+        given = GivenState(with_flattened_names(sys._getframe(1), state_dict), self._prepare_load)
+        self._follow_order(given.layout)
+        loaded = self._read_together(given)
+        rewrites = self._gather_number(self._state_dicts.completes_params(loaded)).any()
+        with self.rewriting_parameters() if rewrites else nullcontext():
+            self.adopt(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _prepare_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-            got = f"{list(state_dict)[:5]}" if isinstance(state_dict, Mapping) else type(state_dict).__name__
-            raise StateError(f"expected state dicts of an optimizer, with 'state' and 'param_groups'; got {got}")
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, dict(state_dict))
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    def _load_and_gather(self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool) -> None:
-        """Load state that comes with more exact parameters than the model has, each rank its own. Collective."""
+    def _read_together(self, given: GivenState) -> LoadedState:
+        """What is to become of this rank's state, once every rank has read its own. Collective."""
         loaded: LoadedState | None = None
         problem: Exception | None = None
+        lines: list[str] = []
         try:
-            loaded = self._state_dicts.read(shards, of_all_ranks=of_all_ranks)
+            loaded = self._state_dicts.read(given.shards(), of_all_ranks=given.of_all_ranks)
+            lines = self._state_dicts.describe_loaded(loaded)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
-        agree([(self._sharding.group, [])], problem, "load_state_dict")
+        groups = [(self._sharding.group, lines), *((group, []) for group in self._sharding.mesh_groups)]
+        agree(groups, problem, "load_state_dict")
         assert loaded is not None
-        with self.rewriting_parameters():
-            self.adopt(loaded)
+        return loaded
+
+    def _gather_number(self, number: float, label: str = "load_state_dict") -> Tensor:
+        """A number of each rank, float64 [world_size]. Collective; the transport notices when another rank does something else."""
+        value = torch.tensor(number, dtype=torch.float64, device=self._params[0].param.device)
+        return self._transport.gather_scalar(value, label=label)
 
     def adopt(self, loaded: LoadedState) -> None:
         """Let state that was read be this optimizer's. Not collective."""
         self._state_dicts.adopt(loaded)
-        self._begun = {managed.position for managed in self._params}
-        self._whole = None
 
     @contextmanager
     def rewriting_parameters(self) -> Iterator[None]:
@@ -432,12 +432,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _apply(self, edit: GroupEdit) -> None:
         """Collective."""
-        begun = [managed for managed in self._params if managed.position in self._begun]
+        begun = [managed for managed in self._params if managed.position in self._state_dicts.begun]
         if edit.gone:
             self._take_out(edit.gone)
         for managed, (group, position) in edit.places.items():
             managed.group, managed.position = group, position
-        self._begun = {managed.position for managed in begun if managed in edit.places}
+        self._state_dicts.begun = {managed.position for managed in begun if managed in edit.places}
         self._frozen = self._find_frozen()
         if edit.new:
             for index, managed in enumerate(edit.new, len(self._sharding.params)):
@@ -445,7 +445,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._take_in(edit.new)
         self._members.note(self.param_groups)
         self._stepper.adopt(self._buckets, self._stores)
-        self._whole = None
+        self._state_dicts.consolidated = None
 
     def _take_out(self, params: Sequence[ManagedParam]) -> None:
         """Train parameters no longer: they keep their values, their gradients and, as under torch, their state. Collective."""
@@ -591,7 +591,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"expected a rank below {self._transport.group.size()}, got to={to}")
         self._reducer.join.check_outside("consolidate_state_dict()")
         self.take_up_groups()
-        self._whole = self._state_dicts.whole(to)
+        self._state_dicts.consolidated = self._state_dicts.whole(to)
 
     def full_state_dict(self) -> dict[str, Any]:
         """The whole state as `consolidate_state_dict()` has gathered it, on the rank that it went to. Not collective.
@@ -606,29 +606,39 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: the state has not been gathered since the last step or load, or went to another rank.
         """
-        if self._whole is None:
+        consolidated = self._state_dicts.consolidated
+        if consolidated is None:
             raise StateError(
                 f"rank {self._transport.rank} has no whole state: call consolidate_state_dict(to={self._transport.rank}) on all "
                 "ranks after the last step, and full_state_dict() on that rank alone"
             )
-        return self._whole
+        return consolidated
 
     @property  # type: ignore[override]
-    def state(self) -> Mapping[Tensor, ParamState]:
+    def state(self) -> LiveState:
         """State by model parameter: 1-D tensors over the part of the parameter that this rank owns, or all of it where the
-        rank owns it whole; an empty entry for a parameter of which only others own something. Empty before the first step. The
-        tensors are live, the mapping is read-only."""
-        inner = self._inner.state
-        state: dict[Tensor, ParamState] = defaultdict(dict)
-        state.update((managed.param, {}) for managed in self._params if managed.position in self._begun)
-        state.update((s.owner.param, inner[s.shard]) for s in self._segments() if s.shard in inner)
-        state.update((param, inner[param]) for param in self._state_dicts.idle_params().values() if param in inner)
-        return MappingProxyType(state)
+        rank owns it whole; an empty entry for a parameter of which only others own something. Empty before the first step.
+
+        The tensors are live: 8-bit moments as codes beside their scales, and what completes 16-bit parameters. What is assigned
+        to one is copied into it. `state.clear()`, `del state[param]`, and `optimizer.state = {}` reset it, on all ranks alike:
+        the next step begins anew, as with torch's optimizers.
+
+        Raises:
+            StateError: something is assigned that does not have the names, shapes and dtypes that there are.
+        """
+        return self._state
 
     @state.setter
     def state(self, value: Any) -> None:
-        # torch's constructor sets an empty state; the wrapped optimizer keeps the real one.
-        assert not self._ready, "the state of a ZeroOptimizer is replaced through load_state_dict"
+        if not self._ready or value is self._state:  # torch's constructor sets an empty one
+            return
+        if value:
+            raise StateError(
+                "optimizer.state of a ZeroOptimizer cannot be replaced by another one, only reset, with an empty one: keep "
+                "what state_dict() gives on each rank, and give that to load_state_dict()"
+            )
+        self._state.clear()
+        self._state = LiveState(self._state_dicts)
 
     def __getattr__(self, name: str) -> Any:
         inner = vars(self).get("_inner")
@@ -922,22 +932,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     "forward of the model that zeroopt.wrap returned, with gradients enabled"
                 )
 
-    def _follow_order(self, layout: ShardLayout) -> None:
-        """Plan the buckets as they were when this rank's shard was saved. Collective when they were planned otherwise, whether
-        that can be done or not."""
-        order = [list(generation) for generation in layout.order]
-        if not order or order == self._generations:
-            return
+    def _follow_order(self, layout: ShardLayout | None) -> None:
+        """Plan the buckets as they were when shards were saved, where every rank has its own, which does not fit otherwise.
+        Collective.
+
+        Args:
+            layout: of what this rank is about to load; None where that is no shard.
+        """
+        order = [] if layout is None else [list(generation) for generation in layout.order]
         plan: _C.Plan | None = None
         ordered: list[ManagedParam] = []
         if len(order) == 1 and sorted(order[0]) == list(range(len(self._params))) and self._is_alone():
             ordered = in_order(self._params, order[0])
             plan = self._make_plan(ordered)
-        fits_now = self._state_dicts.matches(layout)
-        would_fit = plan is not None and self._state_dicts.would_match(layout, plan, ordered)
-        votes = torch.tensor(2.0 * fits_now + would_fit, dtype=torch.float32, device=self._params[0].param.device)
-        everyone = [int(vote) for vote in self._transport.gather_scalar(votes, label="load_state_dict").tolist()]
-        if not all(vote & 2 for vote in everyone) and all(vote & 1 for vote in everyone):
+        fits_now = layout is None or self._state_dicts.matches(layout)
+        would_fit = layout is not None and plan is not None and self._state_dicts.would_match(layout, plan, ordered)
+        # Of 53 bits, which float64 keeps, those above two say which order it is.
+        vote = zlib.crc32(repr(order).encode()) * 4 + 2 * fits_now + would_fit
+        everyone = [int(vote) for vote in self._gather_number(vote).tolist()]
+        alike = all(one >> 2 == vote >> 2 for one in everyone)
+        if alike and all(one & 1 for one in everyone) and not all(one & 2 for one in everyone):
             self._may_replan = False
             self._replan(order[0])
 
@@ -966,7 +980,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._gathers.finish_all()
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
             self.take_up_writes()
-        self._whole = None
+        self._state_dicts.consolidated = None
         with self.rewriting_parameters():
             self._stepper.apply(getattr(type(self._inner), mode))
 

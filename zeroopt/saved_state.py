@@ -26,7 +26,8 @@ from .state_tiers import decoded
 
 _ADVICE = (
     "give load_state_dict what state_dict() gave on every rank of that run, as in "
-    "optimizer.load_state_dict([torch.load(f'optimizer-{rank}.pt', mmap=True) for rank in range(world_size)])"
+    "optimizer.load_state_dict([torch.load(f'optimizer-{rank}.pt', mmap=True) for rank in range(world_size)]). Where one rank saves "
+    "for all, call optimizer.consolidate_state_dict() on every rank before that rank calls state_dict()"
 )
 
 
@@ -56,6 +57,7 @@ class SavedState:
     ) -> None:
         self._keeps_codes = keeps_codes
         self._ranges: dict[int, set[tuple[int, int]]] = {}  # that shards are of
+        self._took_whole = False
         self._idle = idle
         self._idle_state: dict[Tensor, ParamState] = {}
         self._segments = {segment.owner.position: segment for segment in segments}
@@ -75,6 +77,7 @@ class SavedState:
             StateError: it belongs to other parameters, or is not of a format that this version knows.
         """
         layout = ShardLayout.of(state_dict)
+        self._took_whole |= layout is None or not layout.is_shard
         if layout is not None:
             self._check_shapes(layout)
             for position, shape in layout.shapes.items():
@@ -109,7 +112,7 @@ class SavedState:
         Raises:
             StateError: elements of this rank were in none of the state dicts.
         """
-        if of_all_ranks:
+        if of_all_ranks and not self._took_whole:
             self._check_ranges()
         for position in self._absent - self._known:
             owner = self._segments[position].owner
@@ -271,10 +274,13 @@ class _Array:
 def _check_shape(owner: ManagedParam, path: Path, value: Any) -> None:
     if not isinstance(value, Tensor) or isinstance(value, ShardTensor) or owner.is_whole:
         return
-    local = owner.local_part(value)
-    if local.dim() > 0 and not is_per_element(str(path[-1]), local, owner.local):
+    local, name = owner.local_part(value), str(path[-1])
+    blocks = -(-owner.numel // block_of(name))
+    fits = list(local.shape) == [blocks] if block_of(name) > 1 else is_per_element(name, local, owner.local)
+    # torch 2.0 has step counts of shape [1]
+    if local.dim() > 0 and not fits and not (name == "step" and local.shape == (1,)):
         raise StateError(
-            f"the state dict has {str(path[-1])!r} of shape {list(value.shape)} for parameter {owner.name!r} of shape "
+            f"the state dict has {name!r} of shape {list(value.shape)} for parameter {owner.name!r} of shape "
             f"{list(owner.param.shape)}"
         )
 

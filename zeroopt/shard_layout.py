@@ -12,7 +12,8 @@ from .bucket import ManagedParam, ParamState, Segment
 from .errors import StateError
 from .shard_tensor import OwnTensor
 
-FORMAT = 5
+FORMAT = 6
+_KNOWN_FORMATS = (5, 6)  # 5 had 8-bit codes in place of the moments that they stand for
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class ShardLayout:
         saved = state_dict.get("zeroopt")
         if saved is None:
             return None
-        if saved.get("format") != FORMAT:
+        if saved.get("format") not in _KNOWN_FORMATS:
             raise StateError(
-                f"expected a state dict of format {FORMAT}, got {saved.get('format')}: it was saved by another version of "
+                f"expected a state dict of format {' or '.join(map(str, _KNOWN_FORMATS))}, got {saved.get('format')}: it was saved by another version of "
                 "zeroopt; load it with that one, and save it with zeroopt.checkpoint or as full_state_dict()"
             )
         own = saved.get("ranges")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .agreement import describe_options
 from .averaging import ParameterAverage
 from .bucket import MASTER_NAMES, Bucket, ManagedParam, ParamState, Segment, own_segments
 from .config import Config
 from .consolidate import gather_state
 from .errors import StateError
 from .fused_rules import rule_for
+from .live_state import StateHolder
 from .local_tensor import place_in_mesh
 from .precision import Precision
-from .saved_state import SavedState
+from .saved_state import SavedState, positions_of
 from .shard_layout import ShardLayout, describe_layout
 from .shard_state import map_tensors, pack_state
 from .sharding import Sharding
-from .state_tiers import exact_param
+from .state_tiers import exact_param, readable
 from .step import ShardStepper
+from .torch_state import brought_up_to_date
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,26 @@ class LoadedState:
 
     Attributes:
         state: by segment's shard, and by the parameter for those that no rank steps.
-        groups: param_groups, of which the options count.
+        groups: the options of each param_group.
         layout: None where a plain torch optimizer saved it.
+        begun: positions of the parameters of which some rank may have state.
         kept: positions of parameters whose state stays as it is.
     """
 
     state: dict[Tensor, ParamState]
     groups: Sequence[Mapping[str, Any]]
     layout: ShardLayout | None
+    begun: set[int]
     kept: frozenset[int] = frozenset()
 
 
-class StateDicts:
+class StateDicts(StateHolder):
     """The state dicts of one optimizer.
 
     Attributes:
         params, buckets: those of the optimizer, which may change.
+        begun: positions of the parameters of which some rank may have state.
+        consolidated: the whole state, on the rank that it was gathered on, as long as it is current.
 
     Args:
         stepper: that of the optimizer.
@@ -72,29 +79,26 @@ class StateDicts:
         self._stepper = stepper
         self._config = config
         self._average = average
+        self.begun: set[int] = set()
+        self.consolidated: dict[str, Any] | None = None
+        self._index = _Index((), ())
 
-    def shard(self, order: Sequence[Sequence[int]], begun: Container[int]) -> dict[str, Any]:
+    def shard(self, order: Sequence[Sequence[int]], *, all_in_state: bool = False) -> dict[str, Any]:
         """This rank's state dict.
 
         Args:
             order: in which the parameters were planned.
-            begun: positions of the parameters of which some rank may have state.
+            all_in_state: whoever asks keeps what stands under "state", and nothing else.
         """
-        packed = pack_state(self.with_masters(), self._segments(), self.params)
+        state = {shard: readable(entry) for shard, entry in self.with_masters().items()}
+        packed = pack_state(state, self._segments(), self.params)
         has_masters = any(bucket.master is not None for bucket in self.buckets)
-        state = {position: entry for position, entry in packed.items() if position in begun} | self.idle_state()
-        layout = describe_layout(
-            self.params,
-            self._segments(),
-            facts={"rank": self._transport.rank, **self.facts()},
-            seed=self.seed,
-            steps_since_average=self.steps_since_average,
-            part=place_in_mesh(self.params),
-            order=order,
-            beyond_torch={p: entry for p, entry in packed.items() if p not in begun} if has_masters else {},
-        )
+        shown = set(packed) if has_masters and all_in_state else self.begun
+        entries = {position: entry for position, entry in packed.items() if position in shown} | self.idle_state()
+        beyond = {p: entry for p, entry in packed.items() if p not in shown} if has_masters else {}
+        layout = self._layout(self._segments(), {"rank": self._transport.rank, **self.facts()}, order, beyond)
         return {
-            "state": dict(sorted(state.items())),
+            "state": dict(sorted(entries.items())),
             "param_groups": self.pack_groups(),
             "zeroopt": layout.to_dict(),
         }
@@ -118,10 +122,54 @@ class StateDicts:
             return None
         idle = {p: map_tensors(entry, lambda tensor: tensor.cpu().clone()) for p, entry in self.idle_state().items()}
         result = {"state": dict(sorted((state.torch | idle).items())), "param_groups": self.pack_groups()}
-        if state.beyond:
+        if state.beyond or self._average is not None:
             layout = ShardLayout(self.facts(), self.seed, self.steps_since_average, beyond_torch=state.beyond)
             result["zeroopt"] = layout.to_whole_dict()
         return result
+
+    def whole_for(self, ranks: Sequence[int]) -> dict[str, Any]:
+        """The whole state on some ranks, with all that belongs to it by parameter; nothing but the groups elsewhere. Collective."""
+        mine: dict[int, ParamState] = {}
+        for rank in ranks:
+            whole = self.whole(rank)
+            if whole is not None:
+                beyond = whole.get("zeroopt", {}).get("state", {})
+                positions = sorted(whole["state"].keys() | beyond.keys())
+                mine = {p: {**whole["state"].get(p, {}), **beyond.get(p, {})} for p in positions}
+        return {"state": mine, "param_groups": self.pack_groups()}
+
+    def current(self, order: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The whole state dict where it has been consolidated, else this rank's shard.
+
+        Args:
+            order: in which the parameters were planned.
+        """
+        if self.consolidated is None:
+            return self.shard(order)
+        beyond = self.consolidated.get("zeroopt", {}).get("state", {})
+        return {
+            "state": {position: dict(entry) for position, entry in self.consolidated["state"].items()},
+            "param_groups": self.pack_groups(),
+            "zeroopt": self._layout((), self.facts(), order, beyond).to_dict(),
+        }
+
+    def _layout(
+        self,
+        segments: Iterable[Segment],
+        facts: Mapping[str, Any],
+        order: Sequence[Sequence[int]],
+        beyond: Mapping[int, ParamState],
+    ) -> ShardLayout:
+        return describe_layout(
+            self.params,
+            segments,
+            facts=facts,
+            seed=self.seed,
+            steps_since_average=self.steps_since_average,
+            part=place_in_mesh(self.params),
+            order=order,
+            beyond_torch=beyond,
+        )
 
     def read(
         self, shards: Iterable[Mapping[str, Any]], *, of_all_ranks: bool = False, keeps: bool = False
@@ -150,15 +198,20 @@ class StateDicts:
             self._check_groups(shard["param_groups"])
             saved.take(shard)
             if groups is None:
-                groups, layout = shard["param_groups"], ShardLayout.of(shard)
+                groups, layout, begun = shard["param_groups"], ShardLayout.of(shard), positions_of(shard)
             del shard  # before the next one is read
         if groups is None:
             raise StateError("expected a state dict, or those of all ranks of a run; got an empty sequence")
-        return LoadedState(saved.finish(of_all_ranks=of_all_ranks), groups, layout)
+        keys = {segment.owner.position: segment.shard for segment in self._segments()} | self.idle_params()
+        members = [[keys[position] for position in group["params"] if position in keys] for group in self.pack_groups()]
+        state, options = brought_up_to_date(self._inner, saved.finish(of_all_ranks=of_all_ranks), groups, members)
+        return LoadedState(state, options, layout, begun)
 
     def adopt(self, loaded: LoadedState) -> None:
-        """Let loaded state be the optimizer's. Where it `crosses_tiers`, this writes parameters too, which have to be gathered."""
+        """Let loaded state be the optimizer's. Where it `completes_params`, this writes them too, and they have to be gathered."""
         state = self._inner.state
+        self.consolidated = None
+        self.begun = set(loaded.begun)
         completed = self._complete(loaded.state)
         for segment in self._segments():
             if segment.owner.position not in loaded.kept:
@@ -173,8 +226,8 @@ class StateDicts:
         if self._average is not None:
             self._average.steps = 0 if loaded.layout is None else loaded.layout.steps_since_average
         self._stepper.adopt_state()
-        for group, saved in zip(self._inner.param_groups, loaded.groups, strict=True):
-            group.update({k: _copy(v) for k, v in saved.items() if k not in ("params", "param_names")})
+        for group, options in zip(self._inner.param_groups, loaded.groups, strict=True):
+            group.update({name: _copy(value) for name, value in options.items()})
 
     def take_in_state(self) -> None:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
@@ -214,11 +267,15 @@ class StateDicts:
         return packed
 
     def matches(self, layout: ShardLayout) -> bool:
-        """Whether a shard is of exactly the elements that this rank has now."""
-        return layout.ranges == {s.owner.position: (s.start, s.start + s.numel) for s in self._segments()}
+        """Whether what was saved is whole, or a shard of exactly the elements that this rank has now."""
+        return not layout.is_shard or layout.ranges == {
+            s.owner.position: (s.start, s.start + s.numel) for s in self._segments()
+        }
 
     def would_match(self, layout: ShardLayout, plan: _C.Plan, ordered: Sequence[ManagedParam]) -> bool:
-        """Whether a shard is of exactly the elements that this rank would have under another plan."""
+        """Whether what was saved is whole, or a shard of exactly the elements that this rank would have under another plan."""
+        if not layout.is_shard:
+            return True
         shard_state = self._config.placement.shard_state
         pieces = [
             piece
@@ -227,25 +284,31 @@ class StateDicts:
         ]
         return layout.ranges == {ordered[p.param].position: (p.start, p.start + p.numel) for p in pieces}
 
-    def crosses_tiers(self, layout: ShardLayout | None) -> bool:
-        """Whether saved parameters are completed by something else than here, and here they can take that up. The same on all
-        ranks."""
-        if layout is None:
-            return False
-        precision = self._config.precision
-        saved = _completion(layout.facts["param_dtype"], layout.facts["master_weights"])
-        here = _completion(str(precision.param_dtype), precision.master_weights)
-        return saved is not None and saved != here and here != "none"
+    def describe_loaded(self, loaded: LoadedState) -> list[str]:
+        """What ranks have to have in common of what they are about to adopt."""
+        layout = loaded.layout
+        lines = describe_options(loaded.groups)
+        if self._average is None:  # with it, ranks have seeds of their own
+            return [f"seed {self.seed if layout is None else layout.seed}", *lines]
+        return [f"{0 if layout is None else layout.steps_since_average} steps since parameters were averaged", *lines]
+
+    def completes_params(self, loaded: LoadedState) -> bool:
+        """Whether what completes this rank's parameters in loaded state is of another kind than here, so that it changes them."""
+        return any(
+            (loaded.state.get(segment.shard, {}).keys() & set(MASTER_NAMES.values())) - {_master_name(bucket)}
+            for bucket in self.buckets
+            if _is_exact(bucket)
+            for segment in bucket.segments
+        )
 
     def _complete(self, state: dict[Tensor, ParamState]) -> list[tuple[Bucket, Segment, Tensor]]:
         """Take out of loaded state what completes parameters, where they are completed by something else here. Returns the exact
         values of parameters that can take them up."""
         completed = []
         for bucket in self.buckets:
-            here = None if bucket.master is None else MASTER_NAMES[bucket.master.dtype]
             for segment in bucket.segments:
                 entry = state.get(segment.shard, {})
-                foreign = (entry.keys() & set(MASTER_NAMES.values())) - {here}
+                foreign = (entry.keys() & set(MASTER_NAMES.values())) - {_master_name(bucket)}
                 if not foreign:
                     continue
                 exact = exact_param(entry, segment.view_in(bucket.own_param))
@@ -253,7 +316,7 @@ class StateDicts:
                     del entry[name]
                 if not entry:
                     del state[segment.shard]
-                if exact is not None and (bucket.master is not None or bucket.dtype is torch.float32):
+                if exact is not None and _is_exact(bucket):
                     completed.append((bucket, segment, exact.view(segment.shard.shape)))
         return completed
 
@@ -263,6 +326,54 @@ class StateDicts:
         for bucket in self.buckets:
             bucket.hand_over(state)
         return state
+
+    def params_with_state(self) -> Iterator[Tensor]:
+        begun = {managed.position: managed.param for managed in self.params if managed.position in self.begun}
+        idle = {position: param for position, param in self.idle_params().items() if param in self._inner.state}
+        yield from list((begun | idle).values())
+
+    def entry_of(self, param: Tensor) -> ParamState | None:
+        managed = self._indexed().params.get(param)
+        has_begun = managed is not None and managed.position in self.begun
+        if managed is None or not managed.numel:
+            return self._inner.state.get(param, {} if has_begun else None)
+        if not has_begun:
+            return None
+        bucket, segment = self._indexed().segments.get(managed, (None, None))
+        if bucket is None or segment is None:
+            return {}
+        entry = dict(self._inner.state.get(segment.shard, {}))
+        name = _master_name(bucket)
+        if name is not None and bucket.master is not None:
+            entry[name] = segment.view_in(bucket.master)
+        return entry
+
+    def extend_entry(self, param: Tensor, name: str, value: Any) -> bool:
+        entry = self._inner.state.get(self._key_of(param))
+        if entry is None:
+            return False
+        entry[name] = value
+        return True
+
+    def reset(self, params: Iterator[Tensor]) -> None:
+        for param in list(params):
+            managed = self._indexed().params.get(param)
+            if managed is not None:
+                self.begun.discard(managed.position)
+            self._inner.state.pop(self._key_of(param), None)
+        self.consolidated = None
+        self._stepper.adopt_state()
+
+    def _key_of(self, param: Tensor) -> Tensor:
+        """The key of a parameter's state in the wrapped optimizer."""
+        managed = self._indexed().params.get(param)
+        found = None if managed is None else self._indexed().segments.get(managed)
+        return param if found is None else found[1].shard
+
+    def _indexed(self) -> _Index:
+        if not self._index.is_of(self.params, self.buckets):
+            self._index = _Index(self.params, self.buckets)
+        return self._index
 
     def _segments(self) -> Iterator[Segment]:
         for bucket in self.buckets:
@@ -305,9 +416,30 @@ class StateDicts:
             raise StateError(f"expected param_groups of {mine} parameters, the state dict has {theirs}")
 
 
-def _completion(param_dtype: str, master_weights: str) -> str | None:
-    """By what parameters are completed: "float32" or "remainder"; "none" where 16 bits are all there is; None for float32."""
-    return None if param_dtype in ("None", "torch.float32") else master_weights
+class _Index:
+    """Where to find what belongs to a parameter."""
+
+    def __init__(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
+        self._key = _key(params, buckets)
+        self.params: dict[Tensor, ManagedParam] = {managed.param: managed for managed in params}
+        self.segments = {s.owner: (bucket, s) for bucket in buckets for s in bucket.segments}
+
+    def is_of(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> bool:
+        """Whether these are still those that it is of."""
+        return self._key == _key(params, buckets)
+
+
+def _key(params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> list[Any]:
+    return [*params, *((bucket, len(bucket.segments)) for bucket in buckets)]
+
+
+def _is_exact(bucket: Bucket) -> bool:
+    """Whether its parameters are kept as float32 values."""
+    return bucket.master is not None or bucket.dtype is torch.float32
+
+
+def _master_name(bucket: Bucket) -> str | None:
+    return None if bucket.master is None else MASTER_NAMES[bucket.master.dtype]
 
 
 def _copy(value: Any) -> Any:

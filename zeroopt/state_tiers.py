@@ -50,6 +50,12 @@ def decoded(entry: Mapping[str, Any]) -> ParamState:
     return plain
 
 
+def readable(entry: Mapping[str, Any]) -> ParamState:
+    """An entry for state dicts, whose arrays whoever knows torch's names may take as they are: 8-bit moments decoded, and behind
+    all else their scales, from which the very codes are found again."""
+    return {**decoded(entry), **{name: value for name, value in entry.items() if name in ops.SCALES}}
+
+
 def _decode_like(codes: Tensor, scales: Tensor) -> Tensor:
     scales = scales.local if isinstance(scales, ShardTensor) else scales
     if isinstance(codes, ShardTensor):

@@ -223,7 +223,11 @@ class _Reading:
         matched = match_groups(optimizer, source.groups, strict=strict)
         target = state_target(optimizer, source.optimizer, by_position=has_positions(source.groups))
         state = target.assemble(source.checkpoint.read(target.entries))
-        state_dict = {"state": state, "param_groups": matched.groups, **source.layout_for(optimizer)}
+        state_dict = {
+            "state": {managed.position: {} for managed in optimizer.state_dicts.params} | state,
+            "param_groups": matched.groups,
+            **source.layout_for(optimizer),
+        }
         loaded = optimizer.state_dicts.read([state_dict], keeps=True)
         self._states.append((optimizer, replace(loaded, kept=matched.unknown)))
 

@@ -8,7 +8,7 @@ contain raises `KernelUnavailableError`; `csrc/kernels.h` states what each one m
 
 from .checks import DTYPE_CODES
 from .move import copy, pack, pack_segments, reduce
-from .quantize import dequantize, encode_again, quantize
+from .quantize import dequantize, encode_again, quantize, requantize
 from .segments import SegmentArrays, SegmentTable
 from .steps import StepControl, adagrad, adamw, lamb, lion, sgd, squared_norms
 from .storage import MOMENTS, QUANT_BLOCK, SCALE_SUFFIX, SCALES, Storage, num_blocks
@@ -35,6 +35,7 @@ __all__ = [
     "pack_segments",
     "quantize",
     "reduce",
+    "requantize",
     "sgd",
     "squared_norms",
 ]

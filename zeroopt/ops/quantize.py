@@ -75,6 +75,30 @@ def encode_again(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
+def requantize(values: Tensor, stored_scales: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Encode an array that may be what `dequantize` gave for `stored_scales`. Not collective.
+
+    Each block for which that is so gets the very codes and the scale that it had. All others, such as those that an optimizer
+    without codes has stepped since, are encoded as `quantize` does.
+
+    Args:
+        values, codes, scales: those of `quantize`.
+        stored_scales: as many as `scales`.
+
+    Raises:
+        ConfigError: a dtype, size, layout or device does not fit.
+    """
+    quantize(values, codes, scales)
+    stored_scales = stored_scales.to(values.device, torch.float32).contiguous()
+    again, decoded = encode_again(values, stored_scales, codes.dtype), torch.empty_like(values)
+    dequantize(again, stored_scales, decoded)
+    differs = torch.zeros(scales.numel() * QUANT_BLOCK, dtype=torch.bool, device=values.device)
+    differs[: values.numel()] = (decoded != values) & ~(decoded.isnan() & values.isnan())
+    changed = differs.view(-1, QUANT_BLOCK).any(dim=1)
+    scales.copy_(torch.where(changed, scales, stored_scales))
+    codes.copy_(torch.where(changed.repeat_interleave(QUANT_BLOCK)[: codes.numel()], codes, again))
+
+
 def _check(values: Tensor, codes: Tensor, scales: Tensor) -> bool:
     """Whether codes are signed."""
     require(values.dtype is torch.float32, f"expected values to be float32, got {values.dtype}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,6 +15,8 @@ from ..config import MASTER_WEIGHTS
 from ..errors import ConfigError, NotSupportedError, ZeroOptError
 from ..fused_rules import FusedRule
 from ..ops.checks import is_dense
+from ..state_tiers import readable
+from ..torch_state import options_of
 from .fused_params import FusedParams, Places
 
 _Kind = tuple[torch.device, torch.dtype, torch.dtype]
@@ -25,9 +27,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose step is one call of a fused kernel for all parameters of a device and dtype. Not collective.
 
     Parameters are dense tensors of float32, bfloat16 or float16 on the CPU or on CUDA devices, also mixed; gradients have the
-    dtype of their parameter. `state_dict()` has torch's keys, and beyond them "master_param" (float32) or "remainder" (int16)
-    of 16-bit parameters, and with 8-bit state its scales ("exp_avg_scale" and so on). `load_state_dict()` takes these or those
-    of the torch optimizer. A float32 master follows what is written into its parameter in place or by loading it, but not what
+    dtype of their parameter. `state` has torch's keys, and beyond them "master_param" (float32) or "remainder" (int16) of 16-bit
+    parameters, and with 8-bit state its scales ("exp_avg_scale" and so on); `state_dict()` has the same, but 8-bit moments as the
+    float32 that they stand for. `load_state_dict()` takes that, or what the torch optimizer of any release since 2.0 saved. A float32 master follows what is written into its parameter in place or by loading it, but not what
     is written through `param.data`. `torch.amp.GradScaler` leaves unscaling and skipping to the kernel. To shard the state, give
     the optimizer to `zeroopt.wrap`, and the options below to it.
 
@@ -105,8 +107,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, which it loads into: live tensors, but for 8-bit moments, which are decoded to float32. Their scales stand
+        beside them, so that here they come back bit for bit."""
+        with self._without_hooks("state_dict_post"):
+            result: dict[str, Any] = super().state_dict()
+        result["state"] = {key: readable(entry) for key, entry in result["state"].items()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict()` gave, here or of the torch optimizer. Nothing is rounded to the parameters' dtype.
+        """Load what `state_dict()` gave, here or of the torch optimizer. Nothing is rounded to the parameters' dtype, and by which
+        of torch's implementations the saved optimizer computed ("fused", "capturable" and the like) is left aside.
 
         Raises:
             ValueError: the groups do not fit, as torch.
@@ -115,22 +129,34 @@ class FusedOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, given)
             given = given if changed is None else changed
-        with self._without_load_hooks():
-            super().load_state_dict(given)
+        with self._without_hooks("load_state_dict_pre", "load_state_dict_post"):
+            super().load_state_dict({**given, "param_groups": self._groups_to_load(given["param_groups"])})
         params = [param for group in self.param_groups for param in group["params"]]
         positions = [position for group in given["param_groups"] for position in group["params"]]
         for param, position in zip(params, positions, strict=True):
             if position in given["state"]:  # torch has cast it
-                saved = given["state"][position]
-                self.state[param] = {name: _copy_to(value, param.device) for name, value in saved.items()}
+                saved, cast = given["state"][position], self.state[param]
+                self.state[param] = {
+                    name: _copy_to(name, value, param.device) if isinstance(value, Tensor) else cast.get(name)
+                    for name, value in saved.items()
+                    if value is not None
+                }
         self._batches.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _groups_to_load(self, saved: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        if len(saved) != len(self.param_groups):
+            return saved  # torch says so
+        return [
+            {**own, **options_of(group), "params": group["params"]}
+            for own, group in zip(self.param_groups, saved, strict=True)
+        ]
+
     @contextmanager
-    def _without_load_hooks(self) -> Iterator[None]:
+    def _without_hooks(self, *kinds: str) -> Iterator[None]:
         """They have been called, or will be when all is in place."""
-        names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+        names = [f"_optimizer_{kind}_hooks" for kind in kinds]
         hooks = [getattr(self, name) for name in names]
         for name in names:
             setattr(self, name, OrderedDict())
@@ -205,6 +231,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return batch
 
 
-def _copy_to(value: Any, device: torch.device) -> Any:
+def _copy_to(name: str, value: Tensor, device: torch.device) -> Tensor:
+    if name == "step":  # one number, which in torch 2.0 could be of shape [1]
+        value = value.reshape(())
     # A step count stays where torch keeps it, on the CPU.
-    return value.to(device if value.dim() else value.device, copy=True) if isinstance(value, Tensor) else value
+    return value.to(device if value.dim() else value.device, copy=True)

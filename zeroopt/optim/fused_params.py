@@ -115,11 +115,16 @@ class FusedParams(FusedSegments):
         if "master_param" in entry:
             full = _flat(entry["master_param"].to(param.device), param)
             full = torch.where(round_master(full, param.dtype) == flat, full, flat.float())
-        elif "remainder" in entry and param.dtype is torch.bfloat16:
+        elif _is_remainder(entry.get("remainder")) and param.dtype is torch.bfloat16:
             full = join_master(flat, _flat(entry["remainder"].to(param.device), param))
         else:
             full = flat.float()
         return full.clone() if dtype is torch.float32 else split_master(full)[1]
+
+
+def _is_remainder(value: Any) -> bool:
+    """Whether torch's `load_state_dict` has not cast it to the parameter's dtype meanwhile."""
+    return isinstance(value, Tensor) and value.dtype is torch.int16
 
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
