@@ -16,6 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from .broadcast import Broadcaster, group_alike, pieces_of
 from .collectives import PendingCollective, named_failures
+from .untraced import untraced
 
 
 class BufferSync:
@@ -51,6 +52,7 @@ class BufferSync:
         self._source = source
 
     @torch.no_grad()
+    @untraced
     def take_sent(self) -> None:
         """Take over what was sent at the end of the last backward, but for buffers that were written since. Not collective."""
         sent, self._sent = self._sent, []

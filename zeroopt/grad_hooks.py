@@ -36,6 +36,7 @@ from .param_hooks import GradientHook
 from .profiling import named_range
 from .sharded_gradient import ShardedGradient
 from .sharded_gradients import ShardedGradients
+from .untraced import untraced
 from .untrained import UntrainedGradients
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
@@ -703,6 +704,7 @@ class GradientReducer:
         if self._pool is not None:
             self._lent.append(store)
 
+    @untraced
     def _end(self) -> None:
         """Autograd calls this when backward is through."""
         for index in self._later:

@@ -20,6 +20,7 @@ from .optimizer import ZeroOptimizer
 from .param_gather import remove_idle_hooks
 from .precision import round_master
 from .sharding import Sharding
+from .untraced import untraced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,6 +97,7 @@ class ZeroDataParallel(nn.Module):
             args, kwargs = tree_map(self._cast_input, (args, kwargs))
         return self.module(*args, **kwargs)
 
+    @untraced
     def _prepare_training(self) -> None:
         """What comes before a forward with gradients. Collective, where something has to be done on all ranks."""
         check_ddp_around(managed.param for managed in self._sharding.params)
@@ -210,6 +212,7 @@ class ZeroDataParallel(nn.Module):
         ):
             yield
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, the reduced ones too, as the optimizer's `zero_grad` does."""
         if set_to_none:

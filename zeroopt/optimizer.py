@@ -37,6 +37,7 @@ from .shard_layout import ShardLayout
 from .sharding import Sharding
 from .state_dicts import LoadedState, StateDicts
 from .step import ShardStepper, check_fused
+from .untraced import untraced
 from .whole_state import whole_states
 
 
@@ -173,6 +174,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         skips = scaler is not None and self._note_overflow(self._scaled_steps.begin(scaler))
         return self._average is not None or (not skips and self._scaled_steps.unscale_in_step)
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters. Collective: every rank of the process group must call it. With `average_every`, in each k-th
@@ -236,6 +238,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._note_step_for_schedulers()
         return loss
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients: those in `param.grad` and the reduced ones of this step.
 
@@ -474,6 +477,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._generations = [order for order in orders if order]
         self._plan_again()
 
+    @untraced
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients of this step so that their norm, as if they were one vector, is at most `max_norm`.
 
@@ -510,6 +514,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return norm.float()
 
     @property
+    @untraced
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients of this optimizer's parameters, as if they were one vector, a 0-dim float32 tensor, the same
         on all ranks; after clipping by `max_grad_norm`, of those of the whole model.
@@ -529,6 +534,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return self._compute_norm(self._finish_reduces(), 2.0, self._stores).float()
         return self._grad_norm
 
+    @untraced
     def full_grad(self, param: Tensor) -> Tensor | None:
         """The whole gradient of a parameter, the mean over all ranks. Collective: every rank must call it.
 

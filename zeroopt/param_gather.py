@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from .bucket import Bucket
 from .collectives import PendingCollective, Transport
 from .profiling import named_range
+from .untraced import untraced
 
 
 def _accessors(*names: str) -> Iterator[Any]:
@@ -139,6 +140,7 @@ class ParamGathers:
             for param in self._params[bucket]:
                 param.__class__ = self._classes[bucket]
 
+    @untraced
     def finish(self, bucket: int) -> None:
         """Wait until a bucket's parameters are all there."""
         pending = self._pending.get(bucket)
@@ -152,6 +154,7 @@ class ParamGathers:
                 param.__class__ = nn.Parameter
             self._classes[bucket].gathers = None
 
+    @untraced
     def finish_all(self) -> None:
         """Wait until all parameters are there."""
         for bucket in list(self._pending):

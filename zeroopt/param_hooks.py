@@ -12,6 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .untraced import untraced
+
 
 class Taker(Protocol):
     """Who takes gradients up."""
@@ -42,6 +44,7 @@ class GradientHook:
         self.index = index
         self._handle = param.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
 
+    @untraced
     def __call__(self, param: Tensor) -> None:
         taker = self._taker()
         if taker is None:

@@ -21,6 +21,7 @@ from .gradient_store import GradientStore
 from .join import Join, Phase
 from .loss_scaling import agree_on_overflow
 from .sharded_gradient import ShardedGradient
+from .untraced import untraced
 
 
 class ShardedGradients:
@@ -134,6 +135,7 @@ class ShardedGradients:
 
     # What torch's functions do to the objects, by the parameters' indices.
 
+    @untraced
     def apply(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One of torch's operators, with these and other objects among its arguments."""
         return gradient_operators.apply(op, args, kwargs)

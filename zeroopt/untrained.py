@@ -20,10 +20,12 @@ from .bucket import ManagedParam
 from .collectives import Transport, named_failures
 from .local_tensor import describe_part, manage
 from .param_hooks import is_taken_up
+from .untraced import untraced
 
 _CHUNK_BYTES = 25 << 20  # of gradients that travel together
 
 
+@untraced
 def _on_gradient(untrained: weakref.ref[UntrainedGradients], index: int, param: Tensor) -> None:
     """The hook of one parameter. Autograd keeps it, so it must keep nothing alive."""
     owner = untrained()

@@ -1,0 +1,25 @@
+"""Keeping torch.compile out of zeroopt's own code.
+
+A compiled function may hold a whole training step: `backward()`, clipping, `optimizer.step()`. What zeroopt does there (buffers that
+transports know by their address, collectives, threads) cannot be traced, and the hooks that autograd calls would be, one by
+one. Compiled code is left at such a function and entered again behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+from torch._compile import _disable_dynamo
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have torch.compile run a function, and all that it calls, as it stands.
+
+    `torch.compiler.disable` would import the compiler, which takes seconds, together with zeroopt. This imports it with the
+    first call, before which torch's optimizers have done so.
+    """
+    return cast(Callable[_P, _R], _disable_dynamo(function))
