@@ -6,11 +6,13 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from follow import inputs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snapshot
@@ -53,6 +55,79 @@ def test_accumulation_follows_ddp(run_on_ranks: RunOnRanks, no_sync: bool, bucke
                 else:  # the sum of several backward passes is rounded in another order, and Adam divides by it
                     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(rank[2], rank[3], strict=True)), "stages 1 and 2 differ"
+
+
+# One letter for each micro-batch, by rank: s is a forward and backward outside of no_sync(), n within; f a forward within, of which
+# the backward is outside, b the other way round; z clears the gradients there are.
+MIXTURES = (
+    ("nnns", "s"),
+    ("s", "nbs"),
+    ("ff", "ss"),
+    ("bns", "f"),
+    ("bzs", "nnf"),
+    ("snbf", "fs"),
+    ("szns", "nfzbs"),
+)
+
+
+class Normed(nn.Module):
+    """A micro-batch within `no_sync()` uses a layer of its own; statistics are kept of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in "snfb"})
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        return self.norm(x + self.layers[name](x) + self.layers["s"](x))
+
+
+def mix(options: Options) -> None:
+    """Assert that gradients are the mean over ranks of what each has summed, and buffers those of rank 0."""
+    own = Normed().double()
+    net = deepcopy(own)
+    model, optimizer = prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), options)
+    for number, mixture in enumerate(MIXTURES):
+        for micro, how in enumerate(mixture[dist.get_rank()]):
+            if how == "z":
+                optimizer.zero_grad()
+                own.zero_grad()
+                continue
+            x = inputs(10 * number + micro, 4, 6).double()
+            with model.no_sync() if how in "nf" else nullcontext():  # type: ignore[operator]
+                loss = model(x, how).square().sum()
+            with model.no_sync() if how in "nb" else nullcontext():  # type: ignore[operator]
+                loss.backward()
+            own(x, how).square().sum().backward()
+        for param, alone in zip(net.parameters(), own.parameters(), strict=True):
+            mean = torch.zeros_like(alone) if alone.grad is None else alone.grad / dist.get_world_size()
+            dist.all_reduce(mean)
+            assert (param.grad is not None) or not mean.any(), mixture
+            if param.grad is not None:
+                torch.testing.assert_close(optimizer.full_grad(param), mean, msg=lambda text, m=mixture: f"{m}: {text}")
+        optimizer.step()
+        optimizer.zero_grad()
+        own.load_state_dict(net.state_dict())
+        own.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 6).double(), "s")
+    for buffer in net.buffers():
+        first = buffer.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(buffer, first)
+
+
+def mix_all(variants: list[Options]) -> None:
+    for options in variants:
+        mix(options)
+
+
+def test_ranks_may_mix_micro_batches_of_all_kinds(run_on_ranks: RunOnRanks) -> None:
+    """As many backward passes outside of `no_sync()` on every rank, and whatever else each rank likes."""
+    shm: list[Options] = [{"stage": stage, "bucket_mb": 0.0005} for stage in STAGES]
+    run_on_ranks(2, mix_all, [*shm, {"stage": 2, "bucket_mb": 0.0005, "transport": "pairwise", "overlap": False}])
 
 
 class Branches(nn.Module):

@@ -1,8 +1,8 @@
 """Buffers (batch norm statistics and the like) that follow those of one rank, as under DistributedDataParallel.
 
-A forward with gradients takes them over, if the one before it was synchronised; all ranks do so together. What evaluation
-needs is sent at the end of each backward, in which all ranks take part anyway: a forward without gradients takes over what
-has come, and needs nobody.
+The first forward with gradients after a synchronised backward takes them over, and so does one that follows another outside of
+`no_sync()` before any backward; all ranks do so together. What evaluation needs is sent at the end of each backward, in which
+all ranks take part anyway: a forward without gradients takes over what has come, and needs nobody.
 """
 
 from __future__ import annotations
@@ -20,18 +20,28 @@ from .untraced import untraced
 
 
 class BufferSync:
-    """Lets the buffers of one wrapped model be those of one of its ranks.
-
-    Attributes:
-        is_due: the next forward with gradients takes buffers over. The same on all ranks that run as many synchronised
-            forwards, however many others they run.
-    """
+    """Lets the buffers of one wrapped model be those of one of its ranks."""
 
     def __init__(self, module: nn.Module, broadcaster: Broadcaster) -> None:
-        self.is_due = True
+        self._is_reduced = True  # by a backward since the last forward; or there was no forward yet
+        self._is_open = False  # the last forward was outside of no_sync(), and no backward within has followed
         self._module = module
         self._broadcaster = broadcaster
         self._sent: list[tuple[list[Tensor], list[int], Tensor, PendingCollective]] = []
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next forward with gradients takes buffers over. That happens equally often on all ranks that run as many
+        synchronised backward passes, however many others they run in between, and wherever they call the forwards of those."""
+        return self._is_reduced or self._is_open
+
+    def note_forward(self, *, sync: bool) -> None:
+        """There was a forward with gradients, `sync` tells whether outside of `no_sync()`."""
+        self._is_reduced, self._is_open = False, sync
+
+    def note_local_backward(self) -> None:
+        """There was a backward under `no_sync()`."""
+        self._is_open = False
 
     def take_over(self, source: int) -> None:
         """Take over the buffers that rank `source` of the group has now. Collective."""
@@ -42,7 +52,8 @@ class BufferSync:
             self._broadcaster.broadcast(buffers, source)
 
     def send(self, source: int) -> None:
-        """Start to send the buffers that rank `source` has now, for `take_sent`. Collective."""
+        """A synchronised backward is through: start to send the buffers that rank `source` has now, for `take_sent`. Collective."""
+        self._is_reduced = True
         self._drop_sent()
         what = f"sending the buffers of rank {source}"
         self._sent = [

@@ -538,6 +538,8 @@ class GradientReducer:
             self._left_local = True
             if self.sharded is not None:
                 self.sharded.keep_local(index)
+            if self.buffer_sync is not None:
+                self.buffer_sync.note_local_backward()
             return
         self._begin_synchronised()
         managed, bucket = self._params[index], self._bucket_of[index]

@@ -81,7 +81,8 @@ class ZeroDataParallel(nn.Module):
         """Run the model.
 
         With `broadcast_buffers`, ranks first take over the buffers (batch norm statistics and the like) of rank 0. With gradients
-        enabled that is collective for the first forward, and for the first one after each that was not under `no_sync()`.
+        enabled that is collective for the first forward, for the first one after each backward that was not under `no_sync()`, and
+        for one that follows another outside of `no_sync()` before its backward (two forwards, one backward).
         Without gradients it is not: the buffers are those that rank 0 had at the end of the last backward (but for those that
         have been written since), so one rank may evaluate alone.
 
@@ -111,7 +112,7 @@ class ZeroDataParallel(nn.Module):
         if follows:
             self._take_over_buffers()
         if buffers is not None:
-            buffers.is_due = self._reducer.sync
+            buffers.note_forward(sync=self._reducer.sync)
 
     def _take_over_buffers(self) -> None:
         if self._buffer_sync is not None:
@@ -126,7 +127,8 @@ class ZeroDataParallel(nn.Module):
         """Backward passes within this context add to the local `param.grad` and communicate nothing.
 
         The next backward outside of it takes those gradients along. What counts is where `backward()` is called. Until
-        then each rank holds full local gradients, in stages 1 and 2 too.
+        then each rank holds full local gradients, in stages 1 and 2 too. Ranks may run different numbers of backward passes
+        within it, but as many outside.
         """
         before = self._reducer.sync
         self._reducer.sync = False
