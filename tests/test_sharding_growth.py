@@ -572,7 +572,7 @@ def add_wrongly(case: str) -> tuple[str, bool]:
         ("no kernel", "ConfigError: fused=True: parameter 'layers.2.bias' is torch.float64"),
         ("coupled", "NotSupportedError: Coupled"),
         ("other optimizer", "ConfigError: parameter 'layers.2.weight' is already trained by another optimizer"),
-        ("shares memory", "ConfigError: parameters 'layers.2.weight' and 'layers.2.bias' share memory"),
+        ("shares memory", "ConfigError: parameter 'layers.2.weight' and parameter 'layers.2.bias' share memory"),
         ("not a dict", "TypeError: param_group must be a dict"),
         ("without params", "KeyError: 'params'"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from .claims import check_unclaimed, claimed_params, is_claimed
 from .elementwise import find_grains
 from .errors import ConfigError, KernelUnavailableError, NotSupportedError
 from .local_tensor import check_state_parts, is_distributed, local_of, manage
+from .memory_overlap import check_expanded, check_overlaps
 from .optim import FusedOptimizer
 from .sharded_gradient import ShardedGradient
 
@@ -83,7 +83,8 @@ def inspect_further(
     params = _managed_params(model, optimizer, known, own)
     if params:
         _check_devices([*known, *params])
-        _check_storage([*known, *params])
+        check_overlaps(model, params)
+        check_expanded(model)
         check_state_parts(params, optimizer.state)
     fresh = range(len(optimizer.param_groups)) if fresh is None else fresh
     groups = sorted({*fresh, *(m.group for m in params)})
@@ -186,17 +187,6 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
             "the parameters are on a CUDA device, but zeroopt was built without CUDA: reinstall it where nvcc is found, "
             "with ZEROOPT_CUDA=on to be told why if that fails"
         )
-
-
-def _check_storage(params: Sequence[ManagedParam]) -> None:
-    """Two parameters in the same memory would come apart when they move into buckets."""
-    by_address = sorted((m for m in params if m.numel), key=lambda m: m.data_ptr())
-    for one, next_one in pairwise(by_address):
-        if one.data_ptr() + one.local.nbytes > next_one.data_ptr():
-            raise ConfigError(
-                f"parameters {one.name!r} and {next_one.name!r} share memory; to tie them, assign the same Parameter "
-                "object to both modules"
-            )
 
 
 def _check_whole_parts(params: Sequence[ManagedParam]) -> None:
