@@ -294,11 +294,21 @@ def save_kinds(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
+def check_memory_formats(optimizers: list[zeroopt.ZeroOptimizer]) -> None:
+    """State of a whole parameter lies in memory as the parameter does: products of transposed matrices may have other bits."""
+    for optimizer in optimizers:
+        for param, entry in optimizer.state.items():
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    assert value.stride() == param.stride(), name
+
+
 def load_kinds(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     loaded = {}
     for kind in KINDS:
         model, optimizers = make_kind(kind, options)
         zeroopt.checkpoint.load(path / kind, model, optimizers)
+        check_memory_formats(optimizers)
         before = all_of(model, optimizers)
         if isinstance(model.module, Odd):
             assert model.module.notes.calls == 2

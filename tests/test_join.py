@@ -230,12 +230,19 @@ def test_sixteen_bits(run_on_ranks: RunOnRanks) -> None:
     check_same_bits(run_on_ranks(3, train_over, stochastic, (2, 0, 4), "lm", max_norm=None))
 
 
-def train_evenly() -> list[list[Tensor]]:
-    return [train({"stage": stage, **SMALL}, (3, 3), enable=enable) for stage in STAGES for enable in (False, True)]
+def train_evenly(stages: Sequence[int], max_norm: float | None) -> list[list[Tensor]]:
+    return [
+        train({"stage": stage, **SMALL}, (3, 3), enable=enable, max_norm=max_norm)
+        for stage in stages
+        for enable in (False, True)
+    ]
 
 
 def test_even_batches_change_nothing(run_on_ranks: RunOnRanks) -> None:
-    check_same_bits(run_on_ranks(2, train_evenly))
+    """Stages add up the squares of a norm in orders of their own, so where it clips, its last bit may differ between them."""
+    check_same_bits(run_on_ranks(2, train_evenly, STAGES, None))
+    for stage in STAGES:
+        check_same_bits(run_on_ranks(2, train_evenly, [stage], 0.05))
 
 
 def test_one_context_after_another(run_on_ranks: RunOnRanks) -> None:

@@ -232,6 +232,8 @@ def _state_memory(name: str, saved: TensorStorageMetadata | None, segment: Segme
     owner, device, dtype = segment.owner, segment.shard.device, saved.properties.dtype
     last = name.rpartition(".")[2]
     layout = owner.flat_layout
+    if owner.is_whole and saved.size == owner.shape:
+        return torch.empty_strided(owner.shape, owner.stride, dtype=dtype, device=device)  # as optimizers make it
     if owner.is_whole or last == "step":
         return torch.empty(saved.size, dtype=dtype, device=device if saved.size else "cpu")
     if block_of(last) > 1:
