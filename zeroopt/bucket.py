@@ -1,4 +1,4 @@
-"""Flat storage: the parameters of a bucket are views of one buffer, and so are the pieces of them that this rank owns."""
+"""Flat storage: the parameters of a bucket are parts of one buffer, and so are the pieces of them that this rank owns."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .collectives import Transport
+from .own_storage import with_own_storage
 from .precision import Precision, join_master, round_master, split_master
 from .regions import FlatLayout
 
@@ -69,7 +70,7 @@ class ManagedParam:
 
     def set_local(self, view: Tensor) -> None:
         """Let the parameter's elements be those of `view`, which may be of another dtype."""
-        self.param.data = view
+        self.param.data = with_own_storage(view)
 
     def data_ptr(self) -> int:
         """Address of the parameter's elements."""
@@ -145,7 +146,7 @@ class Segment:
     Attributes:
         start: first element of the parameter that is in the segment.
         offset: first element of the own range of the bucket that is in the segment.
-        shard: the leaf that an optimizer steps: a view of the flat parameters, or of their float32 master. 1-D, or in the
+        shard: the leaf that an optimizer steps: a part of the flat parameters, or of their float32 master. 1-D, or in the
             parameter's own shape (and memory format) where that is whole.
         state_dtype: of the state that an optimizer keeps for it, unless a fused kernel stores it otherwise.
     """
@@ -171,7 +172,7 @@ def _view(own: Tensor, owner: ManagedParam, offset: int, numel: int) -> Tensor:
 class Bucket:
     """Parameters of one dtype side by side in one flat buffer, cut into one slice a rank.
 
-    Making one moves the parameters into it: `param.data` becomes a view. The values stay, or are rounded to `dtype`; what
+    Making one moves the parameters into it: `param.data` becomes a part of it. The values stay, or are rounded to `dtype`; what
     rounding took from the own range is kept in `master`.
 
     Attributes:
@@ -237,7 +238,7 @@ class Bucket:
         for piece in pieces:
             owner = params[piece.param]
             assert not owner.is_whole or piece.numel == owner.numel
-            shard = nn.Parameter(_view(stepped, owner, piece.offset, piece.numel))
+            shard = nn.Parameter(with_own_storage(_view(stepped, owner, piece.offset, piece.numel)))
             self.segments.append(Segment(owner, piece.start, piece.offset, piece.numel, shard, self._state_dtype))
 
     def release(self, gone: Collection[ManagedParam]) -> None:
@@ -260,7 +261,7 @@ class Bucket:
             return
         name = MASTER_NAMES[self.master.dtype]
         for segment in self.segments:
-            state.setdefault(segment.shard, {})[name] = segment.view_in(self.master)
+            state.setdefault(segment.shard, {})[name] = with_own_storage(segment.view_in(self.master))
 
     def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Take the master out of the state again, where there is one in it."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops
 from .bucket import ParamState
 from .fused_rules import FusedRule
+from .own_storage import with_own_storage
 
 StateArray = tuple[Tensor, Tensor | None]
 """An array of state and, for 8-bit state, its scales; both 1-D."""
@@ -134,7 +135,7 @@ class FusedSegments(ABC):
         return ops.SegmentTable(self._storage, segments, self._rule.signed)
 
     def _expose(self, i: int, names: tuple[str, ...]) -> None:
-        """Show a segment's state in the optimizer's `state`, as views, once the segment has any."""
+        """Show a segment's state in the optimizer's `state`, as it is in memory, once the segment has any."""
         fresh = bool(names) and not self._begun[i]
         initial = self._rule.initial_value(self._optimizer.param_groups[self._group_of[i]])
         entry: ParamState = self._extra_state(i)
@@ -144,13 +145,13 @@ class FusedSegments(ABC):
                 self._write(i, name, torch.full((array.numel(),), initial, dtype=torch.float32, device=self._device))
             entry[name] = self._show(i, array)
             if scales is not None:
-                entry[name + ops.SCALE_SUFFIX] = scales
+                entry[name + ops.SCALE_SUFFIX] = with_own_storage(scales)
         if fresh and not self._rule.has_step:
             self._steps[i] = 0  # SGD's state begins when momentum is turned on, not at its first step
         self._names[i] = names
         self._begun[i] |= bool(names)
         if self._shows_step:
-            entry = {"step": self._steps[i], **entry}
+            entry = {"step": with_own_storage(self._steps[i]), **entry}
         if entry:
             self._optimizer.state[self._leaves[i]] = entry
             self._shown[i] = entry, list(entry.values())

@@ -289,8 +289,7 @@ class GradientReducer:
             for managed in bucket.params:
                 grad = managed.local_grad()
                 if grad is not None:
-                    assert store.full is not None
-                    managed.set_local_grad(managed.view_in(store.full).copy_(grad))
+                    managed.set_local_grad(store.gradient_of(managed).copy_(grad))
 
     def let_go(self) -> None:
         """Free all buffers, before others are adopted."""
@@ -468,7 +467,7 @@ class GradientReducer:
             broadcaster.broadcast_flat(store.full, source)
             for managed in bucket.params:
                 if visible[managed.index]:
-                    managed.set_local_grad(managed.view_in(store.full))
+                    managed.set_local_grad(store.gradient_of(managed))
                 else:
                     managed.param.grad = None
 
@@ -502,16 +501,15 @@ class GradientReducer:
     def _take_visible_whole(self) -> Tensor:
         flags = bytearray(len(self._params))
         for bucket, store in zip(self._buckets, self.stores, strict=True):
-            assert store.full is not None
             for managed in bucket.params:
                 grad = managed.local_grad()
                 if grad is None:
                     continue
                 flags[managed.index] = 1
                 store.holds_sum = True
-                view = managed.view_in(store.full)
-                if grad.data_ptr() != view.data_ptr():
-                    managed.set_local_grad(view.copy_(grad))
+                own = store.gradient_of(managed)
+                if grad.data_ptr() != own.data_ptr():
+                    managed.set_local_grad(own.copy_(grad))
         return torch.frombuffer(flags, dtype=torch.uint8)
 
     def check_storage(self) -> None:
@@ -640,7 +638,7 @@ class GradientReducer:
             _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self._scale, threads)
         else:
             ops.pack(grad, managed.view_in(full), scale=self._scale)
-        self._note_packed(managed, full)
+        self._note_packed(managed)
 
     def _pack_together(self, waiting: Sequence[ManagedParam], full: Tensor) -> None:
         """Move gradients into their bucket in one call for each dtype, which is one unless a user has set others."""
@@ -650,12 +648,12 @@ class GradientReducer:
             sources = [grads[managed.index] for managed in alike]
             ops.pack_segments(sources, [managed.view_in(full) for managed in alike], scale=self._scale)
         for managed in waiting:
-            self._note_packed(managed, full)
+            self._note_packed(managed)
 
-    def _note_packed(self, managed: ManagedParam, full: Tensor) -> None:
+    def _note_packed(self, managed: ManagedParam) -> None:
         # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
         if self.sharded is None:
-            managed.set_local_grad(managed.view_in(full).data)  # whose version counts what is done to it from here on
+            managed.set_local_grad(self.stores[self._bucket_of[managed.index]].gradient_of(managed))
         else:
             self.sharded.show(managed)
         self._packed[managed.index] = 1
@@ -766,8 +764,7 @@ class GradientReducer:
         for bucket, store in zip(self._buckets, self.stores, strict=True):
             for managed in bucket.params:
                 if managed.param.grad is None and used[managed.index]:
-                    assert store.full is not None
-                    managed.set_local_grad(managed.view_in(store.full))
+                    managed.set_local_grad(store.gradient_of(managed))
 
     def _show_sharded(self, sharded: ShardedGradients) -> None:
         """Stages 1 and 2: likewise."""

@@ -1,6 +1,6 @@
 """Where the gradients of a bucket lie: while backward fills them in, while they travel, and after their reduce.
 
-stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is a view of it
+stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is its part of it
 stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
 stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice
 
@@ -19,6 +19,7 @@ from . import ops
 from .bucket import Bucket, ManagedParam, Segment
 from .collectives import PendingCollective, Transport
 from .config import Placement
+from .own_storage import with_own_storage
 
 
 class BufferPool:
@@ -107,8 +108,11 @@ class GradientStore:
         self.factor: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None
+        self._shown: dict[int, Tensor] = {}
         if pool is None:
             self.full = transport.allocate(bucket.padded_numel, self._dtype, bucket.device)
+            if not placement.shard_state:
+                self._shown = {m.index: with_own_storage(m.view_in(self.full)) for m in bucket.params}
         self.reduced: Tensor
         if self._sums_apart:
             self.reduced = torch.zeros_like(bucket.own_param, dtype=sum_dtype)
@@ -150,6 +154,11 @@ class GradientStore:
             self.base = None
             self.holds_sum = True
 
+    def gradient_of(self, managed: ManagedParam) -> Tensor:
+        """Stage 0: a parameter's gradient in the full buffer, as `param.grad` shows it; an object of its own each time, whose version
+        counts what is done to it from here on."""
+        return self._shown[managed.index].data
+
     def reclaim(self) -> None:
         """After `finish`: wait until no rank reads the full buffer any more; a borrowed one goes back."""
         if self._pending is None:
@@ -167,6 +176,7 @@ class GradientStore:
         if self.full is not None:
             transport.free(self.full)
             self.full = None
+            self._shown.clear()
 
     def discard(self) -> None:
         """Forget the sum; the next backward starts a new one."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack
 
 from .bucket import ManagedParam
 from .errors import ConfigError, NotSupportedError, StateError
+from .own_storage import with_own_storage
 from .regions import FlatLayout
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class DistributedParam(ManagedParam):
         return self._dtensor._local_tensor
 
     def set_local(self, view: Tensor) -> None:
-        local = _with_storage_of_its_own(view)
+        local = with_own_storage(view)
         if local.dtype is not self.param.dtype:
             self._set_dtype(local)
         self._dtensor._local_tensor = local
@@ -101,7 +101,7 @@ class DistributedParam(ManagedParam):
 
     def layout_like(self, local: Tensor) -> Tensor:
         module = sys.modules["torch.distributed.tensor"]
-        return cast(Tensor, module.DTensor(_with_storage_of_its_own(local), self._dtensor._spec, requires_grad=False))
+        return cast(Tensor, module.DTensor(with_own_storage(local), self._dtensor._spec, requires_grad=False))
 
     @property
     def flat_layout(self) -> FlatLayout:
@@ -150,12 +150,6 @@ class DistributedParam(ManagedParam):
     @property
     def _dtensor(self) -> DTensor:
         return cast("DTensor", self.param)
-
-
-def _with_storage_of_its_own(view: Tensor) -> Tensor:
-    """The same memory as a storage that begins and ends with it, for DTensors take over the storage offset of their local
-    tensor, and with one they cannot be copied. It also has a version counter of its own, as parameters have."""
-    return from_dlpack(view)
 
 
 @torch.no_grad()

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from . import ops
 
-# Elements to which parameters and slices are aligned: a cache line and more in every dtype, so that kernels and matrix
-# multiplications start where vector loads are cheapest.
-_ALIGNMENT = 32
+# Where parameters, their gradients and their state begin: at multiples of so many bytes, as whatever torch's CPU allocator
+# makes. Libraries of matrix multiplication (MKL) go other ways for operands that begin elsewhere, and add in another order:
+# the same parameter would give other bits than under DistributedDataParallel, and others in another place of a bucket.
+ALIGNMENT_BYTES = 64
+
+_ALIGNMENT = ALIGNMENT_BYTES // 2  # elements: enough in every dtype of parameters and of their state, but for 8 bits
 
 
 @dataclass(frozen=True)

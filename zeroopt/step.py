@@ -16,6 +16,7 @@ from .errors import ConfigError, StateError
 from .fused_rules import FusedRule, fused_optimizers, rule_for
 from .fused_segments import FusedSegments, StateArray
 from .gradient_store import GradientStore
+from .own_storage import with_own_storage
 from .precision import Precision
 from .probe import step_without_hooks
 from .profiling import named_range
@@ -177,7 +178,7 @@ class FusedBucket(FusedSegments):
 
     def _show(self, i: int, array: Tensor) -> Tensor:
         owner = self.bucket.segments[i].owner
-        return array.as_strided(owner.shape, owner.stride) if owner.is_whole else array
+        return with_own_storage(array.as_strided(owner.shape, owner.stride) if owner.is_whole else array)
 
     def _flatten(self, i: int, value: Tensor) -> Tensor:
         owner = self.bucket.segments[i].owner
