@@ -20,6 +20,7 @@ from .errors import StateError
 from .fused_rules import rule_for
 from .live_state import StateHolder
 from .local_tensor import place_in_mesh
+from .own_storage import with_own_storage
 from .precision import Precision
 from .saved_state import SavedState, positions_of
 from .shard_layout import ShardLayout, describe_layout
@@ -345,7 +346,7 @@ class StateDicts(StateHolder):
         entry = dict(self._inner.state.get(segment.shard, {}))
         name = _master_name(bucket)
         if name is not None and bucket.master is not None:
-            entry[name] = segment.view_in(bucket.master)
+            entry[name] = with_own_storage(segment.view_in(bucket.master))
         return entry
 
     def extend_entry(self, param: Tensor, name: str, value: Any) -> bool:
