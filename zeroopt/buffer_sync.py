@@ -76,9 +76,13 @@ class BufferSync:
                     with _unnoticed([tensor]):
                         tensor.copy_(piece)
 
-    def _drop_sent(self) -> None:
+    def wait_for_sent(self) -> None:
+        """Wait until what was sent has come. At the end of the process nothing should be on its way."""
         for *_, pending in self._sent:
             pending.finish()
+
+    def _drop_sent(self) -> None:
+        self.wait_for_sent()
         self._sent.clear()
 
 

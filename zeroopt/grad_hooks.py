@@ -370,7 +370,9 @@ class GradientReducer:
         self.num_backwards_stepped = self.num_backwards
 
     def reclaim(self) -> None:
-        """After the step: where gradients go by messages, wait for the last of them. Theirs is memory that nothing else frees."""
+        """After the step: wait for the last messages. Those of gradients hold memory that nothing else frees."""
+        if self.buffer_sync is not None:
+            self.buffer_sync.wait_for_sent()
         if self._transport.needs_staging:
             self._reclaim_all()
 
