@@ -108,11 +108,11 @@ class GradientStore:
         self.factor: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None
-        self._shown: dict[int, Tensor] = {}
+        self._shown: dict[ManagedParam, Tensor] = {}
         if pool is None:
             self.full = transport.allocate(bucket.padded_numel, self._dtype, bucket.device)
             if not placement.shard_state:
-                self._shown = {m.index: with_own_storage(m.view_in(self.full)) for m in bucket.params}
+                self._shown = {m: with_own_storage(m.view_in(self.full)) for m in bucket.params}
         self.reduced: Tensor
         if self._sums_apart:
             self.reduced = torch.zeros_like(bucket.own_param, dtype=sum_dtype)
@@ -157,7 +157,7 @@ class GradientStore:
     def gradient_of(self, managed: ManagedParam) -> Tensor:
         """Stage 0: a parameter's gradient in the full buffer, as `param.grad` shows it; an object of its own each time, whose version
         counts what is done to it from here on."""
-        return self._shown[managed.index].data
+        return self._shown[managed].data
 
     def reclaim(self) -> None:
         """After `finish`: wait until no rank reads the full buffer any more; a borrowed one goes back."""
@@ -199,6 +199,7 @@ class GradientStore:
         if self.full is not None:
             self.full[managed.offset : managed.offset + managed.numel].zero_()
         self.norm = None
+        self._shown.pop(managed, None)
 
     def scale(self, factor: Tensor) -> None:
         """Have the sum multiplied by a 0-dim tensor when it is used."""
