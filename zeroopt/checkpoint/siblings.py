@@ -47,7 +47,7 @@ def next_number(target: Path) -> int:
         OSError: the directory cannot be read.
     """
     numbers = [0]
-    for path in target.parent.iterdir():
+    for path in filter(Path.is_dir, target.parent.iterdir()):
         with suppress(NewerFormatError):
             manifest = _manifest_of(path)
             numbers.append(0 if manifest is None else manifest.number)
