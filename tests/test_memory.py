@@ -24,12 +24,15 @@ def sampled_bytes(options: dict[str, Any], wrap_only: bool = False) -> Samples:
     train(options, width=8, layers=1, steps=1)  # torch imports half of itself when the first optimizer is made
     gc.collect()
     with sampled_pss() as samples:
-        train(options, WIDTH, LAYERS, steps=0 if wrap_only else 3)
-        dist.barrier()  # a peer that has gone leaves its part of shared pages to this process
+        trained = train(options, WIDTH, LAYERS, steps=0 if wrap_only else 3)
+    dist.barrier()  # who lets go of shared pages leaves its part of them to peers that are still sampled
+    del trained
     return samples
 
 
-def train(options: dict[str, Any], width: int, layers: int, steps: int) -> None:
+def train(
+    options: dict[str, Any], width: int, layers: int, steps: int
+) -> tuple[zeroopt.ZeroDataParallel, zeroopt.ZeroOptimizer]:
     net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=BUCKET_MB, **options)
     for _ in range(steps):
@@ -37,6 +40,7 @@ def train(options: dict[str, Any], width: int, layers: int, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()
+    return model, optimizer
 
 
 def formula_bytes(options: dict[str, Any], world_size: int) -> float:
