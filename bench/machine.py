@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from zeroopt.env import environment
+from zeroopt.diagnosis.env import environment
 
 PEERS = ("deepspeed", "fairscale")
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import zeroopt
-from zeroopt.precision import round_master
+from zeroopt.options.precision import round_master
 
 BATCH, LENGTH, VOCABULARY, WIDTH, HEAD = 4, 6, 37, 16, 4
 

@@ -20,7 +20,7 @@ from training import restore, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.precision import round_master
+from zeroopt.options.precision import round_master
 
 STAGES = (0, 1, 2)
 STEPS = 3

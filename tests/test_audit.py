@@ -18,8 +18,8 @@ from transports import hosts
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt import audit
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.features import audit
+from zeroopt.state.shard_tensor import ShardTensor
 
 ODD_RANK = 1
 ODD_PARAM = "layers.2.weight"

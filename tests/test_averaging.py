@@ -18,7 +18,7 @@ from training import Halves, batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
-from zeroopt.precision import round_master
+from zeroopt.options.precision import round_master
 
 STAGES = (0, 1, 2)
 SMALL = {"bucket_mb": 0.002}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from zeroopt import _C
-from zeroopt.env import environment
+from zeroopt.diagnosis.env import environment
 from zeroopt.errors import KernelUnavailableError
 
 # rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream

@@ -29,7 +29,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
-from zeroopt.checkpoint.reading import open_checkpoint
+from zeroopt.checkpoint.format.reading import open_checkpoint
 
 Layout = tuple[int, dict[str, Any]]  # world size, options of zeroopt.wrap
 

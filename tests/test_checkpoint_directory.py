@@ -13,9 +13,9 @@ import pytest
 from written_checkpoints import version_of, write
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint import directory as directories
-from zeroopt.checkpoint.directory import aside, is_aside, remove, remove_left_aside
-from zeroopt.checkpoint.exchange import exchange
+from zeroopt.checkpoint.disk import directory as directories
+from zeroopt.checkpoint.disk.directory import aside, is_aside, remove, remove_left_aside
+from zeroopt.checkpoint.disk.exchange import exchange
 
 
 def names(path: Path) -> list[str]:

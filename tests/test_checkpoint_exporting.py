@@ -16,8 +16,8 @@ from written_checkpoints import write
 
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.exporting import by_number, export
-from zeroopt.checkpoint.reading import open_checkpoint
-from zeroopt.checkpoint.writing import write_checkpoint
+from zeroopt.checkpoint.format.reading import open_checkpoint
+from zeroopt.checkpoint.format.writing import write_checkpoint
 
 
 def trained(optimizer_class: Any, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:

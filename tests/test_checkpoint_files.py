@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.files import CheckedFiles, FileRecord
+from zeroopt.checkpoint.disk.files import CheckedFiles, FileRecord
 
 
 @given(st.lists(st.binary(max_size=50)))

@@ -14,8 +14,8 @@ from worker_pool import RunOnRanks
 
 import zeroopt.checkpoint
 from zeroopt.checkpoint.exporting import export
+from zeroopt.checkpoint.format.reading import open_checkpoint
 from zeroopt.checkpoint.inspection import inspect
-from zeroopt.checkpoint.reading import open_checkpoint
 
 # Each a group: the parameters that it has, and its rate.
 Groups = Sequence[tuple[str, float]]

@@ -16,8 +16,8 @@ from written_checkpoints import write
 
 import zeroopt
 from zeroopt.__main__ import main
+from zeroopt.checkpoint.format.writing import write_checkpoint
 from zeroopt.checkpoint.inspection import inspect
-from zeroopt.checkpoint.writing import write_checkpoint
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT
 from written_checkpoints import version_of, write
 
-from zeroopt.checkpoint import files
-from zeroopt.checkpoint.siblings import latest
+from zeroopt.checkpoint.disk import files
+from zeroopt.checkpoint.disk.siblings import latest
 
 EVENTS = {
     "open",

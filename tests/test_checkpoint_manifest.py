@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import zeroopt
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.files import CheckedFiles, FileRecord
-from zeroopt.checkpoint.manifest import NAME, Manifest, as_json
+from zeroopt.checkpoint.disk.files import CheckedFiles, FileRecord
+from zeroopt.checkpoint.disk.manifest import NAME, Manifest, as_json
 
 facts = st.dictionaries(
     st.text(),

@@ -15,7 +15,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
-from zeroopt.checkpoint.reading import open_checkpoint
+from zeroopt.checkpoint.format.reading import open_checkpoint
 from zeroopt.errors import CheckpointError
 
 if not hasattr(pytest.importorskip("torch.distributed.tensor"), "DTensor"):

@@ -11,10 +11,10 @@ from worker_pool import RunOnRanks
 
 import zeroopt.checkpoint
 from zeroopt import CheckpointError
+from zeroopt.checkpoint.disk.paths import local_path
 from zeroopt.checkpoint.exporting import export
+from zeroopt.checkpoint.format.reading import open_checkpoint
 from zeroopt.checkpoint.inspection import inspect
-from zeroopt.checkpoint.paths import local_path
-from zeroopt.checkpoint.reading import open_checkpoint
 
 URLS = ["s3://bucket/a", "gs://bucket", "hf://x/y", "file:///tmp/a", "simplecache::s3://b/a", "abfs+x://a"]
 

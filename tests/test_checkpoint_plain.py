@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.plain import MetadataUnpickler, check_plain, load_plain
+from zeroopt.checkpoint.format.plain import MetadataUnpickler, check_plain, load_plain
 
 
 class Malicious:

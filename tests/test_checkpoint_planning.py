@@ -15,9 +15,9 @@ from torch import Tensor
 from written_checkpoints import shard, whole
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.planning import ShardSavePlanner
-from zeroopt.checkpoint.reading import Checkpoint, open_checkpoint
-from zeroopt.checkpoint.writing import _PartWriter
+from zeroopt.checkpoint.format.planning import ShardSavePlanner
+from zeroopt.checkpoint.format.reading import Checkpoint, open_checkpoint
+from zeroopt.checkpoint.format.writing import _PartWriter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float64]
 

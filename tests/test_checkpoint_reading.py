@@ -22,7 +22,7 @@ from worker_pool import RunOnRanks
 from written_checkpoints import entries, version_of, whole, write
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.reading import open_checkpoint
+from zeroopt.checkpoint.format.reading import open_checkpoint
 
 FILES = [".metadata", "__0_0.distcp", "rank0.pt", "zeroopt.json"]
 

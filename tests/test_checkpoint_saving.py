@@ -23,7 +23,7 @@ from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
-from zeroopt.checkpoint import saving
+from zeroopt.checkpoint.wrapped import saving
 from zeroopt.errors import CheckpointError, StateError
 
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from written_checkpoints import version_of, write
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint import manifest
-from zeroopt.checkpoint.siblings import latest
+from zeroopt.checkpoint.disk import manifest
+from zeroopt.checkpoint.disk.siblings import latest
 
 
 def names(path: Path) -> list[str]:
@@ -129,7 +129,7 @@ def test_what_cannot_be_removed_is_logged(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("zeroopt.checkpoint.siblings.remove", refuse)
+    monkeypatch.setattr("zeroopt.checkpoint.disk.siblings.remove", refuse)
     write(tmp_path / "b", 2, keep=1)
     assert version_of(tmp_path / "b") == 2
     assert "cannot remove old checkpoints" in caplog.text

@@ -13,7 +13,7 @@ from worker_pool import RunOnRanks
 import zeroopt
 import zeroopt.checkpoint
 from zeroopt import ops
-from zeroopt.fused_rules import FusedRule
+from zeroopt.stepping.rules import FusedRule
 
 KINDS = ("array", "number", "scalar", "half")
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from worker_pool import RankError, RunOnRanks
 
 from zeroopt import CheckpointError, CollectiveError
-from zeroopt.checkpoint.together import together
+from zeroopt.checkpoint.format.together import together
 
 
 class Unsendable(Exception):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zeroopt.checkpoint.torch_file import write_torch_file
+from zeroopt.checkpoint.disk.torch_file import write_torch_file
 
 DTYPES = [
     torch.float32,

@@ -21,10 +21,10 @@ from worker_pool import RunOnRanks
 from written_checkpoints import entries, version_of, whole, write
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.reading import open_checkpoint
-from zeroopt.checkpoint.writing import write_checkpoint
-from zeroopt.regions import FlatLayout
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.checkpoint.format.reading import open_checkpoint
+from zeroopt.checkpoint.format.writing import write_checkpoint
+from zeroopt.plan.regions import FlatLayout
+from zeroopt.state.shard_tensor import ShardTensor
 
 
 def save(path: Path, version: int, **options: Any) -> None:

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
 
 import zeroopt
-from zeroopt.checkpoint.convert_deepspeed import from_deepspeed
-from zeroopt.checkpoint.inert_pickle import StandIn, load_inert
+from zeroopt.checkpoint.foreign.convert_deepspeed import from_deepspeed
+from zeroopt.checkpoint.foreign.inert_pickle import StandIn, load_inert
 from zeroopt.errors import NotSupportedError, StateError
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.state.shard_tensor import ShardTensor
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.checkpoint.convert_zero_redundancy import from_zero_redundancy
+from zeroopt.checkpoint.foreign.convert_zero_redundancy import from_zero_redundancy
 from zeroopt.errors import StateError
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}

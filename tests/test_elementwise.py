@@ -14,8 +14,8 @@ from training import OPTIMIZERS
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.bucket import Grain
-from zeroopt.elementwise import ELEMENT_WISE, find_grains
+from zeroopt.admission.grains import ELEMENT_WISE, find_grains
+from zeroopt.plan.params import Grain
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -13,7 +13,7 @@ from transports import LogLines
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.footprint import Footprint, footprint
+from zeroopt.diagnosis.footprint import Footprint, footprint
 
 WIDTH, LAYERS, BUCKET_MB = 256, 6, 0.25
 NUMEL = WIDTH * WIDTH * LAYERS  # each layer fills a bucket, and nothing is padded

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroopt.fused_rules import FusedRule, fused_optimizers, rule_for
 from zeroopt.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedSGD
+from zeroopt.stepping.rules import FusedRule, fused_optimizers, rule_for
 
 TORCH = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad]
 OWN = [FusedAdamW, FusedAdam, FusedSGD, FusedAdagrad, FusedLion, FusedLAMB]

@@ -15,8 +15,8 @@ from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snap
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.precision import round_master
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.options.precision import round_master
+from zeroopt.state.shard_tensor import ShardTensor
 
 BF16, FP16, INF = torch.bfloat16, torch.float16, float("inf")
 STAGES = (0, 1, 2)

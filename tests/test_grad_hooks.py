@@ -19,7 +19,7 @@ from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snap
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.sharded_gradient import ShardedGradient
+from zeroopt.gradients.sharded_tensor import ShardedGradient
 
 STAGES = (0, 1, 2)
 Options = dict[str, Any] | None

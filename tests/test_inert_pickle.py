@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from zeroopt.checkpoint.inert_pickle import StandIn, load_inert
+from zeroopt.checkpoint.foreign.inert_pickle import StandIn, load_inert
 from zeroopt.errors import StateError
 
 

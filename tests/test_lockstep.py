@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.lockstep import Lockstep
+from zeroopt.gradients.lockstep import Lockstep
 
 ODD_RANK = 1
 ODD_STEP = 2

@@ -16,7 +16,7 @@ from parallel import PLANS, backward, square_mesh, whole_params, wrap_split
 from torch.distributed.tensor import DTensor
 from worker_pool import RunOnRanks
 
-from zeroopt.norm_groups import NormGroups
+from zeroopt.gradients.norm_groups import NormGroups
 
 STEPS = 2
 

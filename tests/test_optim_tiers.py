@@ -39,7 +39,7 @@ from torch import nn
 
 from zeroopt import ConfigError
 from zeroopt.optim import FusedAdamW, FusedLAMB, FusedOptimizer
-from zeroopt.state_tiers import decoded
+from zeroopt.state.tiers import decoded
 
 
 class TestTiers:

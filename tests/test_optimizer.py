@@ -17,7 +17,7 @@ from training import batch, build, loss_of, optimizer_for, prepare, snapshot, tr
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.precision import round_master
+from zeroopt.options.precision import round_master
 
 STAGES = (0, 1, 2)
 

@@ -21,10 +21,10 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.optim import FusedLAMB
+from zeroopt.options.precision import ALIGNMENT_BYTES
 from zeroopt.own_storage import with_own_storage
-from zeroopt.precision import ALIGNMENT_BYTES
-from zeroopt.shard_state import map_leaves
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.state.entries import map_leaves
+from zeroopt.state.shard_tensor import ShardTensor
 
 BF16 = torch.bfloat16
 Factory = Callable[[Any], torch.optim.Optimizer]

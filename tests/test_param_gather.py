@@ -22,7 +22,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.collectives.base import PendingWork
-from zeroopt.param_gather import ArrivingParameter
+from zeroopt.parameters.gathers import ArrivingParameter
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from training import loss_of
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.param_hooks import GradientHook, is_taken_up
+from zeroopt.gradients.hooks import GradientHook, is_taken_up
 
 
 def mask(param: Tensor) -> None:

@@ -14,7 +14,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.errors import ConfigError
-from zeroopt.precision import join_master, round_master, split_master
+from zeroopt.options.precision import join_master, round_master, split_master
 
 BF16, FP16 = torch.bfloat16, torch.float16
 STEPS = 4

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zeroopt.regions import Box, FlatLayout
+from zeroopt.plan.regions import Box, FlatLayout
 
 
 def in_memory_order(shape: list[int], dims: list[int]) -> Tensor:

@@ -14,9 +14,9 @@ from training import OPTIMIZERS, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.bucket import ManagedParam, make_plan
-from zeroopt.precision import Precision
-from zeroopt.replan import in_order, is_grouped_alike
+from zeroopt.options.precision import Precision
+from zeroopt.plan.buckets import in_order, is_grouped_alike, make_plan
+from zeroopt.plan.params import ManagedParam
 
 
 class Backwards(nn.Module):

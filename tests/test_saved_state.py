@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from zeroopt.bucket import Grain, ManagedParam, Segment
 from zeroopt.errors import StateError
-from zeroopt.regions import FlatLayout
-from zeroopt.saved_state import SavedState, positions_of
-from zeroopt.shard_layout import ShardLayout
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.plan.params import Grain, ManagedParam
+from zeroopt.plan.regions import FlatLayout
+from zeroopt.state.layout import ShardLayout
+from zeroopt.state.saved import SavedState, positions_of
+from zeroopt.state.shard_tensor import ShardTensor
+from zeroopt.storage.bucket import Segment
 
 SHAPE = [7, 9]
 NUMEL = 63

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from zeroopt.bucket import ManagedParam
 from zeroopt.errors import StateError
-from zeroopt.shard_layout import FORMAT, ShardLayout, describe_layout
-from zeroopt.shard_tensor import OwnTensor
+from zeroopt.plan.params import ManagedParam
+from zeroopt.state.layout import FORMAT, ShardLayout, describe_layout
+from zeroopt.state.shard_tensor import OwnTensor
 
 FACTS: dict[str, Any] = {
     "stage": 2,

@@ -16,8 +16,8 @@ from torch import Tensor
 from worker_pool import RunOnRanks
 
 from zeroopt.errors import StateError
-from zeroopt.regions import FlatLayout
-from zeroopt.shard_tensor import OwnTensor, ShardTensor
+from zeroopt.plan.regions import FlatLayout
+from zeroopt.state.shard_tensor import OwnTensor, ShardTensor
 
 LAYOUT = FlatLayout.of([4, 5], [5, 1])
 

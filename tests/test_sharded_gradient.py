@@ -23,7 +23,7 @@ from training import batch, build, loss_of, optimizer_for, prepare, restore, sna
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.sharded_gradient import ShardedGradient
+from zeroopt.gradients.sharded_tensor import ShardedGradient
 
 INF = float("inf")
 STAGES = (0, 1, 2)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.precision import round_master
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.options.precision import round_master
+from zeroopt.state.shard_tensor import ShardTensor
 
 NAMES = ["adamw_amsgrad", "sgd_momentum", "sgd", "rmsprop_centered", "nested", "lars", "lamb", "adafactor"]
 NAMES = [name for name in NAMES if name in MAKERS]

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroopt import ops
-from zeroopt.precision import split_master
-from zeroopt.regions import FlatLayout
-from zeroopt.shard_tensor import ShardTensor
-from zeroopt.state_tiers import decode, decoded, exact_param, is_coded
+from zeroopt.options.precision import split_master
+from zeroopt.plan.regions import FlatLayout
+from zeroopt.state.shard_tensor import ShardTensor
+from zeroopt.state.tiers import decode, decoded, exact_param, is_coded
 
 
 def coded(numel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

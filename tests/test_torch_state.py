@@ -13,7 +13,7 @@ from state_cases import MAKERS, Run, Varied, assert_alike
 from torch import Tensor
 from worker_pool import RunOnRanks
 
-from zeroopt.torch_state import brought_up_to_date
+from zeroopt.state.torch_releases import brought_up_to_date
 
 StateDict = dict[str, Any]
 HOW = ("fused", "foreach", "capturable", "differentiable")

@@ -16,9 +16,10 @@ from training import loss_of, restore, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.bucket import Grain, ManagedParam, make_plan
 from zeroopt.optim import FusedLAMB
-from zeroopt.precision import Precision, round_master
+from zeroopt.options.precision import Precision, round_master
+from zeroopt.plan.buckets import make_plan
+from zeroopt.plan.params import Grain, ManagedParam
 
 BF16 = torch.bfloat16
 STEPS = 5

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroopt.checkpoint.reading import open_checkpoint
-from zeroopt.checkpoint.writing import write_checkpoint
-from zeroopt.regions import FlatLayout
-from zeroopt.shard_tensor import ShardTensor
+from zeroopt.checkpoint.format.reading import open_checkpoint
+from zeroopt.checkpoint.format.writing import write_checkpoint
+from zeroopt.plan.regions import FlatLayout
+from zeroopt.state.shard_tensor import ShardTensor
 
 SHAPE = (5, 7)
 

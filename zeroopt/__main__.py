@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from .env import print_environment
+from .diagnosis.env import print_environment
 from .errors import ZeroOptError
 
 
@@ -58,7 +58,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from .checkpoint.exporting import export
-    from .checkpoint.reading import open_checkpoint
+    from .checkpoint.format.reading import open_checkpoint
 
     export(open_checkpoint(arguments.path), arguments.to)
     return 0

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .bucket import ManagedParam
-from .buffer_sync import BufferSync
 from .ddp_around import check_ddp_around, refuse_ddp_around
 from .errors import ConfigError, NotSupportedError
-from .join import JoinCalls, Phase
+from .features.join import JoinCalls, Phase
 from .optimizer import ZeroOptimizer
-from .param_gather import remove_idle_hooks
-from .precision import round_master
-from .sharding import Sharding
+from .options.precision import round_master
+from .parameters.buffers import BufferSync
+from .parameters.gathers import remove_idle_hooks
+from .plan.params import ManagedParam
+from .replica import Sharding
 from .untraced import untraced
 
 if TYPE_CHECKING:

@@ -15,30 +15,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _C
-from .agreement import agree
-from .averaging import ParameterAverage
-from .bucket import Bucket, ManagedParam, Segment, make_buckets, make_plan
-from .config import Config, check_param_dtypes
-from .dcp_options import ranks_that_want_all, takes_state_alone, wants_parts, with_flattened_names
+from .admission.agreement import agree
+from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
-from .footprint import log_wrapped
-from .given_state import GivenState
-from .grad_clip import clip_by, norm_of_shards, norm_of_whole
-from .gradient_store import GradientStore
-from .group_edits import GroupEdit, GroupMembers, inspect_edit
+from .features.averaging import ParameterAverage
+from .features.group_edits import GroupEdit, GroupMembers, inspect_edit
+from .features.join import Phase, pack_options, take_options
+from .features.loss_scaling import scaler_in
+from .features.scaled_steps import ScaledSteps
+from .gradients.norms import clip_by, norm_of_shards, norm_of_whole
 from .inner_attributes import reach, takes
-from .join import Phase, pack_options, take_options
-from .live_state import LiveState
-from .loss_scaling import scaler_in
+from .options.config import Config, check_param_dtypes
+from .plan.buckets import agree_on_order, in_order, is_grouped_alike, make_plan
+from .plan.params import ManagedParam
 from .profiling import named_range
-from .replan import agree_on_order, in_order, is_grouped_alike, log_new_plan, move_state
-from .scaled_steps import ScaledSteps
-from .shard_layout import ShardLayout
-from .sharding import Sharding
-from .state_dicts import LoadedState, StateDicts
-from .step import ShardStepper, check_fused
+from .replica import Sharding
+from .state.dcp_options import ranks_that_want_all, takes_state_alone, wants_parts, with_flattened_names
+from .state.dicts import LoadedState, StateDicts
+from .state.given import GivenState
+from .state.layout import ShardLayout
+from .state.live import LiveState
+from .state.moving import log_new_plan, move_state
+from .state.whole import whole_states
+from .stepping.stepper import ShardStepper, check_fused
+from .storage.bucket import Bucket, Segment, make_buckets
+from .storage.gradient_store import GradientStore
 from .untraced import untraced
-from .whole_state import whole_states
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -865,7 +867,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Move parameters, gradients and state into buckets for another order. Collective."""
         ordered = in_order(self._params, order)
         plan = self._make_plan(ordered)
-        if is_grouped_alike(self._buckets, plan, ordered):
+        if is_grouped_alike([{managed.index for managed in bucket.params} for bucket in self._buckets], plan, ordered):
             return
         log_new_plan(self._buckets, plan, ordered, self._transport)
         self._gathers.finish_all()

@@ -8,10 +8,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from .agreement import agree
-from .claims import release
+from .admission.agreement import agree
+from .admission.candidates import forget_wrapped
+from .admission.claims import release
 from .errors import ConfigError, NotSupportedError, StateError
-from .inspect import forget_wrapped
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
 

@@ -9,21 +9,21 @@ import torch.distributed as dist
 from torch import nn
 
 from . import _C
-from .agreement import agree, describe_groups, describe_params
-from .averaging import ParameterAverage, agreed_across, average_over, describe_place
-from .bucket import ManagedParam
+from .admission.agreement import agree, describe_groups, describe_params
+from .admission.candidates import inspect, mark_wrapped
 from .collectives import Transport, check_transport, connect_transport
 from .collectives.lone import default_group
 from .collectives.single import SingleTransport
-from .config import Config, Fused, check_config, check_param_dtypes
 from .errors import ConfigError, StateError
-from .inspect import inspect, mark_wrapped
-from .local_tensor import count_copies, describe_part, find_mesh, mesh_groups
+from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
+from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel
-from .norm_groups import check_norm_group
 from .optimizer import ZeroOptimizer
-from .sharding import Sharding, cast_frozen
-from .step import check_fused
+from .options.config import Config, Fused, check_config, check_param_dtypes
+from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
+from .plan.params import ManagedParam
+from .replica import Sharding, cast_frozen
+from .stepping.stepper import check_fused
 
 
 def wrap(

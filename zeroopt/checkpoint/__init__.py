@@ -4,11 +4,11 @@
 """
 
 from ..errors import CheckpointError
-from .convert_deepspeed import from_deepspeed
-from .convert_zero_redundancy import from_zero_redundancy
-from .loading import load
-from .saving import async_save, save
-from .siblings import latest
+from .disk.siblings import latest
+from .foreign.convert_deepspeed import from_deepspeed
+from .foreign.convert_zero_redundancy import from_zero_redundancy
+from .wrapped.loading import load
+from .wrapped.saving import async_save, save
 
 __all__ = [
     "CheckpointError",

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
-from .files import sync_directory
-from .paths import local_path
-from .reading import Checkpoint
-from .torch_file import write_torch_file
+from .disk.files import sync_directory
+from .disk.paths import local_path
+from .disk.torch_file import write_torch_file
+from .format.reading import Checkpoint
 
 
 def export(checkpoint: Checkpoint, to: str | os.PathLike[str]) -> None:

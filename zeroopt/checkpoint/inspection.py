@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
-from .reading import Checkpoint, open_checkpoint
+from .format.reading import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)

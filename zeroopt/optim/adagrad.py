@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..fused_rules import AdagradRule
+from ..stepping.rules import AdagradRule
 from .fused import FusedOptimizer
 
 

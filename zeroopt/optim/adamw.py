@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..fused_rules import AdamWRule
+from ..stepping.rules import AdamWRule
 from .fused import FusedOptimizer
 
 

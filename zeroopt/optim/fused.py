@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import MASTER_WEIGHTS
 from ..errors import ConfigError, NotSupportedError, ZeroOptError
-from ..fused_rules import FusedRule
 from ..ops.checks import is_dense
-from ..state_tiers import readable
-from ..torch_state import options_of
+from ..options.config import MASTER_WEIGHTS
+from ..state.tiers import readable
+from ..state.torch_releases import options_of
+from ..stepping.rules import FusedRule
 from .fused_params import FusedParams, Places
 
 _Kind = tuple[torch.device, torch.dtype, torch.dtype]

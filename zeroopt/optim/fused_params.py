@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..bucket import ParamState
-from ..fused_rules import FusedRule
-from ..fused_segments import FusedSegments, StateArray
-from ..precision import join_master, round_master, split_master
+from ..options.precision import join_master, round_master, split_master
+from ..plan.params import ParamState
+from ..stepping.rules import FusedRule
+from ..stepping.segments import FusedSegments, StateArray
 
 Places = dict[int, tuple[int, Tensor]]
 """By position in the optimizer, counted over all groups: the group and the parameter."""

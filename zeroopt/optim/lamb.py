@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..fused_rules import LambRule
+from ..stepping.rules import LambRule
 from .fused import FusedOptimizer
 from .lion import check_ranges
 

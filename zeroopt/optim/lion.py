@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError
-from ..fused_rules import LionRule
+from ..stepping.rules import LionRule
 from .fused import FusedOptimizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..fused_rules import SgdRule
+from ..stepping.rules import SgdRule
 from .fused import FusedOptimizer
 
 

@@ -1,0 +1,90 @@
+"""What may be in a checkpoint: values that torch.load(weights_only=True) gives back, and metadata made of DCP's own classes."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError
+from ...state.shard_tensor import ShardTensor
+
+_PLAIN = {type(None), bool, int, float, str, Tensor, nn.Parameter, ShardTensor, torch.dtype, torch.Size}
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Raise CheckpointError, with the name of the entry, for what torch.load(weights_only=True) would refuse to load."""
+    if type(value) in _PLAIN:
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, entry in value.items():
+            check_plain(key, f"a key of {name}")
+            check_plain(entry, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, entry in enumerate(value):
+            check_plain(entry, f"{name}[{index}]")
+    else:
+        _check_loadable(value, name)
+
+
+def _check_loadable(value: Any, name: str) -> None:
+    stream = io.BytesIO()
+    try:
+        torch.save(value, stream)
+        stream.seek(0)
+        torch.load(stream, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which could only be loaded by running code out "
+            "of the checkpoint. Save plain containers, numbers, strings and tensors instead"
+        ) from error
+
+
+_CLASSES: Mapping[str, set[str]] = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    # where TensorProperties was before torch 2.4
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads DCP's `.metadata`, and refuses whatever is not in it by right. Raises UnpicklingError."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of that name."""
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs and could run code")
+        if module == "pathlib._local":
+            module = "pathlib"
+        return super().find_class(module, name)
+
+
+def load_plain(stream: Any, name: str | Path) -> Any:
+    """torch.load(weights_only=True), to the CPU. Raises CheckpointError."""
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot load {name}: {error}") from error

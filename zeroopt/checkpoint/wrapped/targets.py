@@ -1,0 +1,265 @@
+"""What a rank reads from a checkpoint: memory of its own for all of its part, so that nothing changes until all is there."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ... import ops
+from ...errors import CheckpointError
+from ...module import ZeroDataParallel
+from ...optimizer import ZeroOptimizer
+from ...plan.dtensors import local_of
+from ...plan.regions import FlatLayout
+from ...state.entries import block_of
+from ...state.shard_tensor import ShardTensor
+from ...storage.bucket import Bucket, Segment
+from .contents import clean_name
+
+_EXTRA = "_extra_state"  # torch's name for what a module's get_extra_state() gives
+
+Commit = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class Target:
+    """What is to be read, by the checkpoint's keys, and what becomes of it.
+
+    Attributes:
+        entries: tensors to be filled, and None for other values.
+        trained: what lets the values of trained parameters be the model's, once all ranks have theirs.
+        rest: the same for buffers, frozen parameters, and what modules save besides.
+    """
+
+    entries: dict[str, Any] = field(default_factory=dict)
+    trained: list[Commit] = field(default_factory=list)
+    rest: list[Commit] = field(default_factory=list)
+
+
+class Names:
+    """The keys of a checkpoint.
+
+    Args:
+        prefix: of those that are meant.
+    """
+
+    def __init__(self, metadata: Metadata, prefix: str) -> None:
+        self.prefix = prefix
+        self._saved = metadata.state_dict_metadata
+        self._paths = metadata.planner_data or {}
+        self._keys = sorted(key for key in self._saved if key.startswith(prefix + "."))
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def below(self, *path: str) -> Iterator[tuple[str, str]]:
+        """Keys that begin with a path, and what follows it."""
+        start = ".".join((self.prefix, *path)) + "."
+        for index in range(bisect_left(self._keys, start), len(self._keys)):
+            key = self._keys[index]
+            if not key.startswith(start):
+                return
+            yield key, key.removeprefix(start)
+
+    def path(self, key: str, name: str) -> list[str | int]:
+        """The end of a key that is `name`, taken apart: numbers are positions in lists."""
+        path = self._paths.get(key, ())
+        for count in range(1, len(path) + 1):
+            if ".".join(map(str, path[-count:])) == name:
+                return list(path[-count:])
+        return list(name.split("."))
+
+    def tensor(self, key: str) -> TensorStorageMetadata | None:
+        """What is known of a tensor; None for other values."""
+        saved = self._saved[key]
+        return saved if isinstance(saved, TensorStorageMetadata) else None
+
+    def memory(self, key: str) -> Tensor | None:
+        """Memory for all of a tensor; None for other values."""
+        saved = self.tensor(key)
+        return None if saved is None else torch.empty(saved.size, dtype=saved.properties.dtype)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._saved
+
+
+def model_names(model: ZeroDataParallel, names: Names) -> dict[str, tuple[str, Any]]:
+    """What a model's state dict has, by the checkpoint's keys: name and live value."""
+    state_dict = model.module.state_dict(keep_vars=True)
+    return {f"{names.prefix}.{clean_name(name)}": (name, value) for name, value in state_dict.items()}
+
+
+def check_names(wanted: AbstractSet[str], names: Names, *, strict: bool) -> None:
+    """Raise CheckpointError for names that only the model, in all its parts, or only the checkpoint has; when not strict, where
+    they have none in common."""
+    known = {key: _saved_as(key, names) for key in wanted}
+    missing = sorted(key for key, saved in known.items() if not saved)
+    expected = {key for saved in known.values() for key in saved}
+    unexpected = [key for key, _ in names.below() if key not in expected]
+    if missing and len(missing) == len(known):
+        raise CheckpointError(
+            f"the model and the checkpoint have no name in common under {names.prefix!r}: the checkpoint lacks {_shown(missing)}, the "
+            f"model lacks {_shown(unexpected)}. Rename either"
+        )
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"the model and the checkpoint have different names under {names.prefix!r}: the checkpoint lacks {_shown(missing)}, the "
+            f"model lacks {_shown(unexpected)}; strict=False loads what both have"
+        )
+
+
+def _saved_as(key: str, names: Names) -> list[str]:
+    """The keys of one entry of the model's state dict: of the extra state of a module, which may be a dict, several."""
+    path = key.removeprefix(names.prefix + ".")
+    return [key] if key in names else [below for below, _ in names.below(path)] if path.endswith(_EXTRA) else []
+
+
+def model_target(model: ZeroDataParallel, names: Names) -> Target:
+    """The model's part, as far as the checkpoint has it."""
+    target = Target()
+    wanted = model_names(model, names)
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for key, (_, value) in wanted.items():
+        if isinstance(value, nn.Parameter):
+            aliases.setdefault(value, []).append(key)
+    for bucket in model.sharding.buckets:
+        for segment in bucket.segments:
+            for key in [key for key in aliases.get(segment.owner.param, []) if key in names][:1]:
+                _target_param(target, key, bucket, segment)
+    trained = {managed.param for managed in model.sharding.params}
+    for key, (name, value) in wanted.items():
+        if _saved_as(key, names) and not (isinstance(value, nn.Parameter) and value in trained):
+            _target_value(target, key, name, value, names, model)
+    return target
+
+
+def _shown(keys: Sequence[str]) -> str:
+    shown = ", ".join(repr(key) for key in keys[:3])
+    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "nothing"
+
+
+def _target_param(target: Target, key: str, bucket: Bucket, segment: Segment) -> None:
+    """A trained parameter: this rank's part, as exact as it is kept."""
+    dtype = bucket.dtype if bucket.master is None else torch.float32
+    values = torch.empty(segment.numel, dtype=dtype, device=bucket.device)
+    target.entries[key] = ShardTensor(segment.owner.flat_layout, segment.start, values)
+
+    def commit(read: Mapping[str, Any]) -> None:
+        owner = segment.owner
+        bucket.write_exact(segment, values.as_strided(owner.shape, owner.stride) if owner.is_whole else values)
+
+    target.trained.append(commit)
+
+
+def _target_value(target: Target, key: str, name: str, value: Any, names: Names, model: ZeroDataParallel) -> None:
+    """What every rank has: buffers, frozen parameters, and what modules save besides."""
+    if not name.endswith(_EXTRA):
+        copied = target.entries[key] = torch.empty_like(value.detach())
+
+        def commit(read: Mapping[str, Any]) -> None:
+            local_of(value.detach()).copy_(local_of(copied))
+
+    else:
+        module = model.module.get_submodule(name.removesuffix(_EXTRA).rstrip("."))
+        places = {saved: names.path(saved, saved.removeprefix(key)[1:]) for saved in _saved_as(key, names)}
+        memory = {saved: names.memory(saved) for saved in places}
+        target.entries |= memory
+
+        def commit(read: Mapping[str, Any]) -> None:
+            state: dict[str, Any] = {}
+            for saved, path in places.items():
+                put(state, ["", *path] if saved != key else [""], {**memory, **read}[saved])
+            module.set_extra_state(state[""])
+
+    target.rest.append(commit)
+
+
+@dataclass
+class StateTarget:
+    """What is to be read of an optimizer's state.
+
+    Attributes:
+        entries: as those of a `Target`.
+        places: for each parameter by position, and each key, where in the parameter's state the value belongs.
+    """
+
+    entries: dict[str, Any] = field(default_factory=dict)
+    places: dict[int, dict[str, list[str | int]]] = field(default_factory=dict)
+
+    def assemble(self, values: Mapping[str, Any]) -> dict[int, Any]:
+        """The state by position, from what was read: by key, and elsewhere in `entries`."""
+        state: dict[int, Any] = {}
+        for position, places in self.places.items():
+            for key, path in places.items():
+                put(state.setdefault(position, {}), path, values.get(key, self.entries[key]))
+        return state
+
+
+def state_target(optimizer: ZeroOptimizer, names: Names, *, by_position: bool) -> StateTarget:
+    """An optimizer's part of the state, and that of parameters that no rank steps.
+
+    Args:
+        by_position: the checkpoint has parameters by number, not by name.
+    """
+    target = StateTarget()
+    dicts, known = optimizer.state_dicts, optimizer.names()
+    segments = {s.owner.position: s for bucket in dicts.buckets for s in bucket.segments}
+    state_dtype = dicts.precision.state_dtype
+    for position in (*segments, *dicts.idle_params()):
+        segment = segments.get(position)
+        known_as = str(position) if by_position else clean_name(known[position])
+        for key, name in names.below("state", known_as):
+            if name in ops.SCALES and state_dtype is not torch.int8:
+                continue
+            target.entries[key] = (
+                names.memory(key) if segment is None else _state_memory(name, names.tensor(key), segment)
+            )
+            target.places.setdefault(position, {})[key] = names.path(key, name)
+    return target
+
+
+def _state_memory(name: str, saved: TensorStorageMetadata | None, segment: Segment) -> Tensor | None:
+    if saved is None:
+        return None
+    owner, device, dtype = segment.owner, segment.shard.device, saved.properties.dtype
+    last = name.rpartition(".")[2]
+    layout = owner.flat_layout
+    if owner.is_whole and saved.size == owner.shape:
+        return torch.empty_strided(owner.shape, owner.stride, dtype=dtype, device=device)  # as optimizers make it
+    if owner.is_whole or last == "step":
+        return torch.empty(saved.size, dtype=dtype, device=device if saved.size else "cpu")
+    if block_of(last) > 1:
+        first, end = segment.start // ops.QUANT_BLOCK, ops.num_blocks(segment.start + segment.numel)
+        values = torch.empty(end - first, dtype=dtype, device=device)
+        return ShardTensor(FlatLayout.of(saved.size, [1]), first, values)
+    if tuple(saved.size) == layout.full_shape:
+        return ShardTensor(layout, segment.start, torch.empty(segment.numel, dtype=dtype, device=device))
+    return torch.empty(saved.size, dtype=dtype, device=device if saved.size else "cpu")
+
+
+def put(container: Any, path: Sequence[str | int], value: Any) -> None:
+    """Put a value into dicts and lists, which are made as they are needed; lists grow from their end."""
+    for part, following in pairwise(path):
+        container = _inside(container, part, [] if isinstance(following, int) else {})
+    if isinstance(container, list):
+        _inside(container, path[-1], None)
+    container[path[-1]] = value
+
+
+def _inside(container: Any, part: str | int, default: Any) -> Any:
+    if isinstance(container, dict):
+        return container.setdefault(part, default)
+    assert isinstance(part, int)
+    while len(container) <= part:
+        container.append(None)
+    if container[part] is None:
+        container[part] = default
+    return container[part]

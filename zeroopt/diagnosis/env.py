@@ -1,0 +1,46 @@
+"""What a bug report needs to know: the build of the kernels, the versions around it, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+import torch.distributed as dist
+
+from .. import _C
+
+
+def environment() -> dict[str, str]:
+    """Facts of this installation and machine, by name. Not collective."""
+    build = _C.build_info()
+    cuda = f"{build['cuda_version']} ({' '.join(build['cuda_archs'])})" if build["cuda"] else "not compiled in"
+    return {
+        "zeroopt": build["version"],
+        "compiler": f"{build['compiler']}, {build['flags']}",
+        "CPU kernels": f"{build['isa']} (compiled: {', '.join(build['isas'])})",
+        "OpenMP": "yes" if build["openmp"] else "no: CPU kernels run on one thread",
+        "CUDA kernels": cuda,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch CUDA": torch.version.cuda or "no",
+        "CUDA devices": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        "backends": ", ".join(_backends()) or "none",
+        "platform": platform.platform(),
+        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+    }
+
+
+def _backends() -> list[str]:
+    if not dist.is_available():
+        return []
+    found = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
+    return [name for name, available in found.items() if available]
+
+
+def print_environment() -> None:
+    """Print `environment` as a table."""
+    facts = environment()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,138 @@
+"""What a rank holds of a wrapped model, counted from its buckets, and what the log says of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from ..collectives import Transport
+from ..options.config import Config
+from ..stepping.rules import FusedRule, rule_for
+from ..storage.bucket import Bucket, Segment
+from ..storage.gradient_store import GradientStore
+
+_log = logging.getLogger("zeroopt")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank between a forward and a step, buffers for messages and activations aside.
+
+    Attributes:
+        parameters: all of them, or this rank's part where the ranks of a host share one copy.
+        masters: float32 masters or remainders of this rank's slices.
+        gradients: sums, and in stages 0 and 1 the full buckets in which they lie.
+        buffers: full buckets of gradients that stage 2 lends.
+        moments: the optimizer's arrays; None where only a first step will tell.
+    """
+
+    parameters: int
+    masters: int
+    gradients: int
+    buffers: int
+    moments: int | None
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.masters + self.gradients + self.buffers + (self.moments or 0)
+
+
+def footprint(
+    buckets: Sequence[Bucket],
+    stores: Sequence[GradientStore],
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    transport: Transport,
+) -> Footprint:
+    """Count before the first step what a rank will hold. Not collective."""
+    sharing = transport.world_size // len(transport.writers) if config.share_parameters else 1
+    full = [
+        bucket.padded_numel * (config.reduce_dtype or bucket.dtype).itemsize
+        for bucket in buckets
+        if config.placement.shard_gradient
+    ]
+    rule = rule_for(optimizer)
+    return Footprint(
+        parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
+        masters=sum(bucket.master.nbytes for bucket in buckets if bucket.master is not None),
+        gradients=sum(map(_gradient_bytes, stores)),
+        buffers=max(full, default=0) * (config.bucket_buffers if config.overlap else 1),
+        moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),
+    )
+
+
+def _gradient_bytes(store: GradientStore) -> int:
+    if store.full is None:
+        return store.reduced.nbytes
+    apart = store.reduced.untyped_storage().data_ptr() != store.full.untyped_storage().data_ptr()
+    return store.full.nbytes + (store.reduced.nbytes if apart else 0)
+
+
+def _moment_bytes(
+    buckets: Sequence[Bucket],
+    stores: Sequence[GradientStore],
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    rule: FusedRule,
+) -> int:
+    total = 0
+    for bucket, store in zip(buckets, stores, strict=True):
+        fused = config.fused and config.precision.storage(bucket.dtype, store.reduced.dtype) is not None
+        for segment in bucket.segments:
+            names = rule.names_in_use(optimizer.param_groups[segment.owner.group])
+            total += len(names) * _state_bytes(segment, config.precision.state_dtype if fused else segment.state_dtype)
+    return total
+
+
+def _state_bytes(segment: Segment, dtype: torch.dtype) -> int:
+    scales = 4 * ops.num_blocks(segment.numel) if dtype is torch.int8 else 0
+    return segment.numel * dtype.itemsize + scales
+
+
+def log_wrapped(
+    buckets: Sequence[Bucket],
+    stores: Sequence[GradientStore],
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    transport: Transport,
+) -> None:
+    """Say on rank 0 what has been made of a model: one line, and with level DEBUG one for each bucket."""
+    if transport.group.rank() != 0 or not _log.isEnabledFor(logging.INFO):
+        return
+    held = footprint(buckets, stores, optimizer, config, transport)
+    num_params = sum(len(bucket.params) for bucket in buckets)
+    numel = sum(managed.numel for bucket in buckets for managed in bucket.params)
+    name = type(optimizer).__name__
+    moments = f"{_in_mb(held.moments)} MB" if held.moments is not None else f"what {name} keeps for its slices"
+    _log.info(
+        "stage %d over %d ranks, transport %s: %d parameters (%d elements) in %d buckets. A rank will hold %s MB: parameters "
+        "%s MB, masters %s MB, gradients %s MB in sums and %s MB in buffers, optimizer state %s",
+        config.stage,
+        transport.world_size,
+        transport.name,
+        num_params,
+        numel,
+        len(buckets),
+        _in_mb(held.total),
+        *map(_in_mb, (held.parameters, held.masters, held.gradients, held.buffers)),
+        moments,
+    )
+    for bucket in buckets:
+        begin, end = bucket.own_range
+        _log.debug(
+            "%s: %d parameter%s, %d elements of %s, of which rank 0 steps %d",
+            bucket.name,
+            len(bucket.params),
+            "" if len(bucket.params) == 1 else "s",
+            bucket.padded_numel,
+            bucket.dtype,
+            end - begin,
+        )
+
+
+def _in_mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f}"

@@ -1,0 +1,198 @@
+"""What every k-th step looks at, with `check_every=k`: whether gradients are finite, and parameters the same on all ranks.
+
+While backward runs, each full bucket is looked at before it travels, since afterwards nobody can tell on which rank a
+gradient was not finite. Before the step, ranks tell each other in one number whether sums are finite and what the digest of
+their parameters is, and after it the digest of the new ones. Names travel only where something is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..collectives import Transport, named_failures
+from ..collectives.failure import name_ranks
+from ..errors import NonFiniteError, RankMismatchError
+from ..plan.params import ManagedParam
+from ..storage.bucket import Bucket
+from ..storage.gradient_store import GradientStore
+
+_WHAT = "exchange of check_every"  # for messages
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK_NUMEL = 1 << 20  # elements that are digested together, which takes 16 bytes for each
+_CHUNK_FACTOR = -0x61C8864680B583EB  # 2^64 / golden ratio, which is odd, as a signed number
+
+
+class Audit:
+    """Looks at the gradients and parameters of one wrapped model in every k-th step.
+
+    All ranks raise the same error, or none.
+
+    Args:
+        every: k.
+        params: by their index; more may come.
+    """
+
+    def __init__(self, every: int, params: Sequence[ManagedParam], transport: Transport) -> None:
+        self._every = every
+        self._params = params
+        self._transport = transport
+        self._group = transport.group
+        # By index of a parameter: in which backward since gradients were cleared this rank's gradient was first not finite.
+        self._found: dict[int, int] = {}
+        self._num_backwards = 0
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether the step that follows `num_steps` others is one to look at."""
+        return (num_steps + 1) % self._every == 0
+
+    def look_at(self, bucket: Bucket, full: Tensor) -> None:
+        """Note which of this rank's gradients are not finite. Not collective.
+
+        Args:
+            full: [padded_numel], the bucket's gradients on this rank, which have not travelled yet.
+        """
+        self._num_backwards += bucket.index == 0
+        if not full.isfinite().all():
+            for managed in bucket.params:
+                if not full[managed.offset : managed.offset + managed.numel].isfinite().all():
+                    self._found.setdefault(managed.index, self._num_backwards)
+
+    def forget(self) -> None:
+        """Gradients have been cleared."""
+        self._found.clear()
+        self._num_backwards = 0
+
+    @torch.no_grad()
+    def check_before(
+        self,
+        step: int,
+        buckets: Sequence[Bucket],
+        stores: Sequence[GradientStore],
+        active: Tensor,
+        *,
+        overflow_is_normal: bool,
+    ) -> None:
+        """Look at the parameters and reduced gradients that a step is about to start from. Collective.
+
+        Args:
+            step: number of the step, for messages.
+            active: uint8 [number of parameters], 1 where the parameter has a gradient.
+            overflow_is_normal: gradients need not be finite, since a scaled loss makes them overflow and the step is then
+                skipped.
+
+        Raises:
+            RankMismatchError: a parameter differs between ranks.
+            NonFiniteError: a gradient is not finite.
+        """
+        bad = [] if overflow_is_normal else _not_finite(buckets, stores, active.tolist())
+        everyone = self._exchange(_short_digest(buckets) << 1 | bool(bad), "check before a step")
+        if len({number >> 1 for number in everyone}) > 1:
+            self._blame_parameters(f"before step {step}")
+        if any(number & 1 for number in everyone):
+            self._blame_gradients(step, bad)
+
+    @torch.no_grad()
+    def check_after(self, step: int, buckets: Sequence[Bucket]) -> None:
+        """Look at the parameters to which a step has come. Collective.
+
+        Raises:
+            RankMismatchError: a parameter differs between ranks.
+        """
+        if len(set(self._exchange(_short_digest(buckets), "check after a step"))) > 1:
+            self._blame_parameters(f"after step {step}")
+
+    def _blame_parameters(self, when: str) -> None:
+        everyone = self._gather([int(digest(_elements(managed))) for managed in self._params])
+        by_param = list(zip(*everyone, strict=True))
+        differing = [index for index, digests in enumerate(by_param) if len(set(digests)) > 1]
+        if differing:
+            first, *rest = differing
+            ranks = [rank for rank, other in enumerate(by_param[first]) if other != by_param[first][0]]
+            raise RankMismatchError(
+                f"{when}: parameter {self._params[first].name!r}{_and_more(rest)} is not the same on all ranks: on "
+                f"{name_ranks(ranks)} it differs from rank 0. Something has written it on some ranks only (through "
+                "param.data, say), or memory or network has failed: make the same changes on all ranks, or load the same "
+                "state_dict() on all"
+            )
+
+    def _blame_gradients(self, step: int, bad: Sequence[int]) -> None:
+        everyone: list[tuple[Sequence[int], dict[int, int]]] = [(bad, self._found)] * self._group.size()
+        if len(everyone) > 1:
+            with named_failures(_WHAT, self._group):
+                dist.all_gather_object(everyone, (bad, self._found), group=self._group)
+        sums = {index for indices, _ in everyone for index in indices}
+        # Clipping by a norm that is not finite leaves no gradient finite; what a backward has left like that comes first.
+        found = sums & {index for _, found in everyone for index in found}
+        first, *rest = sorted(found or sums)
+        # After a reduce it is in the sum on every rank: who had it in the earliest backward is to blame.
+        began = {rank: found[first] for rank, (_, found) in enumerate(everyone) if first in found}
+        ranks = [rank for rank, number in began.items() if number == min(began.values())]
+        whose = (
+            f"backward left it so on {name_ranks(ranks)}"
+            if ranks
+            else "this step's backward left it finite on every rank, so their sum has overflowed, it was kept from an earlier "
+            "step, or something else has changed it"
+        )
+        raise NonFiniteError(
+            f"before step {step}: the gradient of parameter {self._params[first].name!r}{_and_more(rest)} has elements that "
+            f"are not finite; {whose}. Nothing has been changed: zero_grad() on all ranks drops this step's gradients, and "
+            "torch.autograd.set_detect_anomaly(True) tells which operation yields them"
+        )
+
+    def _exchange(self, number: int, label: str) -> list[int]:
+        """Numbers of up to 53 bits of all ranks, in any order. Collective."""
+        value = torch.tensor(number, dtype=torch.float64, device=self._params[0].param.device)
+        return [int(one) for one in self._transport.gather_scalar(value, label=label).tolist()]
+
+    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of all ranks, as many on each, by rank. Collective."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._params[0].param.device)
+        everyone = [torch.empty_like(mine) for _ in range(self._group.size())]
+        with named_failures(_WHAT, self._group):
+            dist.all_gather(everyone, mine, group=self._group)
+        return [of_rank.tolist() for of_rank in everyone]
+
+
+def digest(values: Tensor) -> Tensor:
+    """A checksum over the bits of a 1-D tensor, 0-dim int64, the same for the same bits on any device. Two tensors that differ
+    in one element have different ones.
+
+    Sum of element i times (2 i + 1), chunk by chunk, modulo 2^64: odd factors lose nothing.
+    """
+    bits = values.view(_BITS[values.element_size()])
+    factors = torch.arange(1, 2 * min(_CHUNK_NUMEL, max(1, bits.numel())), 2, dtype=torch.int64, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in torch.split(bits, _CHUNK_NUMEL):
+        total = total * _CHUNK_FACTOR + chunk.to(torch.int64).mul_(factors[: chunk.numel()]).sum()
+    return total
+
+
+def _short_digest(buckets: Sequence[Bucket]) -> int:
+    """Of all parameters, in 52 bits."""
+    whole = int(digest(torch.stack([digest(bucket.flat_param) for bucket in buckets]))) % 2**64
+    return (whole ^ whole >> 52) % 2**52
+
+
+def _elements(managed: ManagedParam) -> Tensor:
+    """Of a parameter, 1-D, as they lie in its bucket."""
+    return managed.flatten(managed.local)
+
+
+def _not_finite(buckets: Sequence[Bucket], stores: Sequence[GradientStore], active: Sequence[int]) -> list[int]:
+    """Parameters of which this rank's piece of the reduced gradient is not finite, by index."""
+    return [
+        segment.owner.index
+        for bucket, store in zip(buckets, stores, strict=True)
+        if not store.reduced.isfinite().all()
+        for segment in bucket.segments
+        if active[segment.owner.index]
+        and not store.reduced[segment.offset : segment.offset + segment.numel].isfinite().all()
+    ]
+
+
+def _and_more(rest: Sequence[int]) -> str:
+    return f" (and {len(rest)} more)" if rest else ""

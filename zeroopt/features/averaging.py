@@ -1,0 +1,227 @@
+"""Ranks, or groups of ranks, that train alone and average their parameters every k steps.
+
+Local SGD (Stich, 2019, arXiv:1805.09767; post-local: Lin et al., 2020, arXiv:1808.07217) with any optimizer. Whoever trains
+alone is one rank, or one `process_group` within which ZeRO is synchronous as ever:
+
+                    process_group   process_group
+                      ┌───────┐       ┌───────┐
+    average_group     │   0   │ ───── │   2   │        the owners of one slice of every bucket
+    average_group     │   1   │ ───── │   3   │        those of the other one
+                      └───────┘       └───────┘
+
+Each rank averages what it has just stepped, with the ranks that step the same in the other groups, before the gather within
+its group starts, which then spreads the mean. So buckets have to be cut alike in all groups: they are not planned anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..admission.agreement import agree, agreement_device
+from ..collectives.base import PendingWork
+from ..collectives.lone import is_lone
+from ..errors import CollectiveError, ConfigError, RankMismatchError
+from ..options.precision import join_master, round_master, split_master
+from ..storage.broadcast import Broadcaster
+from ..storage.bucket import Bucket
+
+
+class ParameterAverage:
+    """The mean of the parameters over the ranks of a group, every `every` steps.
+
+    Attributes:
+        group: the ranks over which parameters are averaged.
+        alone: each rank of it trains alone; else each of them is in a group of its own within which ZeRO is synchronous.
+        steps: that have been taken since the last averaging.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, every: int, *, alone: bool) -> None:
+        self.group = group
+        self.alone = alone
+        self.steps = 0
+        self._every = every
+
+    def vary_seed(self, seed: int) -> int:
+        """A seed for each rank of the group, so that stochastic rounding errors average out as well."""
+        return (seed + self.group.rank()) % 2**63
+
+    def sync_states(self, model: nn.Module, within: dist.ProcessGroup) -> None:
+        """Overwrite parameters and buffers with those of the first rank. Collective over the average group; where that is not
+        all, those who are first in their own group pass them on to that group later.
+
+        Args:
+            within: the group within which ZeRO is synchronous.
+        """
+        if self.alone or within.rank() == 0:
+            broadcaster = Broadcaster(self.group)
+            for param in model.parameters():  # one by one: no second copy of the model
+                broadcaster.broadcast([param.data])
+            broadcaster.broadcast(list(model.buffers()))
+
+    def is_due(self) -> bool:
+        """Count a step, and say whether parameters are averaged in it."""
+        self.steps = (self.steps + 1) % self._every
+        return self.steps == 0
+
+    def average(self, buckets: Iterable[Bucket], order: Sequence[Sequence[int]]) -> Iterator[Bucket]:
+        """Yield each bucket when its own range is the mean over the group. Collective over the group.
+
+        A bucket travels while the next one is stepped.
+
+        Args:
+            buckets: yields buckets whose own range has been stepped.
+            order: of the parameters in each plan, which all ranks of the group must have alike.
+
+        Raises:
+            CollectiveError: buckets are not alike on all ranks, or a rank did not do its part.
+        """
+        self._check_order(order)
+        travelling: _BucketMean | None = None
+        for bucket in buckets:
+            started = _BucketMean(bucket, self.group)
+            if travelling is not None:
+                yield travelling.finish()
+            travelling = started
+        if travelling is not None:
+            yield travelling.finish()
+
+    def _check_order(self, order: Sequence[Sequence[int]]) -> None:
+        """Groups cut buckets alike when they are made. State that is loaded may bring another plan."""
+        digest = int.from_bytes(hashlib.sha256(repr(order).encode()).digest()[:6], "big")
+        values = torch.tensor([digest, -digest], dtype=torch.int64, device=agreement_device(self.group))
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        PendingWork("averaging of parameters", [(None, work)], (values,)).finish()
+        largest, smallest_negated = values.tolist()
+        if largest != -smallest_negated:
+            raise CollectiveError(
+                "parameters cannot be averaged: ranks of the average group have buckets in different orders, for they have "
+                "loaded states that were saved with different ones. Load states of one run on all ranks"
+            )
+
+
+class _BucketMean:
+    """The own range of one bucket on its way; starts when made."""
+
+    def __init__(self, bucket: Bucket, group: dist.ProcessGroup) -> None:
+        self._bucket = bucket
+        self._size = group.size()
+        self._values = _exact_values(bucket)
+        work = dist.all_reduce(self._values, group=group, async_op=True)
+        self._pending = PendingWork(f"averaging of {bucket.name}", [(None, work)], (self._values,))
+
+    def finish(self) -> Bucket:
+        self._pending.finish()
+        _write_exact(self._bucket, self._values.div_(self._size))
+        return self._bucket
+
+
+def _exact_values(bucket: Bucket) -> Tensor:
+    """The own range as precisely as it is kept, float32 or float64; where that is how it is stored, no copy."""
+    if bucket.master is None:
+        return bucket.own_param.float() if bucket.dtype.itemsize == 2 else bucket.own_param
+    return bucket.master if bucket.master.dtype is torch.float32 else join_master(bucket.own_param, bucket.master)
+
+
+def _write_exact(bucket: Bucket, values: Tensor) -> None:
+    """Set the own range to what may have been `_exact_values`."""
+    if bucket.master is None:
+        if values is not bucket.own_param:
+            bucket.own_param.copy_(values)
+    elif values is bucket.master:
+        bucket.own_param.copy_(round_master(values, bucket.dtype))
+    else:
+        rounded, remainders = split_master(values)
+        bucket.own_param.copy_(rounded)
+        bucket.master.copy_(remainders)
+
+
+def average_over(
+    group: dist.ProcessGroup, average_every: int | None, average_group: dist.ProcessGroup | None, *, shares: bool
+) -> ParameterAverage | None:
+    """What the options ask for. Not collective.
+
+    Raises:
+        ConfigError: the options or the groups do not fit together.
+    """
+    if average_every is None:
+        if average_group is not None:
+            raise ConfigError("average_group needs average_every, the number of steps between two averages")
+        return None
+    if not isinstance(average_every, int) or isinstance(average_every, bool) or average_every < 1:
+        raise ConfigError(f"expected average_every to be a positive number of steps or None, got {average_every!r}")
+    if average_group is None:
+        if shares:
+            raise ConfigError(
+                "share_parameters=True with average_every needs an average_group: without one, every rank trains parameters "
+                "of its own"
+            )
+        return None if is_lone(group) else ParameterAverage(group, average_every, alone=True)
+    if not isinstance(average_group, dist.ProcessGroup):
+        raise ConfigError(
+            f"expected average_group to be a torch.distributed.ProcessGroup that this rank is in, got {average_group!r}"
+        )
+    common = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(average_group))
+    if common != {dist.get_rank()}:
+        raise ConfigError(
+            f"expected average_group to have one rank of each process_group; this rank, {dist.get_rank()}, has both groups in "
+            f"common with ranks {sorted(common - {dist.get_rank()})}"
+        )
+    return ParameterAverage(average_group, average_every, alone=False)
+
+
+def describe_place(average: ParameterAverage | None) -> list[str]:
+    """What all ranks of a process group must have in common, beyond what they wrap."""
+    if average is None or average.alone:
+        return []
+    return [f"process_group number {average.group.rank()} of the {average.group.size()} in average_group"]
+
+
+@contextmanager
+def agreed_across(
+    average_group: dist.ProcessGroup | None, group: dist.ProcessGroup, lines: Sequence[str]
+) -> Iterator[None]:
+    """What ranks of one process group agree on within the context, those of the other ones hear of, and agree on as well.
+
+    Collective over both groups.
+
+    Args:
+        lines: the description of what this rank is about to wrap.
+
+    Raises:
+        Exception: what was raised within the context.
+        RankMismatchError: something was raised on another rank, the groups differ, or the average groups do not connect the
+            same process groups for each position.
+    """
+    if not isinstance(average_group, dist.ProcessGroup):
+        yield
+        return
+    place = [*lines, f"rank {group.rank()} of {group.size()} in process_group"]
+    try:
+        yield
+    except Exception as error:  # which all ranks of this process group have
+        agree([(average_group, place)], error)
+        raise
+    problem: Exception | None = None
+    partners: list[str] = []
+    try:
+        agree([(average_group, place)], None)
+        partners = [
+            f"average_group connects the process_groups that begin with ranks {_first_ranks(average_group, group)}"
+        ]
+    except RankMismatchError as error:
+        problem = RankMismatchError(f"across average_group: {error}")
+    agree([(group, partners)], problem)
+
+
+def _first_ranks(average_group: dist.ProcessGroup, group: dist.ProcessGroup) -> list[int]:
+    """By which process groups' first ranks, in the job, the members of the average group are known. Collective over it."""
+    mine = torch.tensor([dist.get_global_rank(group, 0)], device=agreement_device(average_group))
+    everyone = [torch.empty_like(mine) for _ in range(average_group.size())]
+    dist.all_gather(everyone, mine, group=average_group)
+    return [int(rank) for rank in everyone]

@@ -1,0 +1,327 @@
+"""The gradients of one wrapped model in stages 1 and 2: the objects that stand for them, and what is done to them."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..collectives import Transport
+from ..errors import StateError
+from ..features.join import Join, Phase
+from ..features.loss_scaling import agree_on_overflow
+from ..plan.params import ManagedParam
+from ..storage.bucket import Bucket, Segment
+from ..storage.gradient_store import GradientStore
+from ..untraced import untraced
+from . import tensor_operators as gradient_operators
+from .norms import is_finite
+from .sharded_tensor import ShardedGradient
+
+
+class ShardedGradients:
+    """The gradient objects of one wrapped model, and what is done to gradients through them.
+
+    Attributes:
+        checked: indices of those that a GradScaler has checked since the last backward.
+        local: by index of the parameter, what autograd has added to the objects and no reduce has taken up yet.
+
+    Args:
+        finish: a method that waits until every gradient that has been produced is reduced.
+        mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        finish: Callable[[], None],
+        join: Join,
+        mesh_groups: Sequence[dist.ProcessGroup],
+    ) -> None:
+        self._transport = transport
+        self._join = join
+        self._mesh_groups = mesh_groups
+        self._wait = weakref.WeakMethod(finish)
+        self._norms: dict[float, dict[int, Tensor]] = {}  # by p and parameter, of those that have not changed since
+        self._params: Sequence[ManagedParam] = ()
+        self._objects: list[ShardedGradient] = []
+        self._shown: list[bool] = []
+        self.local: dict[int, Tensor] = {}
+        self.checked: set[int] = set()
+
+    def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
+        """Take up buckets in which the same parameters lie, and more."""
+        self._params = params
+        self._stores = stores
+        self._params_of = [[managed.index for managed in bucket.params] for bucket in buckets]
+        self._bucket_of = {m.index: bucket.index for bucket in buckets for m in bucket.params}
+        self._segments = {segment.owner.index: segment for bucket in buckets for segment in bucket.segments}
+        for managed in params[len(self._objects) :]:
+            self._objects.append(ShardedGradient(managed, self._store(managed.index).reduced.dtype, self))
+            self._shown.append(False)
+        self.changed()
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Keep the objects of some parameters, which get new indices.
+
+        Args:
+            order: their old indices, in the order of the new ones.
+        """
+        index_of = {old: new for new, old in enumerate(order)}
+        for old, gone in enumerate(self._objects):
+            if old not in index_of:
+                gone.forget_owner()
+        self._objects = [self._objects[old] for old in order]
+        for new, kept in enumerate(self._objects):
+            kept.param_index = new
+        self._shown = [self._shown[old] for old in order]
+        self.local = {index_of[old]: grad for old, grad in self.local.items() if old in index_of}
+        self.checked = {index_of[old] for old in self.checked if old in index_of}
+
+    def show(self, managed: ManagedParam) -> None:
+        """Make the object the parameter's gradient."""
+        managed.param.grad = self._objects[managed.index]
+        self._shown[managed.index] = True
+
+    def is_shown(self, managed: ManagedParam) -> bool:
+        """Whether the parameter's gradient is the object, and nobody has replaced it."""
+        return managed.param.grad is self._objects[managed.index]
+
+    def shape_of(self, index: int) -> torch.Size:
+        """That of the whole gradient."""
+        return self._objects[index].shape
+
+    def was_cleared(self, managed: ManagedParam) -> bool:
+        """Whether somebody has replaced the object by None or by a tensor since it was shown."""
+        return self._shown[managed.index] and not self.is_shown(managed)
+
+    def forget(self, index: int) -> None:
+        """A parameter has no gradient any more."""
+        self._shown[index] = False
+        self.local.pop(index, None)
+
+    def changed(self, indices: Iterable[int] | None = None) -> None:
+        """These gradients, or all, are other ones from now on."""
+        if indices is None:
+            self._norms.clear()
+            return
+        for norms in self._norms.values():
+            for index in indices:
+                norms.pop(index, None)
+
+    def piece(self, index: int) -> Tensor | None:
+        """This rank's piece of a reduced gradient, 1-D, to be read or changed in place; None where it has none."""
+        segment = self._segments.get(index)
+        return None if segment is None else self._store(index).part(segment)
+
+    def replace(self, managed: ManagedParam, grad: Tensor | None) -> None:
+        """Set a gradient to a tensor that this rank has whole, which then counts as one of this step, or to zero."""
+        store, segment = self._store(managed.index), self._segments.get(managed.index)
+        if grad is not None and not store.holds_sum:
+            store.zero()  # what else lies there is of an earlier step
+            store.holds_sum = True
+        if segment is not None:
+            piece = store.part(segment)
+            if grad is None:
+                piece.zero_()
+            else:
+                piece.copy_(managed.flatten(grad)[segment.start : segment.start + segment.numel])
+        self.changed([managed.index])
+
+    # What torch's functions do to the objects, by the parameters' indices.
+
+    @untraced
+    def apply(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One of torch's operators, with these and other objects among its arguments."""
+        return gradient_operators.apply(op, args, kwargs)
+
+    def edit(self, index: int, what: str, change: Callable[[Tensor, Callable[[Tensor], Tensor]], object]) -> None:
+        """Change a gradient element by element, in place.
+
+        Args:
+            what: is done, for messages.
+            change: is given this rank's piece, 1-D, and a function that cuts like that a tensor which has, or can be expanded
+                to, the parameter's shape, and leaves one without dimensions as it is.
+        """
+        self._join.check_outside(f"{what} of param.grad")
+        self._prepare([index])
+        piece = self.piece(index)
+        if piece is None:  # nothing to do, but to find the same mistakes as the other ranks
+            piece = self._store(index).reduced[:0]
+        change(piece, lambda value: self._cut(index, value))
+        self.changed([index])
+
+    def set(self, index: int, value: object) -> None:
+        """Set a gradient, through its object, to a tensor that this rank has whole."""
+        managed = self._params[index]
+        if not isinstance(value, Tensor):
+            raise StateError(f"expected a tensor for the gradient of {managed.name!r}, got {type(value).__name__}")
+        if isinstance(value, ShardedGradient) or value.shape != self.shape_of(index):
+            what = "another sharded gradient" if isinstance(value, ShardedGradient) else f"shape {list(value.shape)}"
+            raise StateError(
+                f"expected a tensor of shape {list(self.shape_of(index))} for the gradient of {managed.name!r}, got {what}"
+            )
+        self._join.check_outside("setting param.grad.data")
+        self._prepare([index])
+        self.replace(managed, managed.local_part(value.detach()))
+
+    def _cut(self, index: int, value: Tensor) -> Tensor:
+        """This rank's piece of a tensor that belongs to a gradient."""
+        if value.dim() == 0:
+            return value
+        managed, segment, shape = self._params[index], self._segments.get(index), self.shape_of(index)
+        flat = managed.flatten(managed.local_part(value if value.shape == shape else value.expand(shape)))
+        return flat[:0] if segment is None else flat[segment.start : segment.start + segment.numel]
+
+    def add_local(self, indices: Sequence[int], grad: Tensor) -> None:
+        """Keep what autograd adds until the parameter's hook, or a later backward, takes it up."""
+        for index in indices:
+            before, aligned = self.local.get(index), self._params[index].aligned(grad)
+            self.local[index] = aligned if before is None else before + aligned
+
+    def keep_local(self, index: int) -> None:
+        """What autograd has added to a gradient stays there when backward is through. Until then it may be anyone's tensor."""
+        if index in self.local:
+            self.local[index] = self.local[index].clone()
+
+    def norms(self, indices: Sequence[int], norm_type: float, dtype: torch.dtype | None) -> list[Tensor]:
+        """The p-norm of each gradient, 0-dim, of `dtype` or that of its sum. Collective: one exchange for all gradients, the
+        first time that one is asked for after it has changed."""
+        self._join.check_outside("a norm of param.grad")
+        if not norm_type > 0:
+            raise StateError(f"a norm of a sharded gradient is a p-norm with p > 0 or inf, got p = {norm_type}")
+        self._prepare(indices)
+        known = self._norms.setdefault(norm_type, {})
+        if not known.keys() >= set(indices):
+            known.update(self._norms_over_ranks(known.keys(), norm_type))
+        return [known[index].to(dtype or self._objects[index].dtype) for index in indices]
+
+    def zero(self, indices: Sequence[int]) -> None:
+        """Set gradients to zero, local ones too."""
+        for index in indices:
+            self.local.pop(index, None)
+        self._change(indices, Tensor.zero_)
+
+    def scale(self, indices: Sequence[int], factor: Tensor) -> None:
+        """Multiply gradients by a 0-dim tensor: whole buckets when they are used, others at once."""
+        self._join.check_outside("multiplying param.grad")
+        self._scale(indices, factor)
+
+    def _scale(self, indices: Sequence[int], factor: Tensor) -> None:
+        self._prepare(indices)
+        for bucket, chosen in self._by_bucket(indices):
+            if self._is_all_of(bucket, chosen):
+                self._stores[bucket].scale(factor)
+                self.changed(chosen)
+            else:
+                self._change(chosen, lambda piece: piece.mul_(factor.to(piece.device)))
+
+    def check_and_unscale(self, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
+        """What a GradScaler asks for: set `found_inf` to 1 when an element on any rank is not finite, and multiply by
+        `inv_scale`. Collective."""
+        self._prepare(indices)
+        if self._join.is_on:
+            self._join.announce(Phase.UNSCALE, list(indices), inv_scale.item())
+        finite = [flag for bucket, chosen in self._by_bucket(indices) for flag in self._are_finite(bucket, chosen)]
+        found = bool(found_inf) or (bool(finite) and not torch.stack(finite).all())
+        device, scale = self._stores[0].reduced.device, inv_scale.double().reciprocal().item()
+        if agree_on_overflow(self._transport, device, found=found, scale=scale):
+            found_inf.fill_(1.0)
+        self.checked.update(indices)
+        if not (inv_scale.is_cpu and inv_scale == 1):
+            self._scale(indices, inv_scale)
+
+    def _prepare(self, indices: Sequence[int]) -> None:
+        """Before gradients are used: have them all reduced."""
+        if gradient_operators.is_in_backward():
+            raise StateError(
+                "a sharded gradient was used while backward runs; it is reduced, and may be used, when backward is through"
+            )
+        for index in indices:
+            if not self._shown[index]:
+                raise StateError(
+                    f"the gradient of {self._params[index].name!r} was cleared; it is not param.grad any more"
+                )
+        for index in self.local.keys() & set(indices):
+            if self.is_shown(self._params[index]):
+                raise StateError(
+                    f"the last backward ran under no_sync(), so the gradient of {self._params[index].name!r} is not reduced "
+                    "yet on any rank; run the last backward before a step outside of no_sync()"
+                )
+        self._finish()
+
+    def _finish(self) -> None:
+        finish = self._wait()
+        if finish is not None:
+            finish()
+
+    def _change(self, indices: Sequence[int], change: Callable[[Tensor], Any]) -> None:
+        """Change gradients element by element, in place."""
+        self._finish()
+        for index in indices:
+            piece = self.piece(index)
+            if piece is not None:
+                change(piece)
+        self.changed(indices)
+
+    def _by_bucket(self, indices: Sequence[int]) -> Iterable[tuple[int, list[int]]]:
+        chosen: defaultdict[int, list[int]] = defaultdict(list)
+        for index in indices:
+            chosen[self._bucket_of[index]].append(index)
+        return chosen.items()
+
+    def _is_all_of(self, bucket: int, chosen: Sequence[int]) -> bool:
+        """Whether nothing else in the bucket has a gradient."""
+        members = self._params_of[bucket]
+        if len(chosen) == 1 and len(members) > 1:  # loops over the gradients of a large bucket come here often
+            return False
+        return len(set(chosen)) == sum(self._shown[index] for index in members)
+
+    def _are_finite(self, bucket: int, chosen: Sequence[int]) -> Iterator[Tensor]:
+        """0-dim bools, of elements on this rank."""
+        if self._is_all_of(bucket, chosen):
+            yield is_finite(self._stores[bucket])
+            return
+        for piece in map(self.piece, chosen):
+            if piece is not None:
+                yield piece.isfinite().all()
+
+    def _norms_over_ranks(self, known: Collection[int], norm_type: float) -> dict[int, Tensor]:
+        """0-dim float64, of all gradients but the known ones."""
+        missing = [index for index, shown in enumerate(self._shown) if shown and index not in known]
+        # Of all parameters, so that ranks exchange as much whatever each knows.
+        powers = torch.zeros(len(self._objects), dtype=torch.float64, device=self._stores[0].reduced.device)
+        for index in missing:
+            segment = self._segments.get(index)
+            if segment is not None:
+                powers[index] = _power(self._store(index), segment, norm_type)
+        is_max = math.isinf(norm_type)
+        if self._transport.world_size > 1:
+            by_rank = [torch.empty_like(powers) for _ in range(self._transport.world_size)]
+            dist.all_gather(by_rank, powers, group=self._transport.group)
+            together = torch.stack(by_rank)  # not reduced on the way, where a maximum may lose a NaN
+            powers = together.amax(dim=0) if is_max else together.sum(dim=0)
+        for group in self._mesh_groups:
+            dist.all_reduce(powers, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
+        norms = powers if is_max else powers.pow(1.0 / norm_type)
+        return {index: norms[index] for index in missing}
+
+    def _store(self, index: int) -> GradientStore:
+        return self._stores[self._bucket_of[index]]
+
+
+def _power(store: GradientStore, segment: Segment, norm_type: float) -> Tensor:
+    """sum |g|^p of one segment, or the largest |g| for inf; 0-dim float64."""
+    piece = store.reduced[segment.offset : segment.offset + segment.numel]
+    wide = torch.float64 if piece.dtype is torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(piece, norm_type, dtype=wide).double()
+    if store.factor is not None:
+        norm = norm * store.factor.abs()
+    power: Tensor = norm if math.isinf(norm_type) else norm.pow(norm_type) * store.norm_weight
+    return power

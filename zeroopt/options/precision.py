@@ -1,0 +1,79 @@
+"""In what precision a wrapped model's parameters, gradients and state are kept, and how a float32 master is taken apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+# Where parameters, their gradients and their state begin: at multiples of so many bytes, as whatever torch's CPU allocator
+# makes. Libraries of matrix multiplication (MKL) go other ways for operands that begin elsewhere, and add in another order:
+# the same parameter would give other bits than under DistributedDataParallel, and others in another place of a bucket.
+ALIGNMENT_BYTES = 64
+
+_ALIGNMENT = ALIGNMENT_BYTES // 2  # elements: enough in every dtype of parameters and of their state, but for 8 bits
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The options `param_dtype`, `master_weights` and `state_dtype` of `zeroopt.wrap`.
+
+    Attributes:
+        param_dtype: what parameters are cast to; None leaves them as they are.
+    """
+
+    param_dtype: torch.dtype | None = None
+    master_weights: str = "float32"
+    state_dtype: torch.dtype = torch.float32
+
+    @property
+    def alignment(self) -> int:
+        """Elements at whose multiples parameters and slices begin; with 8-bit state, no two ranks share a block of it."""
+        return ops.QUANT_BLOCK if self.state_dtype is torch.int8 else _ALIGNMENT
+
+    def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of a parameter of this dtype in its bucket."""
+        return self.param_dtype or dtype
+
+    def master_dtype(self, stored: torch.dtype) -> torch.dtype | None:
+        """Of what completes a parameter of a bucket of this dtype; None where nothing does."""
+        if self.param_dtype is None or stored is torch.float32 or self.master_weights == "none":
+            return None
+        return torch.float32 if self.master_weights == "float32" else torch.int16
+
+    def sum_dtype(self, stored: torch.dtype, *, shard_state: bool) -> torch.dtype:
+        """Of the sum of the gradients of such a bucket. Where ranks keep it by slices, it is as precise as the master."""
+        return torch.float32 if self.param_dtype is not None and shard_state else stored
+
+    def storage(self, stored: torch.dtype, grad_dtype: torch.dtype) -> ops.Storage | None:
+        """How a fused kernel finds a bucket of this dtype; None where there is no kernel for it."""
+        if stored is torch.float32:
+            return ops.Storage(grad_dtype=grad_dtype, state_dtype=self.state_dtype)
+        if self.param_dtype is None:
+            return None
+        return ops.Storage(stored, self.master_weights, grad_dtype, self.state_dtype)
+
+
+def round_master(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of any dtype as 16-bit parameters, rounded as the kernels round a float32 master (see csrc/common/dtype.h)."""
+    if dtype is torch.bfloat16:
+        return split_master(values)[0]
+    return values.to(dtype)
+
+
+def split_master(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 parameters and the int16 remainders that together are float32 values."""
+    values = values.float().contiguous()
+    bits = torch.where(values.isnan(), 0x7FC00000, values.view(torch.int32))
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.int16)
+
+
+def join_master(rounded: Tensor, remainders: Tensor) -> Tensor:
+    """The float32 values of which these are the parts."""
+    low = remainders.to(torch.int32) & 0xFFFF
+    bits = rounded.contiguous().view(torch.int16).to(torch.int32)
+    rounded_up = torch.where(bits & 0x7FFF == 0, 0, low >> 15)  # nothing rounds up to zero
+    return ((bits - rounded_up << 16) | low).view(torch.float32)

@@ -1,0 +1,78 @@
+"""Which parameters share a bucket, in what order, and which part of each bucket this rank steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from .. import _C
+from ..collectives import Transport, named_failures
+from ..options.precision import Precision
+from .params import ManagedParam
+
+PLANNING_ANEW = "planning the buckets anew, after the first step"  # for messages
+
+
+def make_plan(
+    params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision, *, shard_state: bool
+) -> _C.Plan:
+    """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
+
+    With `shard_state`, whole parameters lie in one slice each. (Without, every rank steps all slices.)
+    """
+    dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
+    kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
+    kind_of = [kinds.setdefault((d, p.param.device, p.copies), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
+    return _C.Plan(
+        [p.numel for p in params],
+        kind_of,
+        [dtype.itemsize for dtype in dtypes],
+        world_size,
+        precision.alignment,
+        bucket_bytes,
+        [p.whole_cost if shard_state else None for p in params],
+    )
+
+
+def own_segments(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state: bool) -> list[_C.Segment]:
+    """The planned segments of a bucket that this rank steps."""
+    return plan.segments(bucket, *own_range(plan, bucket, transport, shard_state=shard_state))
+
+
+def own_range(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state: bool) -> tuple[int, int]:
+    """First and last element, plus one, of what this rank steps of a bucket: its slice, or without `shard_state` all of it."""
+    if not shard_state:
+        return 0, plan.buckets[bucket].padded_numel
+    begin = transport.slice_index * plan.shard_numel(bucket)
+    return begin, begin + plan.shard_numel(bucket)
+
+
+def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], group: dist.ProcessGroup) -> list[int]:
+    """Indices of the parameters as gradients arrived on rank 0; those that did not come last, in the order of the plan.
+
+    Collective.
+    """
+    came = set(arrivals)
+    late = [managed.index for managed in reversed(params) if managed.index not in came]
+    order = torch.tensor([*arrivals, *late], dtype=torch.int64, device=params[0].param.device)
+    with named_failures(PLANNING_ANEW, group):
+        dist.broadcast(order, dist.get_global_rank(group, 0), group=group)
+    return [int(index) for index in order.tolist()]
+
+
+def in_order(params: Sequence[ManagedParam], order: Sequence[int]) -> list[ManagedParam]:
+    """Parameters as the planner takes them, which goes through them from the last one on."""
+    return [params[index] for index in reversed(order)]
+
+
+def is_grouped_alike(before: Sequence[set[int]], plan: _C.Plan, ordered: Sequence[ManagedParam]) -> bool:
+    """Whether a plan puts the same parameters into the same buckets, in whatever order within a bucket.
+
+    Args:
+        before: indices of the parameters of each bucket that there is.
+        ordered: the parameters that the plan is for, in its order.
+    """
+    after = [{ordered[i].index for i in layout.params} for layout in plan.buckets]
+    return before == after

@@ -1,0 +1,216 @@
+"""What a wrapped model and its optimizers work on together: buckets of parameters, and what travels between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .admission.agreement import agree
+from .admission.claims import claim, claimed_params
+from .collectives import Transport
+from .features.audit import Audit
+from .gradients.norm_groups import NormGroups
+from .gradients.reducer import GradientReducer
+from .gradients.untrained import describe_untrained
+from .options.config import Config
+from .options.precision import Precision
+from .parameters.gathers import ParamGathers
+from .plan.buckets import make_plan
+from .plan.dtensors import count_copies, find_mesh, mesh_groups
+from .plan.params import ManagedParam
+from .storage.broadcast import Broadcaster
+from .storage.bucket import Bucket, make_buckets
+
+
+class Sharding:
+    """The buckets of one wrapped model.
+
+    Attributes:
+        module: the model that was wrapped.
+        params: those that are trained, by their index.
+        buckets: by their index.
+        broadcaster: None for a rank alone.
+        mesh: of the model's DTensors, and its groups of more than one rank.
+        norm_groups: over which the norm of the gradients is that of the whole model.
+        seed: of stochastic rounding, the same on all ranks.
+        dtypes: of the model's parameters, before they were wrapped.
+        optimizers: that have been wrapped with the model.
+        norm: of all gradients, and the number of the backward that it belongs to; kept by the first optimizer that clips.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        transport: Transport,
+        group: dist.ProcessGroup,
+        norm_group: dist.ProcessGroup | None,
+    ) -> None:
+        placement = config.placement
+        self.module = module
+        self.config = config
+        self.transport = transport
+        self.group = group
+        self.mesh = find_mesh(module, group)
+        self.mesh_groups = mesh_groups(self.mesh)
+        self.norm_groups = NormGroups([*self.mesh_groups, *([norm_group] if norm_group is not None else [])])
+        self.broadcaster = Broadcaster(group) if transport.world_size > 1 else None
+        self.params: list[ManagedParam] = []
+        self.buckets: list[Bucket] = []
+        self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.norm: tuple[int, Tensor] | None = None
+        self.reducer = GradientReducer(
+            module,
+            transport,
+            placement,
+            overlap=config.overlap,
+            bucket_buffers=config.bucket_buffers,
+            reduce_dtype=config.reduce_dtype,
+            mesh_groups=self.mesh_groups,
+        )
+        if config.check_every is not None:
+            self.reducer.audit = Audit(config.check_every, self.params, transport)
+        if config.max_grad_norm is not None:
+            self.reducer.norm_type = 2.0
+        travels = placement.shard_state and transport.world_size > 1
+        self.gathers = ParamGathers(module, transport, lazy=config.overlap and travels)
+        self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
+        claim(self)
+
+    def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
+        """Move further parameters into buckets of their own, and return those. Collective.
+
+        Gradients that they have, which are those of each rank alone, become the mean over ranks.
+
+        Args:
+            params: in the model's order; their indices go on from those of `params`.
+        """
+        config, transport = self.config, self.transport
+        self._average_gradients(params)
+        shard_state = config.placement.shard_state
+        plan = make_plan(params, transport.world_size, config.bucket_bytes, precision, shard_state=shard_state)
+        if config.sync_module_states and precision.param_dtype is not None:
+            self._sync_params(params)  # before they are rounded, or masters would differ
+        buckets = make_buckets(
+            plan,
+            params,
+            transport,
+            precision,
+            shard_state=shard_state,
+            shared=config.share_parameters,
+            first_index=len(self.buckets),
+        )
+        if config.sync_module_states:
+            self._sync_buckets(buckets)
+        if config.share_parameters:
+            transport.barrier()  # the writers are through
+        self.params += params
+        self.buckets += buckets
+        self.reducer.extend(params, buckets)
+        self.reducer.untrained.fit({managed.param for managed in self.params})
+        self.gathers.extend(buckets)
+        if len(buckets) < len(self.buckets):
+            self.reducer.start_in_order(self._reverse_order())
+        return buckets
+
+    def take_out(self, gone: Collection[ManagedParam]) -> None:
+        """Let parameters have memory of their own again. No optimizer trains them any more. Collective.
+
+        The others get new indices. Gradients of those that leave are dropped.
+        """
+        self.gathers.finish_all()
+        self.reducer.clear(gone)
+        for bucket in self.buckets:
+            bucket.release(gone)
+        order = [managed.index for managed in self.params if managed not in gone]
+        self.params[:] = [self.params[old] for old in order]
+        for index, managed in enumerate(self.params):
+            managed.index = index
+        self.reducer.keep(order)
+        self.gathers.adopt(self.buckets)
+        self.reducer.untrained.fit({managed.param for managed in self.params})
+        self.norm = None
+
+    def _average_gradients(self, params: Sequence[ManagedParam]) -> None:
+        if self.transport.world_size == 1:
+            return
+        flags = [managed.param.grad is not None for managed in params]
+        used = torch.tensor(flags, dtype=torch.uint8, device=params[0].param.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
+        for managed in (managed for managed, flag in zip(params, used.tolist(), strict=True) if flag):
+            mean, grad = torch.zeros_like(managed.local), managed.local_grad()
+            if grad is not None:
+                mean.copy_(grad).div_(self.transport.world_size)
+            dist.all_reduce(managed.flatten(mean), group=self.group)
+            managed.set_local_grad(mean)
+
+    def count_copies(self, params: Sequence[ManagedParam]) -> None:
+        """Note on how many ranks of the mesh each parameter lies."""
+        for managed in params:
+            managed.copies = count_copies(managed, self.mesh)
+
+    def _sync_params(self, params: Sequence[ManagedParam]) -> None:
+        if self.broadcaster is not None:
+            for managed in params:
+                self.broadcaster.broadcast([managed.local])
+
+    def _sync_buckets(self, buckets: Sequence[Bucket]) -> None:
+        if self.broadcaster is not None:
+            for bucket in buckets:
+                if self.config.share_parameters:
+                    self.broadcaster.broadcast_among(bucket.flat_param, self.transport.writers)
+                else:
+                    self.broadcaster.broadcast_flat(bucket.flat_param)
+
+    def take_up_unfrozen(self) -> None:
+        """Have the gradients of parameters averaged that were frozen, now require them, and are in no optimizer. Collective where
+        there are any: every rank has to unfreeze the same.
+
+        Raises:
+            RankMismatchError: another rank has unfrozen others.
+        """
+        untrained = self.reducer.untrained
+        if not untrained.some_unfrozen():
+            return
+        # Told through the transport, which notices when another rank goes on to something else.
+        self.transport.gather_scalar(torch.ones((), device=self.params[0].param.device), label="unfrozen parameters")
+        trained = {managed.param for managed in self.params}
+        agree([(self.group, describe_untrained(self.module, trained))], None, "unfreezing parameters")
+        untrained.fit(trained)
+
+    def sync_rest(self) -> None:
+        """Take over what rank 0 has besides the parameters in buckets: others, and buffers. Collective."""
+        managed = {managed.param for managed in claimed_params()}
+        rest = [param.data for param in self.module.parameters() if param not in managed]
+        if self.broadcaster is not None:
+            self.broadcaster.broadcast([*rest, *self.module.buffers()])
+
+    def _reverse_order(self) -> list[int]:
+        """Indices of the parameters in the reverse order of the model's, the likely order of their gradients."""
+        index_of: dict[Tensor, int] = {managed.param: managed.index for managed in self.params}
+        present = [index_of.pop(param) for param in reversed(list(self.module.parameters())) if param in index_of]
+        return [*present, *index_of.values()]  # and those of modules that were replaced
+
+
+def cast_frozen(params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
+    """Parameters that are not trained become of `param_dtype` too, or layers could not be mixed."""
+    trained = {managed.param for managed in claimed_params()}  # by whichever model
+    for param in params:
+        is_free = not param.requires_grad and param not in trained
+        if dtype is not None and is_free and param.dtype is torch.float32:
+            param.data = param.data.to(dtype)
+
+
+def _agree_on_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
+    """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it.
+
+    Collective in each of the groups; together they hold all ranks that have copies of a parameter, which must stay equal.
+    """
+    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
+    for group in (group for group in groups if group.size() > 1):
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    return int(seed.item())

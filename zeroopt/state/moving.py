@@ -1,0 +1,150 @@
+"""Buckets in the order in which gradients arrive: planned once more, after the first step, as DistributedDataParallel does.
+
+The first plan takes the parameters in reverse order, which is only a guess at the order in which backward yields their
+gradients. Where it was wrong, a bucket waits for a gradient that comes late, and those behind it wait with it. What the
+ranks own changes with the plan, so their state moves: bucket by bucket, gathered in one scratch buffer from which each rank
+takes what is its own from now on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _C
+from ..collectives import Transport, named_failures
+from ..plan.buckets import PLANNING_ANEW, own_segments
+from ..plan.params import ManagedParam, ParamState
+from ..storage.bucket import Bucket, Segment
+from .entries import Path, block_of, is_array, map_leaves
+
+_log = logging.getLogger("zeroopt")
+
+
+def log_new_plan(
+    buckets: Sequence[Bucket], plan: _C.Plan, ordered: Sequence[ManagedParam], transport: Transport
+) -> None:
+    """Say on rank 0, with level DEBUG, what changes."""
+    if transport.group.rank() == 0:
+        first = [ordered[i].name for i in plan.buckets[0].params]
+        _log.debug(
+            "%d buckets are planned anew, as %d, in the order in which gradients arrive: bucket 0 was of %s … %s, and will be of "
+            "%s … %s",
+            len(buckets),
+            len(plan.buckets),
+            *(buckets[0].params[0].name, buckets[0].params[-1].name, first[0], first[-1]),
+        )
+
+
+def move_state(
+    state: MutableMapping[Tensor, ParamState],
+    buckets: Sequence[Bucket],
+    plan: _C.Plan,
+    ordered: Sequence[ManagedParam],
+    transport: Transport,
+    *,
+    shard_state: bool,
+) -> dict[int, ParamState]:
+    """Take all entries of the buckets' segments out of `state`, and return what this rank's segments of `plan` get instead,
+    by index of the parameter. Collective."""
+    known = _describe_together(state, buckets, transport.group)
+    pieces = [p for b in range(len(plan.buckets)) for p in own_segments(plan, b, transport, shard_state=shard_state)]
+    wanted = {ordered[piece.param].index: piece for piece in pieces}
+    moved: dict[int, dict[Path, Tensor]] = {index: {} for index in wanted if index in known}
+    scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
+    scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
+    for bucket in buckets:
+        held = {s: _leaves(state.pop(s.shard)) for s in bucket.segments if s.shard in state}
+        leaves = {managed: _leaves(known.get(managed.index, {})) for managed in bucket.params}
+        arrays = {path: leaf for one in leaves.values() for path, leaf in one.items() if isinstance(leaf, _Array)}
+        for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
+            full = scratch[: array.size(bucket.padded_numel) * array.dtype.itemsize].view(array.dtype)
+            _gather_array(held, path, bucket, full, array, transport if shard_state else None)
+            for managed in bucket.params:
+                if isinstance(leaves[managed].get(path), _Array) and managed.index in wanted:
+                    piece = wanted[managed.index]
+                    begin = array.position(managed.offset + piece.start)
+                    moved[managed.index][path] = full[begin : begin + array.size(piece.numel)].clone()
+    transport.free(scratch)
+    return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
+
+
+def _leaves(entry: ParamState) -> dict[Path, Any]:
+    """What is in an entry, by where it lies."""
+    found: dict[Path, Any] = {}
+    map_leaves(entry, found.__setitem__)
+    return found
+
+
+def _put(arrays: Mapping[Path, Tensor], path: Path, leaf: Any) -> Any:
+    return arrays.get(path, leaf)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Stands for a state tensor with an element for each of the parameter's, or for each begun block of them."""
+
+    dtype: torch.dtype
+    block: int
+
+    def size(self, numel: int) -> int:
+        """Elements of it for so many of the parameter's."""
+        return -(-numel // self.block)
+
+    def position(self, element: int) -> int:
+        """Where its element for one of the parameter's lies, which begins a block."""
+        assert element % self.block == 0
+        return element // self.block
+
+
+def _describe_together(
+    state: MutableMapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
+) -> dict[int, ParamState]:
+    """What state each parameter has, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
+    counts and the like, which an element-wise optimizer has alike for all parts."""
+    mine = {
+        segment.owner.index: map_leaves(state[segment.shard], partial(_describe, segment))
+        for bucket in buckets
+        for segment in bucket.segments
+        if segment.shard in state
+    }
+    everyone: list[dict[int, ParamState]] = [{}] * group.size()
+    with named_failures(PLANNING_ANEW, group):
+        dist.all_gather_object(everyone, mine, group=group)
+    return {index: entry for one in everyone for index, entry in one.items()}
+
+
+def _describe(segment: Segment, path: Path, value: Any) -> Any:
+    if is_array(path[0], value, segment):
+        return _Array(value.dtype, block_of(path[0]))
+    return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
+
+
+def _gather_array(
+    held: Mapping[Segment, dict[Path, Any]],
+    path: Path,
+    bucket: Bucket,
+    full: Tensor,
+    array: _Array,
+    transport: Transport | None,
+) -> None:
+    """Fill `full` with one array of a bucket's state, and take it out of `held`. No transport: this rank has all of it."""
+    begin, end = (array.position(element) for element in bucket.own_range)
+    own = full[begin:end]
+    for segment, leaves in held.items():
+        if is_array(path[0], leaves.get(path), segment):
+            first = array.position(segment.offset)
+            own[first : first + array.size(segment.numel)].copy_(leaves.pop(path))
+    if transport is not None:
+        transport.start_rendezvous("moving state").finish()  # all are through with the array before
+        # As bytes: not every backend knows 16-bit integers.
+        gather = transport.start_all_gather(full.view(torch.uint8), label=f"state of {bucket.name}")
+        transport.flush()
+        gather.finish()

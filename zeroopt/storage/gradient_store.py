@@ -1,0 +1,242 @@
+"""Where the gradients of a bucket lie: while backward fills them in, while they travel, and after their reduce.
+
+stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is its part of it
+stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
+stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice
+
+Full buffers have the dtype of what travels (`reduce_dtype`), sums that of the parameters, or float32 for parameters with a
+master. Where the two differ, stage 1 keeps its sum apart as stage 2 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..collectives import PendingCollective, Transport
+from ..options.config import Placement
+from ..own_storage import with_own_storage
+from ..plan.params import ManagedParam
+from .bucket import Bucket, Segment
+
+
+class BufferPool:
+    """The full gradient buffers that buckets of stage 2 share; there are `count` and never more."""
+
+    def __init__(self, dtype: torch.dtype | None, transport: Transport, count: int) -> None:
+        self._dtype = dtype
+        self._transport = transport
+        self._count = count
+        self._num_bytes = 0
+        self._free: list[Tensor] = []
+        self._by_address: dict[int, Tensor] = {}
+
+    def fit(self, buckets: Sequence[Bucket]) -> None:
+        """Make buffers in which each of these buckets fits. Collective. None may be lent."""
+        num_bytes = max(bucket.padded_numel * (self._dtype or bucket.dtype).itemsize for bucket in buckets)
+        if num_bytes > self._num_bytes:
+            self.let_go()
+            self._num_bytes = num_bytes
+            device = buckets[0].device
+            self._free = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(self._count)]
+            self._by_address = {raw.data_ptr(): raw for raw in self._free}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def borrow(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        """A buffer of the bucket's size, zero wherever no parameter lies."""
+        full = self._free.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
+        bucket.zero_gaps(full)
+        return full
+
+    def give_back(self, full: Tensor) -> None:
+        # At the front: of buffers that are used in turn, more would be resident.
+        self._free.insert(0, self._by_address[full.data_ptr()])
+
+    def let_go(self) -> None:
+        """Free all buffers. Those that are lent belong to reduces that this rank has finished."""
+        for raw in self._by_address.values():
+            self._transport.free(raw)
+        self._num_bytes = 0
+        self._by_address.clear()
+        self._free.clear()
+
+
+class GradientStore:
+    """The gradients of one bucket on this rank.
+
+    Attributes:
+        full: [padded_numel] while backward fills it and while it travels; None when stage 2 has handed it back.
+        reduced: [own range], the sum over ranks, valid while `holds_sum`.
+        base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
+        label: how messages call the bucket.
+        norm_weight: what its gradients count for in a norm over the whole model.
+        factor: 0-dim, what the sum has yet to be multiplied by, to clip or to unscale it; the step does that on its way, so
+            that it takes no pass of its own. None: nothing.
+        norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `grad_clip`.
+        is_open: backward fills it.
+        is_reducing: its reduce has started, and nobody has waited for it yet.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        placement: Placement,
+        reduce_dtype: torch.dtype | None,
+        transport: Transport,
+        pool: BufferPool | None,
+    ) -> None:
+        self._bucket = bucket
+        self.label = bucket.name
+        self.norm_weight = bucket.norm_weight
+        self._pool = pool
+        self._dtype = reduce_dtype or bucket.dtype
+        sum_dtype = bucket.precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)
+        self._sums_apart = placement.shard_gradient or self._dtype is not sum_dtype
+        self._accumulates = placement.shard_state  # in stage 0, autograd itself adds to param.grad, a view of `full`
+        self._pending: PendingCollective | None = None
+        self.holds_sum = False
+        self.is_open = False
+        self.is_reducing = False
+        self.norm: tuple[float, Tensor] | None = None
+        self._storage = bucket.precision.storage(bucket.dtype, sum_dtype)
+        self._table: ops.SegmentTable | None = None
+        self.factor: Tensor | None = None
+        self.base: Tensor | None = None
+        self.full: Tensor | None = None
+        self._shown: dict[ManagedParam, Tensor] = {}
+        if pool is None:
+            self.full = transport.allocate(bucket.padded_numel, self._dtype, bucket.device)
+            if not placement.shard_state:
+                self._shown = {m: with_own_storage(m.view_in(self.full)) for m in bucket.params}
+        self.reduced: Tensor
+        if self._sums_apart:
+            self.reduced = torch.zeros_like(bucket.own_param, dtype=sum_dtype)
+        else:
+            assert self.full is not None
+            self.reduced = bucket.within_own_range(self.full)
+
+    def open(self) -> Tensor:
+        """The full buffer for the gradients of one backward pass. What was summed before is kept aside as `base`."""
+        if not self.is_open:
+            self.finish()
+            self.reclaim()
+            self.is_open = True
+            if self._pool is not None:
+                self.full = self._pool.borrow(self._bucket, self._dtype)
+            if self._accumulates and self.holds_sum:
+                self.settle()
+                self.base = self.reduced if self._sums_apart else self.reduced.clone()
+        assert self.full is not None
+        return self.full
+
+    def start_reduce(self, transport: Transport) -> None:
+        """Let the full buffer travel."""
+        assert self.full is not None
+        out = self.reduced if self._sums_apart else transport.own_slice(self.full)
+        self._pending = transport.start_reduce_scatter(self.full, out, self.base, label=self.label)
+        self.is_open = False
+        self.is_reducing = True
+        self.holds_sum = False
+        self.norm = None
+        self.factor = None
+
+    def finish(self) -> None:
+        """Wait until `reduced` holds the sum."""
+        if self.is_reducing:
+            assert self._pending is not None
+            self._pending.finish()
+            self.is_reducing = False
+            self.base = None
+            self.holds_sum = True
+
+    def gradient_of(self, managed: ManagedParam) -> Tensor:
+        """Stage 0: a parameter's gradient in the full buffer, as `param.grad` shows it; an object of its own each time, whose version
+        counts what is done to it from here on."""
+        return self._shown[managed].data
+
+    def reclaim(self) -> None:
+        """After `finish`: wait until no rank reads the full buffer any more; a borrowed one goes back."""
+        if self._pending is None:
+            return
+        self._pending.wait_until_read()
+        self._pending = None
+        if self._pool is not None:
+            assert self.full is not None
+            self._pool.give_back(self.full)
+            self.full = None
+
+    def let_go(self, transport: Transport) -> None:
+        """Free the full buffer of stages 0 and 1."""
+        self.reclaim()
+        if self.full is not None:
+            transport.free(self.full)
+            self.full = None
+            self._shown.clear()
+
+    def discard(self) -> None:
+        """Forget the sum; the next backward starts a new one."""
+        self.holds_sum = False
+        self.norm = None
+        self.factor = None
+
+    def zero(self) -> None:
+        """Set the sum to zero."""
+        self.reduced.zero_()
+        self.norm = None
+        self.factor = None
+
+    def clear(self, managed: ManagedParam) -> None:
+        """Set the elements of a parameter to zero, which leaves the bucket. Nothing may be on its way."""
+        begin, end = self._bucket.own_range
+        first, last = max(managed.offset, begin), min(managed.offset + managed.numel, end)
+        if first < last:
+            self.reduced[first - begin : last - begin].zero_()
+        if self.full is not None:
+            self.full[managed.offset : managed.offset + managed.numel].zero_()
+        self.norm = None
+        self._shown.pop(managed, None)
+
+    def scale(self, factor: Tensor) -> None:
+        """Have the sum multiplied by a 0-dim tensor when it is used."""
+        factor = factor.detach().to(self.reduced.device)
+        self.factor = factor.clone() if self.factor is None else self.factor * factor
+
+    def settle(self) -> None:
+        """Multiply the sum by its factor now."""
+        if self.factor is not None:
+            self.reduced.mul_(self.factor)  # not in the dtype of `reduced`, which may have few digits
+            self.factor = None
+            self.norm = None
+
+    def square_sum(self) -> Tensor:
+        """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
+        if self._storage is None:
+            norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
+            return norm.square()
+        if self._table is None:
+            arrays = ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master)
+            self._table = ops.SegmentTable(self._storage, [arrays])
+        active = torch.ones(1, dtype=torch.uint8, device=self.reduced.device)
+        found_inf = torch.zeros(1, dtype=torch.float32, device=self.reduced.device)
+        return ops.squared_norms(self._table, active=active, found_inf=found_inf)[0]
+
+    def part_as(self, segment: Segment, dtype: torch.dtype) -> Tensor:
+        """The sum for one segment in the shape of its shard and in a dtype, which is that of the sum or wider; not to be
+        changed."""
+        if self.reduced.dtype is dtype:
+            self.settle()
+            return segment.view_in(self.reduced)
+        part = segment.view_in(self.reduced).to(dtype)
+        return part if self.factor is None else part.mul_(self.factor)
+
+    def part(self, segment: Segment) -> Tensor:
+        """The sum for one segment of the own range, to be read or changed in place."""
+        self.settle()
+        self.norm = None
+        return self.reduced[segment.offset : segment.offset + segment.numel]
