@@ -14,8 +14,8 @@ from training import OPTIMIZERS
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.admission.grains import ELEMENT_WISE, find_grains
 from zeroopt.plan.params import Grain
+from zeroopt.probing.grains import ELEMENT_WISE, find_grains
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -2,7 +2,37 @@
 
     model, optimizer = zeroopt.wrap(model, optimizer)
 
-CONTRIBUTING.md lists the files in reading order.
+In reading order; each imports from those above it:
+
+    errors            the exceptions
+    profiling         ranges for torch's profiler
+    untraced          what torch.compile has to leave alone
+    own_storage       parts of a tensor that look as if torch had made each by itself
+    ops               typed functions over the compiled kernels
+    options           what a user asked for
+    collectives       transports: how ranks reach each other
+    plan              which element lies where, and who owns it
+    probing           what an optimizer does, found by trying
+    storage           the memory of buckets
+    parameters        parameters and buffers from a step to the next forward
+    gradients         from autograd to sums
+    stepping          one step on what a rank owns
+    state             what a rank's state is to others
+    optim             the fused kernels as ordinary optimizers
+    admission         what may be wrapped
+    replica           a wrapped model on this rank: its buckets, and what carries them
+    features          what a user may switch on
+    diagnosis         what is held where, for people
+    inner_attributes  what of the wrapped optimizer is reachable
+    optimizer         what `wrap` returns: the optimizer
+    ddp_around        DistributedDataParallel put around it
+    module            what `wrap` returns: the model
+    wrap              `wrap`
+    unwrap            `unwrap`
+    checkpoint        directories of checkpoints
+    __main__          the command line
+
+A folder lists its files likewise. CONTRIBUTING.md says what goes where.
 """
 
 import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP runtime that torch brought

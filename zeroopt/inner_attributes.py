@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .admission.probe import is_torchs_own
+from .probing.probe import is_torchs_own
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 

@@ -15,17 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _C
-from .admission.agreement import agree
+from .admission.group_edits import GroupEdit, GroupMembers, inspect_edit
 from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
 from .features.averaging import ParameterAverage
-from .features.group_edits import GroupEdit, GroupMembers, inspect_edit
 from .features.join import Phase, pack_options, take_options
 from .features.loss_scaling import scaler_in
 from .features.scaled_steps import ScaledSteps
 from .gradients.norms import clip_by, norm_of_shards, norm_of_whole
 from .inner_attributes import reach, takes
 from .options.config import Config, check_param_dtypes
+from .plan.agreement import agree
 from .plan.buckets import agree_on_order, in_order, is_grouped_alike, make_plan
 from .plan.params import ManagedParam
 from .profiling import named_range
@@ -36,7 +36,7 @@ from .state.given import GivenState
 from .state.layout import ShardLayout
 from .state.live import LiveState
 from .state.moving import log_new_plan, move_state
-from .state.whole import whole_states
+from .state.whole_tensors import whole_states
 from .stepping.stepper import ShardStepper, check_fused
 from .storage.bucket import Bucket, Segment, make_buckets
 from .storage.gradient_store import GradientStore

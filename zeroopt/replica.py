@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .admission.agreement import agree
-from .admission.claims import claim, claimed_params
 from .collectives import Transport
 from .features.audit import Audit
 from .gradients.norm_groups import NormGroups
@@ -18,7 +16,9 @@ from .gradients.untrained import describe_untrained
 from .options.config import Config
 from .options.precision import Precision
 from .parameters.gathers import ParamGathers
+from .plan.agreement import agree
 from .plan.buckets import make_plan
+from .plan.claims import claim, claimed_params
 from .plan.dtensors import count_copies, find_mesh, mesh_groups
 from .plan.params import ManagedParam
 from .storage.broadcast import Broadcaster

@@ -8,12 +8,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from .admission.agreement import agree
 from .admission.candidates import forget_wrapped
-from .admission.claims import release
 from .errors import ConfigError, NotSupportedError, StateError
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
+from .plan.agreement import agree
+from .plan.claims import release
 
 
 @overload

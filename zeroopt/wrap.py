@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 
 from . import _C
-from .admission.agreement import agree, describe_groups, describe_params
 from .admission.candidates import inspect, mark_wrapped
 from .collectives import Transport, check_transport, connect_transport
 from .collectives.lone import default_group
@@ -20,6 +19,7 @@ from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
 from .options.config import Config, Fused, check_config, check_param_dtypes
+from .plan.agreement import agree, describe_groups, describe_params
 from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
 from .plan.params import ManagedParam
 from .replica import Sharding, cast_frozen

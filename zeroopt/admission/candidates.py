@@ -14,10 +14,10 @@ from .. import _C
 from ..errors import ConfigError, KernelUnavailableError, NotSupportedError
 from ..gradients.sharded_tensor import ShardedGradient
 from ..optim import FusedOptimizer
+from ..plan.claims import check_unclaimed, claimed_params, is_claimed
 from ..plan.dtensors import check_state_parts, is_distributed, local_of, manage
 from ..plan.params import ManagedParam
-from .claims import check_unclaimed, claimed_params, is_claimed
-from .grains import find_grains
+from ..probing.grains import find_grains
 from .memory_overlap import check_expanded, check_overlaps
 
 _log = logging.getLogger("zeroopt")

@@ -1,6 +1,15 @@
 """Checkpoints: directories that torch.distributed.checkpoint (DCP) reads, there entirely or not at all.
 
 `import zeroopt.checkpoint` to use it: importing zeroopt alone does not import DCP, which takes long.
+
+In reading order; each imports from those above it:
+
+    disk        directories and files
+    format      how values are laid out in them
+    wrapped     saving and loading a wrapped model
+    foreign     checkpoints of other libraries
+    inspection  what is in a checkpoint, for people
+    exporting   a checkpoint as one file of torch.save
 """
 
 from ..errors import CheckpointError

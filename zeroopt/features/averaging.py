@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..admission.agreement import agree, agreement_device
 from ..collectives.base import PendingWork
 from ..collectives.lone import is_lone
 from ..errors import CollectiveError, ConfigError, RankMismatchError
 from ..options.precision import join_master, round_master, split_master
+from ..plan.agreement import agree, agreement_device
 from ..storage.broadcast import Broadcaster
 from ..storage.bucket import Bucket
 

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..admission.agreement import agreement_device
 from ..collectives import Transport
 from ..errors import CollectiveError, RankMismatchError, StateError
+from ..plan.agreement import agreement_device
 
 
 class Phase(IntEnum):

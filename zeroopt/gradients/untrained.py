@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..admission.agreement import agreement_device
 from ..collectives import Transport, named_failures
+from ..plan.agreement import agreement_device
 from ..plan.dtensors import describe_part, manage
 from ..plan.params import ManagedParam
 from ..untraced import untraced

@@ -4,6 +4,15 @@ Every function works on this process's own tensors, on the CPU or on one CUDA de
 kernels run on ``torch.get_num_threads()`` threads, on CUDA they are queued on the device's current stream. They write
 through addresses, behind autograd's back: call them where gradients are not recorded. A kernel that the build does not
 contain raises `KernelUnavailableError`; `csrc/kernels.h` states what each one moves and computes.
+
+In reading order; each imports from those above it:
+
+    checks    of arguments, in one wording
+    storage   how the arrays of a step are stored: the tiers of precision
+    segments  the arrays that a step works on
+    move      cast and scale, copy, sum
+    quantize  8-bit codes with a scale for every 256 elements
+    steps     one step of an optimizer over all segments of a table
 """
 
 from .checks import DTYPE_CODES

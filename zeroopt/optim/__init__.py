@@ -2,6 +2,16 @@
 
 `FusedAdamW`, `FusedAdam`, `FusedSGD` and `FusedAdagrad` take the place of torch's classes (same arguments, defaults and
 `state_dict` keys); `FusedLion` and `FusedLAMB` have none in torch. `FusedOptimizer` says what all of them offer besides.
+
+In reading order; each imports from those above it:
+
+    fused_params  whole parameters and their state, stepped in one call
+    fused         `FusedOptimizer`: what all of them share
+    sgd           SGD
+    adamw         AdamW and Adam
+    adagrad       Adagrad
+    lion          Lion
+    lamb          LAMB
 """
 
 from .adagrad import FusedAdagrad

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..admission.agreement import describe_options
 from ..errors import StateError
 from ..features.averaging import ParameterAverage
 from ..options.config import Config
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
+from ..plan.agreement import describe_options
 from ..plan.buckets import own_segments
 from ..plan.dtensors import place_in_mesh
 from ..plan.params import ManagedParam, ParamState

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from ..admission.probe import is_per_element
 from ..plan.params import ManagedParam, ParamState
 from ..plan.regions import FlatLayout
+from ..probing.probe import is_per_element
 from ..storage.bucket import Segment
 from .shard_tensor import ShardTensor
 

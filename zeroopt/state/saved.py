@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..admission.probe import is_per_element
 from ..errors import StateError
 from ..plan.dtensors import is_distributed
 from ..plan.params import ManagedParam, ParamState
+from ..probing.probe import is_per_element
 from ..storage.bucket import MASTER_NAMES, Segment
 from .entries import Path, block_of, map_leaves, map_tensors
 from .layout import ShardLayout

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..admission.probe import step_without_hooks
 from ..errors import ConfigError, StateError
 from ..options.config import Config
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
 from ..plan.params import ManagedParam
+from ..probing.probe import step_without_hooks
 from ..profiling import named_range
 from ..storage.bucket import Bucket, Segment
 from ..storage.gradient_store import GradientStore

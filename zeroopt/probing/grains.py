@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import NotSupportedError
 from ..plan.params import Grain
 from .probe import Outcome, Place, Trial, is_per_element, try_out
-from .probe_shapes import SMALL_NUMEL, Shape, large_shapes, small_shape
+from .shapes import SMALL_NUMEL, Shape, large_shapes, small_shape
 from .stray_state import find_stray_state
 
 _FIRST_STEPS = 8  # of small tensors

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..admission.agreement import describe_groups, describe_params
-from ..admission.candidates import inspect_further
-from ..admission.grains import find_grains
 from ..errors import ConfigError, NotSupportedError
+from ..plan.agreement import describe_groups, describe_params
 from ..plan.params import ManagedParam
+from ..probing.grains import find_grains
+from .candidates import inspect_further
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..plan.params import ManagedParam
+from .params import ManagedParam
 
 
 class Owner(Protocol):

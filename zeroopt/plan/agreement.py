@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from ..collectives.lone import is_lone
 from ..errors import RankMismatchError
-from ..plan.dtensors import describe_part
-from ..plan.params import Grain, ManagedParam
+from .dtensors import describe_part
+from .params import Grain, ManagedParam
 
 
 def agree(

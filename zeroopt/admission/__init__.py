@@ -1,0 +1,8 @@
+"""What may be wrapped: looked at before anything is changed.
+
+In reading order; each imports from those above it:
+
+    memory_overlap  tensors that lie in the same memory
+    candidates      the model, the optimizer, and whether they fit together
+    group_edits     what a user makes of param_groups by hand
+"""

@@ -1,0 +1,11 @@
+"""How values are laid out in a checkpoint that torch.distributed.checkpoint reads.
+
+In reading order; each imports from those above it:
+
+    plain     values that may be in one
+    extra     what a user saves besides
+    together  all ranks do their part, or all fail
+    planning  what a rank writes and reads
+    reading   what is in a checkpoint on the disk
+    writing   all ranks write one
+"""

@@ -1,0 +1,18 @@
+"""What a rank's state is to others: state dicts, and moving it.
+
+In reading order; each imports from those above it:
+
+    shard_tensor    `ShardTensor`: a part of a tensor in a state dict
+    entries         walking the entries of a parameter
+    layout          `ShardLayout`: which elements a state dict has
+    tiers           8-bit moments, decoded
+    torch_releases  state dicts of older torch releases, brought up to date
+    saved           what a saved state has for a piece of a parameter
+    consolidate     all state on one rank
+    whole_tensors   the state of single parameters, put together on every rank
+    moving          state from the buckets of one plan to those of another
+    given           state that the wrapped optimizer had before it was wrapped
+    live            `optimizer.state` as users see it
+    dcp_options     what torch.distributed.checkpoint wants when it asks
+    dicts           `StateDicts`: saving and loading
+"""
