@@ -35,7 +35,7 @@ class ManagedParam:
         position: position in the optimizer, counted over all groups, as in a torch optimizer's state dict.
         grain: whether ranks may share its step. If not, it lies whole in one rank's slice.
         shape, stride, numel: of the part of it that every rank of the data-parallel group holds, which is the whole
-            parameter unless it is a DTensor; see `local_tensor`. All methods are about that part.
+            parameter unless it is a DTensor; see `plan.dtensors`. All methods are about that part.
         copies: ranks outside of the data-parallel group, and this one, that hold the same elements.
     """
 

@@ -78,7 +78,7 @@ class GradientStore:
         norm_weight: what its gradients count for in a norm over the whole model.
         factor: 0-dim, what the sum has yet to be multiplied by, to clip or to unscale it; the step does that on its way, so
             that it takes no pass of its own. None: nothing.
-        norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `grad_clip`.
+        norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `gradients.norms`.
         is_open: backward fills it.
         is_reducing: its reduce has started, and nobody has waited for it yet.
     """
