@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -350,10 +351,11 @@ def scaled(overflow_is_normal: bool) -> str:
     net, model, optimizer = wrapped(check_every=1)
     spoil(net, ODD_PARAM, float("inf"))
     loss_of(model(batch("mlp", 0))).backward()
-    active, reducer = optimizer._finish_reduces(), optimizer._reducer
-    assert reducer.audit is not None
+    audit = model.features.audit
+    assert audit is not None
+    step = replace(optimizer._describe_step(), is_scaled=overflow_is_normal)
     try:
-        reducer.audit.check_before(1, optimizer._buckets, reducer.stores, active, overflow_is_normal=overflow_is_normal)
+        audit.before_step(step)
     except zeroopt.NonFiniteError:
         return "not finite"
     return "nothing"

@@ -16,13 +16,8 @@ FOLDERS = sorted(path.parent for path in ROOT.rglob("__init__.py"))
 
 # What still runs against the order: the core names features that it should not know.
 AGAINST_THE_ORDER = {
-    ("gradients/reducer", "features/audit"),
-    ("gradients/reducer", "features/join"),
-    ("gradients/sharded_view", "features/join"),
-    ("gradients/sharded_view", "features/loss_scaling"),
     ("state/dicts", "features/averaging"),
     ("state/dicts", "replica"),
-    ("replica", "features/audit"),
 }
 
 

@@ -569,7 +569,7 @@ def keep_only_gradients() -> list[bool]:
     loss_of(model(batch("mlp", 0))).backward()
     optimizer.step()
     grads = [param.grad for param in net.parameters()]
-    parts = [weakref.ref(part) for part in (net, model, optimizer, model._reducer, model._reducer.sharded, net.scale)]
+    parts = [weakref.ref(part) for part in (net, model, optimizer, model._reducer, model._reducer.view, net.scale)]
     del net, model, optimizer
     gc.collect()
     assert len(grads) == 7

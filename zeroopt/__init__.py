@@ -14,6 +14,7 @@ In reading order; each imports from those above it:
     plan              which element lies where, and who owns it
     probing           what an optimizer does, found by trying
     storage           the memory of buckets
+    feature           what a user may switch on takes part in a backward and a step by these calls
     parameters        parameters and buffers from a step to the next forward
     gradients         from autograd to sums
     stepping          one step on what a rank owns

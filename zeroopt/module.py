@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_map
 from .ddp_around import check_ddp_around, refuse_ddp_around
 from .errors import ConfigError, NotSupportedError
 from .features.join import JoinCalls, Phase
+from .features.of_model import ModelFeatures
+from .gradients.sharded_view import ShardedView
 from .optimizer import ZeroOptimizer
 from .options.precision import round_master
 from .parameters.buffers import BufferSync
@@ -44,7 +46,7 @@ class ZeroDataParallel(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, sharding: Sharding) -> None:
+    def __init__(self, sharding: Sharding, features: ModelFeatures) -> None:
         super().__init__()
         config, module = sharding.config, sharding.module
         # Not a child of this one, or "module" would be in the names that a larger module has for what is in it. In its place
@@ -52,6 +54,8 @@ class ZeroDataParallel(nn.Module):
         self.__dict__["module"] = module
         self.__dict__["_modules"] = module._modules
         self._sharding = sharding
+        self._features = features
+        self._join = features.join
         self._reducer = sharding.reducer
         self._gathers = sharding.gathers
         self._transport = sharding.transport
@@ -66,6 +70,11 @@ class ZeroDataParallel(nn.Module):
     def sharding(self) -> Sharding:
         """What the model shares with its optimizers."""
         return self._sharding
+
+    @property
+    def features(self) -> ModelFeatures:
+        """What takes part in its backward passes and steps."""
+        return self._features
 
     @property
     def optimizers(self) -> Sequence[ZeroOptimizer]:
@@ -105,7 +114,7 @@ class ZeroDataParallel(nn.Module):
         for optimizer in self._optimizers:
             optimizer.take_up_groups(unfrozen=True)
         self._sharding.take_up_unfrozen()
-        buffers, join = self._buffer_sync, self._reducer.join
+        buffers, join = self._buffer_sync, self._join
         follows = buffers is not None and buffers.is_due
         if join.is_on and (follows or join.throws):
             join.announce(Phase.FORWARD)
@@ -116,7 +125,7 @@ class ZeroDataParallel(nn.Module):
 
     def _take_over_buffers(self) -> None:
         if self._buffer_sync is not None:
-            self._buffer_sync.take_over(self._reducer.join.source)
+            self._buffer_sync.take_over(self._features.turnout.source)
 
     def _cast_input(self, value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
@@ -145,7 +154,7 @@ class ZeroDataParallel(nn.Module):
         is True on every rank unless parameters are shared; of the ranks that share a copy, one writes, and the others wait.
         No rank may use the parameters within the context for anything else. Not within `join()`.
         """
-        self._reducer.join.check_outside("write_parameters()")
+        self._join.check_outside("write_parameters()")
         self._gathers.finish_all()
         self._transport.barrier()
         try:
@@ -196,18 +205,19 @@ class ZeroDataParallel(nn.Module):
             optimizer.check_can_join()
         calls: JoinCalls = {
             Phase.FORWARD: self._take_over_buffers,
-            Phase.BACKWARD: self._reducer.take_part,
+            Phase.BACKWARD: self._reducer.mirror_backward,
             Phase.LEAVE: self._take_over_buffers,
             Phase.CLIP: lambda number, *args: self._optimizers[number].clip_grad_norm_(*args),
             Phase.STEP: lambda number, *args: self._optimizers[number].step_along(*args),
             Phase.ZERO_GRAD: self._zero_grad_along,
-            Phase.UNSCALE: self._reducer.unscale_along,
+            Phase.UNSCALE: self._unscale_along,
             Phase.OVERFLOW: lambda number, found: self._optimizers[number].agree_on_overflow(found),
         }
-        with self._reducer.join.context(
+        with self._join.context(
             calls,
             drain=self._reducer.finish,
             leave=self._reducer.drop_local,
+            switched=self._features.follow_join,
             divide_by_initial_world_size=divide_by_initial_world_size,
             enable=enable,
             throw_on_early_termination=throw_on_early_termination,
@@ -222,8 +232,14 @@ class ZeroDataParallel(nn.Module):
         else:
             self._reducer.zero()
         self.module.zero_grad(set_to_none)
-        if self._reducer.join.is_on:
-            self._reducer.join.note(Phase.ZERO_GRAD, None, set_to_none)
+        if self._join.is_on:
+            self._join.note(Phase.ZERO_GRAD, None, set_to_none)
+
+    def _unscale_along(self, indices: Sequence[int], inverse: float) -> None:
+        """Look at gradients, and multiply them, as a GradScaler does on the ranks that still train. Collective."""
+        view = self._reducer.view
+        assert isinstance(view, ShardedView)  # of others, a GradScaler asks nothing
+        view.check_and_unscale(indices, torch.zeros(()), torch.tensor(inverse))
 
     def _zero_grad_along(self, number: int | None, set_to_none: bool) -> None:
         (self if number is None else self._optimizers[number]).zero_grad(set_to_none)
@@ -255,7 +271,7 @@ class ZeroDataParallel(nn.Module):
         Raises:
             ConfigError: `assign=True`, which would put the parameters elsewhere.
         """
-        self._reducer.join.check_outside("load_state_dict()")
+        self._join.check_outside("load_state_dict()")
         if assign:
             raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
         rounded = copy.copy(state_dict)  # with its metadata
@@ -274,7 +290,7 @@ class ZeroDataParallel(nn.Module):
     ) -> None:
         """`load_state_dict` of a larger module that this one is in asks for it, and then loads the children. Collective where
         parameters are shared: every rank of a host then writes the same values to the same memory."""
-        self._reducer.join.check_outside("load_state_dict()")
+        self._join.check_outside("load_state_dict()")
         if local_metadata.get("assign_to_params_buffers", False):
             raise ConfigError("load_state_dict(assign=True) would take the parameters out of zeroopt's storage")
         self._gathers.finish_all()

@@ -18,11 +18,13 @@ from . import _C
 from .admission.group_edits import GroupEdit, GroupMembers, inspect_edit
 from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
+from .feature import Step
 from .features.averaging import ParameterAverage
-from .features.join import Phase, pack_options, take_options
+from .features.join import Phase, take_options
 from .features.loss_scaling import scaler_in
+from .features.of_model import ModelFeatures
 from .features.scaled_steps import ScaledSteps
-from .gradients.norms import clip_by, norm_of_shards, norm_of_whole
+from .gradients.norms import clip_by
 from .inner_attributes import reach, takes
 from .options.config import Config, check_param_dtypes
 from .plan.agreement import agree
@@ -38,6 +40,7 @@ from .state.live import LiveState
 from .state.moving import log_new_plan, move_state
 from .state.whole_tensors import whole_states
 from .stepping.stepper import ShardStepper, check_fused
+from .storage.assembling import assemble
 from .storage.bucket import Bucket, Segment, make_buckets
 from .storage.gradient_store import GradientStore
 from .untraced import untraced
@@ -72,6 +75,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         sharding: Sharding,
+        features: ModelFeatures,
         optimizer: torch.optim.Optimizer,
         params: Sequence[ManagedParam],
         config: Config,
@@ -80,6 +84,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.number = 0  # among the optimizers of the model
         self._average = average
         self._sharding = sharding
+        self._features = features
+        self._join = features.join
         self._module = sharding.module
         self._inner = optimizer
         self._config = config
@@ -109,7 +115,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._norm_of_backward = 0
         self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
-        self._scaled_steps = ScaledSteps(sharding, self, self._buckets)
+        self._scaled_steps = ScaledSteps(sharding, features.join, self, self._buckets)
         sharding.optimizers.append(self)
         log_wrapped(self._buckets, self._stores, optimizer, config, self._transport)
 
@@ -202,11 +208,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.take_up_groups()
         self._check_ready()
         self._take_part()
-        if self._reducer.join.is_on:
-            self._announce_step()
         for bucket in self._buckets:
             self._gathers.finish(bucket.index)
-        self._check_before_step()
+        step = self._describe_step()
+        for before_step in self._features.features.calls["before_step"]:
+            before_step(step)
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         active = self._finish_reduces()
@@ -232,11 +238,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         everyone_came.finish()
         self._gathers.leave_to_readers()
         self._reducer.reclaim()
-        self._settle_whole()
+        self._reducer.view.settle(self._stores)
         self._reducer.note_step()
         if not overflow:
             self._replan_once(active)
-        self._check_after_step()
+        for after_step in self._features.features.calls["after_step"]:
+            after_step(step)
         self._note_step_for_schedulers()
         return loss
 
@@ -255,8 +262,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         else:
             self._reducer.zero(self._buckets)
         super().zero_grad(set_to_none)
-        if self._reducer.join.is_on:
-            self._reducer.join.note(Phase.ZERO_GRAD, self.number, set_to_none)
+        if self._join.is_on:
+            self._join.note(Phase.ZERO_GRAD, self.number, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of the state; after `consolidate_state_dict`, until the next step or load, all of it on the rank to
@@ -283,7 +290,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         if wanted:
-            self._reducer.join.check_outside("get_optimizer_state_dict(full_state_dict=True)")
+            self._join.check_outside("get_optimizer_state_dict(full_state_dict=True)")
             self._gather_number(0, label="get_optimizer_state_dict")
             result = self._state_dicts.whole_for(wanted)
         elif wants_parts(caller):
@@ -319,7 +326,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 within `join()`. Nothing has been changed.
             RankMismatchError: so it is on another rank, or ranks were given different options. Nothing has been changed.
         """
-        self._reducer.join.check_outside("load_state_dict()")
+        self._join.check_outside("load_state_dict()")
         self.take_up_groups()
         given = GivenState(with_flattened_names(sys._getframe(1), state_dict), self._prepare_load)
         self._follow_order(given.layout)
@@ -418,7 +425,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             problem: what is wrong on this rank, if anything is.
         """
         what = "taking up param_groups"
-        self._reducer.join.check_outside(what)
+        self._join.check_outside(what)
         # Told through the transport, which notices when another rank goes on to something else.
         device = self._params[0].param.device
         self._transport.gather_scalar(torch.ones((), dtype=torch.float32, device=device), label="edited param_groups")
@@ -456,13 +463,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Train parameters no longer: they keep their values, their gradients and, as under torch, their state. Collective."""
         gone = set(params)
         self._reducer.finish()
-        grads = self._whole_grads(params)
+        grads = self._reducer.view.as_under_torch(params)
         is_local = self._reducer.has_local_gradients
         cut = [segment for segment in self._segments() if segment.owner in gone]
         shares = self._config.placement.shard_state and self._transport.world_size > 1
         group = self._transport.group if shares else None
         states = whole_states(self._state_dicts.with_masters(), cut, params, group)
         self._sharding.take_out(gone)
+        self._features.norms.of_model = None
         for segment in cut:
             self._inner.state.pop(segment.shard, None)
         for managed in params:
@@ -505,14 +513,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.take_up_groups()
         self._check_ready()
         self._take_part()
-        if self._reducer.join.is_on:
-            self._reducer.join.announce(Phase.CLIP, self.number, max_norm, norm_type)
+        if self._join.is_on:
+            self._join.announce(Phase.CLIP, self.number, max_norm, norm_type)
         active = self._finish_reduces()
-        self._reducer.norm_type = float(norm_type)  # from the next backward on, buckets have theirs ready
+        self._features.note_norms(float(norm_type))
         with named_range("clip"):
-            norm = self._compute_norm(active, float(norm_type), self._stores)
+            norm = self._norm(active, float(norm_type), self._stores)
             self._clip(norm, float(max_norm), float(norm_type))
-        self._settle_whole()
+        self._reducer.view.settle(self._stores)
         return norm.float()
 
     @property
@@ -529,11 +537,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             StateError: as `step`.
         """
         if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
-            self._reducer.join.check_outside("grad_norm")
+            self._join.check_outside("grad_norm")
             self.take_up_groups()
             self._check_ready()
             self._take_part()
-            return self._compute_norm(self._finish_reduces(), 2.0, self._stores).float()
+            return self._norm(self._finish_reduces(), 2.0, self._stores).float()
         return self._grad_norm
 
     @untraced
@@ -548,18 +556,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: the parameter is not one that this optimizer trains.
             StateError: as `step`.
         """
-        self._reducer.join.check_outside("full_grad()")
+        self._join.check_outside("full_grad()")
         self.take_up_groups()
         managed = self._managed(param)
         self._check_ready()
         self._take_part()
         if not self._finish_reduces()[managed.index]:
             return None
-        if self._reducer.sharded is None:
-            grad = managed.param.grad
-            return grad.clone() if grad is not None else None
-        piece = self._reducer.sharded.piece(managed.index)
-        return self._assemble(managed, piece, self._reducer.sum_dtype(managed.index))
+        return self._reducer.view.whole(managed)
 
     def full_parameter(self, param: Tensor) -> Tensor:
         """The whole of a parameter as precisely as it is kept: float32 where `param_dtype` gives it a master or a remainder.
@@ -571,7 +575,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: the parameter is not one that this optimizer trains.
         """
-        self._reducer.join.check_outside("full_parameter()")
+        self._join.check_outside("full_parameter()")
         self.take_up_groups()
         managed = self._managed(param)
         bucket = next(bucket for bucket in self._buckets if managed in bucket.params)
@@ -580,7 +584,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._gathers.finish(bucket.index)
         bucket.take_up_writes()
         pieces = [s for s in bucket.segments if s.owner is managed]
-        return self._assemble(managed, bucket.exact(pieces[0]) if pieces else None, torch.float32)
+        return assemble(
+            managed,
+            pieces[0] if pieces else None,
+            bucket.exact(pieces[0]) if pieces else None,
+            torch.float32,
+            self._transport if self._config.placement.shard_state else None,
+        )
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the whole state in the CPU memory of one rank, for `full_state_dict()`. Collective: every rank of the process
@@ -597,7 +607,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if not 0 <= to < self._transport.group.size():
             raise ConfigError(f"expected a rank below {self._transport.group.size()}, got to={to}")
-        self._reducer.join.check_outside("consolidate_state_dict()")
+        self._join.check_outside("consolidate_state_dict()")
         self.take_up_groups()
         self._state_dicts.consolidated = self._state_dicts.whole(to)
 
@@ -677,36 +687,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             f"expected a parameter that this optimizer trains, got another tensor of shape {list(param.shape)}"
         )
 
-    def _assemble(self, managed: ManagedParam, piece: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """A tensor of a parameter's shape from the pieces that ranks have of it. Collective."""
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        whole = torch.zeros(managed.numel, dtype=wide, device=managed.param.device)
-        segment = next((segment for segment in self._segments() if segment.owner is managed), None)
-        if piece is not None and segment is not None:
-            whole[segment.start : segment.start + segment.numel] = piece
-        if self._config.placement.shard_state and self._transport.world_size > 1:
-            dist.all_reduce(whole, group=self._transport.group)  # the pieces of other ranks are zero here
-        return managed.layout_like(whole.to(dtype).as_strided(managed.shape, managed.stride))
-
-    def _whole_grads(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
-        """What `param.grad` would be under torch, in memory of its own, with what `no_sync()` has left on this rank. Collective."""
-        sharded = self._reducer.sharded
-        if sharded is None:
-            return {m: None if m.param.grad is None else m.param.grad.clone() for m in params}
-        shown = torch.tensor([sharded.is_shown(m) for m in params], dtype=torch.uint8, device=params[0].param.device)
-        if self._transport.world_size > 1:
-            dist.all_reduce(shown, op=dist.ReduceOp.MAX, group=self._transport.group)
-        grads: dict[ManagedParam, Tensor | None] = {}
-        for managed, is_shown in zip(params, shown.tolist(), strict=True):
-            here, local = sharded.is_shown(managed), sharded.local.get(managed.index)
-            grads[managed] = None if here else managed.param.grad
-            if is_shown:
-                whole = self._assemble(managed, sharded.piece(managed.index) if here else None, managed.param.dtype)
-                if local is not None:
-                    whole += managed.layout_like(local)
-                grads[managed] = whole if here else grads[managed]
-        return grads
-
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
         zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
@@ -714,7 +694,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._transport.world_size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
         if reducer.is_cleared(self._params):
-            reducer.take_part()
+            reducer.mirror_backward()
 
     def agree_on_overflow(self, found: bool) -> None:
         """Take part in the step of a GradScaler of the ranks that still train, when this one has left `join()`. Collective."""
@@ -742,48 +722,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for store in self._stores:
                 if store.holds_sum:
                     store.scale(inverse)
-            self._note_factors()
+            self._reducer.view.changed()
         return overflow
 
-    def _note_factors(self) -> None:
-        """The gradients of whole buckets have been given a factor."""
-        if self._reducer.sharded is not None:
-            self._reducer.sharded.changed()
-
-    def _settle_whole(self) -> None:
-        """Stage 0: `param.grad` is to show gradients as they are."""
-        if not self._config.placement.shard_state:
-            for store in self._stores:
-                store.settle()
-
-    def _compute_norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
-        """Of the gradients in some buckets; 0-dim float64, the same on all ranks. Collective in stages 1 and 2."""
-        if self._config.placement.shard_state:
-            return norm_of_shards(stores, self._transport, self._sharding.norm_groups, norm_type)
-        params = [
-            (managed, self._reducer.stores[bucket.index])
-            for bucket in self._sharding.buckets
-            for managed in bucket.params
-            if active[managed.index] and self._reducer.stores[bucket.index] in stores
-        ]
-        return norm_of_whole(params, self._sharding.norm_groups, norm_type)
+    def _norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
+        """Of the gradients in some stores, 0-dim float64, the same on all ranks. Collective."""
+        return self._reducer.view.norm(stores, active, self._sharding.norm_groups, norm_type)
 
     def _clip_by_model(self, active: Tensor, max_norm: float) -> None:
         """Clip by the 2-norm of the gradients of the whole model, all its optimizers together. Collective."""
-        reducer, sharding = self._reducer, self._sharding
-        reducer.norm_type = 2.0
+        reducer, norms = self._reducer, self._features.norms
+        self._features.note_norms(2.0)
         with named_range("clip"):
             number = reducer.num_backwards
-            if sharding.norm is None or sharding.norm[0] != number or self._clipped_backward == number:
-                sharding.norm = number, self._compute_norm(active, 2.0, reducer.stores)
+            if norms.of_model is None or norms.of_model[0] != number or self._clipped_backward == number:
+                norms.of_model = number, self._norm(active, 2.0, reducer.stores)
             # Otherwise as another optimizer has found it before it clipped its own gradients.
             self._clipped_backward = number
-            self._clip(sharding.norm[1], max_norm, 2.0)
+            self._clip(norms.of_model[1], max_norm, 2.0)
 
     def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:
         """Clip the gradients that are there, by a factor that has yet to be applied."""
         clip_by(self._stores, norm, max_norm)
-        self._note_factors()
+        self._reducer.view.changed()
         self._note_norm(norm if norm_type == 2 else None)
 
     def _note_norm(self, norm: Tensor | None) -> None:
@@ -793,7 +754,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _finish_reduces(self) -> Tensor:
         """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
         self._reducer.finish()
-        active = self._reducer.take_visible()
+        active = self._reducer.view.take()
         if not active.all():
             self._check_replaced()
         return active
@@ -808,22 +769,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "step() or clip_grad_norm_() outside of no_sync(), or call zero_grad() to drop them"
             )
 
-    def _check_before_step(self) -> None:
-        """In steps to be looked at: raise before anything is changed. Collective."""
-        audit, num_steps = self._reducer.audit, self._reducer.num_steps
-        if audit is not None and audit.is_due(num_steps):
-            active = self._finish_reduces()
-            with named_range("check"):
-                scaled = "found_inf" in vars(self)
-                audit.check_before(num_steps + 1, self._buckets, self._stores, active, overflow_is_normal=scaled)
-
-    def _check_after_step(self) -> None:
-        """In steps to be looked at. Collective."""
-        audit, num_steps = self._reducer.audit, self._reducer.num_steps
-        if audit is not None and audit.is_due(num_steps - 1):
-            self._gathers.finish_all()
-            with named_range("check"):
-                audit.check_after(num_steps, self._buckets)
+    def _describe_step(self) -> Step:
+        return Step(
+            optimizer=self.number,
+            number=self._reducer.num_steps + 1,
+            groups=self.param_groups,
+            buckets=self._buckets,
+            stores=self._stores,
+            finish_reduces=self._finish_reduces,
+            grad_scale=vars(self).get("grad_scale"),
+            is_scaled="found_inf" in vars(self),
+        )
 
     def _average_buckets(self, active: Tensor) -> Iterator[Bucket]:
         """Phase two of a step that averages parameters, of which all may change. Yields as `_step_buckets`."""
@@ -983,7 +939,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _switch(self, mode: str) -> None:
         """Do what `train()` or `eval()` of the wrapped optimizer does, on this rank's part of the parameters. Collective."""
-        self._reducer.join.check_outside(f"{mode}() of an optimizer")
+        self._join.check_outside(f"{mode}() of an optimizer")
         self._reducer.check_storage()
         self._gathers.finish_all()
         if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
@@ -1023,12 +979,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""
         if self._average is not None:
             raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
-
-    def _announce_step(self) -> None:
-        join, scale = self._reducer.join, vars(self).get("grad_scale")
-        join.announce(Phase.STEP, self.number, pack_options(self.param_groups), None if scale is None else float(scale))
-        if join.some_have_left and not self._config.placement.shard_state:
-            self._reducer.follow_gradients(join.source)
 
     def step_along(self, options: Sequence[Mapping[str, Any]], grad_scale: float | None) -> None:
         """Step as the ranks do that still train, when this one has left `join()`.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .collectives import Transport
-from .features.audit import Audit
+from .collectives.turnout import Turnout
+from .feature import Features
 from .gradients.norm_groups import NormGroups
 from .gradients.reducer import GradientReducer
+from .gradients.sharded_view import ShardedView
 from .gradients.untrained import describe_untrained
+from .gradients.view import GradientView
+from .gradients.whole_view import WholeView
 from .options.config import Config
 from .options.precision import Precision
 from .parameters.gathers import ParamGathers
@@ -38,7 +42,11 @@ class Sharding:
         seed: of stochastic rounding, the same on all ranks.
         dtypes: of the model's parameters, before they were wrapped.
         optimizers: that have been wrapped with the model.
-        norm: of all gradients, and the number of the backward that it belongs to; kept by the first optimizer that clips.
+
+    Args:
+        features: what takes part in every backward.
+        turnout: which ranks still train.
+        check_outside: raises where what it is told is about to be done cannot be done by all ranks.
     """
 
     def __init__(
@@ -48,6 +56,9 @@ class Sharding:
         transport: Transport,
         group: dist.ProcessGroup,
         norm_group: dist.ProcessGroup | None,
+        features: Features,
+        turnout: Turnout,
+        check_outside: Callable[[str], None],
     ) -> None:
         placement = config.placement
         self.module = module
@@ -62,20 +73,21 @@ class Sharding:
         self.buckets: list[Bucket] = []
         self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.norm: tuple[int, Tensor] | None = None
+        sharded = ShardedView(transport, features, check_outside, self.mesh_groups) if placement.shard_state else None
+        view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
             module,
             transport,
+            view,
+            features,
+            turnout,
             placement,
             overlap=config.overlap,
             bucket_buffers=config.bucket_buffers,
             reduce_dtype=config.reduce_dtype,
-            mesh_groups=self.mesh_groups,
         )
-        if config.check_every is not None:
-            self.reducer.audit = Audit(config.check_every, self.params, transport)
-        if config.max_grad_norm is not None:
-            self.reducer.norm_type = 2.0
+        if sharded is not None:
+            sharded.wait_by(self.reducer.finish)
         travels = placement.shard_state and transport.world_size > 1
         self.gathers = ParamGathers(module, transport, lazy=config.overlap and travels)
         self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
@@ -133,7 +145,6 @@ class Sharding:
         self.reducer.keep(order)
         self.gathers.adopt(self.buckets)
         self.reducer.untrained.fit({managed.param for managed in self.params})
-        self.norm = None
 
     def _average_gradients(self, params: Sequence[ManagedParam]) -> None:
         if self.transport.world_size == 1:

@@ -50,7 +50,7 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
     if not isinstance(model, ZeroDataParallel):
         raise ConfigError(f"expected the model that zeroopt.wrap returned, got {type(model).__name__}")
     sharding, module = model.sharding, model.module
-    sharding.reducer.join.check_outside("zeroopt.unwrap")
+    model.features.join.check_outside("zeroopt.unwrap")
     for one in model.optimizers:
         one.take_up_groups()
     single = isinstance(optimizer, ZeroOptimizer)

@@ -15,6 +15,7 @@ from .collectives.lone import default_group
 from .collectives.single import SingleTransport
 from .errors import ConfigError, StateError
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
+from .features.of_model import ModelFeatures
 from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
@@ -184,7 +185,19 @@ def wrap(
     if isinstance(model, ZeroDataParallel):
         return model, _add_optimizer(model, optimizer, config, params, average)
     assert connected is not None
-    wrapped = ZeroDataParallel(Sharding(module, config, connected, group, norm_group))
+    features = ModelFeatures(connected)
+    sharding = Sharding(
+        module,
+        config,
+        connected,
+        group,
+        norm_group,
+        features.features,
+        features.turnout,
+        features.join.check_outside,
+    )
+    features.add_all(sharding, config)
+    wrapped = ZeroDataParallel(sharding, features)
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params, average)
     cast_frozen(module.parameters(), param_dtype)
     if config.sync_module_states:
@@ -208,7 +221,7 @@ def _add_optimizer(
     params: Sequence[ManagedParam],
     average: ParameterAverage | None,
 ) -> ZeroOptimizer:
-    wrapped = ZeroOptimizer(model.sharding, optimizer, params, config, average)
+    wrapped = ZeroOptimizer(model.sharding, model.features, optimizer, params, config, average)
     cast_frozen((param for group in optimizer.param_groups for param in group["params"]), config.precision.param_dtype)
     model.train_with(wrapped)
     mark_wrapped(optimizer, wrapped)

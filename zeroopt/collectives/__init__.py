@@ -6,6 +6,7 @@ In reading order; each imports from those above it:
     group_timeout  how long ranks wait for one another
     hosts          which ranks can share memory
     shared_memory  memory that the ranks of one host share
+    turnout        which ranks still train
     lone           what stands for the process group of a process that trains by itself
     base           `Transport`: the collectives that ZeRO needs, on flat buckets
     single         a group of one

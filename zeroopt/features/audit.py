@@ -7,7 +7,7 @@ their parameters is, and after it the digest of the new ones. Names travel only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,9 @@ from torch import Tensor
 from ..collectives import Transport, named_failures
 from ..collectives.failure import name_ranks
 from ..errors import NonFiniteError, RankMismatchError
+from ..feature import Feature, Step
 from ..plan.params import ManagedParam
+from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
 
@@ -26,7 +28,7 @@ _CHUNK_NUMEL = 1 << 20  # elements that are digested together, which takes 16 by
 _CHUNK_FACTOR = -0x61C8864680B583EB  # 2^64 / golden ratio, which is odd, as a signed number
 
 
-class Audit:
+class Audit(Feature):
     """Looks at the gradients and parameters of one wrapped model in every k-th step.
 
     All ranks raise the same error, or none.
@@ -34,76 +36,81 @@ class Audit:
     Args:
         every: k.
         params: by their index; more may come.
+        finish_gathers: waits until all parameters are there.
     """
 
-    def __init__(self, every: int, params: Sequence[ManagedParam], transport: Transport) -> None:
+    def __init__(
+        self,
+        every: int,
+        params: Sequence[ManagedParam],
+        transport: Transport,
+        finish_gathers: Callable[[], None],
+    ) -> None:
         self._every = every
+        self._num_steps = 0
         self._params = params
+        self._finish_gathers = finish_gathers
         self._transport = transport
         self._group = transport.group
         # By index of a parameter: in which backward since gradients were cleared this rank's gradient was first not finite.
         self._found: dict[int, int] = {}
         self._num_backwards = 0
 
-    def is_due(self, num_steps: int) -> bool:
-        """Whether the step that follows `num_steps` others is one to look at."""
-        return (num_steps + 1) % self._every == 0
+    @property
+    def _is_due(self) -> bool:
+        """Whether the step that comes next is one to look at."""
+        return (self._num_steps + 1) % self._every == 0
 
-    def look_at(self, bucket: Bucket, full: Tensor) -> None:
-        """Note which of this rank's gradients are not finite. Not collective.
-
-        Args:
-            full: [padded_numel], the bucket's gradients on this rank, which have not travelled yet.
-        """
+    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
+        """Note which of this rank's gradients are not finite."""
+        if not self._is_due:
+            return
         self._num_backwards += bucket.index == 0
         if not full.isfinite().all():
             for managed in bucket.params:
                 if not full[managed.offset : managed.offset + managed.numel].isfinite().all():
                     self._found.setdefault(managed.index, self._num_backwards)
 
-    def forget(self) -> None:
-        """Gradients have been cleared."""
+    def gradients_cleared(self) -> None:
+        """Nothing that was found is there any more."""
         self._found.clear()
         self._num_backwards = 0
 
     @torch.no_grad()
-    def check_before(
-        self,
-        step: int,
-        buckets: Sequence[Bucket],
-        stores: Sequence[GradientStore],
-        active: Tensor,
-        *,
-        overflow_is_normal: bool,
-    ) -> None:
-        """Look at the parameters and reduced gradients that a step is about to start from. Collective.
+    def before_step(self, step: Step) -> None:
+        """Look at the parameters and reduced gradients that a step is about to start from.
 
-        Args:
-            step: number of the step, for messages.
-            active: uint8 [number of parameters], 1 where the parameter has a gradient.
-            overflow_is_normal: gradients need not be finite, since a scaled loss makes them overflow and the step is then
-                skipped.
+        With a GradScaler, gradients need not be finite: a scaled loss makes them overflow, and the step is then skipped.
 
         Raises:
             RankMismatchError: a parameter differs between ranks.
             NonFiniteError: a gradient is not finite.
         """
-        bad = [] if overflow_is_normal else _not_finite(buckets, stores, active.tolist())
-        everyone = self._exchange(_short_digest(buckets) << 1 | bool(bad), "check before a step")
-        if len({number >> 1 for number in everyone}) > 1:
-            self._blame_parameters(f"before step {step}")
-        if any(number & 1 for number in everyone):
-            self._blame_gradients(step, bad)
+        if not self._is_due:
+            return
+        active = step.sum_gradients()
+        with named_range("check"):
+            bad = [] if step.is_scaled else _not_finite(step.buckets, step.stores, active.tolist())
+            everyone = self._exchange(_short_digest(step.buckets) << 1 | bool(bad), "check before a step")
+            if len({number >> 1 for number in everyone}) > 1:
+                self._blame_parameters(f"before step {step.number}")
+            if any(number & 1 for number in everyone):
+                self._blame_gradients(step.number, bad)
 
     @torch.no_grad()
-    def check_after(self, step: int, buckets: Sequence[Bucket]) -> None:
-        """Look at the parameters to which a step has come. Collective.
+    def after_step(self, step: Step) -> None:
+        """Look at the parameters to which a step has come.
 
         Raises:
             RankMismatchError: a parameter differs between ranks.
         """
-        if len(set(self._exchange(_short_digest(buckets), "check after a step"))) > 1:
-            self._blame_parameters(f"after step {step}")
+        is_due = self._is_due
+        self._num_steps += 1
+        if is_due:
+            self._finish_gathers()
+            with named_range("check"):
+                if len(set(self._exchange(_short_digest(step.buckets), "check after a step"))) > 1:
+                    self._blame_parameters(f"after step {step.number}")
 
     def _blame_parameters(self, when: str) -> None:
         everyone = self._gather([int(digest(_elements(managed))) for managed in self._params])

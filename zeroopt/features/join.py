@@ -8,7 +8,7 @@ of each rank goes round. A rank that has left announces just that, learns from t
 makes the same call with the same arguments, without data of its own. That goes on until all have left.
 
 To let another collective call take part: give it a `Phase`, announce it before its first collective, and name the call that
-mirrors it in `ZeroOptimizer.join_calls`.
+mirrors it in `ZeroDataParallel.join`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import Transport
+from ..collectives.turnout import Turnout
 from ..errors import CollectiveError, RankMismatchError, StateError
+from ..feature import Feature, Step
+from ..gradients.view import GradientView
 from ..plan.agreement import agreement_device
 
 
@@ -53,24 +56,25 @@ class Join:
     Attributes:
         is_on: this rank is within the context.
         throws: all ranks stop when the first one leaves.
-        divisor: by what sums of gradients are divided: the world size, or the number of ranks that still train.
-        source: the first rank that still trains, by its number in the group; when all have left, the first of those that
-            were last to train.
         some_have_left: as of the last announcement.
+
+    Args:
+        turnout: is told how many ranks still train; when all have left, its `source` is the first of those that were last to.
     """
 
     # Ranks that have left one context would not hear those that are still in another.
     _open: ClassVar[Join | None] = None
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, turnout: Turnout) -> None:
         self._transport = transport
+        self._turnout = turnout
         self._reset()
 
     def _reset(self) -> None:
         self.is_on = False
         self.throws = False
-        self.divisor = self._transport.world_size
-        self.source = 0
+        self._turnout.divisor = self._transport.world_size
+        self._turnout.source = 0
         self.some_have_left = False
         self._divides_by_all = True
         self._has_left = False
@@ -88,6 +92,7 @@ class Join:
         *,
         drain: Callable[[], None],
         leave: Callable[[], None],
+        switched: Callable[[], None],
         divide_by_initial_world_size: bool,
         enable: bool,
         throw_on_early_termination: bool,
@@ -100,6 +105,7 @@ class Join:
             drain: finishes all reduces that have been started. Ranks that wait for each other in an announcement and in a
                 reduce would wait for ever.
             leave: called once by a rank that has left, before its first call for the others.
+            switched: called when announcements begin, and when they have ended.
 
         Raises:
             StateError: a context is open already, or on all ranks when `throw_on_early_termination` and one has left.
@@ -125,12 +131,14 @@ class Join:
         self.is_on, self.throws = True, throw_on_early_termination
         self._divides_by_all = divide_by_initial_world_size
         self._calls, self._drain, self._leave = calls, drain, leave
+        switched()
         try:
             yield
             self._mirror_others()
         finally:
             Join._open = None
             self._reset()
+            switched()
 
     def announce(self, phase: Phase, *args: Any) -> None:
         """Tell that this rank is about to make a call, and hear what the others are about to do. Only while `is_on`.
@@ -208,11 +216,11 @@ class Join:
                 "forward, backward, clip_grad_norm_ and step in the same order"
             )
             raise self._failure
-        self.source = min(training)
+        self._turnout.source = min(training)
         self.some_have_left = bool(gone)
         if not self._divides_by_all:
-            self.divisor = len(training)
-        return training[self.source]
+            self._turnout.divisor = len(training)
+        return training[self._turnout.source]
 
     def _agree_on_arguments(self, **flags: bool) -> None:
         mine = sum(bool(flag) << bit for bit, flag in enumerate(flags.values()))
@@ -239,12 +247,36 @@ class Join:
         """The arguments of `source`. Where this rank has left, make the calls that `source` has noted. Collective."""
         group = self._transport.group
         box: list[Any] = [(self._notes, args)]
-        dist.broadcast_object_list(box, dist.get_global_rank(group, self.source), group=group)
+        dist.broadcast_object_list(box, dist.get_global_rank(group, self._turnout.source), group=group)
         notes, args = box[0]
         if self._has_mirrored:
             for phase, noted_args in notes:
                 self._calls[phase](*noted_args)
         return args
+
+
+class Joining(Feature):
+    """Announces the backward passes and steps of one wrapped model; on while its `join()` is open."""
+
+    def __init__(self, join: Join, view: GradientView, turnout: Turnout) -> None:
+        self._join = join
+        self._view = view
+        self._turnout = turnout
+
+    def backward_begins(self) -> None:
+        """All ranks that still train begin one."""
+        self._join.announce(Phase.BACKWARD)
+
+    def unscaling(self, indices: Sequence[int], inverse: float) -> None:
+        """Ranks that have left look at their slices, too."""
+        self._join.announce(Phase.UNSCALE, list(indices), inverse)
+
+    def before_step(self, step: Step) -> None:
+        """Ranks that have left go on stepping what they own, with the options of those that still train."""
+        scale = None if step.grad_scale is None else float(step.grad_scale)
+        self._join.announce(Phase.STEP, step.optimizer, pack_options(step.groups), scale)
+        if self._join.some_have_left:
+            self._view.follow(self._turnout.source)
 
 
 def pack_options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

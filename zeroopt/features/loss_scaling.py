@@ -2,7 +2,7 @@
 
 A GradScaler looks at the gradients of its own rank, leaves out `optimizer.step()` when one of them is not finite, and changes
 its scale accordingly. Here a rank looks at its slices only, and all ranks have to leave out the same steps. So they tell each
-other what they have found: in stages 1 and 2 where `unscale_` looks (`ShardedGradients.check_and_unscale`), and for what is
+other what they have found: in stages 1 and 2 where `unscale_` looks (`ShardedView.check_and_unscale`), and for what is
 left when the scaler's `step()` begins, in which it asks every optimizer for `_step_supports_amp_scaling`.
 
 It does not say who asks, so its own frame is looked at.
@@ -10,66 +10,12 @@ It does not say who asks, so its own frame is looked at.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from enum import Enum
 from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
-
-from ..collectives import Transport
-from ..errors import StateError
-
-
-class Obstacle(Enum):
-    """Why a rank cannot go on with a GradScaler's step. The values are what it tells the others in place of its scale."""
-
-    NO_GRADIENTS = math.inf
-    SCALED_PEERS = -math.inf
-
-
-_MESSAGES = {
-    Obstacle.NO_GRADIENTS: "a GradScaler found no gradients on some rank, which has run no backward: leave out its unscale_() on "
-    "all ranks, for its step() does the same (max_grad_norm clips after that), or run a backward on every rank",
-    Obstacle.SCALED_PEERS: "max_grad_norm clips by the norm over all optimizers of the model, so call scaler.unscale_ for each of "
-    "them before the first scaler.step, on every rank",
-}
-
-
-def agree_on_overflow(
-    transport: Transport,
-    device: torch.device,
-    *,
-    found: bool = False,
-    scale: float = 0.0,
-    obstacle: Obstacle | None = None,
-) -> bool:
-    """Whether any rank has found a gradient that is not finite. Collective.
-
-    Args:
-        found: this rank has.
-        scale: by which this rank multiplies its loss; 0 when it does not know.
-        obstacle: this rank cannot go on.
-
-    Raises:
-        StateError: on every rank: the scales differ, or some rank cannot go on.
-    """
-    # One number says it all: its sign is that of `found`.
-    mine = math.copysign(scale, -1.0 if found else 1.0) if obstacle is None else obstacle.value
-    number = torch.tensor(mine, dtype=torch.float64, device=device)
-    by_rank = transport.gather_scalar(number, label="loss scales").tolist()
-    for each, message in _MESSAGES.items():
-        if each.value in by_rank:
-            raise StateError(message)
-    if len({abs(value) for value in by_rank if value != 0}) > 1:
-        scales = ", ".join(f"{abs(value):g}" if value != 0 else "unknown" for value in by_rank)
-        raise StateError(
-            f"the ranks multiply their losses by different scales ({scales}): make the GradScaler alike on all ranks, load its "
-            "state on all of them, and call its update() on all of them after each step"
-        )
-    return any(math.copysign(1.0, value) < 0 for value in by_rank)
 
 
 def scaler_in(frame: FrameType | None) -> GradScaler | None:

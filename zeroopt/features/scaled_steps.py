@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from ..gradients.overflow import Obstacle, agree_on_overflow
 from ..replica import Sharding
 from ..storage.bucket import Bucket
-from .join import Phase
-from .loss_scaling import Obstacle, ScaledStep, agree_on_overflow
+from .join import Join, Phase
+from .loss_scaling import ScaledStep
 
 
 class ScaledSteps:
@@ -20,15 +21,18 @@ class ScaledSteps:
         buckets: of the optimizer; may become others.
     """
 
-    def __init__(self, sharding: Sharding, optimizer: torch.optim.Optimizer, buckets: Sequence[Bucket]) -> None:
+    def __init__(
+        self, sharding: Sharding, join: Join, optimizer: torch.optim.Optimizer, buckets: Sequence[Bucket]
+    ) -> None:
         self._sharding = sharding
+        self._join = join
         self._optimizer = optimizer
         self._buckets = buckets
 
     @property
     def unscale_in_step(self) -> bool:
         """Whether a GradScaler refuses to unscale gradients. In stages 1 and 2 their sums are float32."""
-        return self._sharding.reducer.sharded is None and any(b.dtype is torch.float16 for b in self._buckets)
+        return self._sharding.reducer.view.is_plain and any(b.dtype is torch.float16 for b in self._buckets)
 
     def begin(self, scaler: GradScaler) -> bool:
         """Whether the step is to be left out, which the scaler then knows. Collective.
@@ -54,11 +58,11 @@ class ScaledSteps:
         Args: as those of `agree_on_overflow`.
         """
         sharding, reducer = self._sharding, self._sharding.reducer
-        if reducer.join.is_on:
-            reducer.join.announce(Phase.OVERFLOW, sharding.optimizers.index(self._optimizer), found)
+        if self._join.is_on:
+            self._join.announce(Phase.OVERFLOW, sharding.optimizers.index(self._optimizer), found)
         device = self._buckets[0].device
         # In stages 1 and 2 the ranks have agreed when each one's gradients were looked at.
-        if reducer.sharded is None or obstacle is not None:
+        if reducer.view.is_plain or obstacle is not None:
             found = agree_on_overflow(sharding.transport, device, found=found, scale=scale, obstacle=obstacle)
         return bool(sharding.norm_groups.max_over_model(torch.tensor(float(found), device=device)))
 
@@ -72,6 +76,5 @@ class ScaledSteps:
             group for other in others if not ScaledStep(scaler, other).is_unscaled for group in other.param_groups
         ]
         scaled = {param for group in groups for param in group["params"] if param.grad is not None}
-        sharded = sharding.reducer.sharded
-        checked = set() if sharded is None else sharded.checked
+        checked = sharding.reducer.view.checked
         return any(managed.param in scaled and managed.index not in checked for managed in sharding.params)

@@ -7,8 +7,14 @@ In reading order; each imports from those above it:
     norm_groups       over whom to sum the norm of a whole model
     norms             norms and clipping, where each rank holds a slice
     untrained         gradients of parameters that no optimizer trains
+    overflow          whether any rank has found a gradient that is not finite
+    view              `GradientView`: what `param.grad` shows
+    whole_view        in stage 0
     sharded_tensor    `ShardedGradient`: what `param.grad` is in stages 1 and 2
     tensor_operators  torch's operators on it
-    sharded_view      all of those of one model
+    sharded_view      in stages 1 and 2: all of those of one model
+    used              which parameters had a gradient on any rank
+    filling           gradients on their way into the full buffers of their buckets
+    in_flight         full buffers from when they travel until nobody reads them
     reducer           `GradientReducer`: hooks fill buckets, and full buckets travel while backward goes on
 """

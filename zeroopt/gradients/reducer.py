@@ -1,81 +1,38 @@
 """From autograd to reduced gradients: hooks fill buckets, and full buckets start to travel while backward goes on.
 
-A parameter's hook copies its gradient, scaled by 1/world_size, into its bucket and frees it. The last one in completes the
-bucket. Buckets start to travel in the order of their index on every rank, whatever the order in which they were completed,
-so that all ranks start the same collectives in the same order. When backward ends, what has not arrived on this rank (a
-parameter that this rank did not use) counts as zero, and the remaining buckets start.
-
-Which parameters had a gradient on any rank is agreed with one small collective a backward: those without stay untouched by
-the step, as under DistributedDataParallel with find_unused_parameters.
+A parameter's hook copies its gradient, divided by the number of ranks, into its bucket and frees it. The last one in completes
+the bucket. Buckets start to travel in an order that all ranks share, whatever the order in which they were completed, so that
+all ranks start the same collectives in the same order. When backward ends, what has not arrived on this rank (a parameter that
+this rank did not use) counts as zero, and the remaining buckets start.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, MutableMapping, Sequence
 from itertools import islice
-from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import _C, ops
-from ..collectives import ADVICE, PendingCollective, Transport
-from ..errors import CollectiveError, StateError
-from ..features.audit import Audit
-from ..features.join import Join, Phase
+from ..collectives import Transport
+from ..collectives.turnout import Turnout
+from ..errors import StateError
+from ..feature import Features
 from ..options.config import Placement
 from ..parameters.buffers import BufferSync
 from ..plan.params import ManagedParam, ParamState
 from ..profiling import named_range
-from ..storage.broadcast import Broadcaster
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import BufferPool, GradientStore
 from ..untraced import untraced
+from .filling import Filling
 from .hooks import GradientHook
-from .lockstep import Lockstep
-from .norms import note_norm
-from .sharded_tensor import ShardedGradient
-from .sharded_view import ShardedGradients
+from .in_flight import InFlight
 from .untrained import UntrainedGradients
+from .used import UsedParams
+from .view import GradientView
 
 _GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
-
-
-def _has_local_gradient(managed: ManagedParam) -> bool:
-    """Whether a parameter has a gradient that no reduce has taken up."""
-    grad = managed.param.grad
-    return grad.local is not None if type(grad) is ShardedGradient else grad is not None
-
-
-def _dense_gradient(managed: ManagedParam) -> Tensor:
-    """A parameter's local gradient, its elements in memory as those of the parameter are."""
-    grad = managed.param.grad
-    assert grad is not None
-    if type(grad) is ShardedGradient:
-        grad = grad.take_local()
-    else:
-        grad = managed.local_grad()
-        assert grad is not None
-    if grad.layout is not torch.strided:
-        raise StateError(
-            f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
-            "build its embedding with sparse=False"
-        )
-    if grad.is_neg():
-        grad = grad.resolve_neg()
-    if grad.stride() != managed.stride:
-        grad = torch.empty_like(managed.local, dtype=grad.dtype).copy_(grad)
-    return grad
-
-
-def _refuse_edit(managed: ManagedParam) -> NoReturn:
-    """Something other than a hook of the parameter has changed a gradient after it was taken up."""
-    raise StateError(
-        f"the gradient of {managed.name!r} was changed while backward ran, after it had been taken up; change gradients when "
-        "backward is through, or in a hook on the parameter itself"
-    )
 
 
 class GradientReducer:
@@ -83,73 +40,58 @@ class GradientReducer:
 
     Attributes:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
+        view: what `param.grad` shows.
         stores: the gradients of each bucket.
-        join: tells ranks that have run out of data what this one does.
-        audit: looks at gradients in some steps; None: in none.
         buffer_sync: sends the model's buffers at the end of each backward; None where they stay as they are.
-        sharded: in stages 1 and 2, what `param.grad` is while there is a reduced gradient.
         untrained: the gradients of the model's other parameters.
         num_backwards: backward passes that have been reduced, but for those in which no rank had a gradient.
         is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
         num_backwards_stepped: `num_backwards` when the last of them was taken, or left out.
-        norm_type: p, when gradients are clipped by their p-norm: each bucket's share of it is computed when its sum is done.
-        arrivals: parameters in the order in which the last backward yielded their gradients, by index.
     """
 
     def __init__(
         self,
         module: nn.Module,
         transport: Transport,
+        view: GradientView,
+        features: Features,
+        turnout: Turnout,
         placement: Placement,
         *,
         overlap: bool,
         bucket_buffers: int,
         reduce_dtype: torch.dtype | None,
-        mesh_groups: Sequence[dist.ProcessGroup] = (),
     ) -> None:
         self.sync = True
+        self.view = view
+        self.stores: list[GradientStore] = []
+        self.buffer_sync: BufferSync | None = None
+        self.untrained = UntrainedGradients(module, transport, self._begin_synchronised)
         self.is_zeroed = False
         self.num_steps = 0
         self.num_backwards = 0
         self.num_backwards_stepped = 0
-        self.audit: Audit | None = None
-        self.buffer_sync: BufferSync | None = None
-        self.join = Join(transport)
-        self.norm_type: float | None = None
-        self.arrivals: list[int] = []
         self._transport = transport
         self._placement = placement
+        self._turnout = turnout
+        self._events = features.calls
         self._overlap = overlap
         self._bucket_buffers = bucket_buffers
         self._reduce_dtype = reduce_dtype
-        self._scale = 1.0
-        self._left_local = False  # by a backward under no_sync()
-        self._had_gradients = False  # any rank, in the last backward
-        self._running = False  # between the first hook of a backward and its end
-        self._params: list[ManagedParam] = []
-        self._hooks: list[GradientHook] = []
-        self._later: list[int] = []  # of gradients that are taken up when backward is through
-        self._arrived = bytearray()  # 1: its gradient has come, for this backward
-        self._packed = bytearray()  # 1: and lies in the bucket; until then in param.grad
-        self._in_flight: deque[GradientStore] = deque()  # in the order of their start
-        self._lent: deque[GradientStore] = deque()  # reduced, but other ranks may still read their full buffers
-        self._gathers: list[tuple[str, PendingCollective]] = []  # and how messages call their buckets
-        # What ranks compare after a backward: which parameters had a gradient, and how far each rank is.
-        self._lockstep = Lockstep(transport.rank, transport.world_size)
-        self._flags: Tensor | None = None
-        self._flags_before: PendingCollective | None = None
-        self._pending_flags: list[tuple[Tensor, PendingCollective]] = []
-        self._used = torch.zeros(0, dtype=torch.uint8)
         self._pool: BufferPool | None = None
         if placement.shard_gradient:
             self._pool = BufferPool(reduce_dtype, transport, bucket_buffers if overlap else 1)
-        self.sharded = (
-            ShardedGradients(transport, self.finish, self.join, mesh_groups) if placement.shard_state else None
-        )
-        self.untrained = UntrainedGradients(module, transport, self._begin_synchronised)
+        self._hooks: list[GradientHook] = []
         self._buckets: list[Bucket] = []
-        self.stores: list[GradientStore] = []
+        self._filling = Filling(view)
+        self._in_flight = InFlight(transport, features, self._pool)
+        self._used = UsedParams(transport)
+        self._left_local = False  # by a backward under no_sync()
+        self._running = False  # between the first hook of a backward and its end
+        self._later: list[int] = []  # of gradients that are taken up when backward is through
+
+    # Parameters and buckets.
 
     def extend(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
         """Take up further parameters, in buckets of their own. Collective. Gradients that there are stay."""
@@ -158,11 +100,8 @@ class GradientReducer:
         for managed in params:
             managed.align_gradients()
             self._hooks.append(GradientHook(self, managed.param, managed.index))
-        self._params += params
-        self._arrived, self._packed = bytearray(len(self._params)), bytearray(len(self._params))
-        self._used = torch.cat([self._used, torch.zeros(len(params), dtype=torch.uint8)])
-        self._make_flags(buckets[0].device)
-        self._take_in(buckets)
+        self._used.extend(len(params), buckets[0].device)
+        self._add_buckets([*self._filling.params, *params], buckets)
 
     def remove_hooks(self) -> None:
         """Take up no more gradients. After `discard`."""
@@ -193,26 +132,41 @@ class GradientReducer:
         self._hooks = [self._hooks[old] for old in order]
         for new, hook in enumerate(self._hooks):
             hook.index = new
-        self._params = [self._params[old] for old in order]
-        self._used = self._used[list(order)]
-        self._arrived, self._packed = bytearray(len(order)), bytearray(len(order))
-        self.arrivals.clear()
-        self._make_flags(self._buckets[0].device)
-        if self.sharded is not None:
-            self.sharded.keep(order)
-        if self.audit is not None:
-            self.audit.forget()
+        self._used.keep(order, self._buckets[0].device)
+        self.view.keep(order)
+        self._note_cleared()
         sequence = self._sequence
-        self._find_places()
+        self._attach([self._filling.params[old] for old in order])
         self._set_sequence(sequence)
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
         """Take up buckets in which the same parameters lie. Collective. No gradients are kept."""
         assert not self._in_flight and not self._running
-        self._lent.clear()
+        self._in_flight.forget_lent()
         self._buckets.clear()
         self.stores.clear()
-        self._take_in(buckets)
+        self._add_buckets(self._filling.params, buckets)
+
+    def _add_buckets(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
+        self._buckets += buckets
+        if self._pool is not None:
+            self._pool.fit(self._buckets)
+        self.stores += [
+            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool)
+            for bucket in buckets
+        ]
+        # Stage 0 has to wait for its reduces in any case, to gather them.
+        bounded = self._transport.needs_staging or self.stores[0].sum_is_spread
+        most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
+        self._in_flight.most = most if self._overlap else 0
+        self._attach(params)
+
+    def _attach(self, params: Sequence[ManagedParam]) -> None:
+        """Note where in the buckets each parameter lies."""
+        self._filling.attach(params, self._buckets)
+        self._used.first_bucket = self._buckets[0].name
+        self.view.attach(params, self._buckets, self.stores)
+        self._set_sequence(range(len(self._buckets)))
 
     def start_in_order(self, order: Sequence[int]) -> None:
         """Have buckets travel in the order in which they are complete when gradients come in this order.
@@ -230,41 +184,6 @@ class GradientReducer:
         self._place = {bucket: place for place, bucket in enumerate(sequence)}
         self._next = 0  # place of the bucket that starts next
 
-    def _take_in(self, buckets: Sequence[Bucket]) -> None:
-        self._buckets += buckets
-        if self._pool is not None:
-            self._pool.fit(self._buckets)
-        self.stores += [
-            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool)
-            for bucket in buckets
-        ]
-        # Buckets that travel while another one fills. Stage 0 has to wait for its reduces in any case, to gather them.
-        bounded = self._transport.needs_staging or not self._placement.shard_state
-        most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
-        self._max_in_flight = most if self._overlap else 0
-        self._find_places()
-
-    def _find_places(self) -> None:
-        """Note where in the buckets each parameter lies."""
-        self._addresses = [0] * len(self._params)
-        self._missing = [len(bucket.params) for bucket in self._buckets]
-        self._set_sequence(range(len(self._buckets)))
-        self._bucket_of = [0] * len(self._params)
-        for bucket in self._buckets:
-            for managed in bucket.params:
-                self._bucket_of[managed.index] = bucket.index
-                self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
-        if self.sharded is not None:
-            self.sharded.adopt(self._params, self._buckets, self.stores)
-
-    def _make_flags(self, device: torch.device) -> None:
-        if self._flags is not None:
-            if self._flags_before is not None:
-                self._flags_before.wait_until_read()
-                self._flags_before = None
-            self._transport.free(self._flags)
-        self._flags = self._transport.allocate(len(self._params) + self._lockstep.num_bytes, torch.uint8, device)
-
     def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Put the reduced gradients of this rank's segments into their state, to move with it."""
         for bucket, store in zip(self._buckets, self.stores, strict=True):
@@ -281,16 +200,7 @@ class GradientReducer:
                     store.holds_sum = True
                     if not entry:
                         del state[segment.shard]
-        if not self._placement.shard_state:
-            self._show_moved_gradients()
-
-    def _show_moved_gradients(self) -> None:
-        """Stage 0: `param.grad` is in the new buffers."""
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            for managed in bucket.params:
-                grad = managed.local_grad()
-                if grad is not None:
-                    managed.set_local_grad(store.gradient_of(managed).copy_(grad))
+        self.view.moved()
 
     def let_go(self) -> None:
         """Free all buffers, before others are adopted."""
@@ -300,10 +210,17 @@ class GradientReducer:
             self._pool.let_go()
         self.stores.clear()
 
+    # What there is.
+
+    @property
+    def arrivals(self) -> Sequence[int]:
+        """Parameters in the order in which the last backward yielded their gradients, by index."""
+        return self._filling.order
+
     @property
     def has_local_gradients(self) -> bool:
         """Whether a backward under `no_sync()` has left gradients that no reduce has taken up, and nobody has cleared."""
-        if self._left_local and not any(_has_local_gradient(managed) for managed in self._params):
+        if self._left_local and not any(map(self.view.has_local, self._filling.params)):
             self._left_local = False
         return self._left_local
 
@@ -316,11 +233,13 @@ class GradientReducer:
     @property
     def used(self) -> Tensor:
         """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
-        return self._used
+        return self._used.flags
 
-    def sum_dtype(self, index: int) -> torch.dtype:
-        """Of a parameter's reduced gradient."""
-        return self.stores[self._bucket_of[index]].reduced.dtype
+    def check_storage(self) -> None:
+        """Raise StateError when a parameter no longer lies in its bucket."""
+        self._filling.check_storage()
+
+    # Between backward and step.
 
     def finish(self) -> None:
         """Wait until every gradient that has been produced is reduced. Collective when a backward has run.
@@ -335,31 +254,8 @@ class GradientReducer:
                 "the last backward did not come to its end, so the ranks no longer agree on what has been reduced; start "
                 "the job again from a checkpoint"
             )
-        while self._in_flight:
-            self._finish_oldest()
-        self._transport.flush()
-        for label, gather in self._gathers:
-            with named_range("wait_for_gather", label):
-                gather.finish()
-        self._gathers.clear()
-        self._finish_flags()
-
-    def _finish_flags(self) -> None:
-        for flags, pending in self._pending_flags:
-            with named_range("wait_for_used"):
-                pending.finish()
-            flags = flags.cpu()
-            difference = self._lockstep.difference(flags[len(self._params) :].tolist())
-            if difference is not None:
-                self._transport.give_up("ranks have diverged")
-                raise CollectiveError(
-                    f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
-                    f"{self._buckets[0].name} and all that follow belong to different steps. {ADVICE}"
-                )
-            used = flags[: len(self._params)]
-            self._had_gradients = bool(used.any())
-            self._used |= used
-        self._pending_flags.clear()
+        self._in_flight.finish()
+        self._used.finish()
 
     def note_step(self) -> None:
         """A step has been taken."""
@@ -380,23 +276,20 @@ class GradientReducer:
     def _reclaim_all(self) -> None:
         for store in self.stores:
             store.reclaim()
-        self._lent.clear()
+        self._in_flight.forget_lent()
 
     def discard(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Forget the gradients, reduced and local, of some buckets or of all."""
         self.finish()
-        for bucket in self._buckets if buckets is None else buckets:
+        chosen = self._buckets if buckets is None else buckets
+        for bucket in chosen:
             self.stores[bucket.index].discard()
             for managed in bucket.params:
-                self._used[managed.index] = 0
-                if self.sharded is not None:
-                    self.sharded.forget(managed.index)
+                self._used.flags[managed.index] = 0
+        self.view.forget(chosen)
         if buckets is None:
             self._left_local = False
-        if self.sharded is not None:
-            self.sharded.changed()
-        if self.audit is not None:
-            self.audit.forget()
+        self._note_cleared()
 
     def zero(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Set the reduced gradients of some buckets, or of all, to zero; parameters that had one count as having one still."""
@@ -404,126 +297,40 @@ class GradientReducer:
         chosen = self._buckets if buckets is None else buckets
         for bucket in chosen:
             self.stores[bucket.index].zero()
-            if self.sharded is not None:
-                for managed in bucket.params:
-                    self.sharded.local.pop(managed.index, None)
-        if self.sharded is not None:
-            self.sharded.changed()
+        self.view.zeroed(chosen)
         if len(chosen) == len(self._buckets):
             self.is_zeroed = True
             self._left_local = False
-        if self.audit is not None:
-            self.audit.forget()
+        self._note_cleared()
 
-    def take_part(self) -> None:
-        """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
-        every backward is.
-
-        Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
-        contributes its part once more.
-        """
-        if self.sharded is None and self.join.divisor < self._transport.world_size:
-            self._clear_visible()  # those that still train contribute it all
-        if self.join.divisor < self._transport.world_size:
-            self.untrained.clear(all_of_them=True)
-        self._start_backward()
-        self._end()
-        self._finish_flags()
-        if not self._had_gradients:
-            self.num_backwards -= 1
-
-    def unscale_along(self, indices: Sequence[int], inverse: float) -> None:
-        """Look at gradients, and multiply them, as a GradScaler does on the ranks that still train, when this one has left
-        `join()`. Collective.
-
-        Args:
-            indices: of the parameters.
-            inverse: of the scale.
-        """
-        assert self.sharded is not None
-        self.sharded.check_and_unscale(indices, torch.zeros(()), torch.tensor(inverse))
+    def _note_cleared(self) -> None:
+        for gradients_cleared in self._events["gradients_cleared"]:
+            gradients_cleared()
 
     def drop_local(self) -> None:
         """Forget what a backward under `no_sync()` has left. Not collective."""
         self.untrained.clear(all_of_them=False)
         if self.has_local_gradients:
-            self._clear_visible()
+            self.view.drop_local()
             self._left_local = False
 
-    def _clear_visible(self) -> None:
-        """Drop what this rank has in `param.grad` alone: in stages 1 and 2, what is not reduced."""
-        for managed in self._params:
-            if type(managed.param.grad) is not ShardedGradient:
-                managed.param.grad = None
-        if self.sharded is not None:
-            self.sharded.local.clear()
+    # While backward runs.
 
-    def follow_gradients(self, source: int) -> None:
-        """Stage 0: take over what a rank has in `param.grad`, where its user may have edited it. Collective."""
-        assert self._flags is not None
-        broadcaster = Broadcaster(self._transport.group)
-        flags = self.take_visible().to(self._flags.device)
-        broadcaster.broadcast_flat(flags, source)
-        visible = flags.tolist()
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            assert store.full is not None
-            broadcaster.broadcast_flat(store.full, source)
-            for managed in bucket.params:
-                if visible[managed.index]:
-                    managed.set_local_grad(store.gradient_of(managed))
-                else:
-                    managed.param.grad = None
+    def mirror_backward(self) -> None:
+        """Do this rank's part of a backward in which it has no gradients, while other ranks may have some. Collective, as
+        every backward is.
 
-    def take_visible(self) -> Tensor:
-        """What `param.grad` says holds, for the user may have cleared, replaced or edited it. After `finish`.
-
-        Returns:
-            uint8 [number of parameters], 1 where there is a gradient.
+        Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
+        contributes its part once more, unless those that still train contribute all of it.
         """
-        return self._take_visible_whole() if self.sharded is None else self._take_visible_pieces(self.sharded)
-
-    def _take_visible_pieces(self, sharded: ShardedGradients) -> Tensor:
-        flags = bytearray(len(self._params))
-        for managed in self._params:
-            grad = managed.param.grad
-            if sharded.is_shown(managed):
-                flags[managed.index] = 1
-            elif type(grad) is ShardedGradient:
-                raise StateError(
-                    f"param.grad of {managed.name!r} was set to the sharded gradient of {grad.param_name!r}; set it to a tensor, "
-                    "such as optimizer.full_grad gives"
-                )
-            elif grad is not None:
-                sharded.replace(managed, _dense_gradient(managed))
-                sharded.show(managed)  # what is done to it from here on is done to the slices
-                flags[managed.index] = 1
-            elif sharded.was_cleared(managed):
-                sharded.replace(managed, None)
-        return torch.frombuffer(flags, dtype=torch.uint8)
-
-    def _take_visible_whole(self) -> Tensor:
-        flags = bytearray(len(self._params))
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            for managed in bucket.params:
-                grad = managed.local_grad()
-                if grad is None:
-                    continue
-                flags[managed.index] = 1
-                store.holds_sum = True
-                own = store.gradient_of(managed)
-                if grad.data_ptr() != own.data_ptr():
-                    managed.set_local_grad(own.copy_(grad))
-        return torch.frombuffer(flags, dtype=torch.uint8)
-
-    def check_storage(self) -> None:
-        """Raise StateError when a parameter no longer lies in its bucket."""
-        for managed, address in zip(self._params, self._addresses, strict=True):
-            if managed.data_ptr() != address:
-                raise StateError(
-                    f"parameter {managed.name!r} no longer lies in zeroopt's storage: the model was moved, cast or "
-                    f"given new data after zeroopt.wrap (it is now {managed.param.dtype} on {managed.param.device}). "
-                    "Move and cast the model first, then wrap it; to load values use load_state_dict or copy_"
-                )
+        if self._turnout.divisor < self._transport.world_size:
+            self.view.stop_contributing()
+            self.untrained.clear(all_of_them=True)
+        self._start_backward()
+        self._end()
+        self._used.finish()
+        if not self._used.had_gradients:
+            self.num_backwards -= 1
 
     def take_up_later(self, index: int) -> None:
         """A parameter's gradient has come, but hooks of the user's may change it yet."""
@@ -536,30 +343,39 @@ class GradientReducer:
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
         if not self.sync:
-            self._left_local = True
-            if self.sharded is not None:
-                self.sharded.keep_local(index)
-            if self.buffer_sync is not None:
-                self.buffer_sync.note_local_backward()
+            self._leave_local(index)
             return
-        self._begin_synchronised()
-        managed, bucket = self._params[index], self._bucket_of[index]
-        if not _has_local_gradient(managed):  # a hook of the user's has cleared it
+        if not self._running:
+            self._begin()
+        filling = self._filling
+        managed = filling.params[index]
+        if not self.view.has_local(managed):  # a hook of the user's has cleared it
             return
-        if self._arrived[index]:
-            self._transport.give_up("its backward raised")
-            raise StateError(
-                f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
-                "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
-            )
-        self._arrived[index] = 1
-        self.arrivals.append(index)
-        full = self._open(bucket)
+        if filling.arrived[index]:
+            self._refuse_second(managed)
+        filling.arrived[index] = 1
+        filling.order.append(index)
+        bucket = filling.bucket_of[index]
+        store = self.stores[bucket]
+        full = store.full if store.is_open else self._open(bucket)
         if full is not None:
-            self._pack(managed, full)
-        self._missing[bucket] -= 1
-        if self._missing[bucket] == 0:
+            filling.pack(managed, full)
+        filling.missing[bucket] -= 1
+        if filling.missing[bucket] == 0:
             self._start_complete()
+
+    def _leave_local(self, index: int) -> None:
+        self._left_local = True
+        self.view.keep_local(index)
+        if self.buffer_sync is not None:
+            self.buffer_sync.note_local_backward()
+
+    def _refuse_second(self, managed: ManagedParam) -> None:
+        self._transport.give_up("its backward raised")
+        raise StateError(
+            f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
+            "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
+        )
 
     def _begin_synchronised(self) -> None:
         if self.sync and not self._running:
@@ -571,98 +387,38 @@ class GradientReducer:
 
     def _start_backward(self) -> None:
         self.check_storage()
-        while self._in_flight:  # left by the backward before: its buckets are about to be filled again
-            self._finish_oldest()
-        if self.join.is_on:
-            self.join.announce(Phase.BACKWARD)
+        # Left by the backward before: its buckets are about to be filled again.
+        self._in_flight.finish_sums()
+        # Before `divisor` is read: who still trains is heard here.
+        for backward_begins in self._events["backward_begins"]:
+            backward_begins()
         self._running = True
         self.is_zeroed = False
-        self._scale = 1.0 / self.join.divisor
         self.num_backwards += 1
-        self.arrivals.clear()
         self._later.clear()
-        if self.sharded is not None:
-            self.sharded.checked.clear()
-            self._drop_cleared(self.sharded)
-        else:
-            for managed in self._params:
-                if managed.param.grad is None:
-                    self._used[managed.index] = 0
-
-    def _drop_cleared(self, sharded: ShardedGradients) -> None:
-        """What somebody has cleared since the last backward, by setting `param.grad`, is not to be added to."""
-        sharded.changed()
-        cleared = {managed.index for managed in self._params if sharded.was_cleared(managed)}
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            gone = [managed for managed in bucket.params if managed.index in cleared]
-            if gone and len(gone) == len(bucket.params):
-                store.discard()
-            for managed in gone:
-                if store.holds_sum:
-                    sharded.replace(managed, None)
-                sharded.forget(managed.index)
-                self._used[managed.index] = 0
+        self._filling.begin(1.0 / self._turnout.divisor)
+        for index in self.view.begin_backward():
+            self._used.flags[index] = 0
 
     def _open(self, bucket: int) -> Tensor | None:
-        """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn.
-
-        Free buffers are first of all for the buckets that start before it, since it becomes free only after them.
-        """
-        store = self.stores[bucket]
-        if self._pool is None or store.is_open:
-            return store.open()
+        """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn."""
+        if self._pool is None:
+            return self.stores[bucket].open()
         place = self._place[bucket]
         if place == self._next:
-            while self._pool.num_free == 0:
-                self._reclaim_oldest()
+            self._in_flight.free_buffer()
         else:
+            # Free buffers are first of all for the buckets that start before it. A bucket that took one of theirs would keep it
+            # until they are through, and they would wait for it.
             free = self._pool.num_free
             before = (number for number in self._sequence[self._next : place] if not self.stores[number].is_open)
             if len(list(islice(before, free))) == free:
                 return None
-        if store in self._lent:  # of the backward before; opening reclaims it
-            self._lent.remove(store)
-        return store.open()
-
-    def _reclaim_oldest(self) -> None:
-        if not self._lent:
-            self._finish_oldest()
-        store = self._lent.popleft()
-        with named_range("wait_until_read", store.label):
-            store.reclaim()
-
-    def _pack(self, managed: ManagedParam, full: Tensor) -> None:
-        """Move a gradient into its bucket."""
-        grad = _dense_gradient(managed)
-        if grad.is_cpu:
-            code = ops.DTYPE_CODES[grad.dtype]
-            address = full.data_ptr() + managed.offset * full.element_size()
-            numel, threads = managed.numel, torch.get_num_threads()
-            _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self._scale, threads)
-        else:
-            ops.pack(grad, managed.view_in(full), scale=self._scale)
-        self._note_packed(managed)
-
-    def _pack_together(self, waiting: Sequence[ManagedParam], full: Tensor) -> None:
-        """Move gradients into their bucket in one call for each dtype, which is one unless a user has set others."""
-        grads = {managed.index: _dense_gradient(managed) for managed in waiting}
-        for dtype in {grad.dtype for grad in grads.values()}:
-            alike = [managed for managed in waiting if grads[managed.index].dtype is dtype]
-            sources = [grads[managed.index] for managed in alike]
-            ops.pack_segments(sources, [managed.view_in(full) for managed in alike], scale=self._scale)
-        for managed in waiting:
-            self._note_packed(managed)
-
-    def _note_packed(self, managed: ManagedParam) -> None:
-        # Stages 1 and 2 free it here, which is what keeps full gradients from ever existing side by side.
-        if self.sharded is None:
-            managed.set_local_grad(self.stores[self._bucket_of[managed.index]].gradient_of(managed))
-        else:
-            self.sharded.show(managed)
-        self._packed[managed.index] = 1
+        return self._in_flight.open(self.stores[bucket])
 
     def _start_complete(self) -> None:
-        while self._next < len(self._sequence) and self._missing[self._sequence[self._next]] == 0:
+        missing, sequence = self._filling.missing, self._sequence
+        while self._next < len(sequence) and missing[sequence[self._next]] == 0:
             self._start_next()
         self._transport.progress()
 
@@ -670,42 +426,16 @@ class GradientReducer:
         """Let the next bucket travel, once it is full: with what has not been packed so far, and zeros for the rest."""
         number = self._sequence[self._next]
         bucket, store = self._buckets[number], self.stores[number]
-        full = self._open(bucket.index)
+        full = store.full if store.is_open else self._open(number)
         assert full is not None
-        late = [managed for managed in bucket.params if not self._packed[managed.index]]
-        # Those had no buffer when they came, or were left by a backward under no_sync().
-        waiting = [managed for managed in late if _has_local_gradient(managed)]
-        if waiting:
-            with named_range("pack", store.label):
-                self._pack_together(waiting, full)
-        for managed in late:
-            if not self._packed[managed.index]:
-                full[managed.offset : managed.offset + managed.numel].zero_()
-        while self._in_flight and len(self._in_flight) >= self._max_in_flight:
-            self._finish_oldest()
-        if self.audit is not None and self.audit.is_due(self.num_steps):
-            self.audit.look_at(bucket, full)
-        with named_range("reduce_scatter", store.label):
-            store.start_reduce(self._transport)
-        self._in_flight.append(store)
+        self._filling.pack_rest(bucket, full)
+        self._in_flight.make_way()
+        for bucket_filled in self._events["bucket_filled"]:
+            bucket_filled(bucket, full)
+        self._in_flight.start(bucket, store)
         self._next += 1
-        if self._max_in_flight == 0:
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        store = self._in_flight[0]
-        with named_range("wait_for_reduce", store.label):
-            store.finish()  # when it fails, it is still the oldest
-        self._in_flight.popleft()
-        if self._placement.shard_state:
-            if self.norm_type is not None:
-                note_norm(store, self.norm_type)
-        else:  # stage 0: an all-reduce is a reduce-scatter and an all-gather
-            assert store.full is not None
-            with named_range("all_gather", store.label):
-                self._gathers.append((store.label, self._transport.start_all_gather(store.full, label=store.label)))
-        if self._pool is not None:
-            self._lent.append(store)
+        if self._in_flight.most == 0:
+            self._in_flight.finish_oldest()
 
     @untraced
     def _end(self) -> None:
@@ -714,63 +444,31 @@ class GradientReducer:
             self.take_up(index)
         while self._next < len(self._buckets):
             self._start_next()
+        filling, view = self._filling, self.view
         with named_range("agree_on_used"):
-            self._agree_on_used()
+            self._used.agree(filling.packed, self.num_steps)
         if self.buffer_sync is not None:
-            self.buffer_sync.send(self.join.source)
-        edited = next((managed for managed in self._params if self._was_edited(managed)), None)
-        everything = all(self._packed)
-        self._arrived = bytearray(len(self._params))
-        self._packed = bytearray(len(self._params))
-        self._missing = [len(bucket.params) for bucket in self._buckets]
+            self.buffer_sync.send(self._turnout.source)
+        # A mistake of the user's is told at the very end: other ranks wait for this one's part of all that follows.
+        edited = view.take_edited(filling.packed)
+        everything = all(filling.packed)
+        filling.reset()
         self._next = 0
         self._running = False
         self._left_local = False
         self._transport.progress()
-        if self.sharded is None:
+        if view.waits:
             self.finish()
-            self._show_gradients()
-        elif not everything:  # others may have gradients that this rank has not: all must show the same ones
-            self._finish_flags()
-            self._show_sharded(self.sharded)
+        elif not everything:
+            self._used.finish()
+        # Others may have gradients that this rank has not: all must show the same ones.
+        if view.waits or not everything:
+            view.show_used(self._used.flags)
         if self.untrained:
             self.finish()
-            self.untrained.average(self._scale)
+            self.untrained.average(filling.scale)
         if edited is not None:
-            _refuse_edit(edited)
-        if self.sharded is not None and self.sharded.local:
-            added = self._params[next(iter(self.sharded.local))]
-            self.sharded.local.clear()
-            _refuse_edit(added)
-
-    def _was_edited(self, managed: ManagedParam) -> bool:
-        """Stage 0: whether somebody has changed or replaced a gradient after it was taken up."""
-        grad = managed.param.grad
-        if self.sharded is not None or not self._packed[managed.index] or grad is None:
-            return False
-        return grad._version > 0
-
-    def _agree_on_used(self) -> None:
-        if self._flags_before is not None:
-            self._flags_before.finish()
-            self._flags_before.wait_until_read()
-        assert self._flags is not None
-        flags = self._packed + self._lockstep.note_backward(self.num_steps)
-        self._flags.copy_(torch.frombuffer(flags, dtype=torch.uint8))
-        agreed = torch.empty_like(self._flags)
-        self._flags_before = self._transport.start_max(self._flags, agreed, label="used parameters")
-        self._pending_flags.append((agreed, self._flags_before))
-
-    def _show_gradients(self) -> None:
-        """Stage 0: a parameter that another rank used has a gradient here as well."""
-        used = self._used.tolist()
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            for managed in bucket.params:
-                if managed.param.grad is None and used[managed.index]:
-                    managed.set_local_grad(store.gradient_of(managed))
-
-    def _show_sharded(self, sharded: ShardedGradients) -> None:
-        """Stages 1 and 2: likewise."""
-        for managed, used in zip(self._params, self._used.tolist(), strict=True):
-            if used and managed.param.grad is None:
-                sharded.show(managed)
+            raise StateError(
+                f"the gradient of {edited.name!r} was changed while backward ran, after it had been taken up; change gradients "
+                "when backward is through, or in a hook on the parameter itself"
+            )

@@ -18,7 +18,7 @@ from ..errors import StateError
 from ..plan.params import ManagedParam
 
 if TYPE_CHECKING:
-    from .sharded_view import ShardedGradients
+    from .sharded_view import ShardedView
 
 
 class ShardedGradient(Tensor):
@@ -32,12 +32,12 @@ class ShardedGradient(Tensor):
 
     param_name: str
     param_index: int
-    _owner: Callable[[], ShardedGradients | None]
+    _owner: Callable[[], ShardedView | None]
     _sum_dtype: torch.dtype
 
     @staticmethod
     def __new__(  # noqa: PYI034  a static method has no Self
-        cls, managed: ManagedParam, sum_dtype: torch.dtype, gradients: ShardedGradients
+        cls, managed: ManagedParam, sum_dtype: torch.dtype, gradients: ShardedView
     ) -> ShardedGradient:
         param = managed.param
         made: ShardedGradient = Tensor._make_wrapper_subclass(
@@ -49,7 +49,7 @@ class ShardedGradient(Tensor):
         made._sum_dtype = sum_dtype
         return made
 
-    def __init__(self, managed: ManagedParam, sum_dtype: torch.dtype, gradients: ShardedGradients) -> None:
+    def __init__(self, managed: ManagedParam, sum_dtype: torch.dtype, gradients: ShardedView) -> None:
         """See `__new__`."""
 
     # Python sees what the sum is kept in. For autograd it is of the parameter's dtype, or it could not be `param.grad`.
@@ -89,7 +89,7 @@ class ShardedGradient(Tensor):
         # Copied along with a DTensor, in a model: like that of a plain parameter, the copy has no gradient.
 
     @property
-    def owner(self) -> ShardedGradients:
+    def owner(self) -> ShardedView:
         """All gradients of the model."""
         owner = self._owner()
         if owner is None:

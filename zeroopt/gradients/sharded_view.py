@@ -14,51 +14,61 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..errors import StateError
-from ..features.join import Join, Phase
-from ..features.loss_scaling import agree_on_overflow
+from ..feature import Features
 from ..plan.params import ManagedParam
+from ..storage.assembling import assemble
 from ..storage.bucket import Bucket, Segment
 from ..storage.gradient_store import GradientStore
 from ..untraced import untraced
 from . import tensor_operators as gradient_operators
-from .norms import is_finite
+from .norm_groups import NormGroups
+from .norms import is_finite, norm_of_shards
+from .overflow import agree_on_overflow
 from .sharded_tensor import ShardedGradient
+from .view import GradientView, dense
 
 
-class ShardedGradients:
+class ShardedView(GradientView):
     """The gradient objects of one wrapped model, and what is done to gradients through them.
 
     Attributes:
-        checked: indices of those that a GradScaler has checked since the last backward.
         local: by index of the parameter, what autograd has added to the objects and no reduce has taken up yet.
 
     Args:
-        finish: a method that waits until every gradient that has been produced is reduced.
+        features: hear of what a GradScaler does.
+        check_outside: raises where what it is told is about to be done cannot be done by all ranks, as within `join()`.
         mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
     """
+
+    is_plain = False
+    waits = False
 
     def __init__(
         self,
         transport: Transport,
-        finish: Callable[[], None],
-        join: Join,
+        features: Features,
+        check_outside: Callable[[str], None],
         mesh_groups: Sequence[dist.ProcessGroup],
     ) -> None:
+        super().__init__()
         self._transport = transport
-        self._join = join
+        self._unscaling = features.calls["unscaling"]
+        self._check_outside = check_outside
         self._mesh_groups = mesh_groups
-        self._wait = weakref.WeakMethod(finish)
+        self._wait: weakref.WeakMethod[Callable[[], None]] | None = None
         self._norms: dict[float, dict[int, Tensor]] = {}  # by p and parameter, of those that have not changed since
-        self._params: Sequence[ManagedParam] = ()
         self._objects: list[ShardedGradient] = []
         self._shown: list[bool] = []
         self.local: dict[int, Tensor] = {}
-        self.checked: set[int] = set()
 
-    def adopt(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
-        """Take up buckets in which the same parameters lie, and more."""
-        self._params = params
-        self._stores = stores
+    def wait_by(self, finish: Callable[[], None]) -> None:
+        """Before gradients are used, call a method that waits until every gradient that has been produced is reduced."""
+        self._wait = weakref.WeakMethod(finish)
+
+    def attach(
+        self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]
+    ) -> None:
+        super().attach(params, buckets, stores)
         self._params_of = [[managed.index for managed in bucket.params] for bucket in buckets]
         self._bucket_of = {m.index: bucket.index for bucket in buckets for m in bucket.params}
         self._segments = {segment.owner.index: segment for bucket in buckets for segment in bucket.segments}
@@ -68,11 +78,6 @@ class ShardedGradients:
         self.changed()
 
     def keep(self, order: Sequence[int]) -> None:
-        """Keep the objects of some parameters, which get new indices.
-
-        Args:
-            order: their old indices, in the order of the new ones.
-        """
         index_of = {old: new for new, old in enumerate(order)}
         for old, gone in enumerate(self._objects):
             if old not in index_of:
@@ -84,10 +89,127 @@ class ShardedGradients:
         self.local = {index_of[old]: grad for old, grad in self.local.items() if old in index_of}
         self.checked = {index_of[old] for old in self.checked if old in index_of}
 
-    def show(self, managed: ManagedParam) -> None:
-        """Make the object the parameter's gradient."""
+    def moved(self) -> None:
+        """What shows them is the same."""
+
+    def begin_backward(self) -> Collection[int]:
+        self.checked.clear()
+        self.changed()
+        cleared = {
+            managed.index
+            for managed, shown, own in zip(self._params, self._shown, self._objects, strict=True)
+            if shown and managed.param.grad is not own
+        }
+        for bucket, store in zip(self._buckets, self._stores, strict=True) if cleared else ():
+            gone = [managed for managed in bucket.params if managed.index in cleared]
+            if gone and len(gone) == len(bucket.params):
+                store.discard()
+            for managed in gone:
+                if store.holds_sum:
+                    self.replace(managed, None)
+                self._forget(managed.index)
+        return cleared
+
+    def has_local(self, managed: ManagedParam) -> bool:
+        grad = managed.param.grad
+        if grad is self._objects[managed.index]:
+            return managed.index in self.local
+        return grad.local is not None if type(grad) is ShardedGradient else grad is not None
+
+    def take_local(self, managed: ManagedParam) -> Tensor:
+        grad = managed.param.grad
+        if type(grad) is ShardedGradient:
+            return dense(managed, grad.take_local())
+        grad = managed.local_grad()
+        assert grad is not None
+        return dense(managed, grad)
+
+    def packed(self, managed: ManagedParam) -> None:
         managed.param.grad = self._objects[managed.index]
         self._shown[managed.index] = True
+
+    def take_edited(self, packed: bytearray) -> ManagedParam | None:
+        if not self.local:
+            return None
+        added = self._params[next(iter(self.local))]
+        self.local.clear()
+        return added
+
+    def show_used(self, used: Tensor) -> None:
+        for managed, flag in zip(self._params, used.tolist(), strict=True):
+            if flag and managed.param.grad is None:
+                self.packed(managed)
+
+    def drop_local(self) -> None:
+        for managed in self._params:
+            if type(managed.param.grad) is not ShardedGradient:
+                managed.param.grad = None
+        self.local.clear()
+
+    def stop_contributing(self) -> None:
+        """Sums of earlier backward passes are kept apart, and nobody contributes them again."""
+
+    def take(self) -> Tensor:
+        flags = bytearray(len(self._params))
+        for managed in self._params:
+            grad = managed.param.grad
+            if self.is_shown(managed):
+                flags[managed.index] = 1
+            elif type(grad) is ShardedGradient:
+                raise StateError(
+                    f"param.grad of {managed.name!r} was set to the sharded gradient of {grad.param_name!r}; set it to a tensor, "
+                    "such as optimizer.full_grad gives"
+                )
+            elif grad is not None:
+                self.replace(managed, self.take_local(managed))
+                self.packed(managed)  # what is done to it from here on is done to the slices
+                flags[managed.index] = 1
+            elif self.was_cleared(managed):
+                self.replace(managed, None)
+        return torch.frombuffer(flags, dtype=torch.uint8)
+
+    def follow(self, source: int) -> None:
+        """Whatever is done to slices is done on all ranks."""
+
+    def forget(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            for managed in bucket.params:
+                self._forget(managed.index)
+        self.changed()
+
+    def zeroed(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            for managed in bucket.params:
+                self.local.pop(managed.index, None)
+        self.changed()
+
+    def settle(self, stores: Sequence[GradientStore]) -> None:
+        """The step multiplies slices as it goes."""
+
+    def norm(self, stores: Sequence[GradientStore], active: Tensor, beyond: NormGroups, norm_type: float) -> Tensor:
+        return norm_of_shards(stores, self._transport, beyond, norm_type)
+
+    def whole(self, managed: ManagedParam) -> Tensor | None:
+        dtype = self._store(managed.index).reduced.dtype
+        return self._assemble(managed, self.piece(managed.index), dtype)
+
+    def as_under_torch(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
+        shown = torch.tensor([self.is_shown(m) for m in params], dtype=torch.uint8, device=params[0].param.device)
+        if self._transport.world_size > 1:
+            dist.all_reduce(shown, op=dist.ReduceOp.MAX, group=self._transport.group)
+        grads: dict[ManagedParam, Tensor | None] = {}
+        for managed, is_shown in zip(params, shown.tolist(), strict=True):
+            here, local = self.is_shown(managed), self.local.get(managed.index)
+            grads[managed] = None if here else managed.param.grad
+            if is_shown:
+                whole = self._assemble(managed, self.piece(managed.index) if here else None, managed.param.dtype)
+                if local is not None:
+                    whole += managed.layout_like(local)
+                grads[managed] = whole if here else grads[managed]
+        return grads
+
+    def _assemble(self, managed: ManagedParam, piece: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return assemble(managed, self._segments.get(managed.index), piece, dtype, self._transport)
 
     def is_shown(self, managed: ManagedParam) -> bool:
         """Whether the parameter's gradient is the object, and nobody has replaced it."""
@@ -101,16 +223,16 @@ class ShardedGradients:
         """Whether somebody has replaced the object by None or by a tensor since it was shown."""
         return self._shown[managed.index] and not self.is_shown(managed)
 
-    def forget(self, index: int) -> None:
+    def _forget(self, index: int) -> None:
         """A parameter has no gradient any more."""
         self._shown[index] = False
         self.local.pop(index, None)
 
-    def changed(self, indices: Iterable[int] | None = None) -> None:
-        """These gradients, or all, are other ones from now on."""
-        if indices is None:
-            self._norms.clear()
-            return
+    def changed(self) -> None:
+        self._norms.clear()
+
+    def _note_changed(self, indices: Iterable[int]) -> None:
+        """These gradients are other ones from now on."""
         for norms in self._norms.values():
             for index in indices:
                 norms.pop(index, None)
@@ -132,7 +254,7 @@ class ShardedGradients:
                 piece.zero_()
             else:
                 piece.copy_(managed.flatten(grad)[segment.start : segment.start + segment.numel])
-        self.changed([managed.index])
+        self._note_changed([managed.index])
 
     # What torch's functions do to the objects, by the parameters' indices.
 
@@ -149,13 +271,13 @@ class ShardedGradients:
             change: is given this rank's piece, 1-D, and a function that cuts like that a tensor which has, or can be expanded
                 to, the parameter's shape, and leaves one without dimensions as it is.
         """
-        self._join.check_outside(f"{what} of param.grad")
+        self._check_outside(f"{what} of param.grad")
         self._prepare([index])
         piece = self.piece(index)
         if piece is None:  # nothing to do, but to find the same mistakes as the other ranks
             piece = self._store(index).reduced[:0]
         change(piece, lambda value: self._cut(index, value))
-        self.changed([index])
+        self._note_changed([index])
 
     def set(self, index: int, value: object) -> None:
         """Set a gradient, through its object, to a tensor that this rank has whole."""
@@ -167,7 +289,7 @@ class ShardedGradients:
             raise StateError(
                 f"expected a tensor of shape {list(self.shape_of(index))} for the gradient of {managed.name!r}, got {what}"
             )
-        self._join.check_outside("setting param.grad.data")
+        self._check_outside("setting param.grad.data")
         self._prepare([index])
         self.replace(managed, managed.local_part(value.detach()))
 
@@ -193,7 +315,7 @@ class ShardedGradients:
     def norms(self, indices: Sequence[int], norm_type: float, dtype: torch.dtype | None) -> list[Tensor]:
         """The p-norm of each gradient, 0-dim, of `dtype` or that of its sum. Collective: one exchange for all gradients, the
         first time that one is asked for after it has changed."""
-        self._join.check_outside("a norm of param.grad")
+        self._check_outside("a norm of param.grad")
         if not norm_type > 0:
             raise StateError(f"a norm of a sharded gradient is a p-norm with p > 0 or inf, got p = {norm_type}")
         self._prepare(indices)
@@ -210,7 +332,7 @@ class ShardedGradients:
 
     def scale(self, indices: Sequence[int], factor: Tensor) -> None:
         """Multiply gradients by a 0-dim tensor: whole buckets when they are used, others at once."""
-        self._join.check_outside("multiplying param.grad")
+        self._check_outside("multiplying param.grad")
         self._scale(indices, factor)
 
     def _scale(self, indices: Sequence[int], factor: Tensor) -> None:
@@ -218,7 +340,7 @@ class ShardedGradients:
         for bucket, chosen in self._by_bucket(indices):
             if self._is_all_of(bucket, chosen):
                 self._stores[bucket].scale(factor)
-                self.changed(chosen)
+                self._note_changed(chosen)
             else:
                 self._change(chosen, lambda piece: piece.mul_(factor.to(piece.device)))
 
@@ -226,8 +348,8 @@ class ShardedGradients:
         """What a GradScaler asks for: set `found_inf` to 1 when an element on any rank is not finite, and multiply by
         `inv_scale`. Collective."""
         self._prepare(indices)
-        if self._join.is_on:
-            self._join.announce(Phase.UNSCALE, list(indices), inv_scale.item())
+        for unscaling in self._unscaling:
+            unscaling(list(indices), inv_scale.item())
         finite = [flag for bucket, chosen in self._by_bucket(indices) for flag in self._are_finite(bucket, chosen)]
         found = bool(found_inf) or (bool(finite) and not torch.stack(finite).all())
         device, scale = self._stores[0].reduced.device, inv_scale.double().reciprocal().item()
@@ -257,7 +379,7 @@ class ShardedGradients:
         self._finish()
 
     def _finish(self) -> None:
-        finish = self._wait()
+        finish = None if self._wait is None else self._wait()
         if finish is not None:
             finish()
 
@@ -268,7 +390,7 @@ class ShardedGradients:
             piece = self.piece(index)
             if piece is not None:
                 change(piece)
-        self.changed(indices)
+        self._note_changed(indices)
 
     def _by_bucket(self, indices: Sequence[int]) -> Iterable[tuple[int, list[int]]]:
         chosen: defaultdict[int, list[int]] = defaultdict(list)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .sharded_tensor import ShardedGradient, flat, refuse
 
 if TYPE_CHECKING:
-    from .sharded_view import ShardedGradients
+    from .sharded_view import ShardedView
 
 aten = torch.ops.aten
 
@@ -63,11 +63,11 @@ def apply(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 # All gradients at once. Functions that change gradients return nothing.
 
 
-def _multiply(gradients: ShardedGradients, indices: Sequence[int], factor: Tensor | float) -> None:
+def _multiply(gradients: ShardedView, indices: Sequence[int], factor: Tensor | float) -> None:
     gradients.scale(indices, _number(factor))
 
 
-def _divide(gradients: ShardedGradients, indices: Sequence[int], divisor: Tensor | float) -> None:
+def _divide(gradients: ShardedView, indices: Sequence[int], divisor: Tensor | float) -> None:
     gradients.scale(indices, _number(divisor).double().reciprocal())
 
 
@@ -77,16 +77,16 @@ def _number(value: Tensor | float) -> Tensor:
     return value.reshape(()) if value.is_floating_point() else value.reshape(()).double()  # a mask, say
 
 
-def _zero(gradients: ShardedGradients, indices: Sequence[int]) -> None:
+def _zero(gradients: ShardedView, indices: Sequence[int]) -> None:
     gradients.zero(indices)
 
 
-def _look(gradients: ShardedGradients, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
+def _look(gradients: ShardedView, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
     gradients.check_and_unscale(indices, found_inf, inv_scale)
 
 
 def _norm(
-    gradients: ShardedGradients,
+    gradients: ShardedView,
     indices: Sequence[int],
     norm_type: float = 2,
     dims: Sequence[int] | None = None,
@@ -101,16 +101,16 @@ def _norm(
 
 
 def _norm_of_each(
-    gradients: ShardedGradients, indices: Sequence[int], norm_type: float = 2, dtype: torch.dtype | None = None
+    gradients: ShardedView, indices: Sequence[int], norm_type: float = 2, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     return gradients.norms(indices, float(norm_type), dtype)
 
 
-def _accumulate(gradients: ShardedGradients, indices: Sequence[int], grad: Tensor) -> None:
+def _accumulate(gradients: ShardedView, indices: Sequence[int], grad: Tensor) -> None:
     gradients.add_local(indices, grad)
 
 
-def _nothing(gradients: ShardedGradients, indices: Sequence[int]) -> None:
+def _nothing(gradients: ShardedView, indices: Sequence[int]) -> None:
     """Detached gradients are the same objects."""
 
 
@@ -151,7 +151,7 @@ def _on_many(op: Any, gradients: Sequence[Tensor], args: Sequence[Any], kwargs: 
         _one_by_one(op, gradients, args, kwargs)
         return None
     results: dict[int, Tensor] = {}
-    places: defaultdict[ShardedGradients | None, list[int]] = defaultdict(list)
+    places: defaultdict[ShardedView | None, list[int]] = defaultdict(list)
     for place, gradient in enumerate(gradients):
         places[gradient.owner if isinstance(gradient, ShardedGradient) else None].append(place)
     # Other tensors first: what a GradScaler finds in them, all ranks are to hear of.

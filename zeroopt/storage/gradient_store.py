@@ -80,6 +80,7 @@ class GradientStore:
             that it takes no pass of its own. None: nothing.
         norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `gradients.norms`.
         is_open: backward fills it.
+        sum_is_spread: stage 0: every rank is to have the sum of all slices.
         is_reducing: its reduce has started, and nobody has waited for it yet.
     """
 
@@ -98,7 +99,7 @@ class GradientStore:
         self._dtype = reduce_dtype or bucket.dtype
         sum_dtype = bucket.precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)
         self._sums_apart = placement.shard_gradient or self._dtype is not sum_dtype
-        self._accumulates = placement.shard_state  # in stage 0, autograd itself adds to param.grad, a view of `full`
+        self.sum_is_spread = not placement.shard_state
         self._pending: PendingCollective | None = None
         self.holds_sum = False
         self.is_open = False
@@ -112,7 +113,7 @@ class GradientStore:
         self._shown: dict[ManagedParam, Tensor] = {}
         if pool is None:
             self.full = transport.allocate(bucket.padded_numel, self._dtype, bucket.device)
-            if not placement.shard_state:
+            if self.sum_is_spread:
                 self._shown = {m: with_own_storage(m.view_in(self.full)) for m in bucket.params}
         self.reduced: Tensor
         if self._sums_apart:
@@ -129,7 +130,8 @@ class GradientStore:
             self.is_open = True
             if self._pool is not None:
                 self.full = self._pool.borrow(self._bucket, self._dtype)
-            if self._accumulates and self.holds_sum:
+            # In stage 0, autograd itself adds to param.grad, a view of `full`.
+            if self.holds_sum and not self.sum_is_spread:
                 self.settle()
                 self.base = self.reduced if self._sums_apart else self.reduced.clone()
         assert self.full is not None

@@ -226,7 +226,7 @@ def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> d
     """
     group = default_group() if process_group is None else process_group
     if isinstance(model, ZeroDataParallel):  # else refused when all ranks can hear of it
-        model.sharding.reducer.join.check_outside("saving or loading a checkpoint")
+        model.features.join.check_outside("saving or loading a checkpoint")
         for one in model.optimizers:
             one.take_up_groups()
     pending = _pending.pop(group, None)

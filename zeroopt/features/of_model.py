@@ -1,0 +1,56 @@
+"""The features of one wrapped model. Those of one optimizer are made where that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..collectives import Transport
+from ..collectives.turnout import Turnout
+from ..feature import Feature, Features
+from ..options.config import Config
+from ..replica import Sharding
+from .audit import Audit
+from .clipping import BucketNorms
+from .join import Join, Joining
+
+
+class ModelFeatures:
+    """What takes part in every backward, and in the steps of all optimizers of the model.
+
+    Attributes:
+        features: those that are on are called.
+        turnout: which ranks still train.
+        join: tells ranks that have run out of data what this one does.
+        norms: of gradients, for clipping.
+        audit: looks at gradients and parameters in some steps; None: in none.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.features = Features()
+        self.turnout = Turnout(transport.world_size)
+        self.join = Join(transport, self.turnout)
+        self.norms = BucketNorms()
+        self.audit: Audit | None = None
+        self._joining: Joining | None = None
+
+    def add_all(self, sharding: Sharding, config: Config, further: Sequence[Feature] = ()) -> None:
+        """Take up the features that the options ask for, and what a user brings."""
+        self._joining = Joining(self.join, sharding.reducer.view, self.turnout)
+        self.features.add(self._joining, on=False)
+        if config.check_every is not None:
+            self.audit = Audit(config.check_every, sharding.params, sharding.transport, sharding.gathers.finish_all)
+            self.features.add(self.audit)
+        self.features.add(self.norms, on=config.max_grad_norm is not None)
+        for feature in further:
+            self.features.add(feature)
+
+    def follow_join(self) -> None:
+        """A `join()` has been opened or closed."""
+        assert self._joining is not None
+        self.features.switch(self._joining, on=self.join.is_on)
+
+    def note_norms(self, norm_type: float) -> None:
+        """From the next backward on, buckets have their share of this norm ready."""
+        self.norms.norm_type = norm_type
+        if not self.features.is_on(self.norms):
+            self.features.switch(self.norms, on=True)

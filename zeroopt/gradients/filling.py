@@ -1,0 +1,109 @@
+"""The gradients of one backward on their way from `param.grad` into the full buffers of their buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C, ops
+from ..errors import StateError
+from ..plan.params import ManagedParam
+from ..profiling import named_range
+from ..storage.bucket import Bucket
+from .view import GradientView
+
+
+class Filling:
+    """Which gradients have come and which have been packed, by the parameters' indices; how many a bucket lacks, by its index.
+
+    Attributes:
+        params: by their index.
+        bucket_of: index of the bucket of each.
+        arrived: 1: its gradient has come, for this backward.
+        packed: 1: and lies in the bucket; until then in `param.grad`.
+        missing: of each bucket, how many have not come.
+        order: indices, as the gradients of the last backward came.
+        scale: what gradients are multiplied by.
+    """
+
+    def __init__(self, view: GradientView) -> None:
+        self._view = view
+        self.params: list[ManagedParam] = []
+        self.order: list[int] = []
+        self.scale = 1.0
+        self.attach((), ())
+
+    def attach(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
+        """Go by these from now on. No backward may be running."""
+        self.params = list(params)
+        self.bucket_of = [0] * len(params)
+        self._addresses = [0] * len(params)
+        for bucket in buckets:
+            for managed in bucket.params:
+                self.bucket_of[managed.index] = bucket.index
+                self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
+        self._address_of: list[Callable[[], int]] = [managed.data_ptr for managed in params]
+        self._sizes = [len(bucket.params) for bucket in buckets]
+        self.order.clear()
+        self.reset()
+
+    def begin(self, scale: float) -> None:
+        """A backward begins."""
+        self.scale = scale
+        self.order.clear()
+
+    def reset(self) -> None:
+        """A backward is through."""
+        self.arrived = bytearray(len(self.params))
+        self.packed = bytearray(len(self.params))
+        self.missing = list(self._sizes)
+
+    def check_storage(self) -> None:
+        """Raise StateError when a parameter no longer lies in its bucket."""
+        if [address() for address in self._address_of] == self._addresses:
+            return
+        for managed, address in zip(self.params, self._addresses, strict=True):
+            if managed.data_ptr() != address:
+                raise StateError(
+                    f"parameter {managed.name!r} no longer lies in zeroopt's storage: the model was moved, cast or "
+                    f"given new data after zeroopt.wrap (it is now {managed.param.dtype} on {managed.param.device}). "
+                    "Move and cast the model first, then wrap it; to load values use load_state_dict or copy_"
+                )
+
+    def pack(self, managed: ManagedParam, full: Tensor) -> None:
+        """Move a gradient into its bucket."""
+        grad = self._view.take_local(managed)
+        if grad.is_cpu:
+            # The kernel without the checks of `ops.pack`: this runs between two of autograd's own.
+            code = ops.DTYPE_CODES[grad.dtype]
+            address = full.data_ptr() + managed.offset * full.element_size()
+            numel, threads = managed.numel, torch.get_num_threads()
+            _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
+        else:
+            ops.pack(grad, managed.view_in(full), scale=self.scale)
+        self._view.packed(managed)
+        self.packed[managed.index] = 1
+
+    def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
+        """Move into a bucket what had no buffer when it came or was left by a backward under `no_sync()`; zeros for the rest."""
+        late = [managed for managed in bucket.params if not self.packed[managed.index]]
+        waiting = [managed for managed in late if self._view.has_local(managed)]
+        if waiting:
+            with named_range("pack", bucket.name):
+                self._pack_together(waiting, full)
+        for managed in late:
+            if not self.packed[managed.index]:
+                full[managed.offset : managed.offset + managed.numel].zero_()
+
+    def _pack_together(self, waiting: Sequence[ManagedParam], full: Tensor) -> None:
+        """In one call for each dtype, which is one unless a user has set others."""
+        grads = {managed.index: self._view.take_local(managed) for managed in waiting}
+        for dtype in {grad.dtype for grad in grads.values()}:
+            alike = [managed for managed in waiting if grads[managed.index].dtype is dtype]
+            sources = [grads[managed.index] for managed in alike]
+            ops.pack_segments(sources, [managed.view_in(full) for managed in alike], scale=self.scale)
+        for managed in waiting:
+            self._view.packed(managed)
+            self.packed[managed.index] = 1

@@ -1,0 +1,93 @@
+"""Which parameters had a gradient on any rank: those without stay untouched by the step.
+
+As under DistributedDataParallel with `find_unused_parameters`. One small collective a backward tells it, and whether all ranks
+are at the same place of the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..collectives import ADVICE, PendingCollective, Transport
+from ..errors import CollectiveError
+from ..profiling import named_range
+from .lockstep import Lockstep
+
+
+class UsedParams:
+    """What ranks agree on at the end of each backward.
+
+    Attributes:
+        flags: uint8 [number of parameters]: 1 where any rank had a gradient since it was cleared. Valid after `finish`.
+        had_gradients: any rank, in the last backward. Valid after `finish`.
+        first_bucket: how messages call the model's first one.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._lockstep = Lockstep(transport.rank, transport.world_size)
+        self.flags = torch.zeros(0, dtype=torch.uint8)
+        self.had_gradients = False
+        self.first_bucket = ""
+        self._said: Tensor | None = None
+        self._before: PendingCollective | None = None
+        self._pending: list[tuple[Tensor, PendingCollective]] = []
+
+    def extend(self, count: int, device: torch.device) -> None:
+        """There are so many parameters more. Collective."""
+        self.flags = torch.cat([self.flags, torch.zeros(count, dtype=torch.uint8)])
+        self._allocate(device)
+
+    def keep(self, order: Sequence[int], device: torch.device) -> None:
+        """Keep those parameters that had these indices, in this order. Collective."""
+        self.flags = self.flags[list(order)]
+        self._allocate(device)
+
+    def _allocate(self, device: torch.device) -> None:
+        if self._said is not None:
+            if self._before is not None:
+                self._before.wait_until_read()
+                self._before = None
+            self._transport.free(self._said)
+        self._said = self._transport.allocate(len(self.flags) + self._lockstep.num_bytes, torch.uint8, device)
+
+    def agree(self, came: bytearray, num_steps: int) -> None:
+        """Start to tell, and to hear, which parameters had a gradient in a backward. Collective.
+
+        Args:
+            came: [number of parameters], 1 for those that had one on this rank.
+            num_steps: that have been taken before it.
+        """
+        if self._before is not None:
+            self._before.finish()
+            self._before.wait_until_read()  # other ranks read what is about to be written
+        assert self._said is not None
+        self._said.copy_(torch.frombuffer(came + self._lockstep.note_backward(num_steps), dtype=torch.uint8))
+        agreed = torch.empty_like(self._said)
+        self._before = self._transport.start_max(self._said, agreed, label="used parameters")
+        self._pending.append((agreed, self._before))
+
+    def finish(self) -> None:
+        """Hear of all backward passes.
+
+        Raises:
+            CollectiveError: ranks have diverged, or another one did not do its part.
+        """
+        for agreed, pending in self._pending:
+            with named_range("wait_for_used"):
+                pending.finish()
+            agreed = agreed.cpu()
+            used = agreed[: len(self.flags)]
+            difference = self._lockstep.difference(agreed[len(used) :].tolist())
+            if difference is not None:
+                self._transport.give_up("ranks have diverged")
+                raise CollectiveError(
+                    f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
+                    f"{self.first_bucket} and all that follow belong to different steps. {ADVICE}"
+                )
+            self.had_gradients = bool(used.any())
+            self.flags |= used
+        self._pending.clear()

@@ -1,0 +1,165 @@
+"""What `param.grad` shows of the gradients of one wrapped model: the one thing above storage in which the stages differ.
+
+`WholeView` (stage 0): plain tensors, views of the full buffers.
+`ShardedView` (stages 1 and 2): objects that stand for the mean over ranks, of which each rank has a slice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from ..plan.params import ManagedParam
+from ..storage.bucket import Bucket
+from ..storage.gradient_store import GradientStore
+from .norm_groups import NormGroups
+
+
+class GradientView(ABC):
+    """Parameters are known by `ManagedParam`s or by their index.
+
+    Attributes:
+        is_plain: torch's functions see gradients as plain tensors, and know of no other rank.
+        waits: sums lie where `param.grad` points to, so a backward ends when they are there.
+        checked: indices of the gradients that a GradScaler has looked at since the last backward, on all ranks together.
+    """
+
+    is_plain: bool
+    waits: bool
+
+    def __init__(self) -> None:
+        self.checked: set[int] = set()
+        self._params: Sequence[ManagedParam] = ()
+        self._buckets: Sequence[Bucket] = ()
+        self._stores: Sequence[GradientStore] = ()
+
+    def attach(
+        self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]
+    ) -> None:
+        """Go by these from now on. They hold the same parameters as before, and may hold more."""
+        self._params, self._buckets, self._stores = params, buckets, stores
+
+    @abstractmethod
+    def keep(self, order: Sequence[int]) -> None:
+        """Only the parameters that had these indices are left, in this order. Before `attach`."""
+
+    @abstractmethod
+    def moved(self) -> None:
+        """The sums lie in other stores."""
+
+    # While backward runs.
+
+    @abstractmethod
+    def begin_backward(self) -> Collection[int]:
+        """Indices of parameters whose gradient somebody has cleared since the last backward: nothing is added to it."""
+
+    @abstractmethod
+    def has_local(self, managed: ManagedParam) -> bool:
+        """Whether a parameter has a gradient that no reduce has taken up."""
+
+    @abstractmethod
+    def take_local(self, managed: ManagedParam) -> Tensor:
+        """That gradient, its elements in memory as those of the parameter are. It is no longer kept."""
+
+    @abstractmethod
+    def keep_local(self, index: int) -> None:
+        """A gradient stays where autograd has put it: backward runs under `no_sync()`."""
+
+    @abstractmethod
+    def packed(self, managed: ManagedParam) -> None:
+        """A gradient has been moved into its bucket: stop showing what autograd made, which frees it."""
+
+    @abstractmethod
+    def take_edited(self, packed: bytearray) -> ManagedParam | None:
+        """A parameter whose gradient was changed or added to after it was packed, if there is one.
+
+        Args:
+            packed: [number of parameters], 1 where the gradient of this backward has been packed.
+        """
+
+    @abstractmethod
+    def show_used(self, used: Tensor) -> None:
+        """Show the gradients of parameters that this rank has not used, and others have.
+
+        Args:
+            used: uint8 [number of parameters], 1 where any rank had a gradient.
+        """
+
+    @abstractmethod
+    def drop_local(self) -> None:
+        """Forget what no reduce has taken up."""
+
+    @abstractmethod
+    def stop_contributing(self) -> None:
+        """Those ranks that still train contribute all that earlier backward passes have summed."""
+
+    # Between backward and step. All reduces are finished.
+
+    @abstractmethod
+    def take(self) -> Tensor:
+        """Let the stores have what `param.grad` says, for the user may have cleared, replaced or edited it.
+
+        Returns:
+            uint8 [number of parameters], 1 where there is a gradient.
+        """
+
+    @abstractmethod
+    def follow(self, source: int) -> None:
+        """Take over what a rank has in `param.grad`, where its user may have edited it alone. Collective where `is_plain`."""
+
+    @abstractmethod
+    def forget(self, buckets: Sequence[Bucket]) -> None:
+        """The gradients of some buckets have been discarded."""
+
+    @abstractmethod
+    def zeroed(self, buckets: Sequence[Bucket]) -> None:
+        """The sums of some buckets have been set to zero."""
+
+    @abstractmethod
+    def changed(self) -> None:
+        """Sums have been given a factor."""
+
+    @abstractmethod
+    def settle(self, stores: Sequence[GradientStore]) -> None:
+        """Let `param.grad` show these gradients as they are, multiplied by their factors."""
+
+    @abstractmethod
+    def norm(self, stores: Sequence[GradientStore], active: Tensor, beyond: NormGroups, norm_type: float) -> Tensor:
+        """The norm of the gradients in some stores, 0-dim float64, the same on all ranks. Collective, but where `is_plain` and
+        no rank holds another part of the model.
+
+        Args:
+            active: as `take` gave it.
+            beyond: the ranks that hold other parts of the model.
+        """
+
+    @abstractmethod
+    def whole(self, managed: ManagedParam) -> Tensor | None:
+        """A copy of a gradient that there is, of the parameter's shape and the dtype of the sum. Collective."""
+
+    @abstractmethod
+    def as_under_torch(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
+        """What `param.grad` of these would be under torch, in memory of its own: the mean, and what `no_sync()` has left on this
+        rank. Collective."""
+
+
+def dense(managed: ManagedParam, grad: Tensor) -> Tensor:
+    """A gradient of one rank, its elements in memory as those of the parameter are.
+
+    Raises:
+        StateError: it is sparse.
+    """
+    if grad.layout is not torch.strided:
+        raise StateError(
+            f"parameter {managed.name!r} has a sparse gradient, which buckets cannot hold; "
+            "build its embedding with sparse=False"
+        )
+    if grad.is_neg():
+        grad = grad.resolve_neg()
+    if grad.stride() != managed.stride:
+        grad = torch.empty_like(managed.local, dtype=grad.dtype).copy_(grad)
+    return grad
