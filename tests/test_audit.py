@@ -122,14 +122,14 @@ def corrupt(net: nn.Module) -> None:
 def step_corrupted(moment: str, options: dict[str, Any], num_steps: int) -> str:
     """A parameter changes on one rank alone; the error of the steps, or nothing."""
     net, model, optimizer = wrapped(**options)
-    replan = optimizer._replan_once
+    note_step = model._reducer.note_step
 
-    def replan_and_corrupt(active: Tensor) -> None:
-        replan(active)
+    def note_and_corrupt() -> None:
+        note_step()
         corrupt(net)
 
     if moment == "at the end of the step":
-        optimizer._replan_once = replan_and_corrupt  # type: ignore[method-assign]
+        model._reducer.note_step = note_and_corrupt  # type: ignore[method-assign]
     try:
         for step in range(num_steps):
             if step == 0 and moment == "before forward":
@@ -353,7 +353,7 @@ def scaled(overflow_is_normal: bool) -> str:
     loss_of(model(batch("mlp", 0))).backward()
     audit = model.features.audit
     assert audit is not None
-    step = replace(optimizer._describe_step(), is_scaled=overflow_is_normal)
+    step = replace(optimizer._describe_step(), found_inf=torch.tensor(0.0) if overflow_is_normal else None)
     try:
         audit.before_step(step)
     except zeroopt.NonFiniteError:

@@ -278,7 +278,7 @@ def test_all_start_from_the_first_rank(run_on_ranks: RunOnRanks, world_size: int
 def seed_of_rounding() -> int:
     net = build("mlp")
     _, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), average_every=2, **groups_for(dist.get_world_size()))
-    return optimizer._stepper.seed
+    return optimizer._trained.stepper.seed
 
 
 def test_groups_round_independently(run_on_ranks: RunOnRanks) -> None:
@@ -321,7 +321,7 @@ def load_other_orders(same: bool) -> None:
     other = build("mlp")
     model, optimizer = zeroopt.wrap(other, optimizer_for("adamw", other), average_every=1, **groups, **SMALL)
     if states[0] is not None:
-        assert states[0]["zeroopt"]["order"] != optimizer._generations
+        assert states[0]["zeroopt"]["order"] != optimizer._trained.generations
         optimizer.load_state_dict(states[0])
     run_steps(model, optimizer, "mlp", range(2))
 

@@ -151,7 +151,7 @@ def train(
     with patch("zeroopt.collectives.hosts.host_identity", lambda: host):
         model, optimizer = zeroopt.wrap(net, plain, process_group=group, transport=transport, bucket_mb=0.01, **options)
     call_before(optimizer._transport, "start_max", lambda: pass_moment("in agreement"))
-    call_after_first(optimizer._stepper, "step", lambda: pass_moment("in step"))
+    call_after_first(optimizer._trained.stepper, "step", lambda: pass_moment("in step"))
     try:
         for step in range(steps):
             pass_moment("before forward")

@@ -14,12 +14,6 @@ import zeroopt
 ROOT = Path(zeroopt.__file__).parent
 FOLDERS = sorted(path.parent for path in ROOT.rglob("__init__.py"))
 
-# What still runs against the order: the core names features that it should not know.
-AGAINST_THE_ORDER = {
-    ("state/dicts", "features/averaging"),
-    ("state/dicts", "replica"),
-}
-
 
 def listed(folder: Path) -> list[str]:
     """The parts of a folder, as its docstring names them."""
@@ -79,7 +73,7 @@ def test_imports_run_one_way() -> None:
         for other in imported(path)
         if place(other) >= place(path)
     }
-    assert against == AGAINST_THE_ORDER
+    assert against == set()
 
 
 def name(path: Path) -> str:

@@ -58,7 +58,7 @@ def weigh_buckets() -> list[tuple[bool, float]]:
     net, _, optimizer = wrap_split("sequence", mesh)
     split = {p for p in net.parameters() if isinstance(p, DTensor) and any(place.is_shard() for place in p.placements)}
     weights = []
-    for bucket in optimizer._buckets:
+    for bucket in optimizer._trained.buckets:
         kinds = {managed.param in split for managed in bucket.params}
         assert len(kinds) == 1, "parameters that count differently must not share a bucket"
         weights.append((kinds.pop(), bucket.norm_weight))

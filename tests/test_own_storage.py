@@ -103,7 +103,7 @@ def seen(net: nn.Module, optimizer: zeroopt.ZeroOptimizer) -> Iterator[tuple[str
             yield f"{name}.grad", param.grad, True
     for name, value in net.state_dict().items():
         yield f"state_dict[{name}]", value, True
-    for bucket in optimizer._buckets:
+    for bucket in optimizer._trained.buckets:
         for segment in bucket.segments:
             yield f"shard of {segment.owner.name}", segment.shard.data, True
     found: list[tuple[str, Tensor, bool]] = []
@@ -132,21 +132,21 @@ def train(kind: Factory, options: dict[str, Any]) -> tuple[list[str], bool]:
     def look(when: str) -> None:
         for name, tensor, aligned in seen(net, optimizer):
             flaws.extend(f"{when}, {name}: {flaw}" for flaw in flaws_of(tensor, aligned=aligned))
-        for bucket in optimizer._buckets:
+        for bucket in optimizer._trained.buckets:
             full = optimizer._reducer.stores[bucket.index].full
             for managed in bucket.params if full is not None else ():
                 if managed.view_in(full).data_ptr() % ALIGNMENT_BYTES:
                     flaws.append(f"{when}: gradient of {managed.name} on its way")
 
     look("wrapped")
-    before = list(optimizer._buckets)
+    before = list(optimizer._trained.buckets)
     for step in range(3):
         model(torch.randn(2, 13, dtype=net.scale.dtype)).backward()
         look(f"backward {step}")
         optimizer.step()
         look(f"step {step}")
         if step == 0:
-            replanned = optimizer._buckets != before
+            replanned = optimizer._trained.buckets != before
             optimizer.zero_grad()
             net.uses_later = True
             optimizer.add_param_group({"params": list(net.later.parameters())})
@@ -278,12 +278,12 @@ def plan_anew(options: dict[str, Any]) -> tuple[int, set[int]]:
     """How many buckets there were, and which of their memory is still mapped when they have been planned anew."""
     net = Net(torch.float32)
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.002, **options)
-    before = {memory_at(bucket.flat_param.data_ptr()) for bucket in optimizer._buckets}
+    before = {memory_at(bucket.flat_param.data_ptr()) for bucket in optimizer._trained.buckets}
     assert None not in before
     model(torch.randn(2, 13)).backward()
     optimizer.step()
     gc.collect()
-    after = {memory_at(bucket.flat_param.data_ptr()) for bucket in optimizer._buckets}
+    after = {memory_at(bucket.flat_param.data_ptr()) for bucket in optimizer._trained.buckets}
     assert (
         after.isdisjoint(before)
         and {memory_at(param.data_ptr()) for param in net.parameters() if param.numel()} <= after

@@ -247,7 +247,7 @@ def load_plain_state(options: dict[str, Any]) -> list[float]:
         group["betas"], group["lr"] = (1.0 - 1e-12, 1.0 - 1e-12), 0.0
     optimizer.step()
     errors = []
-    for managed in optimizer._params:
+    for managed in optimizer._trained.params:
         entry = optimizer.state[managed.param]
         for name in ("exp_avg", "exp_avg_sq"):
             value = entry[name].float()
@@ -311,7 +311,7 @@ def masters_after_wrapping() -> tuple[list[Tensor], list[Tensor]]:
         dist.broadcast(value, 0)
     _, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), param_dtype=BF16)
     parts = [
-        (s.shard.detach(), before[s.owner.name].flatten()[s.start : s.start + s.numel]) for s in optimizer._segments()
+        (s.shard.detach(), before[s.owner.name].flatten()[s.start : s.start + s.numel]) for s in optimizer._trained.segments()
     ]
     return [mine for mine, _ in parts], [theirs for _, theirs in parts]
 

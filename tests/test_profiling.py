@@ -69,7 +69,7 @@ def trace(options: dict[str, Any], backwards: bool = False) -> tuple[list[Range]
         for event in profiler.events()
         if event.name.startswith(names)
     ]
-    return sorted(ranges, key=lambda r: r.start), [bucket.name for bucket in optimizer._buckets]
+    return sorted(ranges, key=lambda r: r.start), [bucket.name for bucket in optimizer._trained.buckets]
 
 
 def trace_stages(transport: str) -> list[tuple[list[Range], list[str]]]:

@@ -46,13 +46,14 @@ def backward(model: nn.Module, number: int) -> None:
 
 
 def first_names(optimizer: zeroopt.ZeroOptimizer) -> list[str]:
-    return [managed.name for managed in optimizer._buckets[0].params]
+    return [managed.name for managed in optimizer._trained.buckets[0].params]
 
 
 def train(optimizer_name: str, options: dict[str, Any], replan: bool) -> tuple[list[list[Tensor]], list[str]]:
     """Train with an accumulation that goes over the first step: gradients have to move too."""
     net, model, optimizer = wrapped(optimizer_name, options)
-    optimizer._may_replan &= replan
+    if not replan:
+        optimizer._trained.features.switch(optimizer._replanning, on=False)
     history = []
     for number in range(4):
         backward(model, number)
@@ -99,7 +100,7 @@ def ranks_arrive_differently() -> list[str]:
         x.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [bucket.params[0].name.partition(".")[0] for bucket in optimizer._buckets]
+    return [bucket.params[0].name.partition(".")[0] for bucket in optimizer._trained.buckets]
 
 
 def test_rank_0_decides(run_on_ranks: RunOnRanks) -> None:
@@ -112,11 +113,11 @@ def replans_in(steps: int, options: dict[str, Any]) -> list[bool]:
     _, model, optimizer = wrapped("adamw", options)
     changed = []
     for number in range(steps):
-        before = list(optimizer._buckets)
+        before = list(optimizer._trained.buckets)
         backward(model, number)
         optimizer.step()
         optimizer.zero_grad()
-        changed.append(optimizer._buckets != before)
+        changed.append(optimizer._trained.buckets != before)
     return changed
 
 

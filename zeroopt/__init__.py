@@ -22,6 +22,7 @@ In reading order; each imports from those above it:
     optim             the fused kernels as ordinary optimizers
     admission         what may be wrapped
     replica           a wrapped model on this rank: its buckets, and what carries them
+    trained           what one optimizer trains of it
     features          what a user may switch on
     diagnosis         what is held where, for people
     inner_attributes  what of the wrapped optimizer is reachable

@@ -23,8 +23,9 @@ class Step:
         groups: its param_groups.
         buckets: that it steps.
         stores: their gradients.
-        grad_scale: where a GradScaler leaves it to the step to divide gradients by it.
-        is_scaled: a GradScaler has called it, and the step is left out where gradients have overflowed.
+        found_inf: where a GradScaler calls `step` whatever it has found: not 0 when a gradient is not finite, on which all ranks
+            have agreed. As for the fused optimizers of torch.
+        grad_scale: where it leaves it to the step to divide gradients by it.
         active: uint8 [number of parameters of the model], 1 where there is a gradient to step with; from `on_gradients` on.
         is_skipped: nothing is stepped; set in `on_gradients`, on all ranks alike.
         changes_all: parameters change that have no gradient, too; set in `on_gradients`.
@@ -36,8 +37,8 @@ class Step:
     buckets: Sequence[Bucket]
     stores: Sequence[GradientStore]
     finish_reduces: Callable[[], Tensor]
+    found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
-    is_scaled: bool = False
     active: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
     is_skipped: bool = False
     changes_all: bool = False

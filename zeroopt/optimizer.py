@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,35 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _C
-from .admission.group_edits import GroupEdit, GroupMembers, inspect_edit
 from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Step
-from .features.averaging import ParameterAverage
+from .features.averaging import Averaging, ParameterAverage
+from .features.clipping import Clipping
+from .features.grad_scaler import GradScaling, scaler_in
+from .features.growth import Growth
 from .features.join import Phase, take_options
-from .features.loss_scaling import scaler_in
 from .features.of_model import ModelFeatures
-from .features.scaled_steps import ScaledSteps
-from .gradients.norms import clip_by
+from .features.replanning import Replanning
 from .inner_attributes import reach, takes
-from .options.config import Config, check_param_dtypes
+from .options.config import Config
 from .plan.agreement import agree
-from .plan.buckets import agree_on_order, in_order, is_grouped_alike, make_plan
 from .plan.params import ManagedParam
-from .profiling import named_range
 from .replica import Sharding
 from .state.dcp_options import ranks_that_want_all, takes_state_alone, wants_parts, with_flattened_names
 from .state.dicts import LoadedState, StateDicts
 from .state.given import GivenState
-from .state.layout import ShardLayout
 from .state.live import LiveState
-from .state.moving import log_new_plan, move_state
-from .state.whole_tensors import whole_states
-from .stepping.stepper import ShardStepper, check_fused
 from .storage.assembling import assemble
-from .storage.bucket import Bucket, Segment, make_buckets
-from .storage.gradient_store import GradientStore
+from .storage.bucket import Bucket
+from .trained import Trained
 from .untraced import untraced
 
 
@@ -81,62 +73,51 @@ class ZeroOptimizer(torch.optim.Optimizer):
         config: Config,
         average: ParameterAverage | None = None,
     ) -> None:
-        self.number = 0  # among the optimizers of the model
-        self._average = average
-        self._sharding = sharding
-        self._features = features
-        self._join = features.join
-        self._module = sharding.module
+        # By the parameters that came before: those of two optimizers are not rounded alike.
+        seed = (sharding.seed + params[0].index) % 2**63
+        if average is not None:
+            seed = average.vary_seed(seed)
+        trained = Trained(sharding, optimizer, config, seed, average)
+        self._trained = trained
+        self._replica = sharding
         self._inner = optimizer
         self._config = config
         self._reducer = sharding.reducer
         self._gathers = sharding.gathers
         self._transport = sharding.transport
+        self._state_dicts = trained.state_dicts
+        self._state = LiveState(trained.state_dicts)
         self._ready = False  # torch's constructor hands its groups to add_param_group
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
-        self._members = GroupMembers()
-        self._params: list[ManagedParam] = []
-        self._buckets: list[Bucket] = []
-        self._generations: list[list[int]] = []
-        self._versions: list[int] = []
-        # By the parameters that came before: those of two optimizers are not rounded alike.
-        seed = (sharding.seed + params[0].index) % 2**63
-        if average is not None:
-            seed = average.vary_seed(seed)
-        self._stepper = ShardStepper(optimizer, seed, config)
-        self._state_dicts = StateDicts(sharding, optimizer, self._params, self._buckets, self._stepper, config, average)
-        self._state = LiveState(self._state_dicts)
-        self._take_in(params)
-        self._members.note(self.param_groups)
-        self._stepper.adopt(self._buckets, self._stores)
+        self._join = features.join
+        self._of_model = features.features
+        self._growth = Growth(trained, features.join.check_outside, self._follow_growth)
+        self._growth.begin(params)
+        self._add_features(features, average)
         self._take_over_hooks()
         self._take_over_methods()
-        self._grad_norm: Tensor | None = None
-        self._norm_of_backward = 0
-        self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
-        self._scaled_steps = ScaledSteps(sharding, features.join, self, self._buckets)
         sharding.optimizers.append(self)
-        log_wrapped(self._buckets, self._stores, optimizer, config, self._transport)
+        log_wrapped(trained.buckets, trained.stores, optimizer, config, self._transport)
 
-    def _take_in(self, params: Sequence[ManagedParam]) -> None:
-        """Have parameters trained from now on. Collective."""
-        self._buckets += self._sharding.take_in(params, self._config.precision)
-        self._params += params
-        # Positions in `_params`, in the order in which the plan takes them; a plan for each time that some were taken in.
-        first = len(self._params) - len(params)
-        self._generations.append(list(reversed(range(first, len(self._params)))))
-        self._frozen = self._find_frozen()
-        self._versions += [managed.param._version for managed in params]
-        self._state_dicts.begun.update(m.position for m in params if m.param in self._inner.state)
-        self._state_dicts.take_in_state()
-        self._plan_again()
-
-    def _plan_again(self) -> None:
-        """Have buckets planned by the order of the gradients once more."""
+    def _add_features(self, of_model: ModelFeatures, average: ParameterAverage | None) -> None:
+        """In the order in which they take part in a step, behind those of the model."""
+        trained = self._trained
+        self._clipping = Clipping(trained, of_model.norms)
+        self._scaling = GradScaling(trained, self, of_model.join, self._clipping)
         # Ranks that average their parameters must have cut them alike.
-        self._may_replan = self._config.overlap and self._transport.world_size > 1 and self._average is None
-        self._taken_in_after = self._reducer.num_backwards
+        may_replan = self._config.overlap and self._transport.world_size > 1 and average is None
+        self._replanning = Replanning(trained, allowed=may_replan)
+        self._averages = average is not None
+        trained.features.add(self._scaling, on=False)
+        trained.features.add(self._clipping, on=self._config.max_grad_norm is not None)
+        if average is not None:
+            trained.features.add(Averaging(trained, average))
+        trained.features.add(self._replanning, on=may_replan)
+
+    def _follow_growth(self) -> None:
+        self._clipping.forget_model()
+        self._replanning.expect_new_order()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -149,13 +130,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._inner.param_groups = groups
 
     @property
-    def _stores(self) -> list[GradientStore]:
-        return [self._reducer.stores[bucket.index] for bucket in self._buckets]
-
-    @property
     def sharding(self) -> Sharding:
         """What the optimizer shares with the model."""
-        return self._sharding
+        return self._replica
+
+    @property
+    def number(self) -> int:
+        """Its place among the optimizers of the model."""
+        return self._trained.number
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self._trained.number = number
 
     @property
     def state_dicts(self) -> StateDicts:
@@ -179,8 +165,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._take_part()
         scaler = scaler_in(sys._getframe(1))
-        skips = scaler is not None and self._note_overflow(self._scaled_steps.begin(scaler))
-        return self._average is not None or (not skips and self._scaled_steps.unscale_in_step)
+        if scaler is not None:
+            self._switch_scaling_on()
+        skips = scaler is not None and self._scaling.begin(scaler)
+        return self._averages or (not skips and self._scaling.unscale_in_step)
+
+    def _switch_scaling_on(self) -> None:
+        if not self._trained.features.is_on(self._scaling):
+            self._trained.features.switch(self._scaling, on=True)
 
     @untraced
     @torch.no_grad()
@@ -201,51 +193,82 @@ class ZeroOptimizer(torch.optim.Optimizer):
             RankMismatchError: they were edited in another way on another rank; on all ranks. Nothing has been changed.
             NonFiniteError, RankMismatchError: with `check_every`, on all ranks; see `zeroopt.wrap`.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else _evaluate(closure)
+        step = self._begin_step()
+        # From here on this rank reads no parameters, until it gets the new ones.
+        everyone_came = self._transport.start_rendezvous("step")
+        self._finish_gradients(step)
+        if self._config.share_parameters:  # stepping writes what the other ranks read
+            everyone_came.finish()
+        for bucket in self._update(step):
+            self._gathers.start(bucket, everyone_came)
+        everyone_came.finish()
+        self._end_step(step)
+        return loss
+
+    def _begin_step(self) -> Step:
+        """What may raise on all ranks comes first: nothing has been changed yet. Collective."""
         self.take_up_groups()
         self._check_ready()
         self._take_part()
-        for bucket in self._buckets:
+        for bucket in self._trained.buckets:
             self._gathers.finish(bucket.index)
         step = self._describe_step()
-        for before_step in self._features.features.calls["before_step"]:
-            before_step(step)
-        # From here on this rank reads no parameters, until it gets the new ones.
-        everyone_came = self._transport.start_rendezvous("step")
-        active = self._finish_reduces()
-        overflow = self._finish_unscaling()
+        self._tell("before_step", step)
+        return step
+
+    def _describe_step(self) -> Step:
+        return Step(
+            optimizer=self.number,
+            number=self._reducer.num_steps + 1,
+            groups=self.param_groups,
+            buckets=self._trained.buckets,
+            stores=self._trained.stores,
+            finish_reduces=self._trained.finish_reduces,
+            # For the time of its step, a GradScaler sets these two.
+            found_inf=vars(self).get("found_inf"),
+            grad_scale=vars(self).get("grad_scale"),
+        )
+
+    def _finish_gradients(self, step: Step) -> None:
+        """Phase one. Collective."""
+        active = step.sum_gradients()
+        self._tell("on_gradients", step)
         self._state_dicts.consolidated = None
-        if overflow:
-            active.zero_()
-        begun = self._state_dicts.begun
-        if len(begun) < len(self._params):
-            flags = active.tolist()
-            begun.update(managed.position for managed in self._params if flags[managed.index])
-        if not overflow and self._config.max_grad_norm is not None:
-            self._clip_by_model(active, self._config.max_grad_norm)
-        if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
-            self.take_up_writes()
-        averages = self._average is not None and self._average.is_due()
-        self._note_changes(torch.ones_like(active) if averages else active)
-        if self._config.share_parameters:  # stepping writes what the other ranks read
-            everyone_came.finish()
-        for bucket in self._average_buckets(active) if averages else self._step_buckets(active, skip=overflow):
-            everyone_came.finish()
-            self._gathers.start(bucket)
-        everyone_came.finish()
+        self._state_dicts.note_begun(active)
+        # Before versions are raised for this step, by which other writes are noticed.
+        self._trained.follow_writes()
+        self._trained.note_changes(torch.ones_like(active) if step.changes_all else active)
+
+    def _update(self, step: Step) -> Iterator[Bucket]:
+        """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""
+        if step.is_skipped and not step.changes_all:
+            return
+        # What was used on any rank, on which all ranks agree, and what the user has set besides.
+        flags = (step.active | self._reducer.used).tolist()
+        buckets = self._trained.stepper.step(step.active)
+        for stepped in self._calls("stepped"):
+            buckets = stepped(step, buckets)
+        for bucket in buckets:
+            if step.changes_all or any(flags[managed.index] for managed in bucket.params):
+                yield bucket
+
+    def _end_step(self, step: Step) -> None:
+        """Phase three: parameters are on their way, and whoever reads them waits. Collective."""
         self._gathers.leave_to_readers()
         self._reducer.reclaim()
-        self._reducer.view.settle(self._stores)
+        self._reducer.view.settle(step.stores)
         self._reducer.note_step()
-        if not overflow:
-            self._replan_once(active)
-        for after_step in self._features.features.calls["after_step"]:
-            after_step(step)
+        self._tell("after_step", step)
         self._note_step_for_schedulers()
-        return loss
+
+    def _calls(self, name: str) -> Iterator[Callable[..., Any]]:
+        """A call's methods of those features that are on: of the model, then of this optimizer."""
+        return chain(self._of_model.calls[name], self._trained.features.calls[name])
+
+    def _tell(self, name: str, step: Step) -> None:
+        for call in self._calls(name):
+            call(step)
 
     @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -258,9 +281,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self.take_up_groups()
         if set_to_none:
-            self._reducer.discard(self._buckets)
+            self._reducer.discard(self._trained.buckets)
         else:
-            self._reducer.zero(self._buckets)
+            self._reducer.zero(self._trained.buckets)
         super().zero_grad(set_to_none)
         if self._join.is_on:
             self._join.note(Phase.ZERO_GRAD, self.number, set_to_none)
@@ -291,12 +314,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             pre_hook(self)
         if wanted:
             self._join.check_outside("get_optimizer_state_dict(full_state_dict=True)")
-            self._gather_number(0, label="get_optimizer_state_dict")
+            self._trained.gather_number(0, "get_optimizer_state_dict")
             result = self._state_dicts.whole_for(wanted)
         elif wants_parts(caller):
-            result = self._state_dicts.shard(self._generations, all_in_state=takes_state_alone(caller))
+            result = self._state_dicts.shard(self._trained.generations, all_in_state=takes_state_alone(caller))
         else:
-            result = self._state_dicts.current(self._generations)
+            result = self._state_dicts.current(self._trained.generations)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
@@ -329,9 +352,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._join.check_outside("load_state_dict()")
         self.take_up_groups()
         given = GivenState(with_flattened_names(sys._getframe(1), state_dict), self._prepare_load)
-        self._follow_order(given.layout)
+        self._replanning.follow_order(given.layout)
         loaded = self._read_together(given)
-        rewrites = self._gather_number(self._state_dicts.completes_params(loaded)).any()
+        completes = self._state_dicts.completes_params(loaded)
+        rewrites = self._trained.gather_number(completes, "load_state_dict").any()
         with self.rewriting_parameters() if rewrites else nullcontext():
             self.adopt(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -353,32 +377,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
             lines = self._state_dicts.describe_loaded(loaded)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
-        groups = [(self._sharding.group, lines), *((group, []) for group in self._sharding.mesh_groups)]
+        groups = [(self._replica.group, lines), *((group, []) for group in self._replica.mesh_groups)]
         agree(groups, problem, "load_state_dict")
         assert loaded is not None
         return loaded
-
-    def _gather_number(self, number: float, label: str = "load_state_dict") -> Tensor:
-        """A number of each rank, float64 [world_size]. Collective; the transport notices when another rank does something else."""
-        value = torch.tensor(number, dtype=torch.float64, device=self._params[0].param.device)
-        return self._transport.gather_scalar(value, label=label)
 
     def adopt(self, loaded: LoadedState) -> None:
         """Let state that was read be this optimizer's. Not collective."""
         self._state_dicts.adopt(loaded)
 
-    @contextmanager
-    def rewriting_parameters(self) -> Iterator[None]:
+    def rewriting_parameters(self) -> AbstractContextManager[None]:
         """Within it, every rank writes its own range of the buckets; then all get them. Collective."""
-        self._gathers.finish_all()
-        everyone_came = self._transport.start_rendezvous("writing parameters")
-        everyone_came.finish()  # nobody reads them any more
-        yield
-        if self._config.placement.shard_state:
-            for bucket in self._buckets:
-                self._gathers.start(bucket)
-            self._gathers.leave_to_readers()
-        self._note_changes(torch.ones(len(self._sharding.params), dtype=torch.uint8))
+        return self._trained.rewriting_parameters()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param_group, as torch's optimizers do. Collective: every rank must add the same.
@@ -400,7 +410,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
         try:
-            self._take_up_groups(problem)
+            self._growth.take_up_groups(problem)
         except Exception:
             del self.param_groups[before:]
             raise
@@ -415,77 +425,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError, NotSupportedError, RankMismatchError: as `step`. Nothing has been changed.
         """
-        if self._members.differ(self.param_groups) or (unfrozen and any(p.requires_grad for _, p in self._frozen)):
-            self._take_up_groups()
-
-    def _take_up_groups(self, problem: Exception | None = None) -> None:
-        """Collective.
-
-        Args:
-            problem: what is wrong on this rank, if anything is.
-        """
-        what = "taking up param_groups"
-        self._join.check_outside(what)
-        # Told through the transport, which notices when another rank goes on to something else.
-        device = self._params[0].param.device
-        self._transport.gather_scalar(torch.ones((), dtype=torch.float32, device=device), label="edited param_groups")
-        edit = GroupEdit()
-        if problem is None:
-            try:
-                edit = inspect_edit(self._module, self._inner, self._sharding.params, self._params, self._members)
-                self._sharding.count_copies(edit.new)
-                check_param_dtypes(self._config, {managed.name: managed.param.dtype for managed in edit.new})
-                check_fused(self._inner, [*edit.places, *edit.new], self._config)
-            except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
-                problem = error
-        groups = [(self._sharding.group, edit.lines), *((group, []) for group in self._sharding.mesh_groups)]
-        agree(groups, problem, what)
-        self._apply(edit)
-
-    def _apply(self, edit: GroupEdit) -> None:
-        """Collective."""
-        begun = [managed for managed in self._params if managed.position in self._state_dicts.begun]
-        if edit.gone:
-            self._take_out(edit.gone)
-        for managed, (group, position) in edit.places.items():
-            managed.group, managed.position = group, position
-        self._state_dicts.begun = {managed.position for managed in begun if managed in edit.places}
-        self._frozen = self._find_frozen()
-        if edit.new:
-            for index, managed in enumerate(edit.new, len(self._sharding.params)):
-                managed.index = index
-            self._take_in(edit.new)
-        self._members.note(self.param_groups)
-        self._stepper.adopt(self._buckets, self._stores)
-        self._state_dicts.consolidated = None
-
-    def _take_out(self, params: Sequence[ManagedParam]) -> None:
-        """Train parameters no longer: they keep their values, their gradients and, as under torch, their state. Collective."""
-        gone = set(params)
-        self._reducer.finish()
-        grads = self._reducer.view.as_under_torch(params)
-        is_local = self._reducer.has_local_gradients
-        cut = [segment for segment in self._segments() if segment.owner in gone]
-        shares = self._config.placement.shard_state and self._transport.world_size > 1
-        group = self._transport.group if shares else None
-        states = whole_states(self._state_dicts.with_masters(), cut, params, group)
-        self._sharding.take_out(gone)
-        self._features.norms.of_model = None
-        for segment in cut:
-            self._inner.state.pop(segment.shard, None)
-        for managed in params:
-            if managed in states:
-                self._inner.state[managed.param] = states[managed]
-            managed.param.grad = grads[managed]
-        if is_local:
-            self._reducer.untrained.mark({managed.param for managed in params})
-        kept = {old: managed for old, managed in enumerate(self._params) if managed not in gone}
-        position_of = {old: new for new, old in enumerate(kept)}
-        self._versions = [self._versions[old] for old in kept]
-        self._params[:] = kept.values()
-        orders = [[position_of[old] for old in order if old in position_of] for order in self._generations]
-        self._generations = [order for order in orders if order]
-        self._plan_again()
+        self._growth.follow_groups(unfrozen=unfrozen)
 
     @untraced
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -515,12 +455,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_part()
         if self._join.is_on:
             self._join.announce(Phase.CLIP, self.number, max_norm, norm_type)
-        active = self._finish_reduces()
-        self._features.note_norms(float(norm_type))
-        with named_range("clip"):
-            norm = self._norm(active, float(norm_type), self._stores)
-            self._clip(norm, float(max_norm), float(norm_type))
-        self._reducer.view.settle(self._stores)
+        norm = self._clipping.clip(self._trained.finish_reduces(), float(max_norm), float(norm_type))
+        self._reducer.view.settle(self._trained.stores)
         return norm.float()
 
     @property
@@ -536,13 +472,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: as `step`.
         """
-        if self._grad_norm is None or self._norm_of_backward != self._reducer.num_backwards:
-            self._join.check_outside("grad_norm")
-            self.take_up_groups()
-            self._check_ready()
-            self._take_part()
-            return self._norm(self._finish_reduces(), 2.0, self._stores).float()
-        return self._grad_norm
+        known = self._clipping.known_norm
+        if known is not None:
+            return known
+        self._join.check_outside("grad_norm")
+        self.take_up_groups()
+        self._check_ready()
+        self._take_part()
+        return self._clipping.compute_norm(self._trained.finish_reduces(), 2.0, self._trained.stores).float()
 
     @untraced
     def full_grad(self, param: Tensor) -> Tensor | None:
@@ -558,10 +495,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._join.check_outside("full_grad()")
         self.take_up_groups()
-        managed = self._managed(param)
+        managed = self._trained.managed(param)
         self._check_ready()
         self._take_part()
-        if not self._finish_reduces()[managed.index]:
+        if not self._trained.finish_reduces()[managed.index]:
             return None
         return self._reducer.view.whole(managed)
 
@@ -577,8 +514,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._join.check_outside("full_parameter()")
         self.take_up_groups()
-        managed = self._managed(param)
-        bucket = next(bucket for bucket in self._buckets if managed in bucket.params)
+        managed = self._trained.managed(param)
+        bucket = next(bucket for bucket in self._trained.buckets if managed in bucket.params)
         if bucket.master is None:
             return managed.param.detach().clone()
         self._gathers.finish(bucket.index)
@@ -679,254 +616,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
         where = f"stage={self.stage}, rank={self._transport.rank}, world_size={self._transport.world_size}"
         return f"ZeroOptimizer({where}, transport={self._transport.name}, {self._inner!r})"
 
-    def _managed(self, param: Tensor) -> ManagedParam:
-        for managed in self._params:
-            if managed.param is param:
-                return managed
-        raise ConfigError(
-            f"expected a parameter that this optimizer trains, got another tensor of shape {list(param.shape)}"
-        )
-
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
         zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
         reducer = self._reducer
         if self._transport.world_size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
-        if reducer.is_cleared(self._params):
+        if reducer.is_cleared(self._trained.params):
             reducer.mirror_backward()
 
     def agree_on_overflow(self, found: bool) -> None:
         """Take part in the step of a GradScaler of the ranks that still train, when this one has left `join()`. Collective."""
-        self._note_overflow(self._scaled_steps.agree(found))
-
-    def _note_overflow(self, overflow: bool) -> bool:
-        if overflow:
-            self._reducer.note_skipped_step()
-            if self._config.max_grad_norm is not None:
-                self._note_norm(torch.tensor(torch.inf, device=self._params[0].param.device))
-        return overflow
-
-    def _finish_unscaling(self) -> bool:
-        """Whether a GradScaler that steps whatever it has found, on which all ranks have agreed, has found an overflow. If not,
-        gradients are multiplied back, where it has left that to the step.
-
-        For the time of its step it sets `found_inf` and `grad_scale`, as the fused optimizers of torch have them.
-        """
-        if "found_inf" not in vars(self):
-            return False
-        overflow, grad_scale = bool(vars(self)["found_inf"]), vars(self)["grad_scale"]
-        if grad_scale is not None and not overflow:
-            # As a GradScaler rounds it: gradients are the same wherever they are multiplied by it.
-            inverse = grad_scale.detach().double().reshape(()).reciprocal().float().double()
-            for store in self._stores:
-                if store.holds_sum:
-                    store.scale(inverse)
-            self._reducer.view.changed()
-        return overflow
-
-    def _norm(self, active: Tensor, norm_type: float, stores: Sequence[GradientStore]) -> Tensor:
-        """Of the gradients in some stores, 0-dim float64, the same on all ranks. Collective."""
-        return self._reducer.view.norm(stores, active, self._sharding.norm_groups, norm_type)
-
-    def _clip_by_model(self, active: Tensor, max_norm: float) -> None:
-        """Clip by the 2-norm of the gradients of the whole model, all its optimizers together. Collective."""
-        reducer, norms = self._reducer, self._features.norms
-        self._features.note_norms(2.0)
-        with named_range("clip"):
-            number = reducer.num_backwards
-            if norms.of_model is None or norms.of_model[0] != number or self._clipped_backward == number:
-                norms.of_model = number, self._norm(active, 2.0, reducer.stores)
-            # Otherwise as another optimizer has found it before it clipped its own gradients.
-            self._clipped_backward = number
-            self._clip(norms.of_model[1], max_norm, 2.0)
-
-    def _clip(self, norm: Tensor, max_norm: float, norm_type: float) -> None:
-        """Clip the gradients that are there, by a factor that has yet to be applied."""
-        clip_by(self._stores, norm, max_norm)
-        self._reducer.view.changed()
-        self._note_norm(norm if norm_type == 2 else None)
-
-    def _note_norm(self, norm: Tensor | None) -> None:
-        self._grad_norm = None if norm is None else norm.float()
-        self._norm_of_backward = self._reducer.num_backwards
-
-    def _finish_reduces(self) -> Tensor:
-        """Phase one. Returns uint8 [number of parameters], 1 where there is a gradient to step with."""
-        self._reducer.finish()
-        active = self._reducer.view.take()
-        if not active.all():
-            self._check_replaced()
-        return active
+        self._scaling.agree(found)
 
     def _check_ready(self) -> None:
         """Raise StateError before anything is changed."""
         self._reducer.check_storage()
-        self._check_frozen()
+        self._growth.check_frozen()
         if self._reducer.has_local_gradients:
             raise StateError(
                 "the last backward ran under no_sync(), so its gradients were never reduced; run the last backward before "
                 "step() or clip_grad_norm_() outside of no_sync(), or call zero_grad() to drop them"
             )
 
-    def _describe_step(self) -> Step:
-        return Step(
-            optimizer=self.number,
-            number=self._reducer.num_steps + 1,
-            groups=self.param_groups,
-            buckets=self._buckets,
-            stores=self._stores,
-            finish_reduces=self._finish_reduces,
-            grad_scale=vars(self).get("grad_scale"),
-            is_scaled="found_inf" in vars(self),
-        )
-
-    def _average_buckets(self, active: Tensor) -> Iterator[Bucket]:
-        """Phase two of a step that averages parameters, of which all may change. Yields as `_step_buckets`."""
-        assert self._average is not None
-        for bucket in self._average.average(self._stepper.step(active), self._generations):
-            if self._config.placement.shard_state:
-                yield bucket
-
-    def _step_buckets(self, active: Tensor, *, skip: bool) -> Iterator[Bucket]:
-        """Phase two. Yields the buckets that have to be gathered, as soon as each one's own slice is done."""
-        if skip:
-            return
-        # What was used on any rank, on which all ranks agree, and what the user has set besides.
-        flags = (active | self._reducer.used).tolist()
-        for bucket in self._stepper.step(active):
-            if self._config.placement.shard_state and any(flags[managed.index] for managed in bucket.params):
-                yield bucket
-
-    def _replan_once(self, active: Tensor) -> None:
-        """After the first step with these parameters: go by the order in which their gradients arrived. Collective."""
-        seen = self._reducer.num_backwards > self._taken_in_after
-        if not self._may_replan or not seen or not bool(active.any()):
-            return
-        self._may_replan = False
-        with named_range("replan"):
-            order = agree_on_order(self._reducer.arrivals, self._sharding.params, self._transport.group)
-            if self._is_alone():
-                self._replan(order)
-            else:
-                self._reducer.start_in_order(order)
-
-    def _is_alone(self) -> bool:
-        """Whether all buckets of the model come from one plan, which another one can replace.
-
-        Whole parameters keep their owner: state of any shape would have to move.
-        """
-        has_whole = any(managed.is_whole for managed in self._params)
-        return len(self._buckets) == len(self._sharding.buckets) and len(self._generations) == 1 and not has_whole
-
-    def _replan(self, order: Sequence[int]) -> None:
-        """Move parameters, gradients and state into buckets for another order. Collective."""
-        ordered = in_order(self._params, order)
-        plan = self._make_plan(ordered)
-        if is_grouped_alike([{managed.index for managed in bucket.params} for bucket in self._buckets], plan, ordered):
-            return
-        log_new_plan(self._buckets, plan, ordered, self._transport)
-        self._gathers.finish_all()
-        self._reducer.finish()
-        self._stepper.adopt_state()
-        shard_state = self._config.placement.shard_state
-        self._reducer.hand_over(self._inner.state)
-        for bucket in self._buckets:
-            bucket.hand_over(self._inner.state)
-        moved = move_state(self._inner.state, self._buckets, plan, ordered, self._transport, shard_state=shard_state)
-        self._reducer.let_go()
-        for bucket in self._buckets:
-            self._transport.free(bucket.flat_param)
-            bucket.let_go()
-        shared = self._config.share_parameters
-        self._buckets[:] = make_buckets(
-            plan, ordered, self._transport, self._config.precision, shard_state=shard_state, shared=shared
-        )
-        self._sharding.buckets[:] = self._buckets
-        for segment in self._segments():
-            if segment.owner.index in moved:
-                self._inner.state[segment.shard] = moved.pop(segment.owner.index)
-        for bucket in self._buckets:
-            bucket.take_back(self._inner.state)
-        if shared:
-            self._transport.barrier()  # the writers are through
-        self._reducer.adopt(self._buckets)
-        self._reducer.take_back(self._inner.state)
-        self._gathers.adopt(self._buckets)
-        self._stepper.adopt(self._buckets, self._stores)
-        self._generations = [list(order)]
-
     def take_up_writes(self) -> None:
         """Parameters were written by something other than a step: let float32 masters follow. Not collective."""
-        for bucket in self._buckets:
-            bucket.take_up_writes()
-
-    def _make_plan(self, ordered: Sequence[ManagedParam]) -> _C.Plan:
-        config = self._config
-        shard_state = config.placement.shard_state
-        return make_plan(
-            ordered, self._transport.world_size, config.bucket_bytes, config.precision, shard_state=shard_state
-        )
-
-    def _segments(self) -> Iterator[Segment]:
-        for bucket in self._buckets:
-            yield from bucket.segments
-
-    def _check_replaced(self) -> None:
-        """A parameter without a gradient may be one that the model no longer has."""
-        present = set(self._module.parameters())
-        for managed in self._params:
-            if managed.param not in present:
-                raise StateError(
-                    f"parameter {managed.name!r} is no longer part of the model: a module was replaced after "
-                    "zeroopt.wrap. Change the model first, then wrap it"
-                )
-
-    def _find_frozen(self) -> list[tuple[str, Tensor]]:
-        managed = {m.param for m in self._params}
-        own = {p for group in self.param_groups for p in group["params"]}
-        return [(name, p) for name, p in self._module.named_parameters() if p in own and p not in managed]
-
-    def _check_frozen(self) -> None:
-        """A parameter that did not require gradients at the last forward is in no bucket."""
-        for name, param in self._frozen:
-            if param.grad is not None:
-                raise StateError(
-                    f"parameter {name!r} was frozen and has got a gradient of this rank alone; unfreeze parameters before a "
-                    "forward of the model that zeroopt.wrap returned, with gradients enabled"
-                )
-
-    def _follow_order(self, layout: ShardLayout | None) -> None:
-        """Plan the buckets as they were when shards were saved, where every rank has its own, which does not fit otherwise.
-        Collective.
-
-        Args:
-            layout: of what this rank is about to load; None where that is no shard.
-        """
-        order = [] if layout is None else [list(generation) for generation in layout.order]
-        plan: _C.Plan | None = None
-        ordered: list[ManagedParam] = []
-        if len(order) == 1 and sorted(order[0]) == list(range(len(self._params))) and self._is_alone():
-            ordered = in_order(self._params, order[0])
-            plan = self._make_plan(ordered)
-        fits_now = layout is None or self._state_dicts.matches(layout)
-        would_fit = layout is not None and plan is not None and self._state_dicts.would_match(layout, plan, ordered)
-        # Of 53 bits, which float64 keeps, those above two say which order it is.
-        vote = zlib.crc32(repr(order).encode()) * 4 + 2 * fits_now + would_fit
-        everyone = [int(vote) for vote in self._gather_number(vote).tolist()]
-        alike = all(one >> 2 == vote >> 2 for one in everyone)
-        if alike and all(one & 1 for one in everyone) and not all(one & 2 for one in everyone):
-            self._may_replan = False
-            self._replan(order[0])
-
-    def _note_changes(self, active: Tensor) -> None:
-        """Kernels and transports write behind autograd's back; tell it, so that it can refuse a backward through a graph
-        that was recorded before the step."""
-        flags = active.tolist()
-        for managed in self._params:
-            if flags[managed.index]:
-                torch.autograd.graph.increment_version(managed.param)
-        self._versions = [managed.param._version for managed in self._params]
+        self._trained.take_up_writes()
 
     def _take_over_methods(self) -> None:
         """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one."""
@@ -942,17 +657,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._join.check_outside(f"{mode}() of an optimizer")
         self._reducer.check_storage()
         self._gathers.finish_all()
-        if any(m.param._version != version for m, version in zip(self._params, self._versions, strict=True)):
-            self.take_up_writes()
+        self._trained.follow_writes()
         self._state_dicts.consolidated = None
         with self.rewriting_parameters():
-            self._stepper.apply(getattr(type(self._inner), mode))
+            self._trained.stepper.apply(getattr(type(self._inner), mode))
 
     def release(self) -> torch.optim.Optimizer:
         """The wrapped optimizer, which no longer knows of this one. Not collective."""
         for name in ("zero_grad", "add_param_group"):
             vars(self._inner).pop(name)
-        self._stepper.refusal.remove()
+        self._trained.stepper.refusal.remove()
         return self._inner
 
     def _take_over_hooks(self) -> None:
@@ -963,13 +677,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def names(self) -> dict[int, str]:
         """Names of all parameters in the groups, frozen ones too, by their position."""
-        names = {param: name for name, param in self._module.named_parameters()}
+        names = {param: name for name, param in self._replica.module.named_parameters()}
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         return {position: names[param] for position, param in enumerate(params)}
 
     def check_can_save(self, group: dist.ProcessGroup) -> None:
         """Raise NotSupportedError when ranks of a group that save together train alone."""
-        if self._average is not None and group.size() > self._transport.world_size:
+        if self._averages and group.size() > self._transport.world_size:
             raise NotSupportedError(
                 "with average_every, ranks that train alone differ between averagings: save each such group of ranks as a "
                 "checkpoint of its own, with its process_group and a path of its own, or save state_dict() on every rank"
@@ -977,7 +691,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def check_can_join(self) -> None:
         """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""
-        if self._average is not None:
+        if self._averages:
             raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
 
     def step_along(self, options: Sequence[Mapping[str, Any]], grad_scale: float | None) -> None:
@@ -991,6 +705,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if grad_scale is None:
             self.step()
             return
+        self._switch_scaling_on()
         self.grad_scale, self.found_inf = torch.tensor(grad_scale, dtype=torch.float32), torch.tensor(0.0)
         try:
             self.step()
@@ -1001,3 +716,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""
         if hasattr(self._inner.step, "_wrapped_by_lr_sched"):
             self._inner._opt_called = True  # type: ignore[attr-defined]
+
+
+def _evaluate(closure: Callable[[], float]) -> float:
+    """Recompute the loss, with backward."""
+    with torch.enable_grad():
+        return closure()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .collectives import Transport
 from .collectives.turnout import Turnout
+from .errors import StateError
 from .feature import Features
 from .gradients.norm_groups import NormGroups
 from .gradients.reducer import GradientReducer
@@ -19,7 +20,7 @@ from .gradients.view import GradientView
 from .gradients.whole_view import WholeView
 from .options.config import Config
 from .options.precision import Precision
-from .parameters.gathers import ParamGathers
+from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
 from .plan.buckets import make_plan
 from .plan.claims import claim, claimed_params
@@ -89,7 +90,11 @@ class Sharding:
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)
         travels = placement.shard_state and transport.world_size > 1
-        self.gathers = ParamGathers(module, transport, lazy=config.overlap and travels)
+        self.gathers = (
+            ParamGathers(module, transport, lazy=config.overlap)
+            if travels
+            else NoGathers(module, transport, lazy=False)
+        )
         self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
         claim(self)
 
@@ -158,6 +163,16 @@ class Sharding:
                 mean.copy_(grad).div_(self.transport.world_size)
             dist.all_reduce(managed.flatten(mean), group=self.group)
             managed.set_local_grad(mean)
+
+    def check_replaced(self, params: Sequence[ManagedParam]) -> None:
+        """Raise StateError when the model no longer has one of these. One without a gradient may be such."""
+        present = set(self.module.parameters())
+        for managed in params:
+            if managed.param not in present:
+                raise StateError(
+                    f"parameter {managed.name!r} is no longer part of the model: a module was replaced after "
+                    "zeroopt.wrap. Change the model first, then wrap it"
+                )
 
     def count_copies(self, params: Sequence[ManagedParam]) -> None:
         """Note on how many ranks of the mesh each parameter lies."""

@@ -2,11 +2,12 @@
 
 In reading order; each imports from those above it:
 
-    join          ranks with different numbers of batches
-    clipping      norms of gradients, and clipping by them
-    audit         `check_every`: finite gradients, equal parameters
-    averaging     `average_every`: ranks that train alone, and average
-    loss_scaling  what a GradScaler asks, agreed by all ranks
-    scaled_steps  the steps of one optimizer through a GradScaler
-    of_model      what takes part in the steps of all optimizers of a model
+    join         ranks with different numbers of batches
+    audit        `check_every`: finite gradients, equal parameters
+    averaging    `average_every`: ranks that train alone, and average
+    clipping     by the norm of all gradients
+    grad_scaler  steps through a GradScaler: all ranks leave out the same ones
+    replanning   buckets in the order in which gradients arrive
+    growth       parameters that come and go: unfrozen ones, further groups, edited groups
+    of_model     what takes part in the steps of all optimizers of a model
 """

@@ -90,7 +90,7 @@ class Audit(Feature):
             return
         active = step.sum_gradients()
         with named_range("check"):
-            bad = [] if step.is_scaled else _not_finite(step.buckets, step.stores, active.tolist())
+            bad = [] if step.found_inf is not None else _not_finite(step.buckets, step.stores, active.tolist())
             everyone = self._exchange(_short_digest(step.buckets) << 1 | bool(bad), "check before a step")
             if len({number >> 1 for number in everyone}) > 1:
                 self._blame_parameters(f"before step {step.number}")

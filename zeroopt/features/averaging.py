@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from ..collectives.base import PendingWork
 from ..collectives.lone import is_lone
 from ..errors import CollectiveError, ConfigError, RankMismatchError
+from ..feature import Feature, Step
 from ..options.precision import join_master, round_master, split_master
 from ..plan.agreement import agree, agreement_device
 from ..storage.broadcast import Broadcaster
 from ..storage.bucket import Bucket
+from ..trained import Trained
 
 
 class ParameterAverage:
@@ -103,6 +105,22 @@ class ParameterAverage:
                 "parameters cannot be averaged: ranks of the average group have buckets in different orders, for they have "
                 "loaded states that were saved with different ones. Load states of one run on all ranks"
             )
+
+
+class Averaging(Feature):
+    """Averages parameters in every k-th step of one optimizer."""
+
+    def __init__(self, trained: Trained, average: ParameterAverage) -> None:
+        self._trained = trained
+        self._average = average
+
+    def on_gradients(self, step: Step) -> None:
+        """Count the step, one that is skipped too. Where parameters are averaged, all of them may change."""
+        step.changes_all = self._average.is_due()
+
+    def stepped(self, step: Step, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+        """A bucket is gathered when its own range is the mean."""
+        return self._average.average(buckets, self._trained.generations) if step.changes_all else buckets
 
 
 class _BucketMean:

@@ -29,7 +29,7 @@ class ModelFeatures:
         self.features = Features()
         self.turnout = Turnout(transport.world_size)
         self.join = Join(transport, self.turnout)
-        self.norms = BucketNorms()
+        self.norms = BucketNorms(self.features)
         self.audit: Audit | None = None
         self._joining: Joining | None = None
 
@@ -48,9 +48,3 @@ class ModelFeatures:
         """A `join()` has been opened or closed."""
         assert self._joining is not None
         self.features.switch(self._joining, on=self.join.is_on)
-
-    def note_norms(self, norm_type: float) -> None:
-        """From the next backward on, buckets have their share of this norm ready."""
-        self.norms.norm_type = norm_type
-        if not self.features.is_on(self.norms):
-            self.features.switch(self.norms, on=True)

@@ -122,8 +122,15 @@ class ParamGathers:
             hook.params = [param for param in hook.params if param in bucket_of]
             hook.buckets = sorted({bucket_of[param] for param in hook.params})
 
-    def start(self, bucket: Bucket) -> None:
-        """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`."""
+    def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
+        """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`.
+
+        Args:
+            readers: the rendezvous of the ranks that may still read their parameters, of which those of the bucket are about to
+                be written; is waited for.
+        """
+        if readers is not None:
+            readers.finish()
         with named_range("all_gather", bucket.name):
             self._pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
 
@@ -187,6 +194,13 @@ class ParamGathers:
         """Let forwards wait for nothing any more. After `finish_all`."""
         for handle in self._handles:
             handle.remove()
+
+
+class NoGathers(ParamGathers):
+    """Where every rank steps all parameters: stage 0, and a rank alone."""
+
+    def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
+        """Nothing travels, and nobody's parameters are written."""
 
 
 class _ForwardHook:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
+from ..collectives import Transport
 from ..errors import StateError
-from ..features.averaging import ParameterAverage
 from ..options.config import Config
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
@@ -20,7 +20,6 @@ from ..plan.agreement import describe_options
 from ..plan.buckets import own_segments
 from ..plan.dtensors import place_in_mesh
 from ..plan.params import ManagedParam, ParamState
-from ..replica import Sharding
 from ..stepping.rules import rule_for
 from ..stepping.stepper import ShardStepper
 from ..storage.bucket import MASTER_NAMES, Bucket, Segment
@@ -52,6 +51,12 @@ class LoadedState:
     kept: frozenset[int] = frozenset()
 
 
+class StepCounter(Protocol):
+    """What counts steps since something has last happened."""
+
+    steps: int
+
+
 class StateDicts(StateHolder):
     """The state dicts of one optimizer.
 
@@ -62,29 +67,39 @@ class StateDicts(StateHolder):
 
     Args:
         stepper: that of the optimizer.
+        since_average: counts the steps since parameters were averaged; None where they are not.
     """
 
     def __init__(
         self,
-        sharding: Sharding,
+        transport: Transport,
         inner: torch.optim.Optimizer,
         params: Sequence[ManagedParam],
         buckets: Sequence[Bucket],
         stepper: ShardStepper,
         config: Config,
-        average: ParameterAverage | None,
+        since_average: StepCounter | None,
     ) -> None:
-        self._sharding = sharding
-        self._transport = sharding.transport
+        self._transport = transport
         self._inner = inner
         self.params = params
         self.buckets = buckets
         self._stepper = stepper
         self._config = config
-        self._average = average
+        self._since_average = since_average
         self.begun: set[int] = set()
         self.consolidated: dict[str, Any] | None = None
         self._index = _Index((), ())
+
+    def note_begun(self, active: Tensor) -> None:
+        """A step has come to parameters: from now on they may have state.
+
+        Args:
+            active: uint8 [number of parameters of the model], 1 where there was a gradient.
+        """
+        if len(self.begun) < len(self.params):
+            flags = active.tolist()
+            self.begun.update(managed.position for managed in self.params if flags[managed.index])
 
     def shard(self, order: Sequence[Sequence[int]], *, all_in_state: bool = False) -> dict[str, Any]:
         """This rank's state dict.
@@ -125,7 +140,7 @@ class StateDicts(StateHolder):
             return None
         idle = {p: map_tensors(entry, lambda tensor: tensor.cpu().clone()) for p, entry in self.idle_state().items()}
         result = {"state": dict(sorted((state.torch | idle).items())), "param_groups": self.pack_groups()}
-        if state.beyond or self._average is not None:
+        if state.beyond or self._since_average is not None:
             layout = ShardLayout(self.facts(), self.seed, self.steps_since_average, beyond_torch=state.beyond)
             result["zeroopt"] = layout.to_whole_dict()
         return result
@@ -226,8 +241,8 @@ class StateDicts(StateHolder):
             bucket.write_exact(segment, values)
         if loaded.layout is not None:
             self._stepper.seed = loaded.layout.seed
-        if self._average is not None:
-            self._average.steps = 0 if loaded.layout is None else loaded.layout.steps_since_average
+        if self._since_average is not None:
+            self._since_average.steps = 0 if loaded.layout is None else loaded.layout.steps_since_average
         self._stepper.adopt_state()
         for group, options in zip(self._inner.param_groups, loaded.groups, strict=True):
             group.update({name: _copy(value) for name, value in options.items()})
@@ -291,7 +306,7 @@ class StateDicts(StateHolder):
         """What ranks have to have in common of what they are about to adopt."""
         layout = loaded.layout
         lines = describe_options(loaded.groups)
-        if self._average is None:  # with it, ranks have seeds of their own
+        if self._since_average is None:  # with it, ranks have seeds of their own
             return [f"seed {self.seed if layout is None else layout.seed}", *lines]
         return [f"{0 if layout is None else layout.steps_since_average} steps since parameters were averaged", *lines]
 
@@ -399,7 +414,7 @@ class StateDicts(StateHolder):
     @property
     def steps_since_average(self) -> int:
         """See `averaging`; 0 without it."""
-        return 0 if self._average is None else self._average.steps
+        return 0 if self._since_average is None else self._since_average.steps
 
     def facts(self) -> dict[str, Any]:
         """How the state is kept, the same on all ranks; plain JSON."""

@@ -1,14 +1,9 @@
-"""Buckets in the order in which gradients arrive: planned once more, after the first step, as DistributedDataParallel does.
-
-The first plan takes the parameters in reverse order, which is only a guess at the order in which backward yields their
-gradients. Where it was wrong, a bucket waits for a gradient that comes late, and those behind it wait with it. What the
-ranks own changes with the plan, so their state moves: bucket by bucket, gathered in one scratch buffer from which each rank
+"""State from the buckets of one plan to those of another: bucket by bucket, gathered in one scratch buffer from which each rank
 takes what is its own from now on.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,23 +19,6 @@ from ..plan.buckets import PLANNING_ANEW, own_segments
 from ..plan.params import ManagedParam, ParamState
 from ..storage.bucket import Bucket, Segment
 from .entries import Path, block_of, is_array, map_leaves
-
-_log = logging.getLogger("zeroopt")
-
-
-def log_new_plan(
-    buckets: Sequence[Bucket], plan: _C.Plan, ordered: Sequence[ManagedParam], transport: Transport
-) -> None:
-    """Say on rank 0, with level DEBUG, what changes."""
-    if transport.group.rank() == 0:
-        first = [ordered[i].name for i in plan.buckets[0].params]
-        _log.debug(
-            "%d buckets are planned anew, as %d, in the order in which gradients arrive: bucket 0 was of %s … %s, and will be of "
-            "%s … %s",
-            len(buckets),
-            len(plan.buckets),
-            *(buckets[0].params[0].name, buckets[0].params[-1].name, first[0], first[-1]),
-        )
 
 
 def move_state(

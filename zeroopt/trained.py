@@ -1,0 +1,159 @@
+"""What one optimizer trains of a wrapped model: its parameters and buckets, and the state of what this rank steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .feature import Features
+from .options.config import Config
+from .plan.params import ManagedParam
+from .replica import Sharding
+from .state.dicts import StateDicts, StepCounter
+from .stepping.stepper import ShardStepper
+from .storage.bucket import Bucket, Segment
+from .storage.gradient_store import GradientStore
+
+
+class Trained:
+    """Those parameters and buckets of a replica that one optimizer steps.
+
+    Attributes:
+        number: of the optimizer among those of the model.
+        inner: the torch optimizer that was wrapped.
+        features: what takes part in its steps, besides what takes part in those of all optimizers of the model.
+        params, buckets: in the order in which they were taken in. The lists stay the same objects.
+        generations: for each time that some were taken in, their positions in `params` in the order in which the plan takes them.
+        stepper: steps what this rank owns of the buckets.
+        state_dicts: saves and loads its state.
+
+    Args:
+        seed: of stochastic rounding, the same on all ranks that step the same parameters.
+        since_average: counts steps since parameters were averaged; None where they are not.
+    """
+
+    def __init__(
+        self,
+        replica: Sharding,
+        inner: torch.optim.Optimizer,
+        config: Config,
+        seed: int,
+        since_average: StepCounter | None,
+    ) -> None:
+        self.number = 0
+        self.replica = replica
+        self.inner = inner
+        self.config = config
+        self.features = Features()
+        self.params: list[ManagedParam] = []
+        self.buckets: list[Bucket] = []
+        self.generations: list[list[int]] = []
+        self._versions: list[int] = []
+        self.stepper = ShardStepper(inner, seed, config)
+        self.state_dicts = StateDicts(
+            replica.transport, inner, self.params, self.buckets, self.stepper, config, since_average
+        )
+
+    def extend(self, params: Sequence[ManagedParam]) -> None:
+        """Take in further parameters, in buckets of their own, with the state that the inner optimizer has for them. Collective.
+
+        Before the next step, `adopt_buckets`.
+        """
+        self.buckets += self.replica.take_in(params, self.config.precision)
+        self.params += params
+        first = len(self.params) - len(params)
+        self.generations.append(list(reversed(range(first, len(self.params)))))
+        self._versions += [managed.param._version for managed in params]
+        self.state_dicts.begun.update(m.position for m in params if m.param in self.inner.state)
+        self.state_dicts.take_in_state()
+
+    def keep(self, kept: Sequence[ManagedParam]) -> None:
+        """Some parameters have left their buckets, and only these of `params` are left. Not collective."""
+        new_of = {managed: new for new, managed in enumerate(kept)}
+        new_position = {old: new_of[managed] for old, managed in enumerate(self.params) if managed in new_of}
+        self._versions = [self._versions[old] for old in new_position]
+        self.params[:] = kept
+        orders = [[new_position[old] for old in order if old in new_position] for order in self.generations]
+        self.generations = [order for order in orders if order]
+
+    def adopt_buckets(self) -> None:
+        """Step by the buckets, groups and state as they are now."""
+        self.stepper.adopt(self.buckets, self.stores)
+        self.state_dicts.consolidated = None
+
+    @property
+    def stores(self) -> list[GradientStore]:
+        """The gradients of its buckets."""
+        return [self.replica.reducer.stores[bucket.index] for bucket in self.buckets]
+
+    def segments(self) -> Iterator[Segment]:
+        """What this rank steps."""
+        for bucket in self.buckets:
+            yield from bucket.segments
+
+    def managed(self, param: Tensor) -> ManagedParam:
+        """What is known of a parameter.
+
+        Raises:
+            ConfigError: the optimizer does not train it.
+        """
+        for managed in self.params:
+            if managed.param is param:
+                return managed
+        raise ConfigError(
+            f"expected a parameter that this optimizer trains, got another tensor of shape {list(param.shape)}"
+        )
+
+    def gather_number(self, number: float, label: str) -> Tensor:
+        """A number of each rank, float64 [world_size]. Collective; the transport notices when another rank does something else."""
+        value = torch.tensor(number, dtype=torch.float64, device=self.params[0].param.device)
+        return self.replica.transport.gather_scalar(value, label=label)
+
+    def finish_reduces(self) -> Tensor:
+        """Have all gradients summed. Returns uint8 [number of parameters], 1 where there is a gradient to step with. Collective."""
+        self.replica.reducer.finish()
+        active = self.replica.reducer.view.take()
+        if not active.all():
+            self.replica.check_replaced(self.params)
+        return active
+
+    # Parameters are written by kernels and transports, behind autograd's back.
+
+    def note_changes(self, active: Tensor) -> None:
+        """Tell autograd of parameters that change, so that it can refuse a backward through a graph that was recorded before.
+
+        Args:
+            active: uint8 [number of parameters of the model], 1 for those that do.
+        """
+        flags = active.tolist()
+        for managed in self.params:
+            if flags[managed.index]:
+                torch.autograd.graph.increment_version(managed.param)
+        self._versions = [managed.param._version for managed in self.params]
+
+    def follow_writes(self) -> None:
+        """Let float32 masters follow parameters that something other than a step has written since, if anything has."""
+        if any(m.param._version != version for m, version in zip(self.params, self._versions, strict=True)):
+            self.take_up_writes()
+
+    def take_up_writes(self) -> None:
+        """Let float32 masters follow the parameters. Not collective."""
+        for bucket in self.buckets:
+            bucket.take_up_writes()
+
+    @contextmanager
+    def rewriting_parameters(self) -> Iterator[None]:
+        """Within it, every rank writes its own range of the buckets; then all get them. Collective."""
+        replica = self.replica
+        replica.gathers.finish_all()
+        everyone_came = replica.transport.start_rendezvous("writing parameters")
+        everyone_came.finish()  # nobody reads them any more
+        yield
+        for bucket in self.buckets:
+            replica.gathers.start(bucket)
+        replica.gathers.leave_to_readers()
+        self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8))
