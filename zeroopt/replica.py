@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from .plan.dtensors import count_copies, find_mesh, mesh_groups
 from .plan.params import ManagedParam
 from .storage.broadcast import Broadcaster
 from .storage.bucket import Bucket, make_buckets
+from .storage.buffer_pool import BufferPool
+from .storage.gradient_store import GradientStore
 
 
 class Sharding:
@@ -56,7 +59,6 @@ class Sharding:
         config: Config,
         transport: Transport,
         group: dist.ProcessGroup,
-        norm_group: dist.ProcessGroup | None,
         features: Features,
         turnout: Turnout,
         check_outside: Callable[[str], None],
@@ -68,7 +70,9 @@ class Sharding:
         self.group = group
         self.mesh = find_mesh(module, group)
         self.mesh_groups = mesh_groups(self.mesh)
-        self.norm_groups = NormGroups([*self.mesh_groups, *([norm_group] if norm_group is not None else [])])
+        self.norm_groups = NormGroups(
+            [*self.mesh_groups, *([config.norm_group] if config.norm_group is not None else [])]
+        )
         self.broadcaster = Broadcaster(group) if transport.world_size > 1 else None
         self.params: list[ManagedParam] = []
         self.buckets: list[Bucket] = []
@@ -76,16 +80,23 @@ class Sharding:
         self.optimizers: list[torch.optim.Optimizer] = []
         sharded = ShardedView(transport, features, check_outside, self.mesh_groups) if placement.shard_state else None
         view: GradientView = WholeView(transport) if sharded is None else sharded
+        pool = BufferPool(config, transport) if placement.shard_gradient else None
         self.reducer = GradientReducer(
             module,
             transport,
             view,
             features,
             turnout,
-            placement,
+            partial(
+                GradientStore,
+                placement=placement,
+                reduce_dtype=config.reduce_dtype,
+                transport=transport,
+                pool=pool,
+            ),
+            pool,
             overlap=config.overlap,
             bucket_buffers=config.bucket_buffers,
-            reduce_dtype=config.reduce_dtype,
         )
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import _C
+from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
 from .collectives import Transport, check_transport, connect_transport
 from .collectives.lone import default_group
@@ -19,7 +19,8 @@ from .features.of_model import ModelFeatures
 from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
-from .options.config import Config, Fused, check_config, check_param_dtypes
+from .options.config import Config, Fused, check_param_dtypes
+from .options.precision import Precision
 from .plan.agreement import agree, describe_groups, describe_params
 from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
 from .plan.params import ManagedParam
@@ -136,13 +137,7 @@ def wrap(
     options: list[str] = []
     average: ParameterAverage | None = None
     try:
-        average = average_over(group, average_every, average_group, shares=share_parameters)
-        if check_every is not None and average is not None and average.alone:
-            raise ConfigError("check_every compares parameters between ranks, which average_every lets train alone")
-        mesh = find_mesh(module, group) if isinstance(module, nn.Module) else None
-        beyond = mesh_groups(mesh)
-        check_norm_group(norm_group, [group, *beyond])
-        config = check_config(
+        config = Config(
             stage=stage,
             bucket_mb=bucket_mb,
             fused=fused,
@@ -150,21 +145,25 @@ def wrap(
             overlap=overlap,
             broadcast_buffers=broadcast_buffers,
             sync_module_states=sync_module_states,
-            param_dtype=param_dtype,
-            reduce_dtype=reduce_dtype,
-            master_weights=master_weights,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
             share_parameters=share_parameters,
+            reduce_dtype=reduce_dtype,
             bucket_buffers=bucket_buffers,
-            average_every=average_every,
-            cast_inputs=cast_inputs,
             check_every=check_every,
+            precision=Precision(param_dtype, master_weights, state_dtype),
+            max_grad_norm=max_grad_norm,
+            cast_inputs=cast_inputs,
+            average_every=average_every,
+            norm_group=norm_group,
+            average_group=average_group,
         )
+        average = average_over(group, config)
+        mesh = find_mesh(module, group) if isinstance(module, nn.Module) else None
+        beyond = mesh_groups(mesh)
+        check_norm_group(norm_group, [group, *beyond])
         if first is not None:
             config.check_shares(first.config)
             _check_group(given_group, first.group)
-        options = [*config.describe(), f"option norm_group is {'not ' if norm_group else ''}None"]
+        options = config.describe()
         params = inspect(module, optimizer, () if first is None else first.params)
         for managed in params:
             managed.copies = count_copies(managed, mesh)
@@ -191,7 +190,6 @@ def wrap(
         config,
         connected,
         group,
-        norm_group,
         features.features,
         features.turnout,
         features.join.check_outside,
@@ -248,7 +246,7 @@ def _describe(
     options: Sequence[str], model: nn.Module, optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
 ) -> list[str]:
     """What all ranks have to have in common, one fact a line."""
-    lines = [f"zeroopt {_C.build_info()['version']}", *options, *describe_params(params)]
+    lines = [f"zeroopt {build_info()['version']}", *options, *describe_params(params)]
     managed_params = {managed.param for managed in params}
     for name, param in model.named_parameters():
         if param not in managed_params:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import _C
+from .._C import build_info
 from ..errors import ConfigError, KernelUnavailableError, NotSupportedError
 from ..gradients.sharded_tensor import ShardedGradient
 from ..optim import FusedOptimizer
@@ -182,7 +182,7 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
     device = params[0].param.device
     if device.type not in ("cpu", "cuda"):
         raise NotSupportedError(f"expected parameters on cpu or cuda, got {device}")
-    if device.type == "cuda" and not _C.build_info()["cuda"]:
+    if device.type == "cuda" and not build_info()["cuda"]:
         raise KernelUnavailableError(
             "the parameters are on a CUDA device, but zeroopt was built without CUDA: reinstall it where nvcc is found, "
             "with ZEROOPT_CUDA=on to be told why if that fails"

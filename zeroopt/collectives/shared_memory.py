@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _C
+from .._C import SharedMapping
 from ..errors import CollectiveError
 
 
@@ -89,7 +89,7 @@ def map_together(
             for owner in owners:
                 if owner not in opened:
                     opened[owner] = open_peer_memory(addresses[owner])
-                mapped.append(torch.frombuffer(_C.SharedMapping(opened[owner], num_bytes), dtype=torch.uint8))
+                mapped.append(torch.frombuffer(SharedMapping(opened[owner], num_bytes), dtype=torch.uint8))
     except (OSError, RuntimeError) as error:
         problem = f"rank {group.rank()} cannot map the memory of rank {owner}: {error}"
     reason = first_problem(group, problem)  # also keeps descriptors open until all have mapped them

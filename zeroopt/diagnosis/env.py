@@ -8,12 +8,12 @@ import platform
 import torch
 import torch.distributed as dist
 
-from .. import _C
+from .._C import build_info
 
 
 def environment() -> dict[str, str]:
     """Facts of this installation and machine, by name. Not collective."""
-    build = _C.build_info()
+    build = build_info()
     cuda = f"{build['cuda_version']} ({' '.join(build['cuda_archs'])})" if build["cuda"] else "not compiled in"
     return {
         "zeroopt": build["version"],

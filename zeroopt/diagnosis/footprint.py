@@ -13,6 +13,7 @@ from ..collectives import Transport
 from ..options.config import Config
 from ..stepping.rules import FusedRule, rule_for
 from ..storage.bucket import Bucket, Segment
+from ..storage.buffer_pool import bytes_of_buffer, num_buffers
 from ..storage.gradient_store import GradientStore
 
 _log = logging.getLogger("zeroopt")
@@ -50,17 +51,12 @@ def footprint(
 ) -> Footprint:
     """Count before the first step what a rank will hold. Not collective."""
     sharing = transport.world_size // len(transport.writers) if config.share_parameters else 1
-    full = [
-        bucket.padded_numel * (config.reduce_dtype or bucket.dtype).itemsize
-        for bucket in buckets
-        if config.placement.shard_gradient
-    ]
     rule = rule_for(optimizer)
     return Footprint(
         parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
         masters=sum(bucket.master.nbytes for bucket in buckets if bucket.master is not None),
         gradients=sum(map(_gradient_bytes, stores)),
-        buffers=max(full, default=0) * (config.bucket_buffers if config.overlap else 1),
+        buffers=num_buffers(config) * bytes_of_buffer(config, buckets) if config.placement.shard_gradient else 0,
         moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),
     )
 

@@ -27,6 +27,7 @@ from ..collectives.base import PendingWork
 from ..collectives.lone import is_lone
 from ..errors import CollectiveError, ConfigError, RankMismatchError
 from ..feature import Feature, Step
+from ..options.config import Config
 from ..options.precision import join_master, round_master, split_master
 from ..plan.agreement import agree, agreement_device
 from ..storage.broadcast import Broadcaster
@@ -159,27 +160,26 @@ def _write_exact(bucket: Bucket, values: Tensor) -> None:
         bucket.master.copy_(remainders)
 
 
-def average_over(
-    group: dist.ProcessGroup, average_every: int | None, average_group: dist.ProcessGroup | None, *, shares: bool
-) -> ParameterAverage | None:
-    """What the options ask for. Not collective.
+def average_over(group: dist.ProcessGroup, config: Config) -> ParameterAverage | None:
+    """What the options ask for of ranks that train with a process group. Not collective.
 
     Raises:
         ConfigError: the options or the groups do not fit together.
     """
+    average_every, average_group = config.average_every, config.average_group
     if average_every is None:
-        if average_group is not None:
-            raise ConfigError("average_group needs average_every, the number of steps between two averages")
         return None
-    if not isinstance(average_every, int) or isinstance(average_every, bool) or average_every < 1:
-        raise ConfigError(f"expected average_every to be a positive number of steps or None, got {average_every!r}")
     if average_group is None:
-        if shares:
+        if config.share_parameters:
             raise ConfigError(
                 "share_parameters=True with average_every needs an average_group: without one, every rank trains parameters "
                 "of its own"
             )
-        return None if is_lone(group) else ParameterAverage(group, average_every, alone=True)
+        if is_lone(group):
+            return None
+        if config.check_every is not None:
+            raise ConfigError("check_every compares parameters between ranks, which average_every lets train alone")
+        return ParameterAverage(group, average_every, alone=True)
     if not isinstance(average_group, dist.ProcessGroup):
         raise ConfigError(
             f"expected average_group to be a torch.distributed.ProcessGroup that this rank is in, got {average_group!r}"

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections.abc import Sequence
 
-from .. import _C
+from .._C import Plan
 from ..collectives import Transport
 from ..feature import Feature, Step
 from ..plan.buckets import agree_on_order, in_order, is_grouped_alike, make_plan
@@ -66,7 +66,7 @@ class Replanning(Feature):
         """
         trained = self._trained
         order = [] if layout is None else [list(generation) for generation in layout.order]
-        plan: _C.Plan | None = None
+        plan: Plan | None = None
         ordered: list[ManagedParam] = []
         if len(order) == 1 and sorted(order[0]) == list(range(len(trained.params))) and self._is_alone():
             ordered = in_order(trained.params, order[0])
@@ -90,7 +90,7 @@ class Replanning(Feature):
         has_whole = any(managed.is_whole for managed in trained.params)
         return len(trained.buckets) == len(self._replica.buckets) and len(trained.generations) == 1 and not has_whole
 
-    def _make_plan(self, ordered: Sequence[ManagedParam]) -> _C.Plan:
+    def _make_plan(self, ordered: Sequence[ManagedParam]) -> Plan:
         config, world_size = self._trained.config, self._replica.transport.world_size
         shard_state = config.placement.shard_state
         return make_plan(ordered, world_size, config.bucket_bytes, config.precision, shard_state=shard_state)
@@ -136,9 +136,7 @@ class Replanning(Feature):
         trained.generations = [list(order)]
 
 
-def _log_new_plan(
-    buckets: Sequence[Bucket], plan: _C.Plan, ordered: Sequence[ManagedParam], transport: Transport
-) -> None:
+def _log_new_plan(buckets: Sequence[Bucket], plan: Plan, ordered: Sequence[ManagedParam], transport: Transport) -> None:
     """Say on rank 0, with level DEBUG, what changes."""
     if transport.group.rank() == 0:
         first = [ordered[i].name for i in plan.buckets[0].params]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import _C, ops
+from .. import ops
+from .._C import pack as pack_unchecked
 from ..errors import StateError
 from ..plan.params import ManagedParam
 from ..profiling import named_range
@@ -76,11 +77,11 @@ class Filling:
         """Move a gradient into its bucket."""
         grad = self._view.take_local(managed)
         if grad.is_cpu:
-            # The kernel without the checks of `ops.pack`: this runs between two of autograd's own.
+            # Without the checks of `ops.pack`: this runs between two of autograd's own.
             code = ops.DTYPE_CODES[grad.dtype]
             address = full.data_ptr() + managed.offset * full.element_size()
             numel, threads = managed.numel, torch.get_num_threads()
-            _C.pack(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
+            pack_unchecked(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
         else:
             ops.pack(grad, managed.view_in(full), scale=self.scale)
         self._view.packed(managed)

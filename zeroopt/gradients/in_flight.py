@@ -10,7 +10,8 @@ from ..collectives import PendingCollective, Transport
 from ..feature import Features
 from ..profiling import named_range
 from ..storage.bucket import Bucket
-from ..storage.gradient_store import BufferPool, GradientStore
+from ..storage.buffer_pool import BufferPool
+from ..storage.gradient_store import GradientStore
 
 
 class InFlight:

@@ -8,7 +8,7 @@ this rank did not use) counts as zero, and the remaining buckets start.
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from itertools import islice
 
 import torch
@@ -18,12 +18,12 @@ from ..collectives import Transport
 from ..collectives.turnout import Turnout
 from ..errors import StateError
 from ..feature import Features
-from ..options.config import Placement
 from ..parameters.buffers import BufferSync
 from ..plan.params import ManagedParam, ParamState
 from ..profiling import named_range
 from ..storage.bucket import Bucket
-from ..storage.gradient_store import BufferPool, GradientStore
+from ..storage.buffer_pool import BufferPool
+from ..storage.gradient_store import GradientStore
 from ..untraced import untraced
 from .filling import Filling
 from .hooks import GradientHook
@@ -48,6 +48,10 @@ class GradientReducer:
         is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
         num_backwards_stepped: `num_backwards` when the last of them was taken, or left out.
+
+    Args:
+        make_store: makes that of a bucket.
+        pool: from which stores borrow full buffers; None where each has its own.
     """
 
     def __init__(
@@ -57,11 +61,11 @@ class GradientReducer:
         view: GradientView,
         features: Features,
         turnout: Turnout,
-        placement: Placement,
+        make_store: Callable[[Bucket], GradientStore],
+        pool: BufferPool | None,
         *,
         overlap: bool,
         bucket_buffers: int,
-        reduce_dtype: torch.dtype | None,
     ) -> None:
         self.sync = True
         self.view = view
@@ -73,19 +77,16 @@ class GradientReducer:
         self.num_backwards = 0
         self.num_backwards_stepped = 0
         self._transport = transport
-        self._placement = placement
+        self._make_store = make_store
+        self._pool = pool
         self._turnout = turnout
         self._events = features.calls
         self._overlap = overlap
         self._bucket_buffers = bucket_buffers
-        self._reduce_dtype = reduce_dtype
-        self._pool: BufferPool | None = None
-        if placement.shard_gradient:
-            self._pool = BufferPool(reduce_dtype, transport, bucket_buffers if overlap else 1)
         self._hooks: list[GradientHook] = []
         self._buckets: list[Bucket] = []
         self._filling = Filling(view)
-        self._in_flight = InFlight(transport, features, self._pool)
+        self._in_flight = InFlight(transport, features, pool)
         self._used = UsedParams(transport)
         self._left_local = False  # by a backward under no_sync()
         self._running = False  # between the first hook of a backward and its end
@@ -151,10 +152,7 @@ class GradientReducer:
         self._buckets += buckets
         if self._pool is not None:
             self._pool.fit(self._buckets)
-        self.stores += [
-            GradientStore(bucket, self._placement, self._reduce_dtype, self._transport, self._pool)
-            for bucket in buckets
-        ]
+        self.stores += map(self._make_store, buckets)
         # Stage 0 has to wait for its reduces in any case, to gather them.
         bounded = self._transport.needs_staging or self.stores[0].sum_is_spread
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)

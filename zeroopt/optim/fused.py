@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError, NotSupportedError, ZeroOptError
 from ..ops.checks import is_dense
-from ..options.config import MASTER_WEIGHTS
+from ..options.precision import MASTER_WEIGHTS
 from ..state.tiers import readable
 from ..state.torch_releases import options_of
 from ..stepping.rules import FusedRule

@@ -2,6 +2,8 @@
 
 In reading order; each imports from those above it:
 
+    checks     what several options are checked for
     precision  in what precision parameters, gradients and state are kept; masters taken apart and joined
+    placement  what a rank keeps of a bucket: in what the stages differ
     config     `Config`, the options of `zeroopt.wrap`
 """

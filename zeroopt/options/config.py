@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from ..errors import ConfigError, NotSupportedError
+from .checks import check_every_so_many_steps, check_one_of
+from .placement import PLACEMENTS, Placement
 from .precision import Precision
 
 Fused = bool | Literal["auto"]
 
 TRANSPORTS = ("auto", "torch", "pairwise", "shm")
-MASTER_WEIGHTS = ("float32", "remainder", "none")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What one rank keeps of every bucket. This is all in which the stages differ."""
-
-    shard_state: bool
-    """Optimizer state covers this rank's slice of a bucket rather than the whole bucket."""
-    shard_gradient: bool
-    """Only this rank's slice of the reduced gradient is kept; the full buffer goes back to a pool after its reduce."""
-
-
-PLACEMENTS = {
-    0: Placement(shard_state=False, shard_gradient=False),
-    1: Placement(shard_state=True, shard_gradient=False),
-    2: Placement(shard_state=True, shard_gradient=True),
-}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Checked options; see `zeroopt.wrap` for what each means."""
+    """Options that are good by themselves; see `zeroopt.wrap` for what each means.
+
+    Ranks have to agree on all of them, and so have the optimizers of a model. Groups, which each rank knows by other ranks, are
+    left out of that (`compare=False`).
+
+    Raises:
+        ConfigError: a value that no release would take.
+        NotSupportedError: a value of the fixed API that this release cannot honour yet.
+    """
 
     stage: int
     bucket_mb: float
@@ -53,6 +46,31 @@ class Config:
     max_grad_norm: float | None
     cast_inputs: bool
     average_every: int | None
+    norm_group: dist.ProcessGroup | None = field(compare=False)
+    average_group: dist.ProcessGroup | None = field(compare=False)
+
+    def __post_init__(self) -> None:
+        check_one_of("stage", self.stage, tuple(PLACEMENTS))
+        check_one_of("transport", self.transport, TRANSPORTS)
+        check_one_of("fused", self.fused, (True, False, "auto"))
+        _check_bucket_mb(self.bucket_mb)
+        for name in ("overlap", "broadcast_buffers", "sync_module_states", "share_parameters", "cast_inputs"):
+            check_one_of(name, getattr(self, name), (True, False))
+        _check_bucket_buffers(self.bucket_buffers)
+        check_every_so_many_steps("check_every", self.check_every)
+        check_every_so_many_steps("average_every", self.average_every)
+        _check_reduce_dtype(self.reduce_dtype, self.stage)
+        _check_max_grad_norm(self.max_grad_norm)
+        if self.share_parameters and self.stage == 0:
+            raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
+        if self.cast_inputs and self.precision.param_dtype is None:
+            raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
+        if self.average_group is not None and self.average_every is None:
+            raise ConfigError("average_group needs average_every, the number of steps between two averages")
+        # 25 and 25.0 are the same option, and read alike wherever ranks compare them.
+        object.__setattr__(self, "bucket_mb", float(self.bucket_mb))
+        if self.max_grad_norm is not None:
+            object.__setattr__(self, "max_grad_norm", float(self.max_grad_norm))
 
     @property
     def placement(self) -> Placement:
@@ -67,85 +85,20 @@ class Config:
         own = {"fused", "precision"}
         if self.precision.param_dtype is None:
             own.add("cast_inputs")  # which could not be given
-        for name, value in vars(first).items():
-            if name not in own and getattr(self, name) != value:
+        for name in self._compared():
+            if name not in own and getattr(self, name) != getattr(first, name):
                 raise ConfigError(
-                    f"the model was wrapped with {name}={value!r} for its first optimizer, and is now wrapped with "
-                    f"{name}={getattr(self, name)!r}; only fused, param_dtype, master_weights and state_dtype may differ"
+                    f"the model was wrapped with {name}={getattr(first, name)!r} for its first optimizer, and is now wrapped "
+                    f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights and state_dtype may differ"
                 )
 
     def describe(self) -> list[str]:
         """One line for each option on which all ranks have to agree."""
-        return [f"option {name}={getattr(self, name)!r}" for name in sorted(vars(self))]
+        lines = [f"option {name}={getattr(self, name)!r}" for name in sorted(self._compared())]
+        return [*lines, f"option norm_group is {'' if self.norm_group is None else 'not '}None"]
 
-
-def check_config(
-    *,
-    stage: int,
-    bucket_mb: float,
-    fused: Fused,
-    transport: str,
-    overlap: bool,
-    broadcast_buffers: bool,
-    sync_module_states: bool,
-    share_parameters: bool,
-    reduce_dtype: torch.dtype | None,
-    bucket_buffers: int,
-    check_every: int | None,
-    param_dtype: torch.dtype | None,
-    master_weights: str,
-    state_dtype: torch.dtype,
-    max_grad_norm: float | None,
-    cast_inputs: bool,
-    average_every: int | None,
-) -> Config:
-    """Return the checked options.
-
-    Raises:
-        ConfigError: a value that no release would take.
-        NotSupportedError: a value of the fixed API that this release cannot honour yet.
-    """
-    _check_one_of("stage", stage, tuple(PLACEMENTS))
-    _check_one_of("transport", transport, TRANSPORTS)
-    _check_one_of("fused", fused, (True, False, "auto"))
-    if not isinstance(bucket_mb, (int, float)) or isinstance(bucket_mb, bool) or not 0 < bucket_mb < float("inf"):
-        raise ConfigError(f"expected bucket_mb to be a positive number of MiB, got {bucket_mb!r}")
-    for name, value in (
-        ("overlap", overlap),
-        ("broadcast_buffers", broadcast_buffers),
-        ("sync_module_states", sync_module_states),
-        ("share_parameters", share_parameters),
-        ("cast_inputs", cast_inputs),
-    ):
-        _check_one_of(name, value, (True, False))
-    if not isinstance(bucket_buffers, int) or isinstance(bucket_buffers, bool) or bucket_buffers < 1:
-        raise ConfigError(f"expected bucket_buffers to be a positive number of buffers, got {bucket_buffers!r}")
-    if check_every is not None and (type(check_every) is not int or check_every < 1):
-        raise ConfigError(f"expected check_every to be a positive number of steps or None, got {check_every!r}")
-    if share_parameters and stage == 0:
-        raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
-    _check_reduce_option(reduce_dtype, stage)
-    _check_max_grad_norm(max_grad_norm)
-    precision = _check_precision(param_dtype, master_weights, state_dtype)
-    if cast_inputs and param_dtype is None:
-        raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
-    return Config(
-        int(stage),
-        float(bucket_mb),
-        fused,
-        transport,
-        overlap,
-        broadcast_buffers,
-        sync_module_states,
-        share_parameters,
-        reduce_dtype,
-        bucket_buffers,
-        check_every,
-        precision,
-        None if max_grad_norm is None else float(max_grad_norm),
-        cast_inputs,
-        average_every,
-    )
+    def _compared(self) -> list[str]:
+        return [option.name for option in fields(self) if option.compare]
 
 
 def check_param_dtypes(config: Config, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -157,37 +110,29 @@ def check_param_dtypes(config: Config, dtypes: Mapping[str, torch.dtype]) -> Non
             raise ConfigError(
                 f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {name!r} of {dtype}"
             )
-        _check_reduce_dtype(config.reduce_dtype, config.precision.stored_dtype(dtype))
+        _check_fits(config.reduce_dtype, config.precision.stored_dtype(dtype))
 
 
-def _check_reduce_dtype(reduce_dtype: torch.dtype | None, stored: torch.dtype) -> None:
+def _check_fits(reduce_dtype: torch.dtype | None, stored: torch.dtype) -> None:
     widths = {stored.itemsize, (reduce_dtype or stored).itemsize}
     if reduce_dtype not in (None, stored) and widths != {2, 4}:
         raise ConfigError(f"reduce_dtype={reduce_dtype} does not fit parameters of {stored}: leave it at None")
 
 
-def _check_reduce_option(reduce_dtype: torch.dtype | None, stage: int) -> None:
-    _check_one_of("reduce_dtype", reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
+def _check_bucket_mb(bucket_mb: float) -> None:
+    if not isinstance(bucket_mb, (int, float)) or isinstance(bucket_mb, bool) or not 0 < bucket_mb < float("inf"):
+        raise ConfigError(f"expected bucket_mb to be a positive number of MiB, got {bucket_mb!r}")
+
+
+def _check_bucket_buffers(bucket_buffers: int) -> None:
+    if not isinstance(bucket_buffers, int) or isinstance(bucket_buffers, bool) or bucket_buffers < 1:
+        raise ConfigError(f"expected bucket_buffers to be a positive number of buffers, got {bucket_buffers!r}")
+
+
+def _check_reduce_dtype(reduce_dtype: torch.dtype | None, stage: int) -> None:
+    check_one_of("reduce_dtype", reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     if reduce_dtype is not None and stage == 0:
         raise NotSupportedError("reduce_dtype is supported in stages 1 and 2; leave it at None in stage 0")
-
-
-def _check_precision(param_dtype: torch.dtype | None, master_weights: str, state_dtype: torch.dtype) -> Precision:
-    _check_one_of("param_dtype", param_dtype, (None, torch.bfloat16, torch.float16))
-    _check_one_of("master_weights", master_weights, MASTER_WEIGHTS)
-    _check_one_of("state_dtype", state_dtype, (torch.float32, torch.bfloat16, torch.int8))
-    if master_weights != "float32" and param_dtype is not torch.bfloat16:
-        raise ConfigError(
-            f"master_weights={master_weights!r} completes or rounds bfloat16 parameters: it needs "
-            f"param_dtype=torch.bfloat16, got {param_dtype}"
-        )
-    return Precision(param_dtype, master_weights, state_dtype)
-
-
-def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
-        choices = ", ".join(repr(option) for option in allowed)
-        raise ConfigError(f"expected {name} to be one of {choices}, got {value!r}")
 
 
 def _check_max_grad_norm(max_grad_norm: float | None) -> None:

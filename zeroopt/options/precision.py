@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import ConfigError
+from .checks import check_one_of
 
 # Where parameters, their gradients and their state begin: at multiples of so many bytes, as whatever torch's CPU allocator
 # makes. Libraries of matrix multiplication (MKL) go other ways for operands that begin elsewhere, and add in another order:
@@ -17,17 +19,33 @@ ALIGNMENT_BYTES = 64
 _ALIGNMENT = ALIGNMENT_BYTES // 2  # elements: enough in every dtype of parameters and of their state, but for 8 bits
 
 
+MASTER_WEIGHTS = ("float32", "remainder", "none")
+
+
 @dataclass(frozen=True)
 class Precision:
     """The options `param_dtype`, `master_weights` and `state_dtype` of `zeroopt.wrap`.
 
     Attributes:
         param_dtype: what parameters are cast to; None leaves them as they are.
+
+    Raises:
+        ConfigError: there is no such precision.
     """
 
     param_dtype: torch.dtype | None = None
     master_weights: str = "float32"
     state_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_one_of("param_dtype", self.param_dtype, (None, torch.bfloat16, torch.float16))
+        check_one_of("master_weights", self.master_weights, MASTER_WEIGHTS)
+        check_one_of("state_dtype", self.state_dtype, (torch.float32, torch.bfloat16, torch.int8))
+        if self.master_weights != "float32" and self.param_dtype is not torch.bfloat16:
+            raise ConfigError(
+                f"master_weights={self.master_weights!r} completes or rounds bfloat16 parameters: it needs "
+                f"param_dtype=torch.bfloat16, got {self.param_dtype}"
+            )
 
     @property
     def alignment(self) -> int:
@@ -40,9 +58,8 @@ class Precision:
 
     def master_dtype(self, stored: torch.dtype) -> torch.dtype | None:
         """Of what completes a parameter of a bucket of this dtype; None where nothing does."""
-        if self.param_dtype is None or stored is torch.float32 or self.master_weights == "none":
-            return None
-        return torch.float32 if self.master_weights == "float32" else torch.int16
+        storage = self.storage(stored, stored)
+        return None if storage is None else storage.master_dtype
 
     def sum_dtype(self, stored: torch.dtype, *, shard_state: bool) -> torch.dtype:
         """Of the sum of the gradients of such a bucket. Where ranks keep it by slices, it is as precise as the master."""

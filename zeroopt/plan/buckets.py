@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .. import _C
+from .._C import Plan, Segment
 from ..collectives import Transport, named_failures
 from ..options.precision import Precision
 from .params import ManagedParam
@@ -17,7 +17,7 @@ PLANNING_ANEW = "planning the buckets anew, after the first step"  # for message
 
 def make_plan(
     params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision, *, shard_state: bool
-) -> _C.Plan:
+) -> Plan:
     """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
 
     With `shard_state`, whole parameters lie in one slice each. (Without, every rank steps all slices.)
@@ -25,7 +25,7 @@ def make_plan(
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
     kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
     kind_of = [kinds.setdefault((d, p.param.device, p.copies), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
-    return _C.Plan(
+    return Plan(
         [p.numel for p in params],
         kind_of,
         [dtype.itemsize for dtype in dtypes],
@@ -36,12 +36,12 @@ def make_plan(
     )
 
 
-def own_segments(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state: bool) -> list[_C.Segment]:
+def own_segments(plan: Plan, bucket: int, transport: Transport, *, shard_state: bool) -> list[Segment]:
     """The planned segments of a bucket that this rank steps."""
     return plan.segments(bucket, *own_range(plan, bucket, transport, shard_state=shard_state))
 
 
-def own_range(plan: _C.Plan, bucket: int, transport: Transport, *, shard_state: bool) -> tuple[int, int]:
+def own_range(plan: Plan, bucket: int, transport: Transport, *, shard_state: bool) -> tuple[int, int]:
     """First and last element, plus one, of what this rank steps of a bucket: its slice, or without `shard_state` all of it."""
     if not shard_state:
         return 0, plan.buckets[bucket].padded_numel
@@ -67,7 +67,7 @@ def in_order(params: Sequence[ManagedParam], order: Sequence[int]) -> list[Manag
     return [params[index] for index in reversed(order)]
 
 
-def is_grouped_alike(before: Sequence[set[int]], plan: _C.Plan, ordered: Sequence[ManagedParam]) -> bool:
+def is_grouped_alike(before: Sequence[set[int]], plan: Plan, ordered: Sequence[ManagedParam]) -> bool:
     """Whether a plan puts the same parameters into the same buckets, in whatever order within a bucket.
 
     Args:

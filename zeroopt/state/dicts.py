@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import _C
+from .._C import Plan
 from ..collectives import Transport
 from ..errors import StateError
 from ..options.config import Config
@@ -290,7 +290,7 @@ class StateDicts(StateHolder):
             s.owner.position: (s.start, s.start + s.numel) for s in self._segments()
         }
 
-    def would_match(self, layout: ShardLayout, plan: _C.Plan, ordered: Sequence[ManagedParam]) -> bool:
+    def would_match(self, layout: ShardLayout, plan: Plan, ordered: Sequence[ManagedParam]) -> bool:
         """Whether what was saved is whole, or a shard of exactly the elements that this rank would have under another plan."""
         if not layout.is_shard:
             return True

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _C
+from .._C import Plan
 from ..collectives import Transport, named_failures
 from ..plan.buckets import PLANNING_ANEW, own_segments
 from ..plan.params import ManagedParam, ParamState
@@ -24,7 +24,7 @@ from .entries import Path, block_of, is_array, map_leaves
 def move_state(
     state: MutableMapping[Tensor, ParamState],
     buckets: Sequence[Bucket],
-    plan: _C.Plan,
+    plan: Plan,
     ordered: Sequence[ManagedParam],
     transport: Transport,
     *,

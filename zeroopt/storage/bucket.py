@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _C
+from .._C import BucketPlan, Plan
+from .._C import Segment as PlannedSegment
 from ..collectives import Transport
 from ..options.precision import Precision, join_master, round_master, split_master
 from ..own_storage import with_own_storage
@@ -69,7 +70,7 @@ class Bucket:
     def __init__(
         self,
         index: int,
-        layout: _C.BucketPlan,
+        layout: BucketPlan,
         params: Sequence[ManagedParam],
         own_range: tuple[int, int],
         transport: Transport,
@@ -112,7 +113,7 @@ class Bucket:
                 self.master[first - begin : last - begin].copy_(master)
         managed.set_local(view)
 
-    def cut_segments(self, pieces: Sequence[_C.Segment], params: Sequence[ManagedParam]) -> None:
+    def cut_segments(self, pieces: Sequence[PlannedSegment], params: Sequence[ManagedParam]) -> None:
         """Make the segments of the own range, as planned."""
         stepped = self.master if self.master is not None and self.master.dtype is torch.float32 else self.own_param
         for piece in pieces:
@@ -202,7 +203,7 @@ class Bucket:
 
 
 def make_buckets(
-    plan: _C.Plan,
+    plan: Plan,
     params: Sequence[ManagedParam],
     transport: Transport,
     precision: Precision,

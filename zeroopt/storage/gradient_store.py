@@ -10,61 +10,16 @@ master. Where the two differ, stage 1 keeps its sum apart as stage 2 does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..collectives import PendingCollective, Transport
-from ..options.config import Placement
+from ..options.placement import Placement
 from ..own_storage import with_own_storage
 from ..plan.params import ManagedParam
 from .bucket import Bucket, Segment
-
-
-class BufferPool:
-    """The full gradient buffers that buckets of stage 2 share; there are `count` and never more."""
-
-    def __init__(self, dtype: torch.dtype | None, transport: Transport, count: int) -> None:
-        self._dtype = dtype
-        self._transport = transport
-        self._count = count
-        self._num_bytes = 0
-        self._free: list[Tensor] = []
-        self._by_address: dict[int, Tensor] = {}
-
-    def fit(self, buckets: Sequence[Bucket]) -> None:
-        """Make buffers in which each of these buckets fits. Collective. None may be lent."""
-        num_bytes = max(bucket.padded_numel * (self._dtype or bucket.dtype).itemsize for bucket in buckets)
-        if num_bytes > self._num_bytes:
-            self.let_go()
-            self._num_bytes = num_bytes
-            device = buckets[0].device
-            self._free = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(self._count)]
-            self._by_address = {raw.data_ptr(): raw for raw in self._free}
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def borrow(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        """A buffer of the bucket's size, zero wherever no parameter lies."""
-        full = self._free.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
-        bucket.zero_gaps(full)
-        return full
-
-    def give_back(self, full: Tensor) -> None:
-        # At the front: of buffers that are used in turn, more would be resident.
-        self._free.insert(0, self._by_address[full.data_ptr()])
-
-    def let_go(self) -> None:
-        """Free all buffers. Those that are lent belong to reduces that this rank has finished."""
-        for raw in self._by_address.values():
-            self._transport.free(raw)
-        self._num_bytes = 0
-        self._by_address.clear()
-        self._free.clear()
+from .buffer_pool import BufferPool
 
 
 class GradientStore:

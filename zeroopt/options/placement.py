@@ -1,0 +1,22 @@
+"""What one rank keeps of every bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one rank keeps of every bucket. This is all in which the stages differ."""
+
+    shard_state: bool
+    """Optimizer state covers this rank's slice of a bucket rather than the whole bucket."""
+    shard_gradient: bool
+    """Only this rank's slice of the reduced gradient is kept; the full buffer goes back to a pool after its reduce."""
+
+
+PLACEMENTS = {
+    0: Placement(shard_state=False, shard_gradient=False),
+    1: Placement(shard_state=True, shard_gradient=False),
+    2: Placement(shard_state=True, shard_gradient=True),
+}
