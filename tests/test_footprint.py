@@ -32,7 +32,11 @@ def counted(variants: list[dict[str, Any]]) -> list[tuple[Footprint, int]]:
     for options in variants:
         model, optimizer = wrapped(options)
         held = footprint(
-            optimizer._trained.buckets, optimizer._reducer.stores, optimizer._inner, optimizer._config, optimizer._transport
+            optimizer._trained.buckets,
+            optimizer._reducer.stores,
+            optimizer._inner,
+            optimizer._config,
+            optimizer._transport,
         )
         model(torch.randn(2, WIDTH, dtype=options.get("param_dtype"))).float().sum().backward()
         optimizer.step()

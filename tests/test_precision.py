@@ -311,7 +311,8 @@ def masters_after_wrapping() -> tuple[list[Tensor], list[Tensor]]:
         dist.broadcast(value, 0)
     _, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), param_dtype=BF16)
     parts = [
-        (s.shard.detach(), before[s.owner.name].flatten()[s.start : s.start + s.numel]) for s in optimizer._trained.segments()
+        (s.shard.detach(), before[s.owner.name].flatten()[s.start : s.start + s.numel])
+        for s in optimizer._trained.segments()
     ]
     return [mine for mine, _ in parts], [theirs for _, theirs in parts]
 

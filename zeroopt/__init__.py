@@ -4,6 +4,7 @@
 
 In reading order; each imports from those above it:
 
+    source_folder     the package imported where there are no kernels
     errors            the exceptions
     profiling         ranges for torch's profiler
     untraced          what torch.compile has to leave alone
@@ -37,7 +38,13 @@ In reading order; each imports from those above it:
 A folder lists its files likewise. CONTRIBUTING.md says what goes where.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch as _torch  # noqa: F401  first: the kernels then share the OpenMP runtime that torch brought
+
+from .source_folder import check_kernels
+
+check_kernels()  # before anything asks for them
 
 from . import ops, optim
 from ._C import build_info
@@ -52,17 +59,32 @@ from .errors import (
     StateError,
     ZeroOptError,
 )
+from .feature import Feature
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
 from .unwrap import unwrap
 from .wrap import wrap
 
+if TYPE_CHECKING:
+    from . import checkpoint
+
 __version__: str = build_info()["version"]
+
+
+def __getattr__(name: str) -> Any:
+    """Find `zeroopt.checkpoint` when it is first used: importing it takes long, for it imports DCP."""
+    if name == "checkpoint":
+        from importlib import import_module
+
+        return import_module("zeroopt.checkpoint")
+    raise AttributeError(f"module 'zeroopt' has no attribute {name!r}")
+
 
 __all__ = [
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
+    "Feature",
     "KernelUnavailableError",
     "NonFiniteError",
     "NotSupportedError",
@@ -73,6 +95,7 @@ __all__ = [
     "ZeroOptimizer",
     "__version__",
     "build_info",
+    "checkpoint",
     "ops",
     "optim",
     "unwrap",

@@ -14,6 +14,7 @@ from .collectives import Transport, check_transport, connect_transport
 from .collectives.lone import default_group
 from .collectives.single import SingleTransport
 from .errors import ConfigError, StateError
+from .feature import Feature
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .features.of_model import ModelFeatures
 from .gradients.norm_groups import check_norm_group
@@ -52,6 +53,7 @@ def wrap(
     norm_group: dist.ProcessGroup | None = None,
     check_every: int | None = None,
     average_group: dist.ProcessGroup | None = None,
+    features: Sequence[Feature] = (),
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -114,6 +116,8 @@ def wrap(
             the state: a stage shards nothing. Moments and other state, and buffers, are not averaged.
         average_group: with `average_every`, the ranks, one of each `process_group` and at the same position in it, over which
             parameters are averaged; within each `process_group` training stays synchronous and sharded.
+        features: objects of your own that take part in backward passes and in the steps of all optimizers of the model; see
+            `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
 
     Returns:
         The model and the optimizer to train with.
@@ -163,7 +167,8 @@ def wrap(
         if first is not None:
             config.check_shares(first.config)
             _check_group(given_group, first.group)
-        options = config.describe()
+        _check_features(features, first)
+        options = [*config.describe(), *map(_describe_feature, features)]
         params = inspect(module, optimizer, () if first is None else first.params)
         for managed in params:
             managed.copies = count_copies(managed, mesh)
@@ -184,18 +189,18 @@ def wrap(
     if isinstance(model, ZeroDataParallel):
         return model, _add_optimizer(model, optimizer, config, params, average)
     assert connected is not None
-    features = ModelFeatures(connected)
+    of_model = ModelFeatures(connected)
     sharding = Sharding(
         module,
         config,
         connected,
         group,
-        features.features,
-        features.turnout,
-        features.join.check_outside,
+        of_model.features,
+        of_model.turnout,
+        of_model.join.check_outside,
     )
-    features.add_all(sharding, config)
-    wrapped = ZeroDataParallel(sharding, features)
+    of_model.add_all(sharding, config, features)
+    wrapped = ZeroDataParallel(sharding, of_model)
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params, average)
     cast_frozen(module.parameters(), param_dtype)
     if config.sync_module_states:
@@ -240,6 +245,20 @@ def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
         raise ConfigError(
             "the model was wrapped with another process_group for its first optimizer; wrap the further ones with the same"
         )
+
+
+def _check_features(features: Sequence[Feature], first: Sharding | None) -> None:
+    for feature in features:
+        if not isinstance(feature, Feature):
+            raise ConfigError(f"expected features to be zeroopt.Feature objects, got {type(feature).__name__}")
+    if features and first is not None:
+        raise ConfigError(
+            "features take part in the steps of all optimizers of a model: pass them with its first optimizer"
+        )
+
+
+def _describe_feature(feature: Feature) -> str:
+    return f"feature {type(feature).__qualname__}"
 
 
 def _describe(

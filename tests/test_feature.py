@@ -1,0 +1,138 @@
+"""A `Feature` from outside of the package: what it is told, and when; and that one that is off costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training import batch, build, loss_of, optimizer_for, snapshot
+from worker_pool import RunOnRanks
+
+import zeroopt
+from zeroopt.feature import Feature, Features, Step
+from zeroopt.storage.bucket import Bucket
+from zeroopt.storage.gradient_store import GradientStore
+
+
+class Witness(zeroopt.Feature):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def backward_begins(self) -> None:
+        self.heard.append("begin")
+
+    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
+        self.heard.append(f"filled {bucket.index}")
+
+    def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
+        self.heard.append(f"reduced {bucket.index}")
+
+    def gradients_cleared(self) -> None:
+        self.heard.append("cleared")
+
+    def before_step(self, step: Step) -> None:
+        self.heard.append(f"before {step.number}")
+
+    def on_gradients(self, step: Step) -> None:
+        self.heard.append(f"gradients {int(step.active.sum())}")
+
+    def stepped(self, step: Step, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+        for bucket in buckets:
+            self.heard.append(f"stepped {bucket.index}")
+            yield bucket
+
+    def after_step(self, step: Step) -> None:
+        self.heard.append("after")
+
+
+def listen(stage: int) -> tuple[list[str], int, list[Tensor]]:
+    net, witness = build("mlp"), Witness()
+    model, optimizer = zeroopt.wrap(
+        net, optimizer_for("adamw", net), stage=stage, bucket_mb=0.01, overlap=False, features=[witness]
+    )
+    loss_of(model(batch("mlp", 0))).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return witness.heard, len(model.sharding.buckets), snapshot(net)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_a_feature_is_told(run_on_ranks: RunOnRanks, stage: int) -> None:
+    (heard, num_buckets, trained), (other, _, _) = run_on_ranks(2, listen, stage)
+    assert heard == other
+    assert num_buckets > 1
+    buckets = range(num_buckets)
+    travelling = [f"{what} {index}" for index in buckets for what in ("filled", "reduced")]
+    stepped = [f"stepped {index}" for index in reversed(buckets)]
+    num_params = len(list(build("mlp").parameters()))
+    assert heard == ["begin", *travelling, "before 1", f"gradients {num_params}", *stepped, "after", "cleared"]
+    assert len(trained) == num_params
+
+
+class Halving(zeroopt.Feature):
+    """Halves every sum."""
+
+    def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
+        store.reduced.mul_(0.5)
+
+
+def halved(stage: int, feature: bool) -> list[Tensor]:
+    net = build("mlp")
+    features = [Halving()] if feature else []
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage, bucket_mb=0.01, features=features)
+    for step in range(3):
+        (loss_of(model(batch("mlp", step))) * (1.0 if feature else 0.5)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_feature_may_change_sums(run_on_ranks: RunOnRanks, stage: int) -> None:
+    with_feature, without = run_on_ranks(2, halved, stage, True), run_on_ranks(2, halved, stage, False)
+    for one, other in zip(with_feature[0], without[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def refused(features: Any, second: bool) -> str:
+    net = build("mlp")
+    matrices = [param for param in net.parameters() if param.dim() == 2]
+    rest = [param for param in net.parameters() if param.dim() != 2]
+    model: Any = net
+    try:
+        if second:
+            model, _ = zeroopt.wrap(net, torch.optim.SGD(matrices, lr=0.1))
+            zeroopt.wrap(model, torch.optim.SGD(rest, lr=0.1), features=features)
+        else:
+            zeroopt.wrap(model, torch.optim.SGD(matrices, lr=0.1), features=features)
+    except zeroopt.ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_what_is_no_feature_is_refused(run_on_ranks: RunOnRanks) -> None:
+    for message in run_on_ranks(2, refused, [print], False):
+        assert message == "expected features to be zeroopt.Feature objects, got builtin_function_or_method"
+    for message in run_on_ranks(2, refused, [Halving()], True):
+        assert message.startswith("features take part in the steps of all optimizers of a model")
+
+
+def test_only_those_that_are_on_and_override_a_call_are_called() -> None:
+    features, witness, halving = Features(), Witness(), Halving()
+    features.add(witness, on=False)
+    features.add(halving)
+    features.add(Feature())
+    reduced = features.calls["bucket_reduced"]
+    assert reduced == [halving.bucket_reduced]
+    assert not features.calls["before_step"]
+    features.switch(witness, on=True)
+    assert reduced == [witness.bucket_reduced, halving.bucket_reduced]  # the same list, in the order of `add`
+    features.switch(halving, on=False)
+    assert reduced == [witness.bucket_reduced]
+    assert features.is_on(witness)
+    assert not features.is_on(halving)
