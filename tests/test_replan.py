@@ -16,6 +16,7 @@ from worker_pool import RunOnRanks
 import zeroopt
 from zeroopt.options.precision import Precision
 from zeroopt.plan.buckets import in_order, is_grouped_alike, make_plan
+from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import ManagedParam
 
 
@@ -160,7 +161,7 @@ def test_every_order_holds_every_parameter_once(sizes: list[int], random: Any) -
     order = list(range(len(sizes)))
     random.shuffle(order)
     ordered = in_order(params, order)
-    plan = make_plan(ordered, 2, 256, Precision(), shard_state=True)
+    plan = make_plan(ordered, Ownership(2, 0, by_slices=True), 256, Precision())
     held = [ordered[i].index for bucket in plan.buckets for i in bucket.params]
     assert sorted(held) == list(range(len(sizes)))
     assert held == order, "buckets hold the parameters in the order of arrival"

@@ -19,6 +19,7 @@ import zeroopt
 from zeroopt.optim import FusedLAMB
 from zeroopt.options.precision import Precision, round_master
 from zeroopt.plan.buckets import make_plan
+from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import Grain, ManagedParam
 
 BF16 = torch.bfloat16
@@ -541,7 +542,7 @@ def test_ranks_have_about_the_same_to_do(world_size: int) -> None:
         ManagedParam(str(i), nn.Parameter(torch.empty(shape, device="meta")), i, 0, i, Grain.MATRIX)
         for i, shape in enumerate(block * 12)
     ]
-    plan = make_plan(params, world_size, 2**20, Precision(), shard_state=True)
+    plan = make_plan(params, Ownership(world_size, 0, by_slices=True), 2**20, Precision())
     load = [0] * world_size
     for index in range(len(plan.buckets)):
         length = plan.shard_numel(index)
@@ -551,5 +552,5 @@ def test_ranks_have_about_the_same_to_do(world_size: int) -> None:
                 load[rank] += params[segment.param].whole_cost or 0
     assert max(load) * world_size <= 1.05 * sum(load)
     assert sum(bucket.padded_numel for bucket in plan.buckets) <= 1.1 * sum(param.numel for param in params)
-    in_one_piece = make_plan(params, world_size, 2**20, Precision(), shard_state=False)
+    in_one_piece = make_plan(params, Ownership(world_size, 0, by_slices=False), 2**20, Precision())
     assert not any(bucket.whole for bucket in in_one_piece.buckets)

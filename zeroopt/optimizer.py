@@ -307,8 +307,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             NotSupportedError: it is called by `set_optimizer_state_dict` of torch with `full_state_dict=True`.
         """
-        caller, size = sys._getframe(1), self._transport.world_size
-        wanted = ranks_that_want_all(caller, size) if self._config.placement.shard_state and size > 1 else ()
+        caller = sys._getframe(1)
+        has_all = self._replica.ownership.has_all
+        wanted = () if has_all else ranks_that_want_all(caller, self._transport.world_size)
         self.take_up_groups()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -526,7 +527,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             pieces[0] if pieces else None,
             bucket.exact(pieces[0]) if pieces else None,
             torch.float32,
-            self._transport if self._config.placement.shard_state else None,
+            None if self._replica.ownership.has_all else self._transport,
         )
 
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -599,8 +600,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         inner = vars(self).get("_inner")
         if inner is None:
             raise AttributeError(f"'ZeroOptimizer' object has no attribute {name!r}")
-        has_all_state = not self._config.placement.shard_state or self._transport.world_size == 1
-        return reach(inner, name, has_all_state=has_all_state)
+        return reach(inner, name, has_all_state=self._replica.ownership.has_all)
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = vars(self).get("_inner")

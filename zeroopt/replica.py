@@ -26,6 +26,7 @@ from .plan.agreement import agree
 from .plan.buckets import make_plan
 from .plan.claims import claim, claimed_params
 from .plan.dtensors import count_copies, find_mesh, mesh_groups
+from .plan.ownership import Ownership
 from .plan.params import ManagedParam
 from .storage.broadcast import Broadcaster
 from .storage.bucket import Bucket, make_buckets
@@ -40,6 +41,7 @@ class Sharding:
         module: the model that was wrapped.
         params: those that are trained, by their index.
         buckets: by their index.
+        ownership: which elements of the buckets this rank steps.
         broadcaster: None for a rank alone.
         mesh: of the model's DTensors, and its groups of more than one rank.
         norm_groups: over which the norm of the gradients is that of the whole model.
@@ -63,7 +65,6 @@ class Sharding:
         turnout: Turnout,
         check_outside: Callable[[str], None],
     ) -> None:
-        placement = config.placement
         self.module = module
         self.config = config
         self.transport = transport
@@ -78,9 +79,11 @@ class Sharding:
         self.buckets: list[Bucket] = []
         self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
         self.optimizers: list[torch.optim.Optimizer] = []
+        placement = config.placement
+        self.ownership = Ownership(transport.world_size, transport.slice_index, by_slices=placement.shard_state)
         sharded = ShardedView(transport, features, check_outside, self.mesh_groups) if placement.shard_state else None
-        view: GradientView = WholeView(transport) if sharded is None else sharded
         pool = BufferPool(config, transport) if placement.shard_gradient else None
+        view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
             module,
             transport,
@@ -89,7 +92,7 @@ class Sharding:
             turnout,
             partial(
                 GradientStore,
-                placement=placement,
+                ownership=self.ownership,
                 reduce_dtype=config.reduce_dtype,
                 transport=transport,
                 pool=pool,
@@ -100,11 +103,10 @@ class Sharding:
         )
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)
-        travels = placement.shard_state and transport.world_size > 1
         self.gathers = (
-            ParamGathers(module, transport, lazy=config.overlap)
-            if travels
-            else NoGathers(module, transport, lazy=False)
+            NoGathers(module, transport, lazy=False)
+            if self.ownership.has_all
+            else ParamGathers(module, transport, lazy=config.overlap)
         )
         self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
         claim(self)
@@ -119,16 +121,15 @@ class Sharding:
         """
         config, transport = self.config, self.transport
         self._average_gradients(params)
-        shard_state = config.placement.shard_state
-        plan = make_plan(params, transport.world_size, config.bucket_bytes, precision, shard_state=shard_state)
+        plan = make_plan(params, self.ownership, config.bucket_bytes, precision)
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
         buckets = make_buckets(
             plan,
             params,
+            self.ownership,
             transport,
             precision,
-            shard_state=shard_state,
             shared=config.share_parameters,
             first_index=len(self.buckets),
         )

@@ -55,7 +55,7 @@ class Trained:
         self._versions: list[int] = []
         self.stepper = ShardStepper(inner, seed, config)
         self.state_dicts = StateDicts(
-            replica.transport, inner, self.params, self.buckets, self.stepper, config, since_average
+            replica.transport, replica.ownership, inner, self.params, self.buckets, self.stepper, config, since_average
         )
 
     def extend(self, params: Sequence[ManagedParam]) -> None:

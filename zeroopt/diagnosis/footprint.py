@@ -51,12 +51,13 @@ def footprint(
 ) -> Footprint:
     """Count before the first step what a rank will hold. Not collective."""
     sharing = transport.world_size // len(transport.writers) if config.share_parameters else 1
+    borrowers = [bucket for bucket, store in zip(buckets, stores, strict=True) if store.borrows]
     rule = rule_for(optimizer)
     return Footprint(
         parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
         masters=sum(bucket.master.nbytes for bucket in buckets if bucket.master is not None),
         gradients=sum(map(_gradient_bytes, stores)),
-        buffers=num_buffers(config) * bytes_of_buffer(config, buckets) if config.placement.shard_gradient else 0,
+        buffers=num_buffers(config) * bytes_of_buffer(config, borrowers),
         moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),
     )
 

@@ -120,8 +120,7 @@ class Growth:
         grads = replica.reducer.view.as_under_torch(params)
         is_local = replica.reducer.has_local_gradients
         cut = [segment for segment in trained.segments() if segment.owner in gone]
-        shares = trained.config.placement.shard_state and replica.transport.world_size > 1
-        group = replica.transport.group if shares else None
+        group = None if replica.ownership.has_all else replica.transport.group
         states = whole_states(trained.state_dicts.with_masters(), cut, params, group)
         replica.take_out(gone)
         for segment in cut:

@@ -91,9 +91,8 @@ class Replanning(Feature):
         return len(trained.buckets) == len(self._replica.buckets) and len(trained.generations) == 1 and not has_whole
 
     def _make_plan(self, ordered: Sequence[ManagedParam]) -> Plan:
-        config, world_size = self._trained.config, self._replica.transport.world_size
-        shard_state = config.placement.shard_state
-        return make_plan(ordered, world_size, config.bucket_bytes, config.precision, shard_state=shard_state)
+        config = self._trained.config
+        return make_plan(ordered, self._replica.ownership, config.bucket_bytes, config.precision)
 
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""
@@ -108,19 +107,16 @@ class Replanning(Feature):
         replica.gathers.finish_all()
         replica.reducer.finish()
         trained.stepper.adopt_state()
-        shard_state = config.placement.shard_state
         replica.reducer.hand_over(inner.state)
         for bucket in trained.buckets:
             bucket.hand_over(inner.state)
-        moved = move_state(inner.state, trained.buckets, plan, ordered, transport, shard_state=shard_state)
+        moved = move_state(inner.state, trained.buckets, plan, ordered, replica.ownership, transport)
         replica.reducer.let_go()
         for bucket in trained.buckets:
             transport.free(bucket.flat_param)
             bucket.let_go()
         shared = config.share_parameters
-        trained.buckets[:] = make_buckets(
-            plan, ordered, transport, config.precision, shard_state=shard_state, shared=shared
-        )
+        trained.buckets[:] = make_buckets(plan, ordered, replica.ownership, transport, config.precision, shared=shared)
         replica.buckets[:] = trained.buckets
         for segment in trained.segments():
             if segment.owner.index in moved:

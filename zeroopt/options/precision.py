@@ -61,9 +61,9 @@ class Precision:
         storage = self.storage(stored, stored)
         return None if storage is None else storage.master_dtype
 
-    def sum_dtype(self, stored: torch.dtype, *, shard_state: bool) -> torch.dtype:
+    def sum_dtype(self, stored: torch.dtype, *, by_slices: bool) -> torch.dtype:
         """Of the sum of the gradients of such a bucket. Where ranks keep it by slices, it is as precise as the master."""
-        return torch.float32 if self.param_dtype is not None and shard_state else stored
+        return torch.float32 if self.param_dtype is not None and by_slices else stored
 
     def storage(self, stored: torch.dtype, grad_dtype: torch.dtype) -> ops.Storage | None:
         """How a fused kernel finds a bucket of this dtype; None where there is no kernel for it."""

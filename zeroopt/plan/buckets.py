@@ -1,4 +1,4 @@
-"""Which parameters share a bucket, in what order, and which part of each bucket this rank steps."""
+"""Which parameters share a bucket, and in what order."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .._C import Plan, Segment
-from ..collectives import Transport, named_failures
+from .._C import Plan
+from ..collectives import named_failures
 from ..options.precision import Precision
+from .ownership import Ownership
 from .params import ManagedParam
 
 PLANNING_ANEW = "planning the buckets anew, after the first step"  # for messages
 
 
-def make_plan(
-    params: Sequence[ManagedParam], world_size: int, bucket_bytes: int, precision: Precision, *, shard_state: bool
-) -> Plan:
+def make_plan(params: Sequence[ManagedParam], ownership: Ownership, bucket_bytes: int, precision: Precision) -> Plan:
     """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
 
-    With `shard_state`, whole parameters lie in one slice each. (Without, every rank steps all slices.)
+    Where ranks step slices, whole parameters lie in one slice each.
     """
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
     kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
@@ -29,24 +28,11 @@ def make_plan(
         [p.numel for p in params],
         kind_of,
         [dtype.itemsize for dtype in dtypes],
-        world_size,
+        ownership.num_slices,
         precision.alignment,
         bucket_bytes,
-        [p.whole_cost if shard_state else None for p in params],
+        [p.whole_cost if ownership.by_slices else None for p in params],
     )
-
-
-def own_segments(plan: Plan, bucket: int, transport: Transport, *, shard_state: bool) -> list[Segment]:
-    """The planned segments of a bucket that this rank steps."""
-    return plan.segments(bucket, *own_range(plan, bucket, transport, shard_state=shard_state))
-
-
-def own_range(plan: Plan, bucket: int, transport: Transport, *, shard_state: bool) -> tuple[int, int]:
-    """First and last element, plus one, of what this rank steps of a bucket: its slice, or without `shard_state` all of it."""
-    if not shard_state:
-        return 0, plan.buckets[bucket].padded_numel
-    begin = transport.slice_index * plan.shard_numel(bucket)
-    return begin, begin + plan.shard_numel(bucket)
 
 
 def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], group: dist.ProcessGroup) -> list[int]:

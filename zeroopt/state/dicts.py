@@ -17,8 +17,8 @@ from ..options.config import Config
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
 from ..plan.agreement import describe_options
-from ..plan.buckets import own_segments
 from ..plan.dtensors import place_in_mesh
+from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from ..stepping.rules import rule_for
 from ..stepping.stepper import ShardStepper
@@ -73,6 +73,7 @@ class StateDicts(StateHolder):
     def __init__(
         self,
         transport: Transport,
+        ownership: Ownership,
         inner: torch.optim.Optimizer,
         params: Sequence[ManagedParam],
         buckets: Sequence[Bucket],
@@ -81,6 +82,7 @@ class StateDicts(StateHolder):
         since_average: StepCounter | None,
     ) -> None:
         self._transport = transport
+        self._ownership = ownership
         self._inner = inner
         self.params = params
         self.buckets = buckets
@@ -124,7 +126,7 @@ class StateDicts(StateHolder):
     def whole(self, to: int) -> dict[str, Any] | None:
         """The state dict of the plain torch optimizer, on rank `to` alone. Collective."""
         transport = self._transport
-        alone = transport.world_size == 1 or not self._config.placement.shard_state
+        alone = self._ownership.has_all
         if alone and transport.group.rank() != to and transport.world_size > 1:
             return None
         rule = rule_for(self._inner)
@@ -294,12 +296,7 @@ class StateDicts(StateHolder):
         """Whether what was saved is whole, or a shard of exactly the elements that this rank would have under another plan."""
         if not layout.is_shard:
             return True
-        shard_state = self._config.placement.shard_state
-        pieces = [
-            piece
-            for bucket in range(len(plan.buckets))
-            for piece in own_segments(plan, bucket, self._transport, shard_state=shard_state)
-        ]
+        pieces = self._ownership.segments(plan)
         return layout.ranges == {ordered[p.param].position: (p.start, p.start + p.numel) for p in pieces}
 
     def describe_loaded(self, loaded: LoadedState) -> list[str]:

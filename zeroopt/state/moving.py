@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._C import Plan
 from ..collectives import Transport, named_failures
-from ..plan.buckets import PLANNING_ANEW, own_segments
+from ..plan.buckets import PLANNING_ANEW
+from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from ..storage.bucket import Bucket, Segment
 from .entries import Path, block_of, is_array, map_leaves
@@ -26,15 +27,13 @@ def move_state(
     buckets: Sequence[Bucket],
     plan: Plan,
     ordered: Sequence[ManagedParam],
+    ownership: Ownership,
     transport: Transport,
-    *,
-    shard_state: bool,
 ) -> dict[int, ParamState]:
     """Take all entries of the buckets' segments out of `state`, and return what this rank's segments of `plan` get instead,
     by index of the parameter. Collective."""
     known = _describe_together(state, buckets, transport.group)
-    pieces = [p for b in range(len(plan.buckets)) for p in own_segments(plan, b, transport, shard_state=shard_state)]
-    wanted = {ordered[piece.param].index: piece for piece in pieces}
+    wanted = {ordered[piece.param].index: piece for piece in ownership.segments(plan)}
     moved: dict[int, dict[Path, Tensor]] = {index: {} for index in wanted if index in known}
     scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
     scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
@@ -44,7 +43,7 @@ def move_state(
         arrays = {path: leaf for one in leaves.values() for path, leaf in one.items() if isinstance(leaf, _Array)}
         for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
             full = scratch[: array.size(bucket.padded_numel) * array.dtype.itemsize].view(array.dtype)
-            _gather_array(held, path, bucket, full, array, transport if shard_state else None)
+            _gather_array(held, path, bucket, full, array, transport if ownership.by_slices else None)
             for managed in bucket.params:
                 if isinstance(leaves[managed].get(path), _Array) and managed.index in wanted:
                     piece = wanted[managed.index]

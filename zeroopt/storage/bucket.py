@@ -13,7 +13,7 @@ from .._C import Segment as PlannedSegment
 from ..collectives import Transport
 from ..options.precision import Precision, join_master, round_master, split_master
 from ..own_storage import with_own_storage
-from ..plan.buckets import own_range
+from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 
 # What a master is called among a segment's state, where that is saved or moves to other buckets.
@@ -91,7 +91,7 @@ class Bucket:
         self.flat_param = transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared)
         self.own_range = own_range
         self.own_param = self.within_own_range(self.flat_param)
-        self._state_dtype = precision.sum_dtype(self.dtype, shard_state=True)
+        self._state_dtype = precision.sum_dtype(self.dtype, by_slices=True)
         master_dtype = precision.master_dtype(self.dtype)
         self.master = None if master_dtype is None else torch.zeros_like(self.own_param, dtype=master_dtype)
         for managed in self.params:
@@ -205,10 +205,10 @@ class Bucket:
 def make_buckets(
     plan: Plan,
     params: Sequence[ManagedParam],
+    ownership: Ownership,
     transport: Transport,
     precision: Precision,
     *,
-    shard_state: bool,
     shared: bool,
     first_index: int = 0,
 ) -> list[Bucket]:
@@ -222,7 +222,7 @@ def make_buckets(
     """
     buckets = []
     for number, layout in enumerate(plan.buckets):
-        begin_end = own_range(plan, number, transport, shard_state=shard_state)
+        begin_end = ownership.stepped(layout.padded_numel)
         bucket = Bucket(first_index + number, layout, params, begin_end, transport, precision, shared=shared)
         bucket.cut_segments(plan.segments(number, *begin_end), params)
         buckets.append(bucket)

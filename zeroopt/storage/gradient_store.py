@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import ops
 from ..collectives import PendingCollective, Transport
-from ..options.placement import Placement
 from ..own_storage import with_own_storage
+from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
 from .bucket import Bucket, Segment
 from .buffer_pool import BufferPool
@@ -42,7 +42,7 @@ class GradientStore:
     def __init__(
         self,
         bucket: Bucket,
-        placement: Placement,
+        ownership: Ownership,
         reduce_dtype: torch.dtype | None,
         transport: Transport,
         pool: BufferPool | None,
@@ -52,9 +52,9 @@ class GradientStore:
         self.norm_weight = bucket.norm_weight
         self._pool = pool
         self._dtype = reduce_dtype or bucket.dtype
-        sum_dtype = bucket.precision.sum_dtype(bucket.dtype, shard_state=placement.shard_state)
-        self._sums_apart = placement.shard_gradient or self._dtype is not sum_dtype
-        self.sum_is_spread = not placement.shard_state
+        sum_dtype = bucket.precision.sum_dtype(bucket.dtype, by_slices=ownership.by_slices)
+        self._sums_apart = pool is not None or self._dtype is not sum_dtype
+        self.sum_is_spread = not ownership.by_slices
         self._pending: PendingCollective | None = None
         self.holds_sum = False
         self.is_open = False
@@ -76,6 +76,11 @@ class GradientStore:
         else:
             assert self.full is not None
             self.reduced = bucket.within_own_range(self.full)
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its full buffer is one of a pool's."""
+        return self._pool is not None
 
     def open(self) -> Tensor:
         """The full buffer for the gradients of one backward pass. What was summed before is kept aside as `base`."""

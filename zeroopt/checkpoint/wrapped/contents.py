@@ -72,18 +72,14 @@ def _parts(
     buckets: Sequence[Bucket], owner: ZeroDataParallel | ZeroOptimizer
 ) -> Iterator[tuple[Bucket, Segment, _Range]]:
     """The parts of segments that this rank writes: all of them where ranks have different ones, else its slice's share."""
-    sharding = owner.sharding
-    placement, transport = sharding.config.placement, sharding.transport
     for bucket in buckets:
-        slice_numel = bucket.padded_numel // transport.world_size
-        begin = 0 if placement.shard_state else transport.slice_index * slice_numel
-        end = bucket.padded_numel if placement.shard_state else begin + slice_numel
+        begin, end = owner.sharding.ownership.written(bucket.padded_numel)
         for segment in bucket.segments:
             first = max(begin - segment.offset, 0)
             last = min(end - segment.offset, segment.numel)
             if segment.owner.is_whole:  # by who has its first element
                 first, last = (0, segment.numel) if begin <= segment.offset < end else (0, 0)
-            if first < last or (segment.numel == 0 and begin <= segment.offset < end):
+            if first < last:
                 yield bucket, segment, (first, last)
 
 

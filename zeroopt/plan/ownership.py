@@ -1,0 +1,53 @@
+"""Which elements of every bucket this rank steps, and which of them it writes into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .._C import Plan, Segment
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Every bucket is cut into slices of one length, one a rank.
+
+                               slice 0      slice 1      slice 2
+        by slices, rank 1    │            │ steps and  │            │
+                             │            │ writes     │            │
+        stage 0, rank 1      │ steps      │ steps and  │ steps      │
+                             │            │ writes     │            │
+
+    Attributes:
+        num_slices: the number of ranks.
+        slice_index: which slice is this rank's.
+        by_slices: each rank steps its own slice; otherwise all ranks step everything, and have the same state.
+    """
+
+    num_slices: int
+    slice_index: int
+    by_slices: bool
+
+    @property
+    def has_all(self) -> bool:
+        """Whether this rank steps everything."""
+        return not self.by_slices or self.num_slices == 1
+
+    def stepped(self, padded_numel: int) -> tuple[int, int]:
+        """First and last element, plus one, of what this rank steps of a bucket: its own range."""
+        return self._slice(padded_numel) if self.by_slices else (0, padded_numel)
+
+    def written(self, padded_numel: int) -> tuple[int, int]:
+        """Likewise of its own range, what this rank writes into a checkpoint: where ranks have the same, each writes a share."""
+        begin, _ = self.stepped(padded_numel)
+        first, last = self._slice(padded_numel)
+        return first - begin, last - begin
+
+    def segments(self, plan: Plan) -> Iterator[Segment]:
+        """The planned segments that this rank steps, bucket by bucket."""
+        for number, bucket in enumerate(plan.buckets):
+            yield from plan.segments(number, *self.stepped(bucket.padded_numel))
+
+    def _slice(self, padded_numel: int) -> tuple[int, int]:
+        numel = padded_numel // self.num_slices
+        return self.slice_index * numel, (self.slice_index + 1) * numel
