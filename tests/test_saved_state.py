@@ -18,7 +18,7 @@ from zeroopt.plan.regions import FlatLayout
 from zeroopt.state.layout import ShardLayout
 from zeroopt.state.saved import SavedState, positions_of
 from zeroopt.state.shard_tensor import ShardTensor
-from zeroopt.storage.bucket import Segment
+from zeroopt.storage.segment import Segment
 
 SHAPE = [7, 9]
 NUMEL = 63

@@ -11,7 +11,8 @@ from zeroopt import ops
 from zeroopt.options.precision import split_master
 from zeroopt.plan.regions import FlatLayout
 from zeroopt.state.shard_tensor import ShardTensor
-from zeroopt.state.tiers import decode, decoded, exact_param, is_coded
+from zeroopt.state.tiers import decode, decoded, is_coded
+from zeroopt.storage.masters import exact_param
 
 
 def coded(numel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -17,7 +17,6 @@ from .features.join import JoinCalls, Phase
 from .features.of_model import ModelFeatures
 from .gradients.sharded_view import ShardedView
 from .optimizer import ZeroOptimizer
-from .options.precision import round_master
 from .parameters.buffers import BufferSync
 from .parameters.gathers import remove_idle_hooks
 from .plan.params import ManagedParam
@@ -304,22 +303,27 @@ class ZeroDataParallel(nn.Module):
     def _round_exact(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """Those float32 values whose parameters are completed by masters, rounded as the step rounds them."""
         completed = {
-            m.param: m for bucket in self._sharding.buckets if bucket.master is not None for m in bucket.params
+            m.param: (m, bucket.master)
+            for bucket in self._sharding.buckets
+            if bucket.master.completes
+            for m in bucket.params
         }
-        return {
-            name: round_master(state_dict[name], param.dtype)
-            for name, param in self.module.named_parameters(remove_duplicate=False)
-            if param in completed and _is_exact(state_dict.get(name), completed[param])
-        }
+        rounded = {}
+        for name, param in self.module.named_parameters(remove_duplicate=False):
+            managed, master = completed.get(param, (None, None))
+            value = state_dict.get(name)
+            if managed is not None and master is not None and _is_exact(value, managed):
+                rounded[name] = master.round(value)
+        return rounded
 
     def _complete_exact(self, state_dict: Mapping[str, Any]) -> None:
         """Let this rank's masters and remainders be those of float32 values that have been loaded."""
         for bucket in self._sharding.buckets:
-            for segment in bucket.segments if bucket.master is not None else ():
+            for segment in bucket.segments if bucket.master.completes else ():
                 owner, value = segment.owner, state_dict.get(segment.owner.name)
                 if _is_exact(value, owner):
-                    flat = owner.flatten(value.to(bucket.device))[segment.start : segment.start + segment.numel]
-                    bucket.write_exact(segment, flat.view_as(segment.shard) if not owner.is_whole else value)
+                    flat = owner.flatten(value.to(bucket.device))
+                    bucket.master.write(*segment.range, flat[segment.start : segment.start + segment.numel])
 
     def _note_writing(self) -> None:
         for optimizer in self._optimizers:

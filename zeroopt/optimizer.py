@@ -517,16 +517,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.take_up_groups()
         managed = self._trained.managed(param)
         bucket = next(bucket for bucket in self._trained.buckets if managed in bucket.params)
-        if bucket.master is None:
+        if not bucket.master.completes:
             return managed.param.detach().clone()
         self._gathers.finish(bucket.index)
-        bucket.take_up_writes()
-        pieces = [s for s in bucket.segments if s.owner is managed]
+        bucket.master.follow_writes()
+        segment = next((segment for segment in bucket.segments if segment.owner is managed), None)
         return assemble(
             managed,
-            pieces[0] if pieces else None,
-            bucket.exact(pieces[0]) if pieces else None,
-            torch.float32,
+            segment,
+            None if segment is None else bucket.master.exact(*segment.range),
+            bucket.master.dtype,
             None if self._replica.ownership.has_all else self._transport,
         )
 

@@ -15,8 +15,9 @@ from .plan.params import ManagedParam
 from .replica import Sharding
 from .state.dicts import StateDicts, StepCounter
 from .stepping.stepper import ShardStepper
-from .storage.bucket import Bucket, Segment
+from .storage.bucket import Bucket
 from .storage.gradient_store import GradientStore
+from .storage.segment import Segment
 
 
 class Trained:
@@ -143,7 +144,7 @@ class Trained:
     def take_up_writes(self) -> None:
         """Let float32 masters follow the parameters. Not collective."""
         for bucket in self.buckets:
-            bucket.take_up_writes()
+            bucket.master.follow_writes()
 
     @contextmanager
     def rewriting_parameters(self) -> Iterator[None]:

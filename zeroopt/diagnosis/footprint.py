@@ -12,9 +12,10 @@ from .. import ops
 from ..collectives import Transport
 from ..options.config import Config
 from ..stepping.rules import FusedRule, rule_for
-from ..storage.bucket import Bucket, Segment
+from ..storage.bucket import Bucket
 from ..storage.buffer_pool import bytes_of_buffer, num_buffers
 from ..storage.gradient_store import GradientStore
+from ..storage.segment import Segment
 
 _log = logging.getLogger("zeroopt")
 
@@ -55,7 +56,7 @@ def footprint(
     rule = rule_for(optimizer)
     return Footprint(
         parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
-        masters=sum(bucket.master.nbytes for bucket in buckets if bucket.master is not None),
+        masters=sum(bucket.master.nbytes for bucket in buckets),
         gradients=sum(map(_gradient_bytes, stores)),
         buffers=num_buffers(config) * bytes_of_buffer(config, borrowers),
         moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),

@@ -21,14 +21,13 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..collectives.base import PendingWork
 from ..collectives.lone import is_lone
 from ..errors import CollectiveError, ConfigError, RankMismatchError
 from ..feature import Feature, Step
 from ..options.config import Config
-from ..options.precision import join_master, round_master, split_master
 from ..plan.agreement import agree, agreement_device
 from ..storage.broadcast import Broadcaster
 from ..storage.bucket import Bucket
@@ -130,34 +129,17 @@ class _BucketMean:
     def __init__(self, bucket: Bucket, group: dist.ProcessGroup) -> None:
         self._bucket = bucket
         self._size = group.size()
-        self._values = _exact_values(bucket)
+        exact = bucket.master.exact()
+        self._values = (
+            exact.float() if exact.dtype.itemsize == 2 else exact
+        )  # else no copy, where exact values are stored
         work = dist.all_reduce(self._values, group=group, async_op=True)
         self._pending = PendingWork(f"averaging of {bucket.name}", [(None, work)], (self._values,))
 
     def finish(self) -> Bucket:
         self._pending.finish()
-        _write_exact(self._bucket, self._values.div_(self._size))
+        self._bucket.master.write(0, self._values.numel(), self._values.div_(self._size))
         return self._bucket
-
-
-def _exact_values(bucket: Bucket) -> Tensor:
-    """The own range as precisely as it is kept, float32 or float64; where that is how it is stored, no copy."""
-    if bucket.master is None:
-        return bucket.own_param.float() if bucket.dtype.itemsize == 2 else bucket.own_param
-    return bucket.master if bucket.master.dtype is torch.float32 else join_master(bucket.own_param, bucket.master)
-
-
-def _write_exact(bucket: Bucket, values: Tensor) -> None:
-    """Set the own range to what may have been `_exact_values`."""
-    if bucket.master is None:
-        if values is not bucket.own_param:
-            bucket.own_param.copy_(values)
-    elif values is bucket.master:
-        bucket.own_param.copy_(round_master(values, bucket.dtype))
-    else:
-        rounded, remainders = split_master(values)
-        bucket.own_param.copy_(rounded)
-        bucket.master.copy_(remainders)
 
 
 def average_over(group: dist.ProcessGroup, config: Config) -> ParameterAverage | None:

@@ -17,8 +17,9 @@ from ..errors import StateError
 from ..feature import Features
 from ..plan.params import ManagedParam
 from ..storage.assembling import assemble
-from ..storage.bucket import Bucket, Segment
+from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
+from ..storage.segment import Segment
 from ..untraced import untraced
 from . import tensor_operators as gradient_operators
 from .norm_groups import NormGroups

@@ -19,7 +19,8 @@ from .. import ops
 from ..collectives import named_failures
 from ..plan.dtensors import local_of
 from ..plan.params import ManagedParam, ParamState
-from ..storage.bucket import MASTER_NAMES, Segment
+from ..storage.masters import MASTER_NAMES
+from ..storage.segment import Segment
 from .entries import block_of, is_array, map_leaves, map_tensors
 from .tiers import readable
 
@@ -98,7 +99,7 @@ def _split(entry: ParamState, *, has_step: bool) -> tuple[ParamState, ParamState
     kept: ParamState = {}
     beyond: ParamState = {}
     for name, value in entry.items():
-        is_beyond = name in MASTER_NAMES.values() or name in ops.SCALES or (name == "step" and not has_step)
+        is_beyond = name in MASTER_NAMES or name in ops.SCALES or (name == "step" and not has_step)
         (beyond if is_beyond else kept)[name] = value
     return kept, beyond
 

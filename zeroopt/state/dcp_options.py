@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import ops
 from ..errors import NotSupportedError
-from ..storage.bucket import MASTER_NAMES
+from ..storage.masters import MASTER_NAMES
 
 _PACKAGE = "torch.distributed.checkpoint"
 _MODULE = _PACKAGE + ".state_dict"
@@ -94,7 +94,7 @@ def with_flattened_names(caller: FrameType | None, state_dict: Any) -> Any:
         return state_dict
     state = {}
     for param, entry in state_dict["state"].items():
-        keys = {name: f"state.{param}.{name}" for name in (*MASTER_NAMES.values(), *sorted(ops.SCALES))}
+        keys = {name: f"state.{param}.{name}" for name in (*MASTER_NAMES, *sorted(ops.SCALES))}
         found = {name: flat[key] for name, key in keys.items() if key in flat}
         state[param] = {name: value for name, value in entry.items() if not isinstance(value, dict) or value} | found
     return {**state_dict, "state": state}

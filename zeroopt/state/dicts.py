@@ -15,20 +15,21 @@ from ..collectives import Transport
 from ..errors import StateError
 from ..options.config import Config
 from ..options.precision import Precision
-from ..own_storage import with_own_storage
 from ..plan.agreement import describe_options
 from ..plan.dtensors import place_in_mesh
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from ..stepping.rules import rule_for
 from ..stepping.stepper import ShardStepper
-from ..storage.bucket import MASTER_NAMES, Bucket, Segment
+from ..storage.bucket import Bucket
+from ..storage.masters import MASTER_NAMES, exact_param
+from ..storage.segment import Segment
 from .consolidate import gather_state
 from .entries import map_tensors, pack_state
 from .layout import ShardLayout, describe_layout
 from .live import StateHolder
 from .saved import SavedState, positions_of
-from .tiers import exact_param, readable
+from .tiers import readable
 from .torch_releases import brought_up_to_date
 
 
@@ -112,7 +113,7 @@ class StateDicts(StateHolder):
         """
         state = {shard: readable(entry) for shard, entry in self.with_masters().items()}
         packed = pack_state(state, self._segments(), self.params)
-        has_masters = any(bucket.master is not None for bucket in self.buckets)
+        has_masters = any(bucket.master.completes for bucket in self.buckets)
         shown = set(packed) if has_masters and all_in_state else self.begun
         entries = {position: entry for position, entry in packed.items() if position in shown} | self.idle_state()
         beyond = {p: entry for p, entry in packed.items() if p not in shown} if has_masters else {}
@@ -240,7 +241,7 @@ class StateDicts(StateHolder):
         for bucket in self.buckets:
             bucket.take_back(state)
         for bucket, segment, values in completed:
-            bucket.write_exact(segment, values)
+            bucket.master.write(*segment.range, values)
         if loaded.layout is not None:
             self._stepper.seed = loaded.layout.seed
         if self._since_average is not None:
@@ -264,7 +265,7 @@ class StateDicts(StateHolder):
         state.update(own)
         for bucket in self.buckets:  # of parameters that were trained before
             bucket.take_back(state)
-            bucket.take_up_writes()
+            bucket.master.follow_writes()
 
     def idle_state(self) -> dict[int, ParamState]:
         """State of the parameters that no rank steps, by position: the same on all ranks, as it was made or loaded."""
@@ -310,7 +311,7 @@ class StateDicts(StateHolder):
     def completes_params(self, loaded: LoadedState) -> bool:
         """Whether what completes this rank's parameters in loaded state is of another kind than here, so that it changes them."""
         return any(
-            (loaded.state.get(segment.shard, {}).keys() & set(MASTER_NAMES.values())) - {_master_name(bucket)}
+            (loaded.state.get(segment.shard, {}).keys() & set(MASTER_NAMES)) - {bucket.master.name}
             for bucket in self.buckets
             if _is_exact(bucket)
             for segment in bucket.segments
@@ -323,7 +324,7 @@ class StateDicts(StateHolder):
         for bucket in self.buckets:
             for segment in bucket.segments:
                 entry = state.get(segment.shard, {})
-                foreign = (entry.keys() & set(MASTER_NAMES.values())) - {_master_name(bucket)}
+                foreign = (entry.keys() & set(MASTER_NAMES)) - {bucket.master.name}
                 if not foreign:
                     continue
                 exact = exact_param(entry, segment.view_in(bucket.own_param))
@@ -332,7 +333,7 @@ class StateDicts(StateHolder):
                 if not entry:
                     del state[segment.shard]
                 if exact is not None and _is_exact(bucket):
-                    completed.append((bucket, segment, exact.view(segment.shard.shape)))
+                    completed.append((bucket, segment, segment.flatten(exact.view(segment.shard.shape))))
         return completed
 
     def with_masters(self) -> dict[Tensor, ParamState]:
@@ -358,10 +359,7 @@ class StateDicts(StateHolder):
         if bucket is None or segment is None:
             return {}
         entry = dict(self._inner.state.get(segment.shard, {}))
-        name = _master_name(bucket)
-        if name is not None and bucket.master is not None:
-            entry[name] = with_own_storage(segment.view_in(bucket.master))
-        return entry
+        return entry | bucket.master.arrays(segment)
 
     def extend_entry(self, param: Tensor, name: str, value: Any) -> bool:
         entry = self._inner.state.get(self._key_of(param))
@@ -450,11 +448,7 @@ def _key(params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> list[Any]
 
 def _is_exact(bucket: Bucket) -> bool:
     """Whether its parameters are kept as float32 values."""
-    return bucket.master is not None or bucket.dtype is torch.float32
-
-
-def _master_name(bucket: Bucket) -> str | None:
-    return None if bucket.master is None else MASTER_NAMES[bucket.master.dtype]
+    return bucket.master.dtype is torch.float32
 
 
 def _copy(value: Any) -> Any:

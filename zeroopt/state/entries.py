@@ -12,7 +12,7 @@ from .. import ops
 from ..plan.params import ManagedParam, ParamState
 from ..plan.regions import FlatLayout
 from ..probing.probe import is_per_element
-from ..storage.bucket import Segment
+from ..storage.segment import Segment
 from .shard_tensor import ShardTensor
 
 Path = tuple[Any, ...]

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import StateError
 from ..plan.params import ManagedParam, ParamState
-from ..storage.bucket import Segment
+from ..storage.segment import Segment
 from .shard_tensor import OwnTensor
 
 FORMAT = 6

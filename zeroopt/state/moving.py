@@ -18,7 +18,8 @@ from ..collectives import Transport, named_failures
 from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
-from ..storage.bucket import Bucket, Segment
+from ..storage.bucket import Bucket
+from ..storage.segment import Segment
 from .entries import Path, block_of, is_array, map_leaves
 
 

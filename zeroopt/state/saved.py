@@ -19,7 +19,8 @@ from ..errors import StateError
 from ..plan.dtensors import is_distributed
 from ..plan.params import ManagedParam, ParamState
 from ..probing.probe import is_per_element
-from ..storage.bucket import MASTER_NAMES, Segment
+from ..storage.masters import MASTER_NAMES
+from ..storage.segment import Segment
 from .entries import Path, block_of, map_leaves, map_tensors
 from .layout import ShardLayout
 from .shard_tensor import ShardTensor
@@ -152,7 +153,7 @@ class SavedState:
         if not isinstance(value, Tensor):
             return value
         owner, name = segment.owner, str(path[-1])
-        if owner.is_whole and name not in MASTER_NAMES.values():
+        if owner.is_whole and name not in MASTER_NAMES:
             return (
                 value.clone() if name == "step" or value.dim() == 0 else self._converted(segment, layout, path, value)
             )
@@ -219,7 +220,7 @@ class SavedState:
         """As torch does, floating-point state takes the dtype that belongs to the parameter, but not where it is known to have
         another one: in state that is there, or in the run that saved it with parameters like these."""
         name = str(path[-1])
-        if not dtype.is_floating_point or name in MASTER_NAMES.values() or block_of(name) > 1:
+        if not dtype.is_floating_point or name in MASTER_NAMES or block_of(name) > 1:
             return dtype
         live = self._live.get(segment.shard, {}).get(path[0]) if len(path) == 1 else None
         if isinstance(live, Tensor) and live.is_floating_point():

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..options.precision import join_master
 from ..plan.params import ParamState
 from .shard_tensor import ShardTensor
 
@@ -62,18 +61,3 @@ def _decode_like(codes: Tensor, scales: Tensor) -> Tensor:
         return ShardTensor(codes.flat_layout, codes.start, decode(codes.local, scales))
     flat = codes.as_strided((codes.numel(),), (1,))
     return decode(flat, scales).as_strided(codes.shape, codes.stride())
-
-
-def exact_param(entry: Mapping[str, Any], rounded: Tensor) -> Tensor | None:
-    """The float32 values of a segment's parameters, where its state has what completes them.
-
-    Args:
-        rounded: the parameters as the model has them.
-    """
-    if "master_param" in entry:
-        master: Tensor = entry["master_param"]
-        return master
-    if "remainder" in entry:
-        remainder = entry["remainder"]
-        return join_master(rounded.to(torch.bfloat16), remainder.view(rounded.shape))
-    return None

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..plan.params import ParamState
-from ..storage.bucket import MASTER_NAMES
+from ..storage.masters import MASTER_NAMES
 
-_MASTERS = frozenset(MASTER_NAMES.values())
+_MASTERS = frozenset(MASTER_NAMES)
 
 _HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Options that say by which of torch's implementations an optimizer computes, and nothing of what. Those of another machine may

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..collectives import named_failures
 from ..plan.params import ManagedParam, ParamState
-from ..storage.bucket import Segment
+from ..storage.segment import Segment
 from .entries import Path, is_array, map_leaves
 from .tiers import decoded
 

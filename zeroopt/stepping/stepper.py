@@ -17,8 +17,9 @@ from ..own_storage import with_own_storage
 from ..plan.params import ManagedParam
 from ..probing.probe import step_without_hooks
 from ..profiling import named_range
-from ..storage.bucket import Bucket, Segment
+from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
+from ..storage.segment import Segment
 from .rules import FusedRule, fused_optimizers, rule_for
 from .segments import FusedSegments, StateArray
 
@@ -100,7 +101,7 @@ class ShardStepper:
         with self._shards_in_groups(by_group):
             method(self._optimizer)
         for bucket, _ in parts:
-            bucket.round_masters()
+            bucket.master.round_stepped()
 
     def _step_plain(self, active: Tensor) -> None:
         flags = active.tolist()
@@ -117,7 +118,7 @@ class ShardStepper:
         for segment in segments:
             segment.shard.grad = None
         for bucket, _ in self._plain:
-            bucket.round_masters()
+            bucket.master.round_stepped()
 
     @contextmanager
     def _shards_in_groups(self, by_group: Sequence[list[torch.nn.Parameter]]) -> Iterator[None]:
@@ -167,7 +168,7 @@ class FusedBucket(FusedSegments):
         self.step(active, groups, control)
 
     def _arrays(self, i: int) -> ops.SegmentArrays:
-        segment, master = self.bucket.segments[i], self.bucket.master
+        segment, master = self.bucket.segments[i], self.bucket.master.array
         return ops.SegmentArrays(
             param=_part(self.bucket.own_param, segment),
             grad=_part(self._store.reduced, segment),

@@ -3,7 +3,9 @@
 In reading order; each imports from those above it:
 
     broadcast       tensors of one rank to all others, in few messages
-    bucket          `Bucket`: parameters side by side in one flat buffer, with what completes them
+    segment         `Segment`: the part of a parameter that this rank steps
+    masters         `Master`: the exact values of what this rank steps, whatever the model has of them
+    bucket          `Bucket`: parameters side by side in one flat buffer
     assembling      a whole tensor from the pieces that ranks have
     buffer_pool     `BufferPool`: full gradient buffers that buckets borrow
     gradient_store  `GradientStore`: the gradients of a bucket

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..plan.params import ManagedParam
-from .bucket import Segment
+from .segment import Segment
 
 
 def assemble(

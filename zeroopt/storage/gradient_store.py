@@ -18,8 +18,9 @@ from ..collectives import PendingCollective, Transport
 from ..own_storage import with_own_storage
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
-from .bucket import Bucket, Segment
+from .bucket import Bucket
 from .buffer_pool import BufferPool
+from .segment import Segment
 
 
 class GradientStore:
@@ -182,7 +183,7 @@ class GradientStore:
             norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
             return norm.square()
         if self._table is None:
-            arrays = ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master)
+            arrays = ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master.array)
             self._table = ops.SegmentTable(self._storage, [arrays])
         active = torch.ones(1, dtype=torch.uint8, device=self.reduced.device)
         found_inf = torch.zeros(1, dtype=torch.float32, device=self.reduced.device)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ... import ops
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
-from ...options.precision import join_master
 from ...plan.dtensors import is_distributed
 from ...plan.regions import FlatLayout
 from ...state.entries import block_of, is_array, map_tensors
 from ...state.shard_tensor import ShardTensor
 from ...state.tiers import decode, is_coded
-from ...storage.bucket import MASTER_NAMES, Bucket, Segment
+from ...storage.bucket import Bucket
+from ...storage.masters import MASTER_NAMES
+from ...storage.segment import Segment
 
 
 def clean_name(name: str) -> str:
@@ -87,23 +88,19 @@ def _exact_part(bucket: Bucket, segment: Segment, part: _Range) -> Tensor:
     """Parameters as exactly as they are kept."""
     first, last = part
     begin, end = segment.offset + first, segment.offset + last
-    params, master = bucket.own_param[begin:end], None if bucket.master is None else bucket.master[begin:end]
-    start = segment.start + first
-    layout = segment.owner.flat_layout
-    if master is None:
-        return ShardTensor(layout, start, params)
-    if master.dtype is torch.float32:
-        return ShardTensor(layout, start, master)
-    return ShardTensor(layout, start, params, partial(_join, params, master), dtype=torch.float32)
+    master, layout, start = bucket.master, segment.owner.flat_layout, segment.start + first
+    if master.is_stored:
+        return ShardTensor(layout, start, master.exact(begin, end))
 
+    def read(first: int, last: int) -> Tensor:
+        return master.exact(begin + first, begin + last)
 
-def _join(params: Tensor, remainders: Tensor, begin: int, end: int) -> Tensor:
-    return join_master(params[begin:end], remainders[begin:end])
+    return ShardTensor(layout, start, bucket.own_param[begin:end], read, dtype=master.dtype)
 
 
 def _entry_contents(entry: Mapping[str, Any], segment: Segment, part: _Range) -> Iterator[tuple[str, Any]]:
     for name, value in entry.items():
-        if name in MASTER_NAMES.values():
+        if name in MASTER_NAMES:
             continue  # the model's parameters are saved as exact as with these
         if is_coded(name, entry):
             yield name, _decoded_part(value, entry[name + ops.SCALE_SUFFIX], segment, part)

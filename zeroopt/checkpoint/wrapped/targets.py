@@ -21,7 +21,8 @@ from ...plan.dtensors import local_of
 from ...plan.regions import FlatLayout
 from ...state.entries import block_of
 from ...state.shard_tensor import ShardTensor
-from ...storage.bucket import Bucket, Segment
+from ...storage.bucket import Bucket
+from ...storage.segment import Segment
 from .contents import clean_name
 
 _EXTRA = "_extra_state"  # torch's name for what a module's get_extra_state() gives
@@ -148,13 +149,11 @@ def _shown(keys: Sequence[str]) -> str:
 
 def _target_param(target: Target, key: str, bucket: Bucket, segment: Segment) -> None:
     """A trained parameter: this rank's part, as exact as it is kept."""
-    dtype = bucket.dtype if bucket.master is None else torch.float32
-    values = torch.empty(segment.numel, dtype=dtype, device=bucket.device)
+    values = torch.empty(segment.numel, dtype=bucket.master.dtype, device=bucket.device)
     target.entries[key] = ShardTensor(segment.owner.flat_layout, segment.start, values)
 
     def commit(read: Mapping[str, Any]) -> None:
-        owner = segment.owner
-        bucket.write_exact(segment, values.as_strided(owner.shape, owner.stride) if owner.is_whole else values)
+        bucket.master.write(*segment.range, values)
 
     target.trained.append(commit)
 

@@ -1,0 +1,54 @@
+"""The part of a parameter that this rank steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..plan.params import ManagedParam
+
+
+@dataclass(eq=False)
+class Segment:
+    """The part of a parameter that this rank steps.
+
+    Attributes:
+        start: first element of the parameter that is in the segment.
+        offset: first element of the own range of the bucket that is in the segment.
+        shard: the leaf that an optimizer steps: a part of the flat parameters, or of their float32 master. 1-D, or in the
+            parameter's own shape (and memory format) where that is whole.
+        state_dtype: of the state that an optimizer keeps for it, unless a fused kernel stores it otherwise.
+    """
+
+    owner: ManagedParam
+    start: int
+    offset: int
+    numel: int
+    shard: nn.Parameter
+    state_dtype: torch.dtype
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """First and last element, plus one, of the own range of the bucket that are in the segment."""
+        return self.offset, self.offset + self.numel
+
+    def part_of(self, own: Tensor) -> Tensor:
+        """Its elements of an array over the own range, 1-D, a view."""
+        return own[self.offset : self.offset + self.numel]
+
+    def view_in(self, own: Tensor) -> Tensor:
+        """Its elements of an array over the own range, in the shape of the shard, a view."""
+        return view_of(own, self.owner, self.offset, self.numel)
+
+    def flatten(self, values: Tensor) -> Tensor:
+        """Values in the shape of the shard as they lie in the own range, 1-D."""
+        return self.owner.flatten(values) if self.owner.is_whole else values
+
+
+def view_of(own: Tensor, owner: ManagedParam, offset: int, numel: int) -> Tensor:
+    """Elements of an array over the own range: those of a whole parameter in its shape and memory format, others 1-D."""
+    if owner.is_whole:
+        return own.as_strided(owner.shape, owner.stride, own.storage_offset() + offset)
+    return own[offset : offset + numel]
