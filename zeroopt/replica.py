@@ -130,6 +130,7 @@ class Sharding:
             self.ownership,
             transport,
             precision,
+            home=config.placement.home,
             shared=config.share_parameters,
             first_index=len(self.buckets),
         )
@@ -137,6 +138,8 @@ class Sharding:
             self._sync_buckets(buckets)
         if config.share_parameters:
             transport.barrier()  # the writers are through
+        for bucket in buckets:
+            bucket.master.fetch()  # where parameters are stepped elsewhere
         self.params += params
         self.buckets += buckets
         self.reducer.extend(params, buckets)

@@ -130,9 +130,8 @@ class _BucketMean:
         self._bucket = bucket
         self._size = group.size()
         exact = bucket.master.exact()
-        self._values = (
-            exact.float() if exact.dtype.itemsize == 2 else exact
-        )  # else no copy, where exact values are stored
+        dtype = torch.float32 if exact.dtype.itemsize == 2 else exact.dtype
+        self._values = exact.to(bucket.device, dtype)  # mostly what is stored itself, and no copy
         work = dist.all_reduce(self._values, group=group, async_op=True)
         self._pending = PendingWork(f"averaging of {bucket.name}", [(None, work)], (self._values,))
 

@@ -116,7 +116,9 @@ class Replanning(Feature):
             transport.free(bucket.flat_param)
             bucket.let_go()
         shared = config.share_parameters
-        trained.buckets[:] = make_buckets(plan, ordered, replica.ownership, transport, config.precision, shared=shared)
+        trained.buckets[:] = make_buckets(
+            plan, ordered, replica.ownership, transport, config.precision, home=config.placement.home, shared=shared
+        )
         replica.buckets[:] = trained.buckets
         for segment in trained.segments():
             if segment.owner.index in moved:
@@ -125,6 +127,8 @@ class Replanning(Feature):
             bucket.take_back(inner.state)
         if shared:
             transport.barrier()  # the writers are through
+        for bucket in trained.buckets:
+            bucket.master.fetch()  # where parameters are stepped elsewhere
         replica.reducer.adopt(trained.buckets)
         replica.reducer.take_back(inner.state)
         replica.gathers.adopt(trained.buckets)

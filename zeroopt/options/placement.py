@@ -1,8 +1,10 @@
-"""What one rank keeps of every bucket."""
+"""What one rank keeps of every bucket, and where."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,8 @@ class Placement:
     """Optimizer state covers this rank's slice of a bucket rather than the whole bucket."""
     shard_gradient: bool
     """Only this rank's slice of the reduced gradient is kept; the full buffer goes back to a pool after its reduce."""
+    home: torch.device | None = None
+    """Where state and masters of what this rank steps are kept, and where it is stepped; None: on the bucket's device."""
 
 
 PLACEMENTS = {

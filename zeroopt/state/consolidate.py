@@ -66,8 +66,9 @@ def gather_state(
     if everyone is None:
         assert group is not None
         for position in sorted(owned):
+            device = owned[position].owner.param.device  # of which the backend is, wherever the state is kept
             for piece in entry_of(position).pieces:
-                _send(piece, group, to)
+                _send(piece.to(device), group, to)
         return None
     me = 0 if group is None else group.rank()
     whole = WholeState({}, {})

@@ -327,7 +327,7 @@ class StateDicts(StateHolder):
                 foreign = (entry.keys() & set(MASTER_NAMES)) - {bucket.master.name}
                 if not foreign:
                     continue
-                exact = exact_param(entry, segment.view_in(bucket.own_param))
+                exact = exact_param(entry, segment.view_in(bucket.master.param))
                 for name in foreign:
                     del entry[name]
                 if not entry:

@@ -49,7 +49,9 @@ def move_state(
                 if isinstance(leaves[managed].get(path), _Array) and managed.index in wanted:
                     piece = wanted[managed.index]
                     begin = array.position(managed.offset + piece.start)
-                    moved[managed.index][path] = full[begin : begin + array.size(piece.numel)].clone()
+                    moved[managed.index][path] = full[begin : begin + array.size(piece.numel)].to(
+                        bucket.master.home, copy=True
+                    )
     transport.free(scratch)
     return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
 

@@ -2,7 +2,9 @@
 
 In reading order; each imports from those above it:
 
-    rules     which optimizers have a fused kernel, and how their options and state map to it
-    segments  state of many segments, stepped in one call
-    stepper   `ShardStepper`: by the fused kernel, or by the optimizer's own step
+    rules          which optimizers have a fused kernel, and how their options and state map to it
+    segments       state of many segments, stepped in one call
+    bucket_kernel  `BucketKernel`: one bucket by a fused kernel
+    plain          by the optimizer's own step
+    stepper        `ShardStepper`: chooses for each bucket
 """

@@ -9,4 +9,5 @@ In reading order; each imports from those above it:
     assembling      a whole tensor from the pieces that ranks have
     buffer_pool     `BufferPool`: full gradient buffers that buckets borrow
     gradient_store  `GradientStore`: the gradients of a bucket
+    own_shard       `OwnShard`: what a step works on
 """

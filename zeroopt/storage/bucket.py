@@ -44,6 +44,7 @@ class Bucket:
         transport: Transport,
         precision: Precision,
         *,
+        home: torch.device | None,
         shared: bool,
     ) -> None:
         self.index = index
@@ -60,7 +61,7 @@ class Bucket:
         self.own_range = own_range
         self.own_param = self.within_own_range(self.flat_param)
         self._state_dtype = precision.sum_dtype(self.dtype, by_slices=True)
-        self.master = make_master(self.own_param, precision)
+        self.master = make_master(self.own_param, precision, home)
         for managed in self.params:
             self._take_in(managed, writes=transport.writes_parameters or not shared)
         self.segments: list[Segment] = []
@@ -135,21 +136,24 @@ def make_buckets(
     transport: Transport,
     precision: Precision,
     *,
+    home: torch.device | None,
     shared: bool,
     first_index: int = 0,
 ) -> list[Bucket]:
     """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
 
-    Collective. With `shared`, the ranks of a host get the same buckets, with the values of the first of them.
+    Collective. With `shared`, the ranks of a host get the same buckets, with the values of the first of them. When the values are
+    there, masters have to `fetch` them.
 
     Args:
         params: those that the plan is for, in its order.
+        home: where this rank steps what is its own; None: where the parameters are.
         first_index: index of the first of the buckets, which come behind others of the model.
     """
     buckets = []
     for number, layout in enumerate(plan.buckets):
         begin_end = ownership.stepped(layout.padded_numel)
-        bucket = Bucket(first_index + number, layout, params, begin_end, transport, precision, shared=shared)
+        bucket = Bucket(first_index + number, layout, params, begin_end, transport, precision, home=home, shared=shared)
         bucket.cut_segments(plan.segments(number, *begin_end), params)
         buckets.append(bucket)
     return buckets

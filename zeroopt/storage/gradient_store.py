@@ -179,7 +179,7 @@ class GradientStore:
 
     def square_sum(self) -> Tensor:
         """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
-        if self._storage is None:
+        if self._storage is None or self._bucket.master.is_away:  # for which the kernel has no table
             norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
             return norm.square()
         if self._table is None:

@@ -5,6 +5,9 @@
     Float32Master    them rounded         float32: the exact values
     Remainder        them rounded         int16: the bits that rounding to bfloat16 took away
 
+The rank steps them at home: the bucket's device, or another one with a copy of the parameters, which `publish` moves to the
+bucket after a step, and `fetch` moves from there after somebody else has written it.
+
 Whoever saves, loads, averages or steps parameters asks the `Master` of their bucket, and knows none of its kinds.
 """
 
@@ -29,16 +32,41 @@ class Master(ABC):
     Attributes:
         name: what a state dict calls the array that completes the parameters; None where nothing does.
         is_stored: exact values are what lies in memory; they are not computed.
-        param: [own range], the parameters as the model has them.
-        array: [own range], what completes them; None where nothing does.
+        param: [own range], the parameters as the model has them, at home.
+        array: [own range], what completes them, at home; None where nothing does.
+
+    Args:
+        in_bucket: [own range], the parameters in the bucket.
+        home: where they are stepped.
     """
 
     name: ClassVar[str | None] = None
     is_stored: ClassVar[bool] = True
 
-    def __init__(self, param: Tensor, dtype: torch.dtype | None = None) -> None:
-        self.param = param
-        self.array = None if dtype is None else torch.zeros_like(param, dtype=dtype)
+    def __init__(self, in_bucket: Tensor, home: torch.device, dtype: torch.dtype | None = None) -> None:
+        self._in_bucket = in_bucket
+        self.param = in_bucket if home == in_bucket.device else torch.zeros_like(in_bucket, device=home)
+        self.array = None if dtype is None else torch.zeros_like(self.param, dtype=dtype)
+
+    @property
+    def home(self) -> torch.device:
+        """Where the exact values are, and are stepped."""
+        return self.param.device
+
+    @property
+    def is_away(self) -> bool:
+        """Whether home is not the bucket's device, so that parameters have to be moved."""
+        return self.param is not self._in_bucket
+
+    def publish(self, begin: int = 0, end: int | None = None) -> None:
+        """Let elements [begin, end) of the bucket be those at home."""
+        if self.is_away:
+            self._in_bucket[begin:end].copy_(self.param[begin:end])
+
+    def fetch(self) -> None:
+        """Let parameters at home be those of the bucket, which somebody else has written. What completes them stays."""
+        if self.is_away:
+            self.param.copy_(self._in_bucket)
 
     @property
     def completes(self) -> bool:
@@ -76,12 +104,14 @@ class Master(ABC):
         """Set elements [begin, end), and what completes them, to exact values, 1-D; what `exact` gave may have been changed."""
         self.keep(begin, end, values)
         self.param[begin:end].copy_(self.round(values))
+        self.publish(begin, end)
 
     def follow_writes(self) -> None:
         """Something other than a step may have written parameters: let exact values follow."""
+        self.fetch()
 
     def round_stepped(self) -> None:
-        """Let parameters follow what an optimizer's own step has changed."""
+        """Let parameters at home follow what an optimizer's own step has changed."""
 
     def arrays(self, segment: Segment) -> dict[str, Tensor]:
         """What completes a segment's parameters, by its name in a state dict, live; nothing where nothing does."""
@@ -121,8 +151,8 @@ class Float32Master(Master):
 
     name = "master_param"
 
-    def __init__(self, param: Tensor) -> None:
-        super().__init__(param, torch.float32)
+    def __init__(self, in_bucket: Tensor, home: torch.device) -> None:
+        super().__init__(in_bucket, home, torch.float32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +174,7 @@ class Float32Master(Master):
 
     def follow_writes(self) -> None:
         """Those exact values follow that the parameters are not the rounded values of, whichever way these were rounded."""
+        self.fetch()
         master, param = self.stepped, self.param
         written = (master.to(param.dtype) != param) & (self.round(master) != param)
         master[written] = param[written].float()
@@ -159,8 +190,8 @@ class Remainder(Master):
     name = "remainder"
     is_stored = False
 
-    def __init__(self, param: Tensor) -> None:
-        super().__init__(param, torch.int16)
+    def __init__(self, in_bucket: Tensor, home: torch.device) -> None:
+        super().__init__(in_bucket, home, torch.int16)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,6 +206,7 @@ class Remainder(Master):
         rounded, remainders = split_master(values)
         self.param[begin:end].copy_(rounded)
         self.array[begin:end].copy_(remainders)
+        self.publish(begin, end)
 
     def exact(self, begin: int = 0, end: int | None = None) -> Tensor:
         assert self.array is not None
@@ -192,14 +224,19 @@ MASTER_NAMES = ("master_param", "remainder")
 """What state dicts call that which completes parameters, whichever kind of master has saved it."""
 
 
-def make_master(param: Tensor, precision: Precision) -> Master:
-    """The master of an own range, zeros where something completes the parameters."""
+def make_master(in_bucket: Tensor, precision: Precision, home: torch.device | None = None) -> Master:
+    """The master of an own range, zeros where something completes the parameters.
+
+    Args:
+        in_bucket: [own range], the parameters in the bucket.
+        home: where they are stepped; None: where they are.
+    """
     kinds: dict[torch.dtype | None, type[Float32Master | Remainder]] = {
         torch.float32: Float32Master,
         torch.int16: Remainder,
     }
-    kind = kinds.get(precision.master_dtype(param.dtype))
-    return InPlace(param) if kind is None else kind(param)
+    kind = kinds.get(precision.master_dtype(in_bucket.dtype))
+    return (kind or InPlace)(in_bucket, in_bucket.device if home is None else home)
 
 
 def exact_param(entry: Mapping[str, Any], rounded: Tensor) -> Tensor | None:

@@ -95,7 +95,7 @@ def _exact_part(bucket: Bucket, segment: Segment, part: _Range) -> Tensor:
     def read(first: int, last: int) -> Tensor:
         return master.exact(begin + first, begin + last)
 
-    return ShardTensor(layout, start, bucket.own_param[begin:end], read, dtype=master.dtype)
+    return ShardTensor(layout, start, master.param[begin:end], read, dtype=master.dtype)
 
 
 def _entry_contents(entry: Mapping[str, Any], segment: Segment, part: _Range) -> Iterator[tuple[str, Any]]:

@@ -149,7 +149,7 @@ def _shown(keys: Sequence[str]) -> str:
 
 def _target_param(target: Target, key: str, bucket: Bucket, segment: Segment) -> None:
     """A trained parameter: this rank's part, as exact as it is kept."""
-    values = torch.empty(segment.numel, dtype=bucket.master.dtype, device=bucket.device)
+    values = torch.empty(segment.numel, dtype=bucket.master.dtype, device=bucket.master.home)
     target.entries[key] = ShardTensor(segment.owner.flat_layout, segment.start, values)
 
     def commit(read: Mapping[str, Any]) -> None:
