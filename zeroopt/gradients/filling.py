@@ -45,7 +45,7 @@ class Filling:
             for managed in bucket.params:
                 self.bucket_of[managed.index] = bucket.index
                 self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
-        self._address_of: list[Callable[[], int]] = [managed.data_ptr for managed in params]
+        self._address_of: list[Callable[[], int]] = [managed.address for managed in params]
         self._sizes = [len(bucket.params) for bucket in buckets]
         self.order.clear()
         self.reset()
@@ -66,16 +66,18 @@ class Filling:
         if [address() for address in self._address_of] == self._addresses:
             return
         for managed, address in zip(self.params, self._addresses, strict=True):
-            if managed.data_ptr() != address:
+            if managed.address() != address:
                 raise StateError(
                     f"parameter {managed.name!r} no longer lies in zeroopt's storage: the model was moved, cast or "
                     f"given new data after zeroopt.wrap (it is now {managed.param.dtype} on {managed.param.device}). "
                     "Move and cast the model first, then wrap it; to load values use load_state_dict or copy_"
                 )
 
-    def pack(self, managed: ManagedParam, full: Tensor) -> None:
-        """Move a gradient into its bucket."""
+    def pack(self, managed: ManagedParam, full: Tensor) -> bool:
+        """Move a gradient into its bucket; whether there was one."""
         grad = self._view.take_local(managed)
+        if grad is None:
+            return False
         if grad.is_cpu:
             # Without the checks of `ops.pack`: this runs between two of autograd's own.
             code = ops.DTYPE_CODES[grad.dtype]
@@ -86,10 +88,13 @@ class Filling:
             ops.pack(grad, managed.view_in(full), scale=self.scale)
         self._view.packed(managed)
         self.packed[managed.index] = 1
+        return True
 
     def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
         """Move into a bucket what had no buffer when it came or was left by a backward under `no_sync()`; zeros for the rest."""
         late = [managed for managed in bucket.params if not self.packed[managed.index]]
+        if not late:
+            return
         waiting = [managed for managed in late if self._view.has_local(managed)]
         if waiting:
             with named_range("pack", bucket.name):
@@ -100,7 +105,8 @@ class Filling:
 
     def _pack_together(self, waiting: Sequence[ManagedParam], full: Tensor) -> None:
         """In one call for each dtype, which is one unless a user has set others."""
-        grads = {managed.index: self._view.take_local(managed) for managed in waiting}
+        taken = {managed.index: self._view.take_local(managed) for managed in waiting}
+        grads = {index: grad for index, grad in taken.items() if grad is not None}
         for dtype in {grad.dtype for grad in grads.values()}:
             alike = [managed for managed in waiting if grads[managed.index].dtype is dtype]
             sources = [grads[managed.index] for managed in alike]

@@ -345,19 +345,20 @@ class GradientReducer:
             return
         if not self._running:
             self._begin()
+        # This runs between two of autograd's own kernels, once a parameter: few calls, and no more than they need.
         filling = self._filling
         managed = filling.params[index]
-        if not self.view.has_local(managed):  # a hook of the user's has cleared it
+        if managed.param.grad is None:  # a hook of the user's has cleared it
             return
         if filling.arrived[index]:
             self._refuse_second(managed)
-        filling.arrived[index] = 1
-        filling.order.append(index)
         bucket = filling.bucket_of[index]
         store = self.stores[bucket]
         full = store.full if store.is_open else self._open(bucket)
-        if full is not None:
-            filling.pack(managed, full)
+        if not (self.view.has_local(managed) if full is None else filling.pack(managed, full)):
+            return
+        filling.arrived[index] = 1
+        filling.order.append(index)
         filling.missing[bucket] -= 1
         if filling.missing[bucket] == 0:
             self._start_complete()

@@ -113,9 +113,9 @@ class ShardedGradient(Tensor):
         """What autograd has added on this rank and no reduce has taken up yet, as `no_sync()` leaves it."""
         return self.owner.local.get(self.param_index)
 
-    def take_local(self) -> Tensor:
+    def take_local(self) -> Tensor | None:
         """What autograd has added, which is no longer kept."""
-        return self.owner.local.pop(self.param_index)
+        return self.owner.local.pop(self.param_index, None)
 
 
 def _nobody() -> None:

@@ -117,13 +117,13 @@ class ShardedView(GradientView):
             return managed.index in self.local
         return grad.local is not None if type(grad) is ShardedGradient else grad is not None
 
-    def take_local(self, managed: ManagedParam) -> Tensor:
+    def take_local(self, managed: ManagedParam) -> Tensor | None:
         grad = managed.param.grad
         if type(grad) is ShardedGradient:
-            return dense(managed, grad.take_local())
-        grad = managed.local_grad()
-        assert grad is not None
-        return dense(managed, grad)
+            local = grad.take_local()
+        else:
+            local = managed.local_grad()
+        return None if local is None else dense(managed, local)
 
     def packed(self, managed: ManagedParam) -> None:
         managed.param.grad = self._objects[managed.index]
@@ -162,7 +162,9 @@ class ShardedView(GradientView):
                     "such as optimizer.full_grad gives"
                 )
             elif grad is not None:
-                self.replace(managed, self.take_local(managed))
+                local = self.take_local(managed)
+                assert local is not None
+                self.replace(managed, local)
                 self.packed(managed)  # what is done to it from here on is done to the slices
                 flags[managed.index] = 1
             elif self.was_cleared(managed):

@@ -62,8 +62,8 @@ class GradientView(ABC):
         """Whether a parameter has a gradient that no reduce has taken up."""
 
     @abstractmethod
-    def take_local(self, managed: ManagedParam) -> Tensor:
-        """That gradient, its elements in memory as those of the parameter are. It is no longer kept."""
+    def take_local(self, managed: ManagedParam) -> Tensor | None:
+        """That gradient, its elements in memory as those of the parameter are; None where there is none. It is no longer kept."""
 
     @abstractmethod
     def keep_local(self, index: int) -> None:

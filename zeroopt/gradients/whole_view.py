@@ -50,10 +50,9 @@ class WholeView(GradientView):
     def has_local(self, managed: ManagedParam) -> bool:
         return managed.param.grad is not None
 
-    def take_local(self, managed: ManagedParam) -> Tensor:
+    def take_local(self, managed: ManagedParam) -> Tensor | None:
         grad = managed.local_grad()
-        assert grad is not None
-        return dense(managed, grad)
+        return None if grad is None else dense(managed, grad)
 
     def keep_local(self, index: int) -> None:
         """Where autograd has put it is `param.grad`."""

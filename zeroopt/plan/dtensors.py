@@ -8,7 +8,7 @@ zeroopt has to know of DTensors is here. Importing DTensor takes long: who has n
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -81,8 +81,9 @@ class DistributedParam(ManagedParam):
         self.param.data = cast_to  # the outside: dtype and autograd's view of it
         self._dtensor._spec = cast_to._spec
 
-    def data_ptr(self) -> int:
-        return self._dtensor._local_tensor.data_ptr()
+    @property
+    def address(self) -> Callable[[], int]:
+        return lambda: self._dtensor._local_tensor.data_ptr()
 
     def local_grad(self) -> Tensor | None:
         grad = self.param.grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -65,9 +66,10 @@ class ManagedParam:
         """Let the parameter's elements be those of `view`, which may be of another dtype."""
         self.param.data = with_own_storage(view)
 
-    def data_ptr(self) -> int:
-        """Address of the parameter's elements."""
-        return self.param.data_ptr()
+    @property
+    def address(self) -> Callable[[], int]:
+        """A function that tells where the parameter's elements begin, and goes on doing so when they move."""
+        return self.param.data_ptr
 
     def local_grad(self) -> Tensor | None:
         """This rank's part of `param.grad`."""
