@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TEST_TIMEOUT ?= 300
 
 PYTHON_FILES := zeroopt tests bench examples
-CPP_FILES := $(shell find csrc tests/cuda_on_cpu -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
+CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_whole_params import Lars
 from torch import Tensor, nn
 from transports import hosts, mapped_memory
+from whole_optimizers import Lars
 from worker_pool import RunOnRanks
 
 import zeroopt

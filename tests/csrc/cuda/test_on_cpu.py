@@ -1,0 +1,195 @@
+"""The CUDA kernels against the CPU kernels, bit for bit, without a GPU: see tests/support/cuda_on_cpu."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_on_cpu.build import CSRC, SHIM, build, build_kernels, build_steps, compiler
+from cuda_on_cpu.compare import (
+    EVERY_NUMEL,
+    GROUPS,
+    LAYOUTS,
+    REDUCE_PAIRS,
+    SCALARS,
+    STEPS,
+    Segments,
+    Step,
+    compare_norms,
+    compare_pack,
+    compare_pack_segments,
+    compare_quantize,
+    compare_reduce,
+    compare_step,
+)
+from cuda_on_cpu.devices import CpuDevice, ShimDevice
+
+from zeroopt import _C
+
+pytestmark = pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler")
+FEW_LARGE = (5000, 1, 4096, 4097)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_kernels(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def shim(library: Path) -> ShimDevice:
+    return ShimDevice(library)
+
+
+@pytest.fixture
+def cpu() -> CpuDevice:
+    return CpuDevice(_C)
+
+
+@pytest.mark.parametrize(("op", "formats"), STEPS)
+def test_steps_in_all_formats(op: str, formats: tuple[int, int, int], shim: ShimDevice, cpu: CpuDevice) -> None:
+    for layout in LAYOUTS:
+        compare_step(shim, cpu, Step(op, *formats, Segments(layout=layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("formats", [(0, 0, 0), (3, 2, 1), (4, 3, 2), (1, 2, 2)])
+def test_steps_of_every_length(formats: tuple[int, int, int], layout: str, shim: ShimDevice, cpu: CpuDevice) -> None:
+    compare_step(shim, cpu, Step("adamw", *formats, Segments(EVERY_NUMEL, layout)))
+
+
+@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("state", range(3))
+def test_steps_of_special_values(op: str, state: int, shim: ShimDevice, cpu: CpuDevice) -> None:
+    for param, layout in product(range(5), ("shifted", "scattered")):
+        compare_step(shim, cpu, Step(op, param, (0, 2, 3)[state], state, Segments(layout=layout, special=True)))
+
+
+@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("scalars", SCALARS)
+def test_scalars_in_memory(
+    op: str, scalars: tuple[float | None, float | None, float | None], shim: ShimDevice, cpu: CpuDevice
+) -> None:
+    for state in range(3):
+        compare_step(shim, cpu, Step(op, 2, 3, state, Segments(), *scalars))
+
+
+@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("reverse_order", [False, True])
+@pytest.mark.parametrize("num_multiprocessors", [1, 5])
+def test_steps_on_any_grid(
+    op: str, num_multiprocessors: int, reverse_order: bool, library: Path, cpu: CpuDevice
+) -> None:
+    shim = ShimDevice(library, num_multiprocessors, reverse_order)
+    for numels in ((3,), FEW_LARGE, tuple(range(1, 1000, 37)) * 20):
+        compare_step(shim, cpu, Step(op, 4, 2, 2, Segments(numels)))
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("grad", [0, 2, 3])
+def test_squared_norms(grad: int, special: bool, library: Path, cpu: CpuDevice) -> None:
+    for layout, reverse_order in zip(LAYOUTS, (False, True, False), strict=True):
+        shim = ShimDevice(library, 3, reverse_order)
+        for numels in (EVERY_NUMEL[::5], FEW_LARGE, (70_000,)):
+            compare_norms(shim, cpu, grad, Segments(numels, layout, special))
+
+
+@pytest.mark.parametrize(("src", "dst"), list(product(range(4), range(4))))
+def test_pack_segments(src: int, dst: int, shim: ShimDevice, cpu: CpuDevice) -> None:
+    for layout in LAYOUTS:
+        compare_pack_segments(shim, cpu, src, dst, Segments(layout=layout))
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_quantize(is_signed: bool, shim: ShimDevice, cpu: CpuDevice) -> None:
+    for numel, shifts in product([0, 1, 8, 255, 256, 257, 3001], [(0, 0), (4, 8), (1, 0), (0, 1)]):
+        compare_quantize(shim, cpu, numel, shifts, is_signed)
+
+
+@pytest.mark.parametrize("src", range(4))
+def test_pack(src: int, shim: ShimDevice, cpu: CpuDevice) -> None:
+    for dst, numel, shifts in product(range(4), [0, 1, 7, 8, 9, 40, 2100], [(0, 0), (2, 2), (3, 3), (0, 1)]):
+        compare_pack(shim, cpu, src, dst, numel, shifts)
+
+
+@pytest.mark.parametrize("pair", REDUCE_PAIRS)
+def test_reduce(pair: tuple[int, int], shim: ShimDevice, cpu: CpuDevice) -> None:
+    for num_slices, numel, shift in product([1, 2, 3, 8, 9, 21], [0, 1, 9, 2100], [0, 1]):
+        compare_reduce(shim, cpu, pair, num_slices, numel, shift)
+
+
+# The comparison itself, of sources that are wrong in one place.
+
+MUTATIONS = {
+    "a tail that ends early": (
+        "lane.cuh",
+        "static_cast<int>(left) : kLaneNumel",
+        "static_cast<int>(left) - 1 : kLaneNumel",
+    ),
+    "a head that is ignored": ("lane.cuh", "first < 0 ? static_cast<int>(-first) : 0", "0"),
+    "a shuffle that leaves out half of the lanes": ("lane.cuh", "distance = kWarp / 2", "distance = kWarp / 4"),
+    "vectors that are cut elsewhere": ("segment_work.cuh", "(aligned ? lead : 0)", "0"),
+    "random numbers of the next call": ("formats.cuh", "bits.half[0] >> shift |", "next.half[0] >> shift |"),
+    "a barrier that is missing": ("segment_work.cuh", "__syncthreads();", ""),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_kernel_is_found(name: str, library: Path, tmp_path: Path, cpu: CpuDevice) -> None:
+    file, right, wrong = MUTATIONS[name]
+    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
+    source = (tmp_path / "cuda" / file).read_text()
+    assert right in source
+    (tmp_path / "cuda" / file).write_text(source.replace(right, wrong))
+    shim = ShimDevice(build_steps(tmp_path, library.parent), reverse_order=True)
+    with pytest.raises(AssertionError):
+        for state, layout in product(range(3), LAYOUTS):
+            compare_step(shim, cpu, Step("adamw", 4, 2, state, Segments(layout=layout)))
+
+
+class ShimKernels:
+    """The kernels of shim_kernels.cpp, by their numbers there."""
+
+    def __init__(self, library: Path) -> None:
+        self._run = ctypes.CDLL(str(library)).run_shim_kernel
+        self._run.restype = ctypes.c_char_p
+        self._run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
+        self.source = np.arange(128, dtype=np.int64) ** 2
+        self.out = np.zeros(128, np.int64)
+
+    def run(self, kernel: int, reverse_order: bool = False) -> str:
+        error: bytes = self._run(kernel, self.source.ctypes.data, self.out.ctypes.data, reverse_order)
+        return error.decode()
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ShimKernels:
+    folder = tmp_path_factory.mktemp("shim")
+    return ShimKernels(build(folder, [SHIM / "grid.cpp", SHIM / "shim_kernels.cpp"]))
+
+
+@pytest.mark.parametrize("reverse_order", [False, True])
+def test_shared_memory_and_shuffles(kernels: ShimKernels, reverse_order: bool) -> None:
+    assert kernels.run(0, reverse_order) == ""
+    sums = kernels.source.reshape(2, 64).sum(axis=1)
+    np.testing.assert_array_equal(kernels.out, np.repeat(sums, 64))
+    assert kernels.run(1, reverse_order) == ""
+    np.testing.assert_array_equal(kernels.out, kernels.source[np.arange(128) ^ 17])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (2, "block 0: thread 0 at the barrier of line .* waits for thread 40, which has finished"),
+        (3, "thread 0 at the barrier of line .* waits for thread 32 at the barrier of line"),
+        (4, "thread 32 at the shuffle of line .* waits for thread 40, which has finished"),
+        (5, "a lane that its mask leaves out"),
+        (6, "block 0, thread 0: a vector at an address that is 8 after a multiple of 16"),
+    ],
+)
+def test_divergence_ends_the_launch(kernels: ShimKernels, kernel: int, message: str) -> None:
+    assert re.search(message, kernels.run(kernel))

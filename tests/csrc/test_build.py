@@ -1,0 +1,197 @@
+"""What the build says of itself, and what becomes of kernels that are not in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+
+from zeroopt import _C
+from zeroopt.diagnosis.env import environment
+from zeroopt.errors import KernelUnavailableError
+
+# rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream
+STEP = (64, 64, 64, 64, 1, 0, 0, 0, 64, 0, 0, 0, 0, 4, 64, 0)
+CUDA_CALLS = {
+    "cuda_pack": (64, 0, 128, 0, 4, 1.0, 0),
+    "cuda_pack_segments": (64, 64, 1, 0, 0, 1.0, 4, 64, 0),
+    "cuda_reduce": (64, 1, 0, 0, 128, 0, 4, 0),
+    "cuda_quantize": (64, 128, 192, 4, True, 0),
+    "cuda_dequantize": (64, 128, 192, 4, True, 0),
+    "cuda_squared_norms": (64, 64, 64, 1, 0, 64, 4, 64, 0),
+    "cuda_adamw": STEP,
+    "cuda_sgd": STEP,
+    "cuda_adagrad": STEP,
+    "cuda_lion": STEP,
+    "cuda_lamb_moments": STEP,
+    "cuda_lamb_update": STEP,
+}
+
+
+def test_build_info_is_complete() -> None:
+    build = _C.build_info()
+    assert build["version"] == version("zeroopt")
+    assert build["compiler"].split()[1][0].isdigit()
+    assert "-ffp-contract=off" in build["flags"] or "GNU" not in build["compiler"]
+    assert build["isa"] == _C.cpu_isa()
+    assert isinstance(build["openmp"], bool)
+    assert build["cuda"] == bool(build["cuda_version"]) == bool(build["cuda_archs"])
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
+@pytest.mark.parametrize("name", CUDA_CALLS)
+def test_missing_kernel_says_how_to_get_it(name: str) -> None:
+    with pytest.raises(KernelUnavailableError, match="ZEROOPT_CUDA=on pip install"):
+        getattr(_C, name)(*CUDA_CALLS[name])
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", CUDA_CALLS)
+def test_launch_without_a_driver_raises(name: str) -> None:
+    with pytest.raises(RuntimeError, match="CUDA"):
+        getattr(_C, name)(*CUDA_CALLS[name])
+
+
+def test_every_cuda_kernel_is_called_here() -> None:
+    assert {name for name in dir(_C) if name.startswith("cuda_")} == {*CUDA_CALLS, "cuda_workspace_bytes"}
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
+def test_workspaces_grow_with_segments_and_elements() -> None:
+    sizes = [_C.cuda_workspace_bytes(*facts) for facts in ((0, 0), (1, 1), (100, 100), (100, 10**7))]
+    assert sizes[0] >= 0
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2] < sizes[3]
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
+def test_workspace_of_missing_kernels_says_how_to_get_them() -> None:
+    with pytest.raises(KernelUnavailableError, match="ZEROOPT_CUDA=on pip install"):
+        _C.cuda_workspace_bytes(1, 1)
+
+
+def test_unknown_dtype_code() -> None:
+    with pytest.raises(ValueError, match="there is no dtype code 9"):
+        _C.pack(0, 9, 0, 0, 0, 1.0, 1)
+
+
+def test_env_command_prints_every_fact() -> None:
+    command = [sys.executable, "-m", "zeroopt", "env"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    for name, value in environment().items():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(f"{name} "))
+        assert name == "cores" or line.endswith(value)
+
+
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+CMAKE_FOLDER = ROOT / "cmake"
+CUDA_VARIABLES = ("ZEROOPT_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
+
+
+def run_cmake(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    others = {
+        name: value for name, value in os.environ.items() if name not in (*CUDA_VARIABLES, "CMAKE_CUDA_ARCHITECTURES")
+    }
+    command = [str(shutil.which("cmake")), *arguments]
+    return subprocess.run(command, cwd=folder, env=others | environment, capture_output=True, text=True, check=False)
+
+
+@needs_cmake
+class TestBrokenCudaCompiler:
+    """What cmake/cuda.cmake makes of a compiler that is there and does not compile."""
+
+    def configure(self, folder: Path, nvcc: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A project of nothing but that file."""
+        (folder / "CMakeLists.txt").write_text(
+            "cmake_minimum_required(VERSION 3.24)\nproject(empty LANGUAGES NONE)\n"
+            f'include({CMAKE_FOLDER}/cuda.cmake)\nmessage(STATUS "with CUDA: ${{ZEROOPT_WITH_CUDA}}")\n'
+        )
+        (folder / "bin").mkdir()
+        (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (folder / "bin" / "nvcc").chmod(0o755)
+        path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return run_cmake(folder, "-S", ".", "-B", "build", **{"PATH": path, **environment})
+
+    REFUSING = "echo 'error: unsupported GNU version' >&2; exit 1"
+
+    @pytest.mark.parametrize(
+        ("nvcc", "reason"),
+        [
+            (REFUSING, "error: unsupported GNU version"),
+            ("exit 3", "it ends with code 3"),
+            ("exit 0", "it compiles, but not what CMake tries"),
+        ],
+    )
+    def test_auto_does_without_and_says_why(self, tmp_path: Path, nvcc: str, reason: str) -> None:
+        result = self.configure(tmp_path, nvcc)
+        assert result.returncode == 0, result.stderr
+        assert f"CPU kernels only: {tmp_path}/bin/nvcc does not work: {reason} (" in result.stdout
+        assert "with CUDA: 0" in result.stdout
+
+    def test_on_is_an_error_that_says_why(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, self.REFUSING, ZEROOPT_CUDA="on")
+        assert result.returncode != 0
+        assert "ZEROOPT_CUDA=on, but" in result.stderr
+        assert f"{tmp_path}/bin/nvcc does not work: error: unsupported GNU version" in result.stderr
+
+    def test_a_compiler_that_is_not_there(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, self.REFUSING, CUDACXX="/nowhere/nvcc")
+        assert result.returncode == 0, result.stderr
+        assert "CPU kernels only: /nowhere/nvcc does not work: No such file or directory" in result.stdout
+
+    def test_off_looks_for_none(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, "touch called; exit 1", ZEROOPT_CUDA="off")
+        assert result.returncode == 0 and not (tmp_path / "called").exists()
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ""),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}, "80-real;90"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5;12.0a"}, "75-real;120a-real"),
+        ({"TORCH_CUDA_ARCH_LIST": ""}, ""),
+        ({"TORCH_CUDA_ARCH_LIST": " "}, ""),
+        ({"CUDAARCHS": "", "TORCH_CUDA_ARCH_LIST": "8.6"}, "86-real"),
+        ({"CUDAARCHS": "90", "TORCH_CUDA_ARCH_LIST": "8.6"}, "90"),
+        ({"CMAKE_CUDA_ARCHITECTURES": "", "CUDAARCHS": "75;80-real"}, "75;80-real"),
+    ],
+)
+def test_architectures_that_are_asked_for(environment: dict[str, str], expected: str, tmp_path: Path) -> None:
+    """An empty variable is as good as none."""
+    script = f'include({CMAKE_FOLDER}/cuda_archs.cmake)\nzeroopt_asked_archs(archs)\nmessage("archs: ${{archs}}.")\n'
+    (tmp_path / "script.cmake").write_text(script)
+    result = run_cmake(tmp_path, "-P", "script.cmake", **environment)
+    assert f"archs: {expected}." in result.stderr, result
+
+
+@needs_cmake
+def test_an_architecture_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "script.cmake").write_text(f"include({CMAKE_FOLDER}/cuda_archs.cmake)\nzeroopt_asked_archs(archs)\n")
+    result = run_cmake(tmp_path, "-P", "script.cmake", TORCH_CUDA_ARCH_LIST="Hopper")
+    assert result.returncode != 0 and 'got "Hopper"' in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_a_source_distribution_has_what_is_tracked() -> None:
+    """Tests with their helpers, benchmarks, examples and documents: all but what only git reads."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    folders = {"zeroopt", *(line[1] for line in lines if line[0] == "graft")}
+    files = {
+        "MANIFEST.in",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+    }  # which setuptools takes unasked, like the package
+    files |= {name for line in lines if line[0] == "include" for name in line[1:]}
+    assert [f for f in tracked if f.split("/")[0] not in folders and f not in files] == [".gitignore"]

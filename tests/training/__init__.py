@@ -1,0 +1,1 @@
+"""Whole trainings, each beside DistributedDataParallel or another reference."""

@@ -1,0 +1,439 @@
+"""Optimizers that need whole matrices or norms: each parameter is stepped by one rank, whole, and results stay the same."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import restore, snapshot
+from ulps import SUM_ORDER_ULPS, History, assert_same
+from whole_optimizers import OPTIMIZERS, Lars, build, loss_for
+from worker_pool import RunOnRanks
+
+import zeroopt
+from zeroopt.optim import FusedLAMB
+from zeroopt.options.precision import Precision, round_master
+from zeroopt.plan.buckets import make_plan
+from zeroopt.plan.ownership import Ownership
+from zeroopt.plan.params import Grain, ManagedParam
+
+BF16 = torch.bfloat16
+STEPS = 5
+STAGES = (0, 1, 2)
+
+
+def prepare(net: nn.Module, name: str, options: dict[str, Any] | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    optimizer = OPTIMIZERS[name](net)
+    if options is None:
+        return DistributedDataParallel(net, find_unused_parameters=True), optimizer
+    if "param_dtype" in options:  # which is for those that are trained
+        trained = {param for group in optimizer.param_groups for param in group["params"]}
+        for param in net.parameters():
+            param.data = param.data if param in trained else round_master(param.data, options["param_dtype"])
+    return zeroopt.wrap(net, optimizer, **options)
+
+
+def run_steps(model: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        loss_for(model, step, dist.get_rank()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train(name: str, options: dict[str, Any] | None, follow: History | None = None) -> History:
+    """Parameters after each step, under DDP without options; each step starts from those that it follows, if any."""
+    net = build()
+    model, optimizer = prepare(net, name, options)
+    history = []
+    for step in range(STEPS):
+        run_steps(model, optimizer, step, step + 1)
+        history.append(snapshot(net))
+        if follow is not None:
+            restore(net, follow[step])
+    return history
+
+
+def train_all(name: str, variants: list[dict[str, Any] | None]) -> list[History]:
+    return [train(name, options) for options in variants]
+
+
+def train_by_hand(name: str, world_size: int, param_dtype: torch.dtype | None = None) -> History:
+    """What the ranks do together, in one process and by the optimizer as it is: sums go in the order of ranks."""
+    masters, net = build(), build().to(param_dtype)
+    optimizer = OPTIMIZERS[name](masters)
+    pairs = list(zip(masters.parameters(), net.parameters(), strict=True))
+    history = []
+    for step in range(STEPS):
+        for master, param in pairs:
+            param.data = master.detach().clone() if param_dtype is None else round_master(master.detach(), param_dtype)
+            master.grad = None
+        for rank in range(world_size):
+            net.zero_grad()
+            loss_for(net, step, rank).backward()
+            for master, param in pairs:
+                if param.grad is not None:
+                    share = (param.grad.float() * (1 / world_size)).to(param.dtype).float()
+                    master.grad = share if master.grad is None else master.grad + share
+        optimizer.step()
+        history.append(
+            [
+                round_master(master.detach(), param_dtype) if param_dtype is not None else master.detach().clone()
+                for master, _ in pairs
+            ]
+        )
+    return history
+
+
+def assert_equal(want: History, got: History, where: str) -> None:
+    for step, (one, other) in enumerate(zip(want, got, strict=True)):
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert a.dtype is b.dtype
+            assert torch.equal(a, b), f"{where}, step {step}, parameter {number}: {(a - b).abs().max()}"
+
+
+def sharded_variants(**options: Any) -> list[dict[str, Any]]:
+    """Stages that shard, sizes of buckets down to one for each parameter, transports, shared parameters."""
+    return [
+        {"stage": 1, **options},
+        {"stage": 1, "bucket_mb": 0.003, "overlap": False, **options},
+        {"stage": 2, **options},
+        {"stage": 2, "bucket_mb": 0.003, **options},
+        {"stage": 2, "bucket_mb": 0.0001, **options},
+        {"stage": 2, "bucket_mb": 0.003, "transport": "pairwise", **options},
+        {"stage": 2, "bucket_mb": 0.003, "share_parameters": True, **options},
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_follows_the_unsharded_optimizer_bit_for_bit(run_on_ranks: RunOnRanks, name: str, world_size: int) -> None:
+    variants: list[Any] = [{"stage": 0, "bucket_mb": 0.003}]
+    variants += sharded_variants() if world_size > 1 else [{"stage": 2}]
+    if name == "lamb":
+        variants += [{"stage": stage, "fused": False} for stage in (0, 2)]
+    by_hand = run_on_ranks(1, train_by_hand, name, world_size)[0]  # a worker has as many threads as a rank
+    for rank, histories in enumerate(run_on_ranks(world_size, train_all, name, variants)):
+        for options, history in zip(variants, histories, strict=True):
+            assert_equal(by_hand, history, f"rank {rank}, {options}")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_follows_ddp_bit_for_bit(run_on_ranks: RunOnRanks, name: str) -> None:
+    for histories in run_on_ranks(2, train_all, name, [None, {"stage": 1}, {"stage": 2}]):
+        for history in histories[1:]:
+            assert_equal(histories[0], history, name)
+
+
+def train_after(name: str, first: dict[str, Any] | None, second: dict[str, Any]) -> list[History]:
+    """Each step of the second run starts from the parameters of the first."""
+    history = train(name, first)
+    return [history, train(name, second, follow=history)]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS if name != "muon"]
+)  # bfloat16 inside: a last bit can show
+def test_more_ranks_follow_ddp(run_on_ranks: RunOnRanks, name: str) -> None:
+    """Up to the order of sums, which differs beyond two ranks."""
+    assert_same(run_on_ranks(3, train_after, name, None, {"stage": 2}), SUM_ORDER_ULPS)
+
+
+def ownership(name: str, options: dict[str, Any]) -> tuple[dict[str, dict[str, list[int]]], list[list[int]]]:
+    """Shapes of this rank's state by parameter, and the shapes that it stepped in the first step."""
+    net = build()
+    inner = OPTIMIZERS[name](net)
+    model, optimizer = zeroopt.wrap(net, inner, **options)
+    loss_for(model, 0, 0).backward()
+    optimizer.step()
+    names = {param: name for name, param in net.named_parameters()}
+    shapes = {
+        names[param]: {key: list(value.shape) for key, value in entry.items() if isinstance(value, Tensor)}
+        for param, entry in optimizer.state.items()
+        if entry
+    }
+    return shapes, getattr(inner, "stepped", [])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_whole_parameter_has_one_owner(run_on_ranks: RunOnRanks, name: str) -> None:
+    """Its state is there whole, in its shape, and nowhere else; each is stepped once in the group."""
+    net = build()
+    shapes = {key: list(param.shape) for key, param in net.named_parameters()}
+    in_optimizer = {id(param) for group in OPTIMIZERS[name](net).param_groups for param in group["params"]}
+    trained = [key for key, param in net.named_parameters() if id(param) in in_optimizer]
+    for options in ({"stage": 1}, {"stage": 2, "bucket_mb": 0.001}):
+        ranks = run_on_ranks(3, ownership, name, options)
+        whole = [key for key in trained if name != "mixed" or len(shapes[key]) == 2]
+        for key in whole:
+            held = [state[key] for state, _ in ranks if state.get(key)]
+            assert len(held) == 1, f"{key} has {len(held)} owners"
+            per_element = [shape for entry, shape in held[0].items() if entry not in ("step", "row_var", "col_var")]
+            assert all(shape == shapes[key] for shape in per_element)
+            if name == "adafactor" and len(shapes[key]) == 2:
+                rows, columns = shapes[key]
+                assert (held[0]["row_var"], held[0]["col_var"]) == ([rows, 1], [1, columns])
+        if name in ("lars", "mixed"):
+            stepped = [shape for _, by_rank in ranks for shape in by_rank if name == "lars" or len(shape) == 2]
+            assert sorted(stepped) == sorted(shapes[key] for key in whole)
+        if name == "mixed":  # the rest is cut
+            assert sum(sum(state.get("norm.weight", {}).get("mean", [])) for state, _ in ranks) == 12
+
+
+def resume(name: str, options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """All steps at once, and some of them, a save through a file, a new model and optimizer, and the rest."""
+    straight = train(name, options)[-1]
+    net = build()
+    model, optimizer = prepare(net, name, options)
+    optimizer.load_state_dict(optimizer.state_dict())  # empty: before the first step
+    run_steps(model, optimizer, 0, 3)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    run_steps(model, optimizer, 7, 8)  # what comes after a save must not change what was saved
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    net = build()
+    model, optimizer = prepare(net, name, options)
+    for group in optimizer.param_groups:
+        group["lr"] = 123.0
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    run_steps(model, optimizer, 3, STEPS)
+    return straight, snapshot(net)
+
+
+def resume_all(name: str, variants: list[dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    return [resume(name, options) for options in variants]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_save_and_resume_exactly(run_on_ranks: RunOnRanks, name: str) -> None:
+    variants: list[dict[str, Any]] = [{"stage": stage, "bucket_mb": 0.003} for stage in STAGES]
+    variants.append({"param_dtype": BF16})
+    if name == "lamb":
+        variants.append({"param_dtype": BF16, "master_weights": "remainder", "state_dtype": torch.int8})
+    for rank in run_on_ranks(3, resume_all, name, variants):
+        for straight, resumed in rank:
+            assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def carry_on(name: str, options: dict[str, Any], wrap_late: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """State of the plain optimizer: loaded from its state dict, or already there when it is wrapped."""
+    plain = build()
+    plain_optimizer = OPTIMIZERS[name](plain)
+
+    def plain_step(step: int) -> None:
+        loss_for(plain, step, 1).backward()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+
+    plain_step(0)
+    plain_step(3)
+    net = build()
+    net.load_state_dict(plain.state_dict())
+    inner = OPTIMIZERS[name](net)
+    if wrap_late:
+        inner.load_state_dict(plain_optimizer.state_dict())
+    model, optimizer = zeroopt.wrap(net, inner, **options)
+    if not wrap_late:
+        optimizer.load_state_dict(plain_optimizer.state_dict())
+    plain_step(6)
+    loss_for(model, 6, 1).backward()
+    optimizer.step()
+    return snapshot(plain), snapshot(net)
+
+
+def carry_on_all(name: str) -> list[tuple[list[Tensor], list[Tensor]]]:
+    return [
+        carry_on(name, {"stage": stage, "bucket_mb": 0.003}, wrap_late)
+        for stage in STAGES
+        for wrap_late in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_a_plain_optimizer_is_taken_over(run_on_ranks: RunOnRanks, name: str) -> None:
+    for rank in run_on_ranks(2, carry_on_all, name):  # the mean of two equal gradients is that gradient
+        for want, got in rank:
+            assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def load_wrongly() -> str:
+    """State of other owners; the error."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+    model, optimizer = zeroopt.wrap(net, Lars(net.parameters()), stage=2)
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    shards: list[Any] = [None] * 2
+    dist.all_gather_object(shards, optimizer.state_dict())
+    before = {param: dict(entry) for param, entry in optimizer.state.items()}
+    with pytest.raises(zeroopt.StateError) as caught:
+        optimizer.load_state_dict(shards[1 - dist.get_rank()])
+    for param, entry in optimizer.state.items():
+        assert all(torch.equal(value, before[param][name]) for name, value in entry.items())
+    return str(caught.value)
+
+
+def test_state_of_other_owners_is_refused(run_on_ranks: RunOnRanks) -> None:
+    for message in run_on_ranks(2, load_wrongly):
+        assert message.startswith("the state dict holds nothing of parameter '")
+        assert "of which another rank had a part; give load_state_dict what state_dict() gave on every rank" in message
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float32_masters_train_as_by_hand(run_on_ranks: RunOnRanks, name: str) -> None:
+    variants = sharded_variants(param_dtype=BF16)
+    by_hand = run_on_ranks(1, train_by_hand, name, 2, BF16)[0]
+    for histories in run_on_ranks(2, train_all, name, variants):
+        for options, history in zip(variants, histories, strict=True):
+            assert_equal(by_hand, history, str(options))
+
+
+LAMB_TIERS = [
+    (torch.float32, "float32", torch.int8),
+    (BF16, "float32", BF16),
+    (BF16, "remainder", torch.float32),
+    (BF16, "remainder", torch.int8),
+    (BF16, "none", torch.float32),
+]
+
+
+def lamb_in_every_tier() -> list[tuple[History, History]]:
+    """FusedLAMB by itself, and wrapped; on the same batch, so that the mean of the gradients is the gradient."""
+    results = []
+    for param_dtype, master_weights, state_dtype in LAMB_TIERS:
+        start = build().to(BF16).float()  # of which the optimizer by itself can make its masters
+        plain, net = build().to(BF16).to(param_dtype), build()
+        net.load_state_dict(start.state_dict())
+        torch.manual_seed(7)
+        tier = {"master_weights": master_weights, "state_dtype": state_dtype}
+        plain_optimizer = FusedLAMB(plain.parameters(), lr=0.01, seed=torch.initial_seed(), **tier)
+        wrapped = None if param_dtype is torch.float32 else param_dtype
+        model, optimizer = zeroopt.wrap(net, FusedLAMB(net.parameters(), lr=0.01), param_dtype=wrapped, **tier)
+        histories: tuple[History, History] = ([], [])
+        for step in range(4):
+            for one, one_optimizer, history in zip(
+                (plain, model), (plain_optimizer, optimizer), histories, strict=True
+            ):
+                loss_for(one, step, 1).backward()
+                one_optimizer.step()
+                one_optimizer.zero_grad()
+                history.append(snapshot(one))
+        results.append(histories)
+    return results
+
+
+def test_fused_lamb_in_every_tier(run_on_ranks: RunOnRanks) -> None:
+    for rank in run_on_ranks(2, lamb_in_every_tier):
+        for tier, (alone, wrapped) in zip(LAMB_TIERS, rank, strict=True):
+            assert_equal(alone, wrapped, str(tier))
+
+
+def refusals() -> list[str]:
+    messages = []
+    for options in ({"state_dtype": BF16}, {"param_dtype": BF16, "master_weights": "remainder"}, {"fused": True}):
+        net = build()
+        with pytest.raises(zeroopt.ConfigError) as caught:
+            zeroopt.wrap(net, OPTIMIZERS["lars"](net), **options)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_needs_a_kernel_is_refused(run_on_ranks: RunOnRanks) -> None:
+    for messages in run_on_ranks(2, refusals):
+        assert all("there is no fused kernel for Lars" in message for message in messages)
+
+
+def norms() -> list[float]:
+    """Of the gradients, by stage; slices of whole parameters have gaps."""
+    found = []
+    for options in ({"stage": 0}, {"stage": 1}, {"stage": 2}):
+        net = build()
+        model, optimizer = prepare(net, "lars", options)
+        for step in range(3):  # a pooled buffer has been used before
+            loss_for(model, step, dist.get_rank()).backward()
+            norm = optimizer.clip_grad_norm_(0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(float(norm))
+    return found
+
+
+def test_clipping(run_on_ranks: RunOnRanks) -> None:
+    for found in run_on_ranks(3, norms):
+        assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def few_parameters(options: dict[str, Any] | None) -> list[Tensor]:
+    """Fewer than ranks: some own nothing."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    inner = Lars(net.parameters())
+    model, optimizer = zeroopt.wrap(net, inner, **options) if options else (DistributedDataParallel(net), inner)
+    for step in range(3):
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net)
+
+
+def test_more_ranks_than_parameters(run_on_ranks: RunOnRanks) -> None:
+    plain = run_on_ranks(4, few_parameters, None)[0]
+    for options in ({"stage": 1}, {"stage": 2}, {"stage": 2, "share_parameters": True}):
+        for values in run_on_ranks(4, few_parameters, options):
+            assert all(torch.equal(a, b) for a, b in zip(plain, values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "grain", "cost"),
+    [
+        ((6, 4), Grain.ELEMENT, None),
+        ((6, 4), Grain.PARAMETER, 24),
+        ((6, 4), Grain.MATRIX, 96),
+        ((4, 6), Grain.MATRIX, 96),
+        ((8, 3, 2), Grain.MATRIX, 288),
+        ((5,), Grain.MATRIX, 5),
+        ((), Grain.MATRIX, 1),
+        ((0, 3), Grain.MATRIX, 0),
+    ],
+)
+def test_cost(shape: tuple[int, ...], grain: Grain, cost: int | None) -> None:
+    assert ManagedParam("p", nn.Parameter(torch.zeros(shape)), 0, 0, 0, grain).whole_cost == cost
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_ranks_have_about_the_same_to_do(world_size: int) -> None:
+    """Of the matrices of a transformer with grouped queries, in which a rank's elements are no measure of its work."""
+    width = 256
+    block = [
+        (width, width),
+        (width // 4, width),
+        (width // 4, width),
+        (width, width),
+        (3 * width, width),
+        (width, 3 * width),
+    ]
+    params = [
+        ManagedParam(str(i), nn.Parameter(torch.empty(shape, device="meta")), i, 0, i, Grain.MATRIX)
+        for i, shape in enumerate(block * 12)
+    ]
+    plan = make_plan(params, Ownership(world_size, 0, by_slices=True), 2**20, Precision())
+    load = [0] * world_size
+    for index in range(len(plan.buckets)):
+        length = plan.shard_numel(index)
+        for rank in range(world_size):
+            for segment in plan.segments(index, rank * length, (rank + 1) * length):
+                assert segment.numel == params[segment.param].numel
+                load[rank] += params[segment.param].whole_cost or 0
+    assert max(load) * world_size <= 1.05 * sum(load)
+    assert sum(bucket.padded_numel for bucket in plan.buckets) <= 1.1 * sum(param.numel for param in params)
+    in_one_piece = make_plan(params, Ownership(world_size, 0, by_slices=False), 2**20, Precision())
+    assert not any(bucket.whole for bucket in in_one_piece.buckets)
