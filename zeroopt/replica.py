@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._C import Plan
 from .collectives import Transport
 from .collectives.turnout import Turnout
 from .errors import StateError
@@ -28,10 +29,13 @@ from .plan.claims import claim, claimed_params
 from .plan.dtensors import count_copies, find_mesh, mesh_groups
 from .plan.ownership import Ownership
 from .plan.params import ManagedParam
+from .state.moving import hand_out, move_arrays
 from .storage.broadcast import Broadcaster
 from .storage.bucket import Bucket, make_buckets
 from .storage.buffer_pool import BufferPool
 from .storage.gradient_store import GradientStore
+from .storage.masters import Master
+from .storage.segment import BySegments
 
 
 class Sharding:
@@ -119,27 +123,15 @@ class Sharding:
         Args:
             params: in the model's order; their indices go on from those of `params`.
         """
-        config, transport = self.config, self.transport
+        config = self.config
         self._average_gradients(params)
-        plan = make_plan(params, self.ownership, config.bucket_bytes, precision)
+        plan = self.make_plan(params, precision)
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
-        buckets = make_buckets(
-            plan,
-            params,
-            self.ownership,
-            transport,
-            precision,
-            home=config.placement.home,
-            shared=config.share_parameters,
-            first_index=len(self.buckets),
-        )
+        buckets = self._make_buckets(plan, params, precision, first_index=len(self.buckets))
         if config.sync_module_states:
             self._sync_buckets(buckets)
-        if config.share_parameters:
-            transport.barrier()  # the writers are through
-        for bucket in buckets:
-            bucket.master.fetch()  # where parameters are stepped elsewhere
+        self._await_writers(buckets)
         self.params += params
         self.buckets += buckets
         self.reducer.extend(params, buckets)
@@ -148,6 +140,39 @@ class Sharding:
         if len(buckets) < len(self.buckets):
             self.reducer.start_in_order(self._reverse_order())
         return buckets
+
+    def make_plan(self, params: Sequence[ManagedParam], precision: Precision) -> Plan:
+        """Plan buckets for these parameters, in this order."""
+        return make_plan(params, self.ownership, self.config.bucket_bytes, precision)
+
+    def rebuild(self, plan: Plan, ordered: Sequence[ManagedParam], precision: Precision, state: BySegments) -> None:
+        """Move all parameters into the buckets of another plan, and with them whatever lies by their segments. Collective.
+
+        Args:
+            ordered: all parameters, in the order in which the plan takes them.
+            state: the optimizer's.
+        """
+        self.gathers.finish_all()
+        self.reducer.finish()
+        states, masters, sums = (
+            move_arrays(sources, self.buckets, plan, ordered, self.ownership, self.transport)
+            for sources in ([state] * len(self.buckets), self._masters(), self.reducer.stores)
+        )
+        # Before others are made, which never lie beside all of these.
+        self.reducer.free_buffers()
+        for bucket in self.buckets:
+            bucket.free(self.transport)
+        self.buckets[:] = self._make_buckets(plan, ordered, precision, first_index=0)
+        hand_out(states, self.buckets, [state] * len(self.buckets))
+        hand_out(masters, self.buckets, self._masters())
+        self._await_writers(self.buckets)
+        self.reducer.rebuild(self.buckets)
+        hand_out(sums, self.buckets, self.reducer.stores)
+        self.reducer.view.moved()
+        self.gathers.attach(self.buckets)
+
+    def _masters(self) -> list[Master]:
+        return [bucket.master for bucket in self.buckets]
 
     def take_out(self, gone: Collection[ManagedParam]) -> None:
         """Let parameters have memory of their own again. No optimizer trains them any more. Collective.
@@ -163,8 +188,30 @@ class Sharding:
         for index, managed in enumerate(self.params):
             managed.index = index
         self.reducer.keep(order)
-        self.gathers.adopt(self.buckets)
+        self.gathers.attach(self.buckets)
         self.reducer.untrained.fit({managed.param for managed in self.params})
+
+    def _make_buckets(
+        self, plan: Plan, params: Sequence[ManagedParam], precision: Precision, *, first_index: int
+    ) -> list[Bucket]:
+        config = self.config
+        return make_buckets(
+            plan,
+            params,
+            self.ownership,
+            self.transport,
+            precision,
+            home=config.placement.home,
+            shared=config.share_parameters,
+            first_index=first_index,
+        )
+
+    def _await_writers(self, buckets: Sequence[Bucket]) -> None:
+        """Parameters are in their buckets when all ranks that write them are through. Collective."""
+        if self.config.share_parameters:
+            self.transport.barrier()
+        for bucket in buckets:
+            bucket.master.fetch()  # where parameters are stepped elsewhere
 
     def _average_gradients(self, params: Sequence[ManagedParam]) -> None:
         if self.transport.world_size == 1:

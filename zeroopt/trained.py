@@ -62,7 +62,7 @@ class Trained:
     def extend(self, params: Sequence[ManagedParam]) -> None:
         """Take in further parameters, in buckets of their own, with the state that the inner optimizer has for them. Collective.
 
-        Before the next step, `adopt_buckets`.
+        Before the next step, `attach_buckets`.
         """
         self.buckets += self.replica.take_in(params, self.config.precision)
         self.params += params
@@ -81,9 +81,9 @@ class Trained:
         orders = [[new_position[old] for old in order if old in new_position] for order in self.generations]
         self.generations = [order for order in orders if order]
 
-    def adopt_buckets(self) -> None:
+    def attach_buckets(self) -> None:
         """Step by the buckets, groups and state as they are now."""
-        self.stepper.adopt(self.buckets, self.stores)
+        self.stepper.attach(self.buckets, self.stores)
         self.state_dicts.consolidated = None
 
     @property

@@ -44,7 +44,7 @@ class Growth:
         managed = {m.param for m in trained.params}
         own = {p for group in trained.inner.param_groups for p in group["params"]}
         self._frozen = [(n, p) for n, p in self._replica.module.named_parameters() if p in own and p not in managed]
-        trained.adopt_buckets()
+        trained.attach_buckets()
 
     def check_frozen(self) -> None:
         """Raise StateError when a parameter that did not require gradients at the last forward, and so is in no bucket, has one."""

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from .._C import Plan
 from ..collectives import Transport
 from ..feature import Feature, Step
-from ..plan.buckets import agree_on_order, in_order, is_grouped_alike, make_plan
+from ..plan.buckets import agree_on_order, in_order, is_grouped_alike
 from ..plan.params import ManagedParam
 from ..profiling import named_range
+from ..state.inner_state import InnerState
 from ..state.layout import ShardLayout
-from ..state.moving import move_state
-from ..storage.bucket import Bucket, make_buckets
+from ..storage.bucket import Bucket
 from ..trained import Trained
 
 _log = logging.getLogger("zeroopt")
@@ -70,7 +70,7 @@ class Replanning(Feature):
         ordered: list[ManagedParam] = []
         if len(order) == 1 and sorted(order[0]) == list(range(len(trained.params))) and self._is_alone():
             ordered = in_order(trained.params, order[0])
-            plan = self._make_plan(ordered)
+            plan = self._replica.make_plan(ordered, trained.config.precision)
         fits_now = layout is None or trained.state_dicts.matches(layout)
         would_fit = layout is not None and plan is not None and trained.state_dicts.would_match(layout, plan, ordered)
         # Of 53 bits, which float64 keeps, those above two say which order it is.
@@ -90,49 +90,19 @@ class Replanning(Feature):
         has_whole = any(managed.is_whole for managed in trained.params)
         return len(trained.buckets) == len(self._replica.buckets) and len(trained.generations) == 1 and not has_whole
 
-    def _make_plan(self, ordered: Sequence[ManagedParam]) -> Plan:
-        config = self._trained.config
-        return make_plan(ordered, self._replica.ownership, config.bucket_bytes, config.precision)
-
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""
         trained, replica = self._trained, self._replica
-        inner, transport, config = trained.inner, replica.transport, trained.config
         ordered = in_order(trained.params, order)
-        plan = self._make_plan(ordered)
+        plan = replica.make_plan(ordered, trained.config.precision)
         grouped = [{managed.index for managed in bucket.params} for bucket in trained.buckets]
         if is_grouped_alike(grouped, plan, ordered):
             return
-        _log_new_plan(trained.buckets, plan, ordered, transport)
-        replica.gathers.finish_all()
-        replica.reducer.finish()
-        trained.stepper.adopt_state()
-        replica.reducer.hand_over(inner.state)
-        for bucket in trained.buckets:
-            bucket.hand_over(inner.state)
-        moved = move_state(inner.state, trained.buckets, plan, ordered, replica.ownership, transport)
-        replica.reducer.let_go()
-        for bucket in trained.buckets:
-            transport.free(bucket.flat_param)
-            bucket.let_go()
-        shared = config.share_parameters
-        trained.buckets[:] = make_buckets(
-            plan, ordered, replica.ownership, transport, config.precision, home=config.placement.home, shared=shared
-        )
-        replica.buckets[:] = trained.buckets
-        for segment in trained.segments():
-            if segment.owner.index in moved:
-                inner.state[segment.shard] = moved.pop(segment.owner.index)
-        for bucket in trained.buckets:
-            bucket.take_back(inner.state)
-        if shared:
-            transport.barrier()  # the writers are through
-        for bucket in trained.buckets:
-            bucket.master.fetch()  # where parameters are stepped elsewhere
-        replica.reducer.adopt(trained.buckets)
-        replica.reducer.take_back(inner.state)
-        replica.gathers.adopt(trained.buckets)
-        trained.stepper.adopt(trained.buckets, trained.stores)
+        _log_new_plan(trained.buckets, plan, ordered, replica.transport)
+        trained.stepper.attach((), ())  # which gives up what it knows of the state, and holds no gradients
+        replica.rebuild(plan, ordered, trained.config.precision, InnerState(trained.inner.state))
+        trained.buckets[:] = replica.buckets
+        trained.stepper.attach(trained.buckets, trained.stores)
         trained.generations = [list(order)]
 
 

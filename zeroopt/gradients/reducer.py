@@ -8,7 +8,7 @@ this rank did not use) counts as zero, and the remaining buckets start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 
 import torch
@@ -19,7 +19,7 @@ from ..collectives.turnout import Turnout
 from ..errors import StateError
 from ..feature import Features
 from ..parameters.buffers import BufferSync
-from ..plan.params import ManagedParam, ParamState
+from ..plan.params import ManagedParam
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import BufferPool
@@ -31,8 +31,6 @@ from .in_flight import InFlight
 from .untrained import UntrainedGradients
 from .used import UsedParams
 from .view import GradientView
-
-_GRADIENT = "zeroopt.gradient"  # its name among a segment's state, while buckets are planned anew
 
 
 class GradientReducer:
@@ -140,12 +138,11 @@ class GradientReducer:
         self._attach([self._filling.params[old] for old in order])
         self._set_sequence(sequence)
 
-    def adopt(self, buckets: Sequence[Bucket]) -> None:
-        """Take up buckets in which the same parameters lie. Collective. No gradients are kept."""
+    def rebuild(self, buckets: Sequence[Bucket]) -> None:
+        """Go by other buckets in which the same parameters lie. Collective. After `free_buffers`."""
         assert not self._in_flight and not self._running
         self._in_flight.forget_lent()
         self._buckets.clear()
-        self.stores.clear()
         self._add_buckets(self._filling.params, buckets)
 
     def _add_buckets(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
@@ -182,30 +179,12 @@ class GradientReducer:
         self._place = {bucket: place for place, bucket in enumerate(sequence)}
         self._next = 0  # place of the bucket that starts next
 
-    def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
-        """Put the reduced gradients of this rank's segments into their state, to move with it."""
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            for segment in bucket.segments if store.holds_sum else ():
-                state.setdefault(segment.shard, {})[_GRADIENT] = store.part(segment)
-
-    def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
-        """Take the gradients out of the state again."""
-        for bucket, store in zip(self._buckets, self.stores, strict=True):
-            for segment in bucket.segments:
-                entry = state.get(segment.shard, {})
-                if _GRADIENT in entry:
-                    store.part(segment).copy_(entry.pop(_GRADIENT))
-                    store.holds_sum = True
-                    if not entry:
-                        del state[segment.shard]
-        self.view.moved()
-
-    def let_go(self) -> None:
-        """Free all buffers, before others are adopted."""
+    def free_buffers(self) -> None:
+        """Give up the gradients and their memory, before buckets are rebuilt."""
         for store in self.stores:
-            store.let_go(self._transport)
+            store.free(self._transport)
         if self._pool is not None:
-            self._pool.let_go()
+            self._pool.free()
         self.stores.clear()
 
     # What there is.

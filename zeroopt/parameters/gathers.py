@@ -107,10 +107,10 @@ class ParamGathers:
         self.finish_all()
         if self._lazy:
             self._hook_forwards(buckets)
-        self.adopt([*self._buckets, *buckets])
+        self.attach([*self._buckets, *buckets])
 
-    def adopt(self, buckets: Sequence[Bucket]) -> None:
-        """Take up buckets in which the same parameters lie, or some of them."""
+    def attach(self, buckets: Sequence[Bucket]) -> None:
+        """Go by these buckets, in which the same parameters lie, or some of them."""
         assert not self._pending
         self._buckets = list(buckets)
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]

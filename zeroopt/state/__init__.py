@@ -10,7 +10,8 @@ In reading order; each imports from those above it:
     saved           what a saved state has for a piece of a parameter
     consolidate     all state on one rank
     whole_tensors   the state of single parameters, put together on every rank
-    moving          state from the buckets of one plan to those of another
+    moving          arrays from the segments of one plan to those of another
+    inner_state     the state of the wrapped optimizer as something that moves
     given           state that the wrapped optimizer had before it was wrapped
     live            `optimizer.state` as users see it
     dcp_options     what torch.distributed.checkpoint wants when it asks

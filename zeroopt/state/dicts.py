@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -238,15 +238,14 @@ class StateDicts(StateHolder):
             if segment.owner.position not in loaded.kept:
                 state.pop(segment.shard, None)
         state.update(loaded.state)
-        for bucket in self.buckets:
-            bucket.take_back(state)
+        self._take_masters(state)
         for bucket, segment, values in completed:
             bucket.master.write(*segment.range, values)
         if loaded.layout is not None:
             self._stepper.seed = loaded.layout.seed
         if self._since_average is not None:
             self._since_average.steps = 0 if loaded.layout is None else loaded.layout.steps_since_average
-        self._stepper.adopt_state()
+        self._stepper.reload_state()
         for group, options in zip(self._inner.param_groups, loaded.groups, strict=True):
             group.update({name: _copy(value) for name, value in options.items()})
 
@@ -263,8 +262,8 @@ class StateDicts(StateHolder):
             if managed.numel:
                 state.pop(managed.param, None)
         state.update(own)
-        for bucket in self.buckets:  # of parameters that were trained before
-            bucket.take_back(state)
+        self._take_masters(state)  # of parameters that were trained before
+        for bucket in self.buckets:
             bucket.master.follow_writes()
 
     def idle_state(self) -> dict[int, ParamState]:
@@ -340,8 +339,19 @@ class StateDicts(StateHolder):
         """State by segment, with what completes 16-bit parameters in it."""
         state = {shard: dict(entry) for shard, entry in self._inner.state.items()}
         for bucket in self.buckets:
-            bucket.hand_over(state)
+            for segment in bucket.segments if bucket.master.completes else ():
+                state.setdefault(segment.shard, {}).update(bucket.master.arrays(segment))
         return state
+
+    def _take_masters(self, state: MutableMapping[Tensor, ParamState]) -> None:
+        """Let masters be what completes parameters in their state, and have it there no longer."""
+        for bucket in self.buckets:
+            for segment in bucket.segments if bucket.master.completes else ():
+                entry = state.get(segment.shard)
+                if entry is not None:
+                    bucket.master.take(segment, entry)
+                    if not entry:
+                        del state[segment.shard]
 
     def params_with_state(self) -> Iterator[Tensor]:
         begun = {managed.position: managed.param for managed in self.params if managed.position in self.begun}
@@ -375,7 +385,7 @@ class StateDicts(StateHolder):
                 self.begun.discard(managed.position)
             self._inner.state.pop(self._key_of(param), None)
         self.consolidated = None
-        self._stepper.adopt_state()
+        self._stepper.reload_state()
 
     def _key_of(self, param: Tensor) -> Tensor:
         """The key of a parameter's state in the wrapped optimizer."""

@@ -1,10 +1,10 @@
-"""State from the buckets of one plan to those of another: bucket by bucket, gathered in one scratch buffer from which each rank
-takes what is its own from now on.
+"""Arrays from the segments of one plan to those of another: bucket by bucket, gathered in one scratch buffer from which each
+rank takes what is its own from now on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,27 +19,36 @@ from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from ..storage.bucket import Bucket
-from ..storage.segment import Segment
+from ..storage.segment import BySegments, Segment
 from .entries import Path, block_of, is_array, map_leaves
 
 
-def move_state(
-    state: MutableMapping[Tensor, ParamState],
+def move_arrays(
+    sources: Sequence[BySegments],
     buckets: Sequence[Bucket],
     plan: Plan,
     ordered: Sequence[ManagedParam],
     ownership: Ownership,
     transport: Transport,
 ) -> dict[int, ParamState]:
-    """Take all entries of the buckets' segments out of `state`, and return what this rank's segments of `plan` get instead,
-    by index of the parameter. Collective."""
-    known = _describe_together(state, buckets, transport.group)
+    """Have every source forget what lies by the buckets' segments, and return what this rank's segments of `plan` get instead, by
+    index of the parameter. Collective.
+
+    Args:
+        sources: that of each bucket.
+        ordered: the parameters that the plan is for, in its order.
+    """
+    known = _describe_together(sources, buckets, transport.group)
+    if not known:
+        return {}
     wanted = {ordered[piece.param].index: piece for piece in ownership.segments(plan)}
     moved: dict[int, dict[Path, Tensor]] = {index: {} for index in wanted if index in known}
     scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
     scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
-    for bucket in buckets:
-        held = {s: _leaves(state.pop(s.shard)) for s in bucket.segments if s.shard in state}
+    for source, bucket in zip(sources, buckets, strict=True):
+        held = {segment: _leaves(source.arrays(segment)) for segment in bucket.segments}
+        for segment in bucket.segments:
+            source.forget(segment)
         leaves = {managed: _leaves(known.get(managed.index, {})) for managed in bucket.params}
         arrays = {path: leaf for one in leaves.values() for path, leaf in one.items() if isinstance(leaf, _Array)}
         for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
@@ -49,11 +58,18 @@ def move_state(
                 if isinstance(leaves[managed].get(path), _Array) and managed.index in wanted:
                     piece = wanted[managed.index]
                     begin = array.position(managed.offset + piece.start)
-                    moved[managed.index][path] = full[begin : begin + array.size(piece.numel)].to(
-                        bucket.master.home, copy=True
-                    )
+                    part = full[begin : begin + array.size(piece.numel)]
+                    moved[managed.index][path] = part.to(bucket.master.home, copy=True)
     transport.free(scratch)
     return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
+
+
+def hand_out(moved: dict[int, ParamState], buckets: Sequence[Bucket], sources: Sequence[BySegments]) -> None:
+    """Let the sources of new buckets take what has been moved for their segments, which is then gone from `moved`."""
+    for source, bucket in zip(sources, buckets, strict=True):
+        for segment in bucket.segments:
+            if segment.owner.index in moved:
+                source.take(segment, moved.pop(segment.owner.index))
 
 
 def _leaves(entry: ParamState) -> dict[Path, Any]:
@@ -85,15 +101,15 @@ class _Array:
 
 
 def _describe_together(
-    state: MutableMapping[Tensor, ParamState], buckets: Sequence[Bucket], group: dist.ProcessGroup
+    sources: Sequence[BySegments], buckets: Sequence[Bucket], group: dist.ProcessGroup
 ) -> dict[int, ParamState]:
-    """What state each parameter has, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
+    """What there is of each parameter, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
     counts and the like, which an element-wise optimizer has alike for all parts."""
     mine = {
-        segment.owner.index: map_leaves(state[segment.shard], partial(_describe, segment))
-        for bucket in buckets
+        segment.owner.index: map_leaves(entry, partial(_describe, segment))
+        for source, bucket in zip(sources, buckets, strict=True)
         for segment in bucket.segments
-        if segment.shard in state
+        if (entry := source.arrays(segment))
     }
     everyone: list[dict[int, ParamState]] = [{}] * group.size()
     with named_failures(PLANNING_ANEW, group):

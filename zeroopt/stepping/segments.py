@@ -56,7 +56,7 @@ class FusedSegments(ABC):
         )  # in `state`, and what was in that
         for i, leaf in enumerate(leaves):
             if leaf in optimizer.state:
-                self._adopt(i, optimizer.state[leaf])
+                self._load(i, optimizer.state[leaf])
 
     @abstractmethod
     def _arrays(self, i: int) -> ops.SegmentArrays:
@@ -161,7 +161,7 @@ class FusedSegments(ABC):
         del i
         return {}
 
-    def _adopt(self, i: int, entry: ParamState) -> None:
+    def _load(self, i: int, entry: ParamState) -> None:
         """Take over state that came from a load or from before wrapping."""
         names = tuple(name for name in self._rule.state_names if isinstance(entry.get(name), Tensor))
         self._begun[i] = bool(names)

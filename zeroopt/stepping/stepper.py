@@ -38,10 +38,10 @@ class ShardStepper:
         self._may_fuse = bool(config.fused)
         self._kernels: list[BucketKernel] = []
         self.refusal = optimizer.register_step_pre_hook(self._refuse_direct_step)
-        self.adopt((), ())
+        self.attach((), ())
 
-    def adopt(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
-        """Take up the optimizer's groups and buckets as they are now, and its state for their segments."""
+    def attach(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
+        """Go by the optimizer's groups and these buckets as they are now, and by its state for their segments."""
         self._rule = rule_for(self._optimizer) if self._may_fuse else None
         self._plain: list[OwnShard] = []
         self._fused: list[tuple[OwnShard, ops.Storage]] = []
@@ -52,10 +52,10 @@ class ShardStepper:
                 self._fused.append((shard, storage))
             else:
                 self._plain.append(shard)
-        self.adopt_state()
+        self.reload_state()
 
-    def adopt_state(self) -> None:
-        """Take up the optimizer's state after it was replaced from outside."""
+    def reload_state(self) -> None:
+        """Go by the optimizer's state as it is now: it was replaced from outside, or is about to be."""
         self._kernels.clear()
 
     def step(self, active: Tensor) -> Iterator[Bucket]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..collectives import Transport
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
 from ..plan.ownership import Ownership
-from ..plan.params import ManagedParam, ParamState
+from ..plan.params import ManagedParam
 from .masters import make_master
 from .segment import Segment, view_of
 
@@ -95,25 +95,12 @@ class Bucket:
         self.params = [managed for managed in self.params if managed not in gone]
         self.segments = [segment for segment in self.segments if segment.owner not in gone]
 
-    def let_go(self) -> None:
-        """Keep no part of the flat buffer any longer, so that it is freed when the last parameter has moved out of it."""
+    def free(self, transport: Transport) -> None:
+        """Give up the flat buffer; its memory goes when the last parameter has moved out of it."""
+        transport.free(self.flat_param)
         self.segments.clear()
         self.flat_param = self.own_param = self.flat_param.new_empty(0)
         self.master = make_master(self.own_param, self.precision)
-
-    def hand_over(self, state: MutableMapping[Tensor, ParamState]) -> None:
-        """Put what completes this rank's segments into their state, to move with it."""
-        for segment in self.segments if self.master.completes else ():
-            state.setdefault(segment.shard, {}).update(self.master.arrays(segment))
-
-    def take_back(self, state: MutableMapping[Tensor, ParamState]) -> None:
-        """Take it out of the state again, where it is in that."""
-        for segment in self.segments if self.master.completes else ():
-            entry = state.get(segment.shard)
-            if entry is not None:
-                self.master.take(segment, entry)
-                if not entry:
-                    del state[segment.shard]
 
     def within_own_range(self, full: Tensor) -> Tensor:
         """The own range of a flat buffer of this bucket, a view."""

@@ -19,40 +19,40 @@ class BufferPool:
         self._config = config
         self._transport = transport
         self._num_bytes = 0
-        self._free: list[Tensor] = []
+        self._idle: list[Tensor] = []
         self._by_address: dict[int, Tensor] = {}
 
     def fit(self, buckets: Sequence[Bucket]) -> None:
         """Make buffers in which each of these buckets fits. Collective. None may be lent."""
         num_bytes = bytes_of_buffer(self._config, buckets)
         if num_bytes > self._num_bytes:
-            self.let_go()
+            self.free()
             self._num_bytes = num_bytes
             device, count = buckets[0].device, num_buffers(self._config)
-            self._free = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(count)]
-            self._by_address = {raw.data_ptr(): raw for raw in self._free}
+            self._idle = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(count)]
+            self._by_address = {raw.data_ptr(): raw for raw in self._idle}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._idle)
 
     def borrow(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
         """A buffer of the bucket's size, zero wherever no parameter lies."""
-        full = self._free.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
+        full = self._idle.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
         bucket.zero_gaps(full)
         return full
 
     def give_back(self, full: Tensor) -> None:
         # At the front: of buffers that are used in turn, more would be resident.
-        self._free.insert(0, self._by_address[full.data_ptr()])
+        self._idle.insert(0, self._by_address[full.data_ptr()])
 
-    def let_go(self) -> None:
-        """Free all buffers. Those that are lent belong to reduces that this rank has finished."""
+    def free(self) -> None:
+        """Give up all buffers. Those that are lent belong to reduces that this rank has finished."""
         for raw in self._by_address.values():
             self._transport.free(raw)
         self._num_bytes = 0
         self._by_address.clear()
-        self._free.clear()
+        self._idle.clear()
 
 
 def num_buffers(config: Config) -> int:

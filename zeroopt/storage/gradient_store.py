@@ -17,10 +17,12 @@ from .. import ops
 from ..collectives import PendingCollective, Transport
 from ..own_storage import with_own_storage
 from ..plan.ownership import Ownership
-from ..plan.params import ManagedParam
+from ..plan.params import ManagedParam, ParamState
 from .bucket import Bucket
 from .buffer_pool import BufferPool
 from .segment import Segment
+
+_SUM = "sum"  # its name among what moves with a segment
 
 
 class GradientStore:
@@ -134,8 +136,8 @@ class GradientStore:
             self._pool.give_back(self.full)
             self.full = None
 
-    def let_go(self, transport: Transport) -> None:
-        """Free the full buffer of stages 0 and 1."""
+    def free(self, transport: Transport) -> None:
+        """Give up the full buffer of stages 0 and 1."""
         self.reclaim()
         if self.full is not None:
             transport.free(self.full)
@@ -203,3 +205,15 @@ class GradientStore:
         self.settle()
         self.norm = None
         return self.reduced[segment.offset : segment.offset + segment.numel]
+
+    def arrays(self, segment: Segment) -> ParamState:
+        """The sum for one segment, where there is one."""
+        return {_SUM: self.part(segment)} if self.holds_sum else {}
+
+    def forget(self, segment: Segment) -> None:
+        """It goes with the store."""
+
+    def take(self, segment: Segment, arrays: ParamState) -> None:
+        """Let what another store has held be the sum for one segment."""
+        self.part(segment).copy_(arrays[_SUM])
+        self.holds_sum = True

@@ -113,16 +113,19 @@ class Master(ABC):
     def round_stepped(self) -> None:
         """Let parameters at home follow what an optimizer's own step has changed."""
 
-    def arrays(self, segment: Segment) -> dict[str, Tensor]:
+    def arrays(self, segment: Segment) -> ParamState:
         """What completes a segment's parameters, by its name in a state dict, live; nothing where nothing does."""
         if self.name is None or self.array is None:
             return {}
         return {self.name: with_own_storage(segment.view_in(self.array))}
 
-    def take(self, segment: Segment, entry: ParamState) -> None:
+    def forget(self, segment: Segment) -> None:
+        """It goes with the bucket."""
+
+    def take(self, segment: Segment, arrays: ParamState) -> None:
         """Take what completes a segment's parameters out of its state, where it is in that."""
-        if self.name in entry and self.array is not None:
-            segment.view_in(self.array).copy_(entry.pop(self.name))
+        if self.name in arrays and self.array is not None:
+            segment.view_in(self.array).copy_(arrays.pop(self.name))
 
 
 class InPlace(Master):

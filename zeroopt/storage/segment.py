@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..plan.params import ManagedParam
+from ..plan.params import ManagedParam, ParamState
 
 
 @dataclass(eq=False)
@@ -45,6 +46,19 @@ class Segment:
     def flatten(self, values: Tensor) -> Tensor:
         """Values in the shape of the shard as they lie in the own range, 1-D."""
         return self.owner.flatten(values) if self.owner.is_whole else values
+
+
+class BySegments(Protocol):
+    """What has arrays with an element for each of a segment's. They move with the segments when buckets are planned anew."""
+
+    def arrays(self, segment: Segment) -> ParamState:
+        """What there is of a segment, by name, live; other values may be among it, which all ranks have alike."""
+
+    def forget(self, segment: Segment) -> None:
+        """It is being moved to where the segment will be: keep it no longer, if it has memory of its own."""
+
+    def take(self, segment: Segment, arrays: ParamState) -> None:
+        """Let what has been moved be what there is of a segment."""
 
 
 def view_of(own: Tensor, owner: ManagedParam, offset: int, numel: int) -> Tensor:
