@@ -58,7 +58,7 @@ def listen(stage: int) -> tuple[list[str], int, list[Tensor]]:
     loss_of(model(batch("mlp", 0))).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return witness.heard, len(model.sharding.buckets), snapshot(net)
+    return witness.heard, len(model.replica.buckets), snapshot(net)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

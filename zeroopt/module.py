@@ -20,7 +20,7 @@ from .optimizer import ZeroOptimizer
 from .parameters.buffers import BufferSync
 from .parameters.gathers import remove_idle_hooks
 from .plan.params import ManagedParam
-from .replica import Sharding
+from .replica import Replica
 from .untraced import untraced
 
 if TYPE_CHECKING:
@@ -45,30 +45,30 @@ class ZeroDataParallel(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, sharding: Sharding, features: ModelFeatures) -> None:
+    def __init__(self, replica: Replica, features: ModelFeatures) -> None:
         super().__init__()
-        config, module = sharding.config, sharding.module
+        config, module = replica.config, replica.module
         # Not a child of this one, or "module" would be in the names that a larger module has for what is in it. In its place
         # are its own children.
         self.__dict__["module"] = module
         self.__dict__["_modules"] = module._modules
-        self._sharding = sharding
+        self._replica = replica
         self._features = features
         self._join = features.join
-        self._reducer = sharding.reducer
-        self._gathers = sharding.gathers
-        self._transport = sharding.transport
+        self._reducer = replica.reducer
+        self._gathers = replica.gathers
+        self._transport = replica.transport
         self._shared = config.share_parameters
         self._input_dtype = config.precision.param_dtype if config.cast_inputs else None
         self._buffer_sync: BufferSync | None = None
-        if config.broadcast_buffers and sharding.broadcaster is not None and next(module.buffers(), None) is not None:
-            self._buffer_sync = self._reducer.buffer_sync = BufferSync(module, sharding.broadcaster)
+        if config.broadcast_buffers and replica.broadcaster is not None and next(module.buffers(), None) is not None:
+            self._buffer_sync = self._reducer.buffer_sync = BufferSync(module, replica.broadcaster)
         self._optimizers: list[ZeroOptimizer] = []
 
     @property
-    def sharding(self) -> Sharding:
+    def replica(self) -> Replica:
         """What the model shares with its optimizers."""
-        return self._sharding
+        return self._replica
 
     @property
     def features(self) -> ModelFeatures:
@@ -109,10 +109,10 @@ class ZeroDataParallel(nn.Module):
     @untraced
     def _prepare_training(self) -> None:
         """What comes before a forward with gradients. Collective, where something has to be done on all ranks."""
-        check_ddp_around(managed.param for managed in self._sharding.params)
+        check_ddp_around(managed.param for managed in self._replica.params)
         for optimizer in self._optimizers:
             optimizer.take_up_groups(unfrozen=True)
-        self._sharding.take_up_unfrozen()
+        self._replica.take_up_unfrozen()
         buffers, join = self._buffer_sync, self._join
         follows = buffers is not None and buffers.is_due
         if join.is_on and (follows or join.throws):
@@ -304,7 +304,7 @@ class ZeroDataParallel(nn.Module):
         """Those float32 values whose parameters are completed by masters, rounded as the step rounds them."""
         completed = {
             m.param: (m, bucket.master)
-            for bucket in self._sharding.buckets
+            for bucket in self._replica.buckets
             if bucket.master.completes
             for m in bucket.params
         }
@@ -318,7 +318,7 @@ class ZeroDataParallel(nn.Module):
 
     def _complete_exact(self, state_dict: Mapping[str, Any]) -> None:
         """Let this rank's masters and remainders be those of float32 values that have been loaded."""
-        for bucket in self._sharding.buckets:
+        for bucket in self._replica.buckets:
             for segment in bucket.segments if bucket.master.completes else ():
                 owner, value = segment.owner, state_dict.get(segment.owner.name)
                 if _is_exact(value, owner):

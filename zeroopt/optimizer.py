@@ -27,7 +27,7 @@ from .inner_attributes import reach, takes
 from .options.config import Config
 from .plan.agreement import agree
 from .plan.params import ManagedParam
-from .replica import Sharding
+from .replica import Replica
 from .state.dcp_options import ranks_that_want_all, takes_state_alone, wants_parts, with_flattened_names
 from .state.dicts import LoadedState, StateDicts
 from .state.given import GivenState
@@ -66,7 +66,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        sharding: Sharding,
+        replica: Replica,
         features: ModelFeatures,
         optimizer: torch.optim.Optimizer,
         params: Sequence[ManagedParam],
@@ -74,17 +74,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         average: ParameterAverage | None = None,
     ) -> None:
         # By the parameters that came before: those of two optimizers are not rounded alike.
-        seed = (sharding.seed + params[0].index) % 2**63
+        seed = (replica.seed + params[0].index) % 2**63
         if average is not None:
             seed = average.vary_seed(seed)
-        trained = Trained(sharding, optimizer, config, seed, average)
+        trained = Trained(replica, optimizer, config, seed, average)
         self._trained = trained
-        self._replica = sharding
+        self._replica = replica
         self._inner = optimizer
         self._config = config
-        self._reducer = sharding.reducer
-        self._gathers = sharding.gathers
-        self._transport = sharding.transport
+        self._reducer = replica.reducer
+        self._gathers = replica.gathers
+        self._transport = replica.transport
         self._state_dicts = trained.state_dicts
         self._state = LiveState(trained.state_dicts)
         self._ready = False  # torch's constructor hands its groups to add_param_group
@@ -97,7 +97,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._add_features(features, average)
         self._take_over_hooks()
         self._take_over_methods()
-        sharding.optimizers.append(self)
+        replica.optimizers.append(self)
         log_wrapped(trained.buckets, trained.stores, optimizer, config, self._transport)
 
     def _add_features(self, of_model: ModelFeatures, average: ParameterAverage | None) -> None:
@@ -130,7 +130,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._inner.param_groups = groups
 
     @property
-    def sharding(self) -> Sharding:
+    def replica(self) -> Replica:
         """What the optimizer shares with the model."""
         return self._replica
 

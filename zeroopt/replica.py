@@ -38,7 +38,7 @@ from .storage.masters import Master
 from .storage.segment import BySegments
 
 
-class Sharding:
+class Replica:
     """The buckets of one wrapped model.
 
     Attributes:

@@ -12,7 +12,7 @@ from .errors import ConfigError
 from .feature import Features
 from .options.config import Config
 from .plan.params import ManagedParam
-from .replica import Sharding
+from .replica import Replica
 from .state.dicts import StateDicts, StepCounter
 from .stepping.stepper import ShardStepper
 from .storage.bucket import Bucket
@@ -39,7 +39,7 @@ class Trained:
 
     def __init__(
         self,
-        replica: Sharding,
+        replica: Replica,
         inner: torch.optim.Optimizer,
         config: Config,
         seed: int,

@@ -49,26 +49,26 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
     """
     if not isinstance(model, ZeroDataParallel):
         raise ConfigError(f"expected the model that zeroopt.wrap returned, got {type(model).__name__}")
-    sharding, module = model.sharding, model.module
+    replica, module = model.replica, model.module
     model.features.join.check_outside("zeroopt.unwrap")
     for one in model.optimizers:
         one.take_up_groups()
     single = isinstance(optimizer, ZeroOptimizer)
     given = [optimizer] if isinstance(optimizer, ZeroOptimizer) else list(optimizer or ())
     problem: Exception | None = None
-    if sharding.mesh is not None:
+    if replica.mesh is not None:
         problem = NotSupportedError("zeroopt.unwrap cannot yet take DTensors out of their buckets")
     elif given and (len(given) != len(model.optimizers) or {*map(id, given)} != {*map(id, model.optimizers)}):
         problem = ConfigError(
             f"expected all {len(model.optimizers)} optimizers that zeroopt.wrap returned with this model, got {len(given)} objects"
         )
-    agree([(sharding.group, [f"{len(given)} optimizers"])], problem, "zeroopt.unwrap")
-    sharding.reducer.discard()
-    sharding.gathers.finish_all()
+    agree([(replica.group, [f"{len(given)} optimizers"])], problem, "zeroopt.unwrap")
+    replica.reducer.discard()
+    replica.gathers.finish_all()
     values = _exact_values(model)
     states = [_state_on_all_ranks(one) for one in given]
-    sharding.reducer.remove_hooks()
-    sharding.gathers.remove_hooks()
+    replica.reducer.remove_hooks()
+    replica.gathers.remove_hooks()
     for param, value in values.items():
         param.grad = None
         param.data = value
@@ -81,7 +81,7 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
         _replace(one, _UnwrappedOptimizer, keep=("defaults", "step"))
         vars(one)["param_groups"] = groups
     forget_wrapped(model, *plain)
-    release(sharding)
+    release(replica)
     _replace(model, _UnwrappedModel)
     if optimizer is None:
         return module
@@ -91,7 +91,7 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
 
 def _exact_values(model: ZeroDataParallel) -> dict[Tensor, Tensor]:
     """All parameters in memory of their own and in the dtypes that they had before wrapping. Collective."""
-    dtypes = model.sharding.dtypes
+    dtypes = model.replica.dtypes
     values: dict[Tensor, Tensor] = {}
     for one in model.optimizers:
         for managed in one.state_dicts.params:
@@ -105,9 +105,9 @@ def _exact_values(model: ZeroDataParallel) -> dict[Tensor, Tensor]:
 def _state_on_all_ranks(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """Collective."""
     mine: dict[str, Any] | None = None
-    for rank in range(optimizer.sharding.group.size()):
+    for rank in range(optimizer.replica.group.size()):
         whole = optimizer.state_dicts.whole(rank)
-        mine = whole if rank == optimizer.sharding.group.rank() else mine
+        mine = whole if rank == optimizer.replica.group.rank() else mine
     assert mine is not None
     return mine
 

@@ -25,7 +25,7 @@ from .options.precision import Precision
 from .plan.agreement import agree, describe_groups, describe_params
 from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
 from .plan.params import ManagedParam
-from .replica import Sharding, cast_frozen
+from .replica import Replica, cast_frozen
 from .stepping.stepper import check_fused
 
 
@@ -131,7 +131,7 @@ def wrap(
         RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
     """
     given_group = _resolve_group(process_group)
-    first = model.sharding if isinstance(model, ZeroDataParallel) else None
+    first = model.replica if isinstance(model, ZeroDataParallel) else None
     group = given_group if first is None else first.group  # whose ranks hear of what is wrong
     module = model if first is None else first.module
     problem: Exception | None = None
@@ -190,7 +190,7 @@ def wrap(
         return model, _add_optimizer(model, optimizer, config, params, average)
     assert connected is not None
     of_model = ModelFeatures(connected)
-    sharding = Sharding(
+    replica = Replica(
         module,
         config,
         connected,
@@ -199,12 +199,12 @@ def wrap(
         of_model.turnout,
         of_model.join.check_outside,
     )
-    of_model.add_all(sharding, config, features)
-    wrapped = ZeroDataParallel(sharding, of_model)
+    of_model.add_all(replica, config, features)
+    wrapped = ZeroDataParallel(replica, of_model)
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params, average)
     cast_frozen(module.parameters(), param_dtype)
     if config.sync_module_states:
-        wrapped.sharding.sync_rest()
+        wrapped.replica.sync_rest()
     mark_wrapped(wrapped)
     return wrapped, wrapped_optimizer
 
@@ -224,7 +224,7 @@ def _add_optimizer(
     params: Sequence[ManagedParam],
     average: ParameterAverage | None,
 ) -> ZeroOptimizer:
-    wrapped = ZeroOptimizer(model.sharding, model.features, optimizer, params, config, average)
+    wrapped = ZeroOptimizer(model.replica, model.features, optimizer, params, config, average)
     cast_frozen((param for group in optimizer.param_groups for param in group["params"]), config.precision.param_dtype)
     model.train_with(wrapped)
     mark_wrapped(optimizer, wrapped)
@@ -247,7 +247,7 @@ def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
         )
 
 
-def _check_features(features: Sequence[Feature], first: Sharding | None) -> None:
+def _check_features(features: Sequence[Feature], first: Replica | None) -> None:
     for feature in features:
         if not isinstance(feature, Feature):
             raise ConfigError(f"expected features to be zeroopt.Feature objects, got {type(feature).__name__}")

@@ -48,8 +48,8 @@ def state_at(home: torch.device | None) -> Iterator[None]:
 
 def check_where(optimizer: zeroopt.ZeroOptimizer, home: torch.device | None) -> None:
     """State lies at home and, where that is elsewhere, shares no memory with the buckets."""
-    sharding = optimizer.sharding
-    for bucket, store in zip(sharding.buckets, sharding.reducer.stores, strict=True):
+    replica = optimizer.replica
+    for bucket, store in zip(replica.buckets, replica.reducer.stores, strict=True):
         shard, full = OwnShard(bucket, store), bucket.flat_param
         assert shard.master.is_away == (home is not None)
         begin, end = full.data_ptr(), full.data_ptr() + full.nbytes
@@ -81,7 +81,7 @@ def train(
             elif step == 3:
                 model.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
         optimizer.consolidate_state_dict()
-        whole = optimizer.full_state_dict() if optimizer.sharding.transport.rank == 0 else {}
+        whole = optimizer.full_state_dict() if optimizer.replica.transport.rank == 0 else {}
         return history, whole, [optimizer.full_parameter(param) for param in net.parameters()]
 
 
@@ -131,5 +131,5 @@ def test_state_of_a_model_on_a_gpu_lies_in_host_memory(tier: str) -> None:
         arrays = [value for entry in optimizer.state.values() for value in entry.values()]
         assert arrays and {array.device.type for array in arrays} == {"cpu"}
         assert all(param.is_cuda and param.isfinite().all() for param in net.parameters())
-        for bucket in optimizer.sharding.buckets:
+        for bucket in optimizer.replica.buckets:
             assert torch.equal(bucket.own_param.cpu(), bucket.master.param)

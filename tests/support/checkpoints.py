@@ -83,7 +83,7 @@ def whole_state(optimizer: zeroopt.ZeroOptimizer) -> dict[str, Any]:
     """What `full_state_dict()` gives, on all ranks, but for what says how the state was kept."""
     everyone: list[Any] = [None]
     optimizer.consolidate_state_dict()
-    first = optimizer.sharding.group
+    first = optimizer.replica.group
     if first.rank() == 0:
         whole = dict(optimizer.full_state_dict())
         whole["beyond torch"] = whole.pop("zeroopt", {}).get("state", {})

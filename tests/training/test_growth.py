@@ -752,7 +752,7 @@ def memory_over_rounds(options: dict[str, Any]) -> list[tuple[int, int, int]]:
             optimizer.step()
             optimizer.zero_grad()
         gc.collect()
-        buffers, buckets = len(model._transport._buffers), len(model.sharding.buckets)
+        buffers, buckets = len(model._transport._buffers), len(model.replica.buckets)
         per_bucket = 1 if options["stage"] == 2 else 2
         counts.append((buffers - per_bucket * buckets, len(mapped_memory()) - 2 * buffers, len(open_memory())))
     return counts

@@ -8,7 +8,7 @@ from ..collectives import Transport
 from ..collectives.turnout import Turnout
 from ..feature import Feature, Features
 from ..options.config import Config
-from ..replica import Sharding
+from ..replica import Replica
 from .audit import Audit
 from .clipping import BucketNorms
 from .join import Join, Joining
@@ -33,12 +33,12 @@ class ModelFeatures:
         self.audit: Audit | None = None
         self._joining: Joining | None = None
 
-    def add_all(self, sharding: Sharding, config: Config, further: Sequence[Feature] = ()) -> None:
+    def add_all(self, replica: Replica, config: Config, further: Sequence[Feature] = ()) -> None:
         """Take up the features that the options ask for, and what a user brings."""
-        self._joining = Joining(self.join, sharding.reducer.view, self.turnout)
+        self._joining = Joining(self.join, replica.reducer.view, self.turnout)
         self.features.add(self._joining, on=False)
         if config.check_every is not None:
-            self.audit = Audit(config.check_every, sharding.params, sharding.transport, sharding.gathers.finish_all)
+            self.audit = Audit(config.check_every, replica.params, replica.transport, replica.gathers.finish_all)
             self.features.add(self.audit)
         self.features.add(self.norms, on=config.max_grad_norm is not None)
         for feature in further:

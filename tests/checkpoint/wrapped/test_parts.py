@@ -59,7 +59,7 @@ def everything(net: nn.Module, optimizer: zeroopt.ZeroOptimizer) -> tuple[dict[s
     params = {name: whole(optimizer.full_parameter(param)) for name, param in net.named_parameters()}
     optimizer.consolidate_state_dict()
     shared: list[Any] = [None]
-    group = optimizer.sharding.group
+    group = optimizer.replica.group
     if group.rank() == 0:
         shared = [optimizer.full_state_dict()["state"]]
         # A DTensor of the state has all of it in its mesh, which the other ranks of the group are not in.
@@ -178,7 +178,7 @@ def error_of_stages(path: Path) -> str:
     with pytest.raises(CheckpointError) as raised:
         zeroopt.checkpoint.save(path, model, optimizer)
     # Each on its own is fine.
-    group = optimizer.sharding.group
+    group = optimizer.replica.group
     own = path / str(dist.get_rank() - group.rank())
     zeroopt.checkpoint.save(own, model, optimizer, process_group=group)
     zeroopt.checkpoint.load(own, model, optimizer, process_group=group)

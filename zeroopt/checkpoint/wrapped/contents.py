@@ -37,9 +37,9 @@ def clean_name(name: str) -> str:
 
 def model_contents(model: ZeroDataParallel) -> dict[str, Any]:
     """What this rank writes of a model, by name. Live tensors."""
-    parts = {s.owner.param: _exact_part(bucket, s, r) for bucket, s, r in _parts(model.sharding.buckets, model)}
-    managed = {m.param for m in model.sharding.params}
-    rank, size = model.sharding.transport.rank, model.sharding.transport.world_size
+    parts = {s.owner.param: _exact_part(bucket, s, r) for bucket, s, r in _parts(model.replica.buckets, model)}
+    managed = {m.param for m in model.replica.params}
+    rank, size = model.replica.transport.rank, model.replica.transport.world_size
     contents: dict[str, Any] = {}
     for number, (name, value) in enumerate(model.module.state_dict(keep_vars=True).items()):
         if isinstance(value, nn.Parameter) and value in managed:
@@ -59,7 +59,7 @@ def state_contents(optimizer: ZeroOptimizer) -> dict[str, Any]:
         entry = state.get(segment.shard)
         if entry is not None:
             contents[clean_name(segment.owner.name)] = dict(_entry_contents(entry, segment, part))
-    if optimizer.sharding.transport.rank == 0:
+    if optimizer.replica.transport.rank == 0:
         names = optimizer.names()
         contents |= {clean_name(names[p]): entry for p, entry in optimizer.state_dicts.idle_state().items()}
     return contents
@@ -74,7 +74,7 @@ def _parts(
 ) -> Iterator[tuple[Bucket, Segment, _Range]]:
     """The parts of segments that this rank writes: all of them where ranks have different ones, else its slice's share."""
     for bucket in buckets:
-        begin, end = owner.sharding.ownership.written(bucket.padded_numel)
+        begin, end = owner.replica.ownership.written(bucket.padded_numel)
         for segment in bucket.segments:
             first = max(begin - segment.offset, 0)
             last = min(end - segment.offset, segment.numel)

@@ -46,7 +46,7 @@ def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) 
         for one in optimizers
     ]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return Part(rank, names, bool(model.sharding.mesh_groups), named_groups(optimizers), facts)
+    return Part(rank, names, bool(model.replica.mesh_groups), named_groups(optimizers), facts)
 
 
 def named_groups(optimizers: Sequence[ZeroOptimizer]) -> list[dict[str, Any]]:

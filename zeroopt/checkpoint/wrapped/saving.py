@@ -138,7 +138,7 @@ def optimizers_of(model: ZeroDataParallel, optimizer: Optimizers | None) -> list
     for one in optimizers:
         if not isinstance(one, ZeroOptimizer):
             raise ConfigError(f"expected optimizers that zeroopt.wrap returned, got a {type(one).__name__}")
-        if one.sharding is not model.sharding:
+        if one.replica is not model.replica:
             raise ConfigError("the optimizer was not wrapped with this model")
     if optimizer is not None and sorted(map(id, optimizers)) != sorted(map(id, model.optimizers)):
         raise ConfigError(
@@ -169,7 +169,7 @@ def _take(
         target = os.path.realpath(local_path(path))
         optimizers = optimizers_of(model, optimizer)
         check_group(model, group)
-        model.sharding.gathers.finish_all()
+        model.replica.gathers.finish_all()
         for one in model.optimizers:
             one.check_can_save(group)
             one.take_up_writes()
@@ -182,7 +182,7 @@ def _take(
             entries["optimizer"] = {"state": state}
         snapshot = _Snapshot(entries, {}, side_files)
         taken.append(snapshot.copied() if copies else snapshot)
-        is_first = model.sharding.transport.rank == 0
+        is_first = model.replica.transport.rank == 0
         return _Taken(target, bool(optimizers), describe_part(model, optimizers) if is_first else None)
 
     parts = together(group, f"saving the checkpoint {path}", take, _joined)
@@ -237,9 +237,9 @@ def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> d
 
 def check_group(model: ZeroDataParallel, group: dist.ProcessGroup) -> None:
     """Raise ConfigError when ranks without which the model is not whole are not in the group."""
-    sharding = model.sharding
-    if sharding.transport.world_size > 1:
-        missing = {*dist.get_process_group_ranks(sharding.group)} - {*dist.get_process_group_ranks(group)}
+    replica = model.replica
+    if replica.transport.world_size > 1:
+        missing = {*dist.get_process_group_ranks(replica.group)} - {*dist.get_process_group_ranks(group)}
         if missing:
             raise ConfigError(
                 f"the model was wrapped on rank {min(missing)} too, which is not in the process_group of this call: leave "

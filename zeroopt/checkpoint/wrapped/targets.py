@@ -131,11 +131,11 @@ def model_target(model: ZeroDataParallel, names: Names) -> Target:
     for key, (_, value) in wanted.items():
         if isinstance(value, nn.Parameter):
             aliases.setdefault(value, []).append(key)
-    for bucket in model.sharding.buckets:
+    for bucket in model.replica.buckets:
         for segment in bucket.segments:
             for key in [key for key in aliases.get(segment.owner.param, []) if key in names][:1]:
                 _target_param(target, key, bucket, segment)
-    trained = {managed.param for managed in model.sharding.params}
+    trained = {managed.param for managed in model.replica.params}
     for key, (name, value) in wanted.items():
         if _saved_as(key, names) and not (isinstance(value, nn.Parameter) and value in trained):
             _target_value(target, key, name, value, names, model)
