@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import ops
 from ..own_storage import with_own_storage
-from ..storage.bucket import Bucket
 from ..storage.own_shard import OwnShard
 from .rules import FusedRule
 from .segments import FusedSegments, StateArray
@@ -22,17 +21,13 @@ class BucketKernel(FusedSegments):
     def __init__(
         self, shard: OwnShard, storage: ops.Storage, rule: FusedRule, optimizer: torch.optim.Optimizer
     ) -> None:
+        self.bucket = shard.bucket
         self._shard = shard
         self._segments = shard.bucket.segments
         self._flat: dict[str, StateArray] = {}
         leaves = [segment.shard for segment in self._segments]
         group_of = [segment.owner.group for segment in self._segments]
         super().__init__(optimizer, rule, storage, leaves, group_of, shard.device)
-
-    @property
-    def bucket(self) -> Bucket:
-        """The bucket that is stepped."""
-        return self._shard.bucket
 
     def step_params(self, flags: Sequence[int], groups: Tensor, control: ops.StepControl) -> None:
         """One step; flags are 1 for the active ones of all parameters of the model."""

@@ -34,6 +34,7 @@ class Master(ABC):
         is_stored: exact values are what lies in memory; they are not computed.
         param: [own range], the parameters as the model has them, at home.
         array: [own range], what completes them, at home; None where nothing does.
+        is_away: home is not the bucket's device, so that parameters have to be moved.
 
     Args:
         in_bucket: [own range], the parameters in the bucket.
@@ -47,16 +48,12 @@ class Master(ABC):
         self._in_bucket = in_bucket
         self.param = in_bucket if home == in_bucket.device else torch.zeros_like(in_bucket, device=home)
         self.array = None if dtype is None else torch.zeros_like(self.param, dtype=dtype)
+        self.is_away = self.param is not in_bucket
 
     @property
     def home(self) -> torch.device:
         """Where the exact values are, and are stepped."""
         return self.param.device
-
-    @property
-    def is_away(self) -> bool:
-        """Whether home is not the bucket's device, so that parameters have to be moved."""
-        return self.param is not self._in_bucket
 
     def publish(self, begin: int = 0, end: int | None = None) -> None:
         """Let elements [begin, end) of the bucket be those at home."""

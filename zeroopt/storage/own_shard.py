@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .bucket import Bucket
 from .gradient_store import GradientStore
-from .masters import Master
 from .segment import Segment
 
 
@@ -23,21 +22,16 @@ class OwnShard:
     Attributes:
         bucket: of which this is the own range.
         master: parameters and what completes them, at home.
+        device: home.
     """
 
     def __init__(self, bucket: Bucket, store: GradientStore) -> None:
         self.bucket = bucket
+        self.master = bucket.master
+        self.device = bucket.master.home
         self._store = store
+        self._is_away = bucket.master.is_away
         self._fetched: Tensor | None = None
-
-    @property
-    def master(self) -> Master:
-        return self.bucket.master
-
-    @property
-    def device(self) -> torch.device:
-        """Home."""
-        return self.master.home
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -47,7 +41,7 @@ class OwnShard:
     @property
     def grad(self) -> Tensor:
         """[own range], the sum of gradients at home, as it was when it was fetched; always the same memory."""
-        if not self.master.is_away:
+        if not self._is_away:
             return self._store.reduced
         if self._fetched is None:
             self._fetched = torch.zeros_like(self._store.reduced, device=self.device)
@@ -60,15 +54,16 @@ class OwnShard:
 
     def fetch(self) -> None:
         """Bring the sum of gradients home, before a step that reads `grad`."""
-        if self.master.is_away:
+        if self._is_away:
             self.grad.copy_(self._store.reduced)
 
     def grad_of(self, segment: Segment) -> Tensor:
         """The sum of a segment's gradients, multiplied by all factors, as an optimizer's own step takes it: in the shape and the
         dtype of its shard, at home. Not to be changed."""
         part = self._store.part_as(segment, segment.shard.dtype)
-        return part.to(self.device) if self.master.is_away else part
+        return part.to(self.device) if self._is_away else part
 
     def publish(self) -> None:
         """After a step: let the bucket have the new parameters."""
-        self.master.publish()
+        if self._is_away:
+            self.master.publish()
