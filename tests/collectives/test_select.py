@@ -134,7 +134,10 @@ def limit_file_size() -> AbstractContextManager[object]:
 
 
 def refuse_mapping() -> AbstractContextManager[object]:
-    return patch("zeroopt._C.SharedMapping", fail_with(lambda: RuntimeError("cannot map shared memory: no memory")))
+    return patch(
+        "zeroopt.collectives.shared_memory.SharedMapping",
+        fail_with(lambda: RuntimeError("cannot map shared memory: no memory")),
+    )
 
 
 class SockFilter(ctypes.Structure):
