@@ -133,11 +133,11 @@ def delay_the_last_gather(optimizer: zeroopt.ZeroOptimizer) -> None:
     gathers = optimizer._gathers
     start, started = gathers.start, []
 
-    def start_late(bucket: Any) -> None:
+    def start_late(bucket: Any, readers: Any) -> None:
         if started:
             time.sleep(0.02)
         started.append(bucket)
-        start(bucket)
+        start(bucket, readers)
 
     gathers.start = start_late  # type: ignore[method-assign]
 
