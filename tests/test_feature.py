@@ -81,10 +81,10 @@ class Halving(zeroopt.Feature):
         store.reduced.mul_(0.5)
 
 
-def halved(stage: int, feature: bool) -> list[Tensor]:
+def halved(options: dict[str, Any], feature: bool) -> list[Tensor]:
     net = build("mlp")
     features = [Halving()] if feature else []
-    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), stage=stage, bucket_mb=0.01, features=features)
+    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), bucket_mb=0.01, features=features, **options)
     for step in range(3):
         (loss_of(model(batch("mlp", step))) * (1.0 if feature else 0.5)).backward()
         optimizer.step()
@@ -92,9 +92,10 @@ def halved(stage: int, feature: bool) -> list[Tensor]:
     return snapshot(net)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_feature_may_change_sums(run_on_ranks: RunOnRanks, stage: int) -> None:
-    with_feature, without = run_on_ranks(2, halved, stage, True), run_on_ranks(2, halved, stage, False)
+# Norms to clip by are those of the sums as they have become.
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"stage": 2, "max_grad_norm": 1e-3}])
+def test_a_feature_may_change_sums(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
+    with_feature, without = run_on_ranks(2, halved, options, True), run_on_ranks(2, halved, options, False)
     for one, other in zip(with_feature[0], without[0], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -132,7 +133,6 @@ def test_only_those_that_are_on_and_override_a_call_are_called() -> None:
     assert not features.calls["before_step"]
     features.switch(witness, on=True)
     assert reduced == [witness.bucket_reduced, halving.bucket_reduced]  # the same list, in the order of `add`
+    features.switch(witness, on=True)  # so it is already
     features.switch(halving, on=False)
     assert reduced == [witness.bucket_reduced]
-    assert features.is_on(witness)
-    assert not features.is_on(halving)

@@ -72,7 +72,9 @@ class Feature:
         When it comes depends on numbers of buckets alone, never on how far other ranks are.
 
         Args:
-            store: `store.reduced` is the own range of the sum, float32 or as the parameters, to be read or changed in place.
+            store: in stages 1 and 2, `store.reduced` [own range] is this rank's slice of the sum, float32 or as the parameters,
+                to be read or changed in place. In stage 0 it is the whole bucket, of which only this rank's slice is summed
+                yet; the others follow.
         """
 
     def unscaling(self, indices: Sequence[int], inverse: float) -> None:
@@ -128,7 +130,10 @@ class Features:
         self.switch(feature, on=on)
 
     def switch(self, feature: Feature, *, on: bool) -> None:
-        """Have a feature that was taken up called from now on, or no longer. On all ranks at the same place."""
+        """Have a feature that was taken up called from now on, or no longer; it may be so already. On all ranks at the same
+        place, and never from within the call that it is to hear next, or no longer."""
+        if on is (feature in self._on):
+            return
         if on:
             self._on.add(feature)
         else:
@@ -140,7 +145,3 @@ class Features:
                 for each in self._known
                 if each in self._on and getattr(type(each), name) is not getattr(Feature, name)
             ]
-
-    def is_on(self, feature: Feature) -> bool:
-        """Whether it is called."""
-        return feature in self._on

@@ -82,7 +82,6 @@ class ZeroDataParallel(nn.Module):
 
     def train_with(self, optimizer: ZeroOptimizer) -> None:
         """Add an optimizer that trains parameters of the model."""
-        optimizer.number = len(self._optimizers)
         self._optimizers.append(optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

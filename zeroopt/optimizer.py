@@ -139,10 +139,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Its place among the optimizers of the model."""
         return self._trained.number
 
-    @number.setter
-    def number(self, number: int) -> None:
-        self._trained.number = number
-
     @property
     def state_dicts(self) -> StateDicts:
         """How its state is saved and loaded."""
@@ -165,14 +161,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._take_part()
         scaler = scaler_in(sys._getframe(1))
-        if scaler is not None:
-            self._switch_scaling_on()
         skips = scaler is not None and self._scaling.begin(scaler)
         return self._averages or (not skips and self._scaling.unscale_in_step)
-
-    def _switch_scaling_on(self) -> None:
-        if not self._trained.features.is_on(self._scaling):
-            self._trained.features.switch(self._scaling, on=True)
 
     @untraced
     @torch.no_grad()
@@ -214,6 +204,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for bucket in self._trained.buckets:
             self._gathers.finish(bucket.index)
         step = self._describe_step()
+        self._trained.features.switch(self._scaling, on=step.found_inf is not None)
         self._tell("before_step", step)
         return step
 
@@ -259,7 +250,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.reclaim()
         self._reducer.view.settle(step.stores)
         self._reducer.note_step()
-        self._tell("after_step", step)
+        # Those of the model last: a check of the step is one of all that the features of this optimizer have made of it.
+        for calls in (self._trained.features.calls, self._of_model.calls):
+            for after_step in calls["after_step"]:
+                after_step(step)
         self._note_step_for_schedulers()
 
     def _calls(self, name: str) -> Iterator[Callable[..., Any]]:
@@ -705,7 +699,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if grad_scale is None:
             self.step()
             return
-        self._switch_scaling_on()
         self.grad_scale, self.found_inf = torch.tensor(grad_scale, dtype=torch.float32), torch.tensor(0.0)
         try:
             self.step()

@@ -45,7 +45,7 @@ class Trained:
         seed: int,
         since_average: StepCounter | None,
     ) -> None:
-        self.number = 0
+        self.number = len(replica.optimizers)
         self.replica = replica
         self.inner = inner
         self.config = config

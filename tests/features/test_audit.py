@@ -19,7 +19,7 @@ from transports import hosts
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.features import audit
+from zeroopt.features import audit, replanning
 from zeroopt.state.shard_tensor import ShardTensor
 
 ODD_RANK = 1
@@ -122,23 +122,23 @@ def corrupt(net: nn.Module) -> None:
 def step_corrupted(moment: str, options: dict[str, Any], num_steps: int) -> str:
     """A parameter changes on one rank alone; the error of the steps, or nothing."""
     net, model, optimizer = wrapped(**options)
-    note_step = model._reducer.note_step
+    agree_on_order = replanning.agree_on_order
 
-    def note_and_corrupt() -> None:
-        note_step()
-        corrupt(net)
+    def agree_and_corrupt(*args: Any) -> list[int]:
+        if moment == "at the end of the step":
+            corrupt(net)
+        return agree_on_order(*args)
 
-    if moment == "at the end of the step":
-        model._reducer.note_step = note_and_corrupt  # type: ignore[method-assign]
     try:
-        for step in range(num_steps):
-            if step == 0 and moment == "before forward":
-                corrupt(net)
-            loss_of(model(batch("mlp", step))).backward()
-            if step == 0 and moment == "before step":
-                corrupt(net)
-            optimizer.step()
-            optimizer.zero_grad()
+        with patch.object(replanning, "agree_on_order", agree_and_corrupt):
+            for step in range(num_steps):
+                if step == 0 and moment == "before forward":
+                    corrupt(net)
+                loss_of(model(batch("mlp", step))).backward()
+                if step == 0 and moment == "before step":
+                    corrupt(net)
+                optimizer.step()
+                optimizer.zero_grad()
     except zeroopt.RankMismatchError as error:
         return str(error)
     return "nothing"

@@ -689,3 +689,27 @@ def test_gradients_after_a_step(run_on_ranks: RunOnRanks) -> None:
         for seen in others:
             for want, got in zip(expected, seen, strict=True):
                 check_close(want, got)
+
+
+def step_by_a_scaler_of_another_class(options: dict[str, Any], found: float) -> tuple[bool, bool]:
+    """A step with `found_inf` and `grad_scale`, as torch's fused optimizers take them, from whoever sets them: whether it was taken,
+    and whether it then came to where a loss that was not multiplied comes to."""
+    results = []
+    for scale in (4.0, 1.0):
+        net = build("mlp")
+        model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net), **options)
+        before = snapshot(net)
+        (scale * loss_of(model(batch("mlp", 0)))).backward()
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found)
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        results.append(snapshot(net))
+    scaled, plain = results
+    taken = any(not torch.equal(one, other) for one, other in zip(before, scaled, strict=True))
+    return taken, all(torch.equal(one, other) for one, other in zip(scaled, plain, strict=True))
+
+
+@pytest.mark.parametrize("options", ZERO, ids=str)
+def test_scalers_of_other_classes_are_heard(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
+    assert run_on_ranks(2, step_by_a_scaler_of_another_class, options, 0.0) == [(True, True)] * 2
+    assert run_on_ranks(2, step_by_a_scaler_of_another_class, options, 1.0) == [(False, True)] * 2

@@ -32,8 +32,7 @@ class BucketNorms(Feature):
     def prepare(self, norm_type: float) -> None:
         """From the next backward on, have buckets' shares of this norm ready."""
         self.norm_type = norm_type
-        if not self._features.is_on(self):
-            self._features.switch(self, on=True)
+        self._features.switch(self, on=True)
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
         """Where every rank has the whole sum, its norm is taken parameter by parameter, later."""

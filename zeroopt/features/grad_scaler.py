@@ -68,7 +68,7 @@ class ScaledStep:
 
 
 class GradScaling(Feature):
-    """What ranks agree on when a GradScaler's `step()` begins. On from the first time that one asks.
+    """What ranks agree on when a GradScaler's `step()` begins. On in steps that a scaler calls whatever it has found.
 
     Args:
         optimizer: what the scaler knows the optimizer as.

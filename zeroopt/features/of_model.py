@@ -40,9 +40,10 @@ class ModelFeatures:
         if config.check_every is not None:
             self.audit = Audit(config.check_every, replica.params, replica.transport, replica.gathers.finish_all)
             self.features.add(self.audit)
-        self.features.add(self.norms, on=config.max_grad_norm is not None)
         for feature in further:
             self.features.add(feature)
+        # Behind those that may change sums, of which it keeps the norm.
+        self.features.add(self.norms, on=config.max_grad_norm is not None)
 
     def follow_join(self) -> None:
         """A `join()` has been opened or closed."""

@@ -1,7 +1,7 @@
 """What `param.grad` is in stages 1 and 2: an object that stands for the mean over all ranks, of which each rank has a slice.
 
 It has the parameter's shape and no elements of its own. What training loops do between backward and step works on it and means
-what it means under DistributedDataParallel; `gradient_operators` says what that is. Whatever would need elements of other ranks
+what it means under DistributedDataParallel; `tensor_operators` says what that is. Whatever would need elements of other ranks
 raises, and says what to call instead.
 """
 

@@ -21,7 +21,7 @@ from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
 from ..storage.segment import Segment
 from ..untraced import untraced
-from . import tensor_operators as gradient_operators
+from . import tensor_operators
 from .norm_groups import NormGroups
 from .norms import is_finite, norm_of_shards
 from .overflow import agree_on_overflow
@@ -264,7 +264,7 @@ class ShardedView(GradientView):
     @untraced
     def apply(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One of torch's operators, with these and other objects among its arguments."""
-        return gradient_operators.apply(op, args, kwargs)
+        return tensor_operators.apply(op, args, kwargs)
 
     def edit(self, index: int, what: str, change: Callable[[Tensor, Callable[[Tensor], Tensor]], object]) -> None:
         """Change a gradient element by element, in place.
@@ -364,7 +364,7 @@ class ShardedView(GradientView):
 
     def _prepare(self, indices: Sequence[int]) -> None:
         """Before gradients are used: have them all reduced."""
-        if gradient_operators.is_in_backward():
+        if tensor_operators.is_in_backward():
             raise StateError(
                 "a sharded gradient was used while backward runs; it is reduced, and may be used, when backward is through"
             )
