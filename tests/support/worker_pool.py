@@ -36,6 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -143,7 +144,15 @@ def _answer(payload: bytes) -> bytes:
         return pickle.dumps(Failure(RankError(type(error).__name__, str(error)), traceback.format_exc()))
 
 
+def forget_compiled_code() -> None:
+    """Wrapped models wait for less in a process in which torch.compile has compiled nothing."""
+    if torch._dynamo.utils.counters:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
 def _new_group(init_method: str) -> None:
+    forget_compiled_code()
     former = [dist.group.WORLD] if dist.is_initialized() else []
     if former:
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ import torch
 from follow import STEPS, Prepare, follow, inputs, sgd, values, with_ddp
 from torch import Tensor, nn
 from training import build, loss_of
-from worker_pool import RunOnRanks
+from worker_pool import RunOnRanks, forget_compiled_code
 
 from zeroopt.parameters.gathers import ArrivingParameter
 
@@ -26,14 +26,11 @@ BACKEND = "aot_eager"
 
 @contextmanager
 def no_trace_of_compilation() -> Iterator[None]:
-    """Wrapped models wait for less where nothing has been compiled, which other tests want to see."""
-    import torch._dynamo
-
+    """For those that train after this in the same test."""
     try:
         yield
     finally:
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
+        forget_compiled_code()
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
