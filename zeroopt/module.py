@@ -61,8 +61,8 @@ class ZeroDataParallel(nn.Module):
         self._shared = config.share_parameters
         self._input_dtype = config.precision.param_dtype if config.cast_inputs else None
         self._buffer_sync: BufferSync | None = None
-        if config.broadcast_buffers and replica.broadcaster is not None and next(module.buffers(), None) is not None:
-            self._buffer_sync = self._reducer.buffer_sync = BufferSync(module, replica.broadcaster)
+        if config.broadcast_buffers and replica.transport.control.size > 1 and next(module.buffers(), None) is not None:
+            self._buffer_sync = self._reducer.buffer_sync = BufferSync(module, replica.transport.control)
         self._optimizers: list[ZeroOptimizer] = []
 
     @property

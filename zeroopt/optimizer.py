@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import lone_control
 from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Step
@@ -98,7 +99,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_over_hooks()
         self._take_over_methods()
         replica.optimizers.append(self)
-        log_wrapped(trained.buckets, trained.stores, optimizer, config, self._transport)
+        log_wrapped(trained.buckets, trained.stores, optimizer, config, self._transport, replica.control)
 
     def _add_features(self, of_model: ModelFeatures, average: ParameterAverage | None) -> None:
         """In the order in which they take part in a step, behind those of the model."""
@@ -106,7 +107,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._clipping = Clipping(trained, of_model.norms)
         self._scaling = GradScaling(trained, self, of_model.join, self._clipping)
         # Ranks that average their parameters must have cut them alike.
-        may_replan = self._config.overlap and self._transport.world_size > 1 and average is None
+        may_replan = self._config.overlap and self._transport.control.size > 1 and average is None
         self._replanning = Replanning(trained, allowed=may_replan)
         self._averages = average is not None
         trained.features.add(self._scaling, on=False)
@@ -303,7 +304,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         caller = sys._getframe(1)
         has_all = self._replica.ownership.has_all
-        wanted = () if has_all else ranks_that_want_all(caller, self._transport.world_size)
+        wanted = () if has_all else ranks_that_want_all(caller, self._transport.control.size)
         self.take_up_groups()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -372,7 +373,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             lines = self._state_dicts.describe_loaded(loaded)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
             problem = error
-        groups = [(self._replica.group, lines), *((group, []) for group in self._replica.mesh_groups)]
+        groups = [(self._replica.control, lines), *((group, []) for group in self._replica.mesh_groups)]
         agree(groups, problem, "load_state_dict")
         assert loaded is not None
         return loaded
@@ -521,7 +522,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             segment,
             None if segment is None else bucket.master.exact(*segment.range),
             bucket.master.dtype,
-            None if self._replica.ownership.has_all else self._transport,
+            lone_control() if self._replica.ownership.has_all else self._transport.control,
         )
 
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -537,8 +538,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: there is no such rank. On every rank that asks for it.
             StateError: within `join()`.
         """
-        if not 0 <= to < self._transport.group.size():
-            raise ConfigError(f"expected a rank below {self._transport.group.size()}, got to={to}")
+        if not 0 <= to < self._replica.control.size:
+            raise ConfigError(f"expected a rank below {self._replica.control.size}, got to={to}")
         self._join.check_outside("consolidate_state_dict()")
         self.take_up_groups()
         self._state_dicts.consolidated = self._state_dicts.whole(to)
@@ -559,7 +560,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         consolidated = self._state_dicts.consolidated
         if consolidated is None:
             raise StateError(
-                f"rank {self._transport.rank} has no whole state: call consolidate_state_dict(to={self._transport.rank}) on all "
+                f"rank {self._transport.control.rank} has no whole state: call consolidate_state_dict(to={self._transport.control.rank}) on all "
                 "ranks after the last step, and full_state_dict() on that rank alone"
             )
         return consolidated
@@ -607,14 +608,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         raise NotSupportedError("a ZeroOptimizer cannot be copied or pickled; save and load its state_dict()")
 
     def __repr__(self) -> str:
-        where = f"stage={self.stage}, rank={self._transport.rank}, world_size={self._transport.world_size}"
+        where = f"stage={self.stage}, rank={self._transport.control.rank}, world_size={self._transport.control.size}"
         return f"ZeroOptimizer({where}, transport={self._transport.name}, {self._inner!r})"
 
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
         zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
         reducer = self._reducer
-        if self._transport.world_size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
+        if self._transport.control.size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
         if reducer.is_cleared(self._trained.params):
             reducer.mirror_backward()
@@ -677,7 +678,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def check_can_save(self, group: dist.ProcessGroup) -> None:
         """Raise NotSupportedError when ranks of a group that save together train alone."""
-        if self._averages and group.size() > self._transport.world_size:
+        if self._averages and group.size() > self._transport.control.size:
             raise NotSupportedError(
                 "with average_every, ranks that train alone differ between averagings: save each such group of ranks as a "
                 "checkpoint of its own, with its process_group and a path of its own, or save state_dict() on every rank"

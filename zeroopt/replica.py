@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._C import Plan
-from .collectives import Transport
+from .collectives import ControlGroup, Transport
 from .collectives.turnout import Turnout
 from .errors import StateError
 from .feature import Features
@@ -26,16 +26,19 @@ from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
 from .plan.buckets import make_plan
 from .plan.claims import claim, claimed_params
-from .plan.dtensors import count_copies, find_mesh, mesh_groups
+from .plan.dtensors import count_copies, find_mesh, local_of, mesh_groups
 from .plan.ownership import Ownership
 from .plan.params import ManagedParam
 from .state.moving import hand_out, move_arrays
-from .storage.broadcast import Broadcaster
 from .storage.bucket import Bucket, make_buckets
 from .storage.buffer_pool import BufferPool
 from .storage.gradient_store import GradientStore
 from .storage.masters import Master
 from .storage.segment import BySegments
+
+# What is going on, for messages.
+_TAKING_IN = "averaging the gradients of parameters that are taken in"
+_SYNCING = "taking over the parameters and buffers of rank 0"
 
 
 class Replica:
@@ -46,7 +49,7 @@ class Replica:
         params: those that are trained, by their index.
         buckets: by their index.
         ownership: which elements of the buckets this rank steps.
-        broadcaster: None for a rank alone.
+        group: it was wrapped with, and what its ranks tell each other. Where each of them trains alone, `transport` has one rank.
         mesh: of the model's DTensors, and its groups of more than one rank.
         norm_groups: over which the norm of the gradients is that of the whole model.
         seed: of stochastic rounding, the same on all ranks.
@@ -73,18 +76,18 @@ class Replica:
         self.config = config
         self.transport = transport
         self.group = group
+        self.control = ControlGroup(group)
         self.mesh = find_mesh(module, group)
         self.mesh_groups = mesh_groups(self.mesh)
         self.norm_groups = NormGroups(
-            [*self.mesh_groups, *([config.norm_group] if config.norm_group is not None else [])]
+            [*self.mesh_groups, *([ControlGroup(config.norm_group)] if config.norm_group is not None else [])]
         )
-        self.broadcaster = Broadcaster(group) if transport.world_size > 1 else None
         self.params: list[ManagedParam] = []
         self.buckets: list[Bucket] = []
         self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
         self.optimizers: list[torch.optim.Optimizer] = []
         placement = config.placement
-        self.ownership = Ownership(transport.world_size, transport.slice_index, by_slices=placement.shard_state)
+        self.ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=placement.shard_state)
         sharded = ShardedView(transport, features, check_outside, self.mesh_groups) if placement.shard_state else None
         pool = BufferPool(config, transport) if placement.shard_gradient else None
         view: GradientView = WholeView(transport) if sharded is None else sharded
@@ -112,7 +115,7 @@ class Replica:
             if self.ownership.has_all
             else ParamGathers(module, transport, lazy=config.overlap)
         )
-        self.seed = _agree_on_seed([group, *self.mesh_groups], next(module.parameters()).device)
+        self.seed = _agree_on_seed([self.control, *self.mesh_groups], next(module.parameters()).device)
         claim(self)
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
@@ -214,16 +217,17 @@ class Replica:
             bucket.master.fetch()  # where parameters are stepped elsewhere
 
     def _average_gradients(self, params: Sequence[ManagedParam]) -> None:
-        if self.transport.world_size == 1:
+        control = self.transport.control
+        if control.size == 1:
             return
         flags = [managed.param.grad is not None for managed in params]
         used = torch.tensor(flags, dtype=torch.uint8, device=params[0].param.device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
+        control.largest(used, _TAKING_IN)
         for managed in (managed for managed, flag in zip(params, used.tolist(), strict=True) if flag):
             mean, grad = torch.zeros_like(managed.local), managed.local_grad()
             if grad is not None:
-                mean.copy_(grad).div_(self.transport.world_size)
-            dist.all_reduce(managed.flatten(mean), group=self.group)
+                mean.copy_(grad).div_(control.size)
+            control.total(managed.flatten(mean), _TAKING_IN)
             managed.set_local_grad(mean)
 
     def check_replaced(self, params: Sequence[ManagedParam]) -> None:
@@ -242,17 +246,22 @@ class Replica:
             managed.copies = count_copies(managed, self.mesh)
 
     def _sync_params(self, params: Sequence[ManagedParam]) -> None:
-        if self.broadcaster is not None:
-            for managed in params:
-                self.broadcaster.broadcast([managed.local])
+        for managed in params:  # one by one: no second copy of the model
+            self.transport.control.broadcast([managed.local], 0, _SYNCING)
 
     def _sync_buckets(self, buckets: Sequence[Bucket]) -> None:
-        if self.broadcaster is not None:
-            for bucket in buckets:
-                if self.config.share_parameters:
-                    self.broadcaster.broadcast_among(bucket.flat_param, self.transport.writers)
-                else:
-                    self.broadcaster.broadcast_flat(bucket.flat_param)
+        for bucket in buckets:
+            if self.config.share_parameters:
+                self._send_to_writers(bucket.flat_param)
+            else:
+                self.transport.control.broadcast([bucket.flat_param], 0, _SYNCING)
+
+    def _send_to_writers(self, values: Tensor) -> None:
+        control, (first, *others) = self.transport.control, self.transport.writers
+        if control.rank == first:
+            control.send(values, others, _SYNCING)
+        elif control.rank in others:
+            control.receive(values, first, _SYNCING)
 
     def take_up_unfrozen(self) -> None:
         """Have the gradients of parameters averaged that were frozen, now require them, and are in no optimizer. Collective where
@@ -267,15 +276,14 @@ class Replica:
         # Told through the transport, which notices when another rank goes on to something else.
         self.transport.gather_scalar(torch.ones((), device=self.params[0].param.device), label="unfrozen parameters")
         trained = {managed.param for managed in self.params}
-        agree([(self.group, describe_untrained(self.module, trained))], None, "unfreezing parameters")
+        agree([(self.control, describe_untrained(self.module, trained))], None, "unfreezing parameters")
         untrained.fit(trained)
 
     def sync_rest(self) -> None:
         """Take over what rank 0 has besides the parameters in buckets: others, and buffers. Collective."""
         managed = {managed.param for managed in claimed_params()}
         rest = [param.data for param in self.module.parameters() if param not in managed]
-        if self.broadcaster is not None:
-            self.broadcaster.broadcast([*rest, *self.module.buffers()])
+        self.transport.control.broadcast(list(map(local_of, [*rest, *self.module.buffers()])), 0, _SYNCING)
 
     def _reverse_order(self) -> list[int]:
         """Indices of the parameters in the reverse order of the model's, the likely order of their gradients."""
@@ -293,12 +301,12 @@ def cast_frozen(params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
             param.data = param.data.to(dtype)
 
 
-def _agree_on_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
+def _agree_on_seed(groups: Sequence[ControlGroup], device: torch.device) -> int:
     """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it.
 
     Collective in each of the groups; together they hold all ranks that have copies of a parameter, which must stay equal.
     """
     seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
-    for group in (group for group in groups if group.size() > 1):
-        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    for group in groups:
+        group.broadcast([seed], 0, _SYNCING)
     return int(seed.item())

@@ -62,7 +62,7 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
         problem = ConfigError(
             f"expected all {len(model.optimizers)} optimizers that zeroopt.wrap returned with this model, got {len(given)} objects"
         )
-    agree([(replica.group, [f"{len(given)} optimizers"])], problem, "zeroopt.unwrap")
+    agree([(replica.control, [f"{len(given)} optimizers"])], problem, "zeroopt.unwrap")
     replica.reducer.discard()
     replica.gathers.finish_all()
     values = _exact_values(model)
@@ -105,9 +105,9 @@ def _exact_values(model: ZeroDataParallel) -> dict[Tensor, Tensor]:
 def _state_on_all_ranks(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """Collective."""
     mine: dict[str, Any] | None = None
-    for rank in range(optimizer.replica.group.size()):
+    for rank in range(optimizer.replica.control.size):
         whole = optimizer.state_dicts.whole(rank)
-        mine = whole if rank == optimizer.replica.group.rank() else mine
+        mine = whole if rank == optimizer.replica.control.rank else mine
     assert mine is not None
     return mine
 

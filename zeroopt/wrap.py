@@ -10,8 +10,8 @@ from torch import nn
 
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
-from .collectives import Transport, check_transport, connect_transport
-from .collectives.lone import default_group
+from .collectives import ControlGroup, Transport, check_transport, connect_transport
+from .collectives.lone import default_group, lone_group
 from .collectives.single import SingleTransport
 from .errors import ConfigError, StateError
 from .feature import Feature
@@ -128,7 +128,7 @@ def wrap(
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
             been changed.
         StateError: there is no process group, though several processes were started, or this rank is not in it.
-        RuntimeError: torch.distributed's own, when a rank died or stopped meanwhile.
+        CollectiveError: a rank died or stopped meanwhile.
     """
     given_group = _resolve_group(process_group)
     first = model.replica if isinstance(model, ZeroDataParallel) else None
@@ -137,7 +137,7 @@ def wrap(
     problem: Exception | None = None
     lines: list[str] = []
     params: list[ManagedParam] = []
-    beyond: list[dist.ProcessGroup] = []  # ranks with other parts of the parameters
+    beyond: list[ControlGroup] = []  # ranks with other parts of the parameters
     options: list[str] = []
     average: ParameterAverage | None = None
     try:
@@ -163,7 +163,7 @@ def wrap(
         average = average_over(group, config)
         mesh = find_mesh(module, group) if isinstance(module, nn.Module) else None
         beyond = mesh_groups(mesh)
-        check_norm_group(norm_group, [group, *beyond])
+        check_norm_group(norm_group, [group, *(other.group for other in beyond)])
         if first is not None:
             config.check_shares(first.config)
             _check_group(given_group, first.group)
@@ -181,7 +181,10 @@ def wrap(
         problem = error
     connected: Transport | None = None
     with agreed_across(average_group, group, lines):
-        agree([(group, [*lines, *describe_place(average)]), *((other, options) for other in beyond)], problem)
+        agree(
+            [(ControlGroup(group), [*lines, *describe_place(average)]), *((other, options) for other in beyond)],
+            problem,
+        )
         if first is None:
             connected = _connect(config, group, params[0].param.device, average)
     if average is not None and config.sync_module_states:
@@ -213,7 +216,7 @@ def _connect(
     config: Config, group: dist.ProcessGroup, device: torch.device, average: ParameterAverage | None
 ) -> Transport:
     if average is not None and average.alone:
-        return SingleTransport(group)
+        return SingleTransport(lone_group())
     return connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
 
 

@@ -38,7 +38,7 @@ def exchange_all(name: str) -> tuple[int, list[dict[str, Tensor]]]:
 
 def exchange(transport: Transport, shard_numel: int, dtype: torch.dtype, out_dtype: torch.dtype) -> dict[str, Tensor]:
     """Start collectives, and finish them in the opposite order."""
-    mine = values(dist.get_rank(), shard_numel * transport.world_size, dtype)
+    mine = values(dist.get_rank(), shard_numel * transport.num_slices, dtype)
     full, in_place, gathered = (transport.allocate(mine.numel(), dtype, CPU) for _ in range(3))
     full.copy_(mine)
     in_place.copy_(mine)
@@ -125,7 +125,7 @@ def test_numbers(run_on_ranks: RunOnRanks, name: str, world_size: int) -> None:
 def wait_for_the_last(name: str) -> tuple[float, float]:
     """When this rank came to a barrier, and when it left; one clock for all ranks."""
     transport = connect(name)
-    if dist.get_rank() == transport.world_size - 1:
+    if dist.get_rank() == transport.num_slices - 1:
         time.sleep(0.2)
     came = time.monotonic()
     transport.barrier()
@@ -143,7 +143,7 @@ class Drill:
 
     def __init__(self, transport: Transport, shard_numels: Sequence[int]) -> None:
         self._transport = transport
-        self._buckets = [transport.allocate(n * transport.world_size, torch.float32, CPU) for n in shard_numels]
+        self._buckets = [transport.allocate(n * transport.num_slices, torch.float32, CPU) for n in shard_numels]
         self._finish: dict[int, Callable[[], None]] = {}  # by bucket
         self._number = 0  # of the collective, so that all of them move other values
 

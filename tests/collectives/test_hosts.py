@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transports import hosts
 from worker_pool import RunOnRanks
 
+from zeroopt.collectives import ControlGroup
 from zeroopt.collectives.hosts import host_identity, ranks_by_host
 
 CLONE_NEWPID = 0x20000000  # from sched.h
@@ -18,7 +19,7 @@ CLONE_NEWPID = 0x20000000  # from sched.h
 
 def group_by_host(of_rank: Sequence[int]) -> list[list[int]]:
     with hosts(of_rank):
-        return ranks_by_host(dist.group.WORLD)
+        return ranks_by_host(ControlGroup(dist.group.WORLD))
 
 
 @pytest.mark.parametrize(
@@ -39,8 +40,8 @@ def identity_in_subgroups() -> tuple[str, list[list[int]]]:
     groups = [dist.new_group([0, 1]), dist.new_group([1, 2])]
     mine = groups[0] if dist.get_rank() == 0 else groups[1]
     if dist.get_rank() == 1:
-        ranks_by_host(groups[0])
-    return host_identity(), ranks_by_host(mine)
+        ranks_by_host(ControlGroup(groups[0]))
+    return host_identity(), ranks_by_host(ControlGroup(mine))
 
 
 def test_processes_of_one_machine(run_on_ranks: RunOnRanks) -> None:

@@ -65,7 +65,7 @@ def reduce_once(of_rank: list[int], dtype: torch.dtype) -> tuple[int, Tensor, in
     transport = connect_on(of_rank)
     full = transport.allocate(NUMEL, dtype, CPU)
     full.copy_(values(dist.get_rank(), NUMEL, dtype))
-    out = torch.empty(NUMEL // transport.world_size)
+    out = torch.empty(NUMEL // transport.num_slices)
     reduce = transport.start_reduce_scatter(full, out)
     reduce.finish()
     reduce.wait_until_read()

@@ -66,12 +66,14 @@ def exchange_in_parts(shard_numel: int, slots: int) -> tuple[list[Tensor], Tenso
     transport = PairwiseTransport(dist.group.WORLD)
     part_bytes = PART_NUMEL * 4
     with patch(MESSAGE, part_bytes), patch(STAGING, slots * part_bytes * len(transport.peers)):
-        buckets = [values(transport.rank, shard_numel * transport.world_size, torch.float32, n) for n in range(3)]
+        buckets = [
+            values(transport.slice_index, shard_numel * transport.num_slices, torch.float32, n) for n in range(3)
+        ]
         sums = [transport.own_slice(buckets[0]), torch.empty(shard_numel), torch.ones(shard_numel)]
         bases = [None, None, sums[2]]
-        gathered = values(0, shard_numel * transport.world_size, torch.float32)
+        gathered = values(0, shard_numel * transport.num_slices, torch.float32)
         for peer in transport.peers:
-            slice_of(gathered, peer, transport.world_size).zero_()
+            slice_of(gathered, peer, transport.num_slices).zero_()
         pending = [
             transport.start_reduce_scatter(full, out, base=base)
             for full, out, base in zip(buckets, sums, bases, strict=True)
@@ -175,7 +177,7 @@ def use_numbers_up(exchanges: int) -> bool:
         transport = PairwiseTransport(dist.group.WORLD)
         total, correct = torch.empty(100), True
         for number in range(exchanges):
-            full = torch.full((200,), float(number + transport.rank))
+            full = torch.full((200,), float(number + transport.slice_index))
             reduce = transport.start_reduce_scatter(full.clone(), total)
             transport.start_all_gather(full).finish()
             reduce.finish()

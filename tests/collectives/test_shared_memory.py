@@ -26,6 +26,7 @@ from transports import CPU, connect, mapped_memory, open_memory
 from worker_pool import WORKER_DIED, WORKER_ENVIRONMENT, RankError, RunOnRanks
 
 import zeroopt
+from zeroopt.collectives import ControlGroup
 from zeroopt.collectives.shared_memory import OpenMemory, map_together, open_peer_memory
 
 PATIENCE_S = 5.0
@@ -35,7 +36,7 @@ def write_and_read(one_for_all: bool) -> tuple[list[list[int]], list[int], int]:
     """What this rank finds in the memory of all members when each has written in its own; which of it starts as zeros, and
     the mode that it has."""
     rank, group = dist.get_rank(), dist.group.WORLD
-    mapped, descriptor = map_together(group, range(group.size()), 4, one_for_all=one_for_all)
+    mapped, descriptor = map_together(ControlGroup(group), range(group.size()), 4, one_for_all=one_for_all)
     zeros = [int(memory.eq(0).all()) for memory in mapped]
     dist.barrier()
     mapped[rank][rank] = 10 + rank

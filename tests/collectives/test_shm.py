@@ -34,7 +34,7 @@ def meet_late() -> tuple[float, float, bool]:
     """When this rank came to a rendezvous and when it went on, and whether it read a bucket that came before."""
     transport = connect_shm()
     bucket, total = transport.allocate(2, torch.float32, CPU), torch.empty(1)
-    if transport.rank == 0:
+    if transport.slice_index == 0:
         time.sleep(0.2)
     came = time.monotonic()
     reduce = transport.start_reduce_scatter(bucket, total)
@@ -51,7 +51,7 @@ def test_rendezvous(run_on_ranks: RunOnRanks) -> None:
 def start_many(count: int) -> list[float]:
     """Collectives of which only the last is finished, and so many that the board has no room for all of their tickets."""
     transport = connect_shm()
-    bucket, sums = transport.allocate(transport.world_size, torch.float32, CPU), torch.zeros(count)
+    bucket, sums = transport.allocate(transport.num_slices, torch.float32, CPU), torch.zeros(count)
     bucket.fill_(1.0)
     for number in range(count):
         last = transport.start_reduce_scatter(bucket, sums[number : number + 1])
@@ -71,7 +71,7 @@ def wait_for_one_another() -> bool:
     bucket, params = (transport.allocate(2, torch.float32, CPU) for _ in range(2))
     total = torch.empty(1)
     transport.barrier()
-    if transport.rank == 0:
+    if transport.slice_index == 0:
         time.sleep(0.1)  # rank 1 must not find rank 0's bucket when it starts
         reduce = transport.start_reduce_scatter(bucket, total)
         reduce.finish()
@@ -104,7 +104,7 @@ def lose_rank_1(way: str) -> Heard | None:
     """What the other ranks hear when rank 1 goes while they wait in a barrier."""
     transport = connect_shm()
     transport.barrier()
-    if transport.rank != 1:
+    if transport.slice_index != 1:
         return error_of(transport.barrier)
     time.sleep(0.2)
     if way == "killed":
@@ -141,11 +141,13 @@ def lose_two_ranks() -> Heard | None:
     transport = connect_shm()
     buckets = [transport.allocate(3, torch.float32, CPU) for _ in range(2)]
     transport.barrier()
-    started = [transport.start_reduce_scatter(b, torch.empty(1)) for b in buckets[: 1 if transport.rank == 1 else 2]]
-    if transport.rank == 0:
+    started = [
+        transport.start_reduce_scatter(b, torch.empty(1)) for b in buckets[: 1 if transport.slice_index == 1 else 2]
+    ]
+    if transport.slice_index == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     started[0].finish()
-    if transport.rank == 1:
+    if transport.slice_index == 1:
         time.sleep(0.2)  # rank 2 shall wait already
         os.kill(os.getpid(), signal.SIGKILL)
     return error_of(started[0].wait_until_read)
@@ -162,7 +164,7 @@ def lag_behind(timeout_s: float) -> Heard | None:
     group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     transport = ShmTransport(group, range(3))
     transport.barrier()
-    if transport.rank == 1:
+    if transport.slice_index == 1:
         time.sleep(timeout_s + 0.5)
         return None
     return error_of(transport.barrier)
@@ -182,7 +184,7 @@ def diverge(numel: int) -> str:
     transport = connect_shm()
     bucket = transport.allocate(4, torch.float32, CPU)
     transport.start_reduce_scatter(bucket, torch.empty(2), label="bucket 7").finish()
-    if transport.rank == 0:
+    if transport.slice_index == 0:
         reduce = transport.start_reduce_scatter(bucket, torch.empty(2), label="bucket 7")
     else:
         reduce = transport.start_reduce_scatter(bucket[:numel], torch.empty(numel // 2), label="bucket 8")
@@ -206,7 +208,7 @@ def work_with_children(world_size: int) -> list[float]:
     totals = []
     for number in range(3):
         bucket.fill_(number + 1)
-        if transport.rank == 1:
+        if transport.slice_index == 1:
             child = os.fork()
             if child == 0:
                 if number == 1:
@@ -236,7 +238,7 @@ def die_before_a_child() -> Heard | None:
     """Rank 1 is killed, while a child of it lives on."""
     transport = connect_shm()
     transport.barrier()
-    if transport.rank == 1:
+    if transport.slice_index == 1:
         if os.fork() == 0:
             time.sleep(CHILD_S)
             os._exit(0)

@@ -16,6 +16,7 @@ from parallel import PLANS, backward, square_mesh, whole_params, wrap_split
 from torch.distributed.tensor import DTensor
 from worker_pool import RunOnRanks
 
+from zeroopt.collectives import ControlGroup
 from zeroopt.gradients.norm_groups import NormGroups
 
 STEPS = 2
@@ -73,7 +74,7 @@ def test_weights(run_on_ranks: RunOnRanks) -> None:
 def combine() -> tuple[float, float, float]:
     """Over rows, then over columns of the mesh: over all ranks."""
     mesh = square_mesh()
-    groups = NormGroups([mesh["tp"].get_group(), mesh["dp"].get_group()])
+    groups = NormGroups([ControlGroup(mesh["tp"].get_group()), ControlGroup(mesh["dp"].get_group())])
     rank = torch.tensor(float(dist.get_rank()), dtype=torch.float64)
     nan = torch.tensor(math.nan if dist.get_rank() == 2 else 1.0, dtype=torch.float64)
     return groups.sum_over_model(rank).item(), groups.max_over_model(rank).item(), groups.max_over_model(nan).item()

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
 
 import zeroopt
-from zeroopt.collectives.base import PendingWork
+from zeroopt.collectives.pending import PendingWork
 from zeroopt.parameters.gathers import ArrivingParameter
 
 

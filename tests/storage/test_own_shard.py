@@ -81,7 +81,7 @@ def train(
             elif step == 3:
                 model.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
         optimizer.consolidate_state_dict()
-        whole = optimizer.full_state_dict() if optimizer.replica.transport.rank == 0 else {}
+        whole = optimizer.full_state_dict() if optimizer.replica.control.rank == 0 else {}
         return history, whole, [optimizer.full_parameter(param) for param in net.parameters()]
 
 

@@ -1,13 +1,16 @@
-"""Transports: how a bucket's slices get from rank to rank.
+"""How ranks reach each other: buckets by a transport, all else by a control group.
 
 In reading order; each imports from those above it:
 
     failure        how failed collectives are told
     group_timeout  how long ranks wait for one another
+    lone           what stands for the process group of a process that trains by itself
+    pending        `PendingCollective`: what has been started and has to be finished
+    flat           tensors side by side, so that they travel as one
+    control        `ControlGroup`: the small things that ranks tell each other
     hosts          which ranks can share memory
     shared_memory  memory that the ranks of one host share
     turnout        which ranks still train
-    lone           what stands for the process group of a process that trains by itself
     base           `Transport`: the collectives that ZeRO needs, on flat buckets
     single         a group of one
     shm            one host: shared memory
@@ -17,16 +20,18 @@ In reading order; each imports from those above it:
     select         picks one of them
 """
 
-from .base import PendingCollective, Transport, gather_scalar
-from .failure import ADVICE, named_failures
+from .base import Transport
+from .control import ControlGroup, lone_control
+from .failure import ADVICE
+from .pending import PendingCollective
 from .select import check_transport, connect_transport
 
 __all__ = [
     "ADVICE",
+    "ControlGroup",
     "PendingCollective",
     "Transport",
     "check_transport",
     "connect_transport",
-    "gather_scalar",
-    "named_failures",
+    "lone_control",
 ]

@@ -2,121 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Collection, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Sequence
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CollectiveError
-from .failure import describe_failure, is_timeout, the_other_rank
-
-
-class PendingCollective(ABC):
-    """A collective that has been started."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Block until the result is there. Calling it again does nothing.
-
-        Raises:
-            CollectiveError: a rank did not do its part: it died, gave up, or the group's timeout went by.
-        """
-
-    def wait_until_read(self) -> None:
-        """After `finish`: block until this rank's input may be overwritten, for no other rank still reads it.
-
-        Raises:
-            CollectiveError: as `finish`.
-        """
-
-
-class Done(PendingCollective):
-    """A collective that had nothing to wait for."""
-
-    def finish(self) -> None:
-        pass
-
-
-class PendingWork(PendingCollective):
-    """What torch.distributed has been told to do.
-
-    Args:
-        what: transport and collective, for messages.
-        works: by the rank that it needs; None: by all.
-        keep: tensors that it reads or writes.
-    """
-
-    # Gloo breaks the connection of a message that is freed before it has arrived, and with it the process group. So what
-    # nobody finishes, because a model was dropped, stays here.
-    _unfinished: ClassVar[set[PendingWork]] = set()
-
-    def __init__(self, what: str, works: Sequence[tuple[int | None, dist.Work]], keep: Collection[object]) -> None:
-        self._what = what
-        self._works = deque(works)
-        self._keep = keep
-        self._failure: str | None = None
-        self._unfinished.add(self)
-
-    def finish(self) -> None:
-        if self._failure is not None:
-            raise CollectiveError(self._failure)
-        while self._works:
-            rank, work = self._works[0]
-            try:
-                work.wait()
-            except RuntimeError as error:
-                # The backend's own message says whether it was a timeout or a lost connection.
-                self._failure = self._give_up_rest(rank, str(error))
-                raise CollectiveError(self._failure) from error
-            self._works.popleft()
-        self._unfinished.discard(self)
-        self._keep = ()
-
-    def wait_at_exit(self, deadline: float) -> None:
-        """Wait for what is still on its way, unless it is in vain."""
-        with suppress(RuntimeError):
-            for _, work in self._works if self._failure is None else ():
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-
-    def abandon(self) -> None:
-        """Break the connections over which something has yet to come."""
-        for _, work in self._works:
-            with suppress(RuntimeError):
-                work.wait(_AT_ONCE)
-
-    def _give_up_rest(self, rank: int | None, reason: str) -> str:
-        """Give up the messages that have not come by now. That breaks their connections, so that the ranks at the other ends
-        fail at once too, rather than wait for this one."""
-        missing = [rank]
-        for other, work in list(self._works)[1:]:
-            try:
-                work.wait(_AT_ONCE)
-            except RuntimeError as error:
-                # Who is merely not there yet is to blame only when the time has gone by for all.
-                if is_timeout(reason) or not is_timeout(str(error)):
-                    missing.append(other)
-        return describe_failure(self._what, missing, reason)
-
-
-_AT_ONCE = timedelta(milliseconds=1)
-_AT_EXIT = timedelta(seconds=10)
-
-
-@atexit.register
-def _finish_at_exit() -> None:
-    """A rank that is through may be ahead of the others, who have yet to receive what it has sent."""
-    deadline = time.monotonic() + _AT_EXIT.total_seconds()
-    for pending in list(PendingWork._unfinished):
-        pending.wait_at_exit(deadline)
+from .control import ControlGroup
+from .pending import Done, PendingCollective
 
 
 class Transport(ABC):
@@ -128,9 +23,9 @@ class Transport(ABC):
     the same on all ranks: where it differs, they have diverged.
 
     Attributes:
-        group: the process group.
-        rank, world_size: this process within the group.
-        slice_index: which slice of every bucket this rank owns, a permutation of the ranks.
+        control: who this rank is in the group, and what the ranks tell each other besides buckets.
+        num_slices: of every bucket.
+        slice_index: which of them this rank owns.
         needs_staging: a reduce-scatter on its way takes memory of its own, up to the size of its bucket.
         shares_parameters: whether `allocate(shared=True)` is possible.
         writers: ranks of the group that write parameters for all ranks that share them; the first is rank 0.
@@ -142,21 +37,20 @@ class Transport(ABC):
     shares_parameters = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = group.rank()
-        self.world_size = group.size()
-        self.slice_index = self.rank
-        self.writers: Sequence[int] = range(self.world_size)
+        self.control = ControlGroup(group)
+        self.slice_index = self.control.rank
+        self.num_slices = self.control.size
+        self.writers: Sequence[int] = range(self.control.size)
         self.sent_bytes = 0
 
     @property
     def writes_parameters(self) -> bool:
         """Whether this rank is one of the `writers`."""
-        return self.group.rank() in self.writers
+        return self.control.rank in self.writers
 
     def own_slice(self, full: Tensor) -> Tensor:
         """This rank's slice of a bucket, a view."""
-        return slice_of(full, self.slice_index, self.world_size)
+        return slice_of(full, self.slice_index, self.num_slices)
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         """Zeros, 1-D, in memory that the transport can work on; the collectives take these buffers and views from their
@@ -183,7 +77,7 @@ class Transport(ABC):
         """Start `out = base + sum over ranks of this rank's slice of full`.
 
         Args:
-            full: 1-D, `world_size` equally long slices. It must not change until it has been read.
+            full: 1-D, `num_slices` equally long slices. It must not change until it has been read.
             out: 1-D, as long as a slice; of the same dtype (then it may be the own slice of `full`), or float32 for slices
                 of 16 bits.
             base: None, or a tensor like `out`. It may be `out`.
@@ -207,12 +101,11 @@ class Transport(ABC):
         """Start `out = max over ranks of flags`, element by element. uint8, 1-D; `flags` comes from `allocate` and must not
         change until it has been read."""
         out.copy_(flags)
-        work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return PendingWork(f"transport {self.name}, max of {label}", [(the_other_rank(self.group), work)], (out,))
+        return self.control.start_largest(out, f"transport {self.name}, max of {label}")
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         """The 0-dim tensors of all ranks, float32 or float64: [world_size], by the slice that a rank owns."""
-        return gather_scalar(value, self.group, f"transport {self.name}, gather of {label}")
+        return self.control.gather(value, f"transport {self.name}, gather of {label}")
 
     def progress(self) -> None:
         """Do what can be done for started collectives without waiting for anyone."""
@@ -222,22 +115,10 @@ class Transport(ABC):
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
-        dist.barrier(group=self.group)
+        self.control.barrier(f"transport {self.name}, barrier")
 
     def give_up(self, reason: str) -> None:
         """Tell the other ranks, as far as the transport can, that this one will not do its part. Not collective."""
-
-
-def gather_scalar(value: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-    """The 0-dim tensors of all ranks of a group: [its size]. Collective; `what` is for messages.
-
-    Raises:
-        CollectiveError: a rank did not do its part.
-    """
-    values = [torch.empty_like(value) for _ in range(group.size())]
-    work = dist.all_gather(values, value, group=group, async_op=True)
-    PendingWork(what, [(the_other_rank(group), work)], (value, values)).finish()
-    return torch.stack(values)
 
 
 def slice_of(full: Tensor, index: int, num_slices: int) -> Tensor:

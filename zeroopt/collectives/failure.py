@@ -18,16 +18,18 @@ ADVICE = (
 _MAX_NAMED = 8
 
 
-def describe_failure(what: str, missing: Sequence[int | None], reason: str) -> str:
+def describe_failure(what: str, missing: Sequence[int | None], reason: str, further_advice: str = "") -> str:
     """The message of a collective that has failed.
 
     Args:
         what: transport and collective.
         missing: ranks that it waited for; None stands for any.
         reason: the backend's own words, which say whether it was a timeout or a lost connection.
+        further_advice: what else there is to do.
     """
     names = ", ".join("other ranks" if rank is None else f"rank {rank}" for rank in dict.fromkeys(missing))
     advice = f". Unless they are stopped or busy, the ranks have diverged. {ADVICE}" if is_timeout(reason) else ""
+    advice += f". {further_advice}" if further_advice else ""
     return f"{what}: failed for want of {names}: {reason}{advice}"
 
 
@@ -49,16 +51,16 @@ def the_other_rank(group: dist.ProcessGroup) -> int | None:
 
 
 @contextmanager
-def named_failures(what: str, group: dist.ProcessGroup, advice: str = "") -> Iterator[None]:
+def named_failures(what: str, missing: int | None, further_advice: str = "") -> Iterator[None]:
     """Let calls of torch.distributed fail as transports do: with a CollectiveError that says what was going on.
 
     Args:
-        advice: what else to say, where ranks have diverged or are gone.
+        missing: the rank that they wait for; None stands for any.
+        further_advice: what else there is to do.
     """
     try:
         yield
     except ZeroOptError:
         raise
     except RuntimeError as error:
-        message = describe_failure(what, [the_other_rank(group)], str(error))
-        raise CollectiveError(f"{message}. {advice}" if advice else message) from error
+        raise CollectiveError(describe_failure(what, [missing], str(error), further_advice)) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import struct
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+from .control import ControlGroup
 
 
 def host_identity() -> str:
@@ -23,13 +23,10 @@ def host_identity() -> str:
         return platform.node()
 
 
-def ranks_by_host(group: dist.ProcessGroup) -> list[list[int]]:
+def ranks_by_host(control: ControlGroup) -> list[list[int]]:
     """The group's ranks, host by host, in the order of each host's first rank. Collective."""
-    digest = hashlib.sha256(host_identity().encode()).digest()[:32]
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
-    hosts: dict[bytes, list[int]] = {}
-    for rank, identity in enumerate(everyone):
-        hosts.setdefault(bytes(identity.tolist()), []).append(rank)
+    digest = struct.unpack("<4q", hashlib.sha256(host_identity().encode()).digest())
+    hosts: dict[tuple[int, ...], list[int]] = {}
+    for rank, identity in enumerate(control.numbers(digest, "finding ranks that share a host")):
+        hosts.setdefault(tuple(identity), []).append(rank)
     return list(hosts.values())

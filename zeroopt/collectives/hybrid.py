@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import PendingCollective, Transport
+from .base import Transport
 from .pairwise import PairwiseTransport, StagingPool
+from .pending import PendingCollective
 from .shm import PendingRead, ShmTransport
 
 # Buckets whose gather between hosts goes on while the next ones are stepped.
@@ -48,14 +49,14 @@ class HybridTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, hosts: Sequence[Sequence[int]]) -> None:
         super().__init__(group)
         self._hosts = hosts
-        host = next(i for i, ranks in enumerate(hosts) if self.rank in ranks)
+        host = next(i for i, ranks in enumerate(hosts) if self.control.rank in ranks)
         self._local = ShmTransport(group, hosts[host])
-        same_local_rank = [ranks[self._local.rank] for ranks in hosts]
+        same_local_rank = [ranks[self._local.slice_index] for ranks in hosts]
         # Two of them, for messages are numbered in the order of their start, and ranks may start the reduce of one bucket
         # before or after the gather of another.
         self._between_hosts = PairwiseTransport(group, same_local_rank)
         self._gathers_between_hosts = PairwiseTransport(group, same_local_rank)
-        self.slice_index = self._local.rank * len(hosts) + host
+        self.slice_index = self._local.slice_index * len(hosts) + host
         self.writers = [ranks[0] for ranks in hosts]
         self._blocks = StagingPool()
         self._reduces: deque[_HybridReduce] = deque()  # those that have not gone beyond this host
@@ -78,7 +79,7 @@ class HybridTransport(Transport):
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
     ) -> PendingCollective:
-        num_bytes = full.nbytes // self._local.world_size
+        num_bytes = full.nbytes // self._local.num_slices
         block = self._blocks.take(num_bytes)
         summed = block[:num_bytes].view(full.dtype)
         within_host = self._local.start_reduce_scatter(full, summed, label=label)

@@ -8,8 +8,7 @@ the result does not depend on who was faster.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..profiling import named_range
-from .base import PendingCollective, PendingWork, Transport, slice_of
+from .base import Transport, slice_of
+from .pending import PendingCollective, PendingWork, start_message
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
 # of the way of a user's own send and recv on the same group, and are used again long after a message was delivered. Each
@@ -46,8 +46,7 @@ class PairwiseTransport(Transport):
     """Exchanges slices by the process group's own point-to-point messages.
 
     Args:
-        members: the ranks of the group that take part; all of them when None. `rank` and `world_size` are counted among
-            them.
+        members: the ranks of the group that take part; all of them when None. Buckets have a slice for each of them.
     """
 
     name = "pairwise"
@@ -55,14 +54,14 @@ class PairwiseTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int] | None = None) -> None:
         super().__init__(group)
         self._members = list(range(group.size()) if members is None else members)
-        self.rank = self.slice_index = self._members.index(group.rank())
-        self.world_size = len(self._members)
+        self.slice_index = self._members.index(self.control.rank)
+        self.num_slices = len(self._members)
         self._first_tag = _FIRST_TAG + _transports_of_group[group.group_name] % _NUM_TRANSPORTS * _NUM_TAGS
         _transports_of_group[group.group_name] += 1
         self._exchanges = 0
         self.staging = StagingPool()
         # Starting with the next rank spreads the first messages over all peers.
-        self.peers = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+        self.peers = [(self.slice_index + i) % self.num_slices for i in range(1, self.num_slices)]
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
@@ -71,7 +70,7 @@ class PairwiseTransport(Transport):
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         numel = max(1, MESSAGE_BYTES // full.element_size())
-        parts = [torch.split(slice_of(full, rank, self.world_size), numel) for rank in range(self.world_size)]
+        parts = [torch.split(slice_of(full, rank, self.num_slices), numel) for rank in range(self.num_slices)]
         tag = self.take_tags(len(parts[0]), _GATHER, full.nbytes)
         works = []
         for number, own in enumerate(parts[self.slice_index]):
@@ -93,7 +92,7 @@ class PairwiseTransport(Transport):
         received = {peer: torch.empty_like(own) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, own), tag)
         PendingWork(f"transport {self.name}, gather of {label}", works, (own, received)).finish()
-        return torch.cat([received.get(rank, own) for rank in range(self.world_size)])
+        return torch.cat([received.get(rank, own) for rank in range(self.num_slices)])
 
     def take_tags(self, count: int, kind: int, num_bytes: int) -> int:
         """The first of `count` numbers that no message on its way has, for a bucket of so many bytes."""
@@ -113,31 +112,19 @@ class PairwiseTransport(Transport):
     def receive(self, incoming: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start receiving from peers."""
         ranks = {peer: self._members[peer] for peer in incoming}
-        return [(ranks[peer], _start(self.group.recv, tensor, ranks[peer], tag)) for peer, tensor in incoming.items()]
+        return [
+            (ranks[peer], start_message(self.control.group.recv, tensor, ranks[peer], tag))
+            for peer, tensor in incoming.items()
+        ]
 
     def send(self, outgoing: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
         """Start sending to peers."""
         ranks = {peer: self._members[peer] for peer in outgoing}
         self.sent_bytes += sum(tensor.nbytes for tensor in outgoing.values())
-        return [(ranks[peer], _start(self.group.send, tensor, ranks[peer], tag)) for peer, tensor in outgoing.items()]
-
-
-def _start(message: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, rank: int, tag: int) -> dist.Work:
-    try:
-        return message([tensor], rank, tag)
-    except RuntimeError as error:  # the connection has been broken before
-        return _NotStarted(error)
-
-
-class _NotStarted(dist.Work):
-    """A message that fails when it is waited for, as others do: those started beside it must be kept until then."""
-
-    def __init__(self, error: RuntimeError) -> None:
-        super().__init__()
-        self._error = error
-
-    def wait(self, timeout: timedelta = timedelta()) -> bool:
-        raise self._error
+        return [
+            (ranks[peer], start_message(self.control.group.send, tensor, ranks[peer], tag))
+            for peer, tensor in outgoing.items()
+        ]
 
 
 class _PairwiseReduce(PendingCollective):
@@ -165,7 +152,7 @@ class _PairwiseReduce(PendingCollective):
         sends: list[tuple[int | None, dist.Work]] = []
         for part in range(self._num_parts):
             outgoing = {
-                peer: self._part_of(slice_of(full, peer, transport.world_size), part) for peer in transport.peers
+                peer: self._part_of(slice_of(full, peer, transport.num_slices), part) for peer in transport.peers
             }
             sends += transport.send(outgoing, self._tag + part)
         self._sends = PendingWork(self._what, sends, (full,))
@@ -201,7 +188,7 @@ class _PairwiseReduce(PendingCollective):
     def _add(self, part: int) -> None:
         incoming = self._incoming(part)
         own = self._part_of(self._transport.own_slice(self._full), part)
-        slices = [incoming.get(rank, own) for rank in range(self._transport.world_size)]
+        slices = [incoming.get(rank, own) for rank in range(self._transport.num_slices)]
         base = None if self._base is None else self._part_of(self._base, part)
         with named_range("sum", self._label):
             ops.reduce(slices, self._part_of(self._out, part), base=base)

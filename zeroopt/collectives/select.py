@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from .base import Transport
+from .control import ControlGroup
 from .hosts import ranks_by_host
 from .hybrid import HybridTransport
 from .lone import is_lone
@@ -65,7 +66,7 @@ def connect_transport(
 
 def _connect_shared(name: str, group: dist.ProcessGroup) -> Transport | None:
     """None when there is nothing to share; SharedMemoryError when it cannot be shared."""
-    hosts = ranks_by_host(group)
+    hosts = ranks_by_host(ControlGroup(group))
     if len(hosts) == 1:
         return ShmTransport(group, hosts[0])
     sizes = [len(ranks) for ranks in hosts]

@@ -11,11 +11,13 @@ import os
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .._C import SharedMapping
 from ..errors import CollectiveError
+from .control import ControlGroup
+
+_WHAT = "sharing memory"  # for messages
 
 
 class SharedMemoryError(CollectiveError):
@@ -60,7 +62,7 @@ def open_peer_memory(address: Sequence[int]) -> int:
 
 
 def map_together(
-    group: dist.ProcessGroup, members: Sequence[int], num_bytes: int, *, one_for_all: bool = False
+    control: ControlGroup, members: Sequence[int], num_bytes: int, *, one_for_all: bool = False
 ) -> tuple[list[Tensor], int]:
     """Map zeroed memory of every member, or of the first member alone, into all members.
 
@@ -78,12 +80,12 @@ def map_together(
     mapped: list[Tensor] = []
     problem: str | None = None
     try:
-        if group.rank() in owners:
+        if control.rank in owners:
             mine = OpenMemory(num_bytes)
-            opened[group.rank()] = mine.fd
+            opened[control.rank] = mine.fd
     except OSError as error:
-        problem = f"rank {group.rank()} cannot make shared memory: {error}"
-    addresses = _gather(group, [0, 0, 0, 0] if mine is None else mine.address)
+        problem = f"rank {control.rank} cannot make shared memory: {error}"
+    addresses = control.numbers([0, 0, 0, 0] if mine is None else mine.address, _WHAT)
     try:
         if all(addresses[owner][0] for owner in owners):  # else the one without memory says why
             for owner in owners:
@@ -91,8 +93,8 @@ def map_together(
                     opened[owner] = open_peer_memory(addresses[owner])
                 mapped.append(torch.frombuffer(SharedMapping(opened[owner], num_bytes), dtype=torch.uint8))
     except (OSError, RuntimeError) as error:
-        problem = f"rank {group.rank()} cannot map the memory of rank {owner}: {error}"
-    reason = first_problem(group, problem)  # also keeps descriptors open until all have mapped them
+        problem = f"rank {control.rank} cannot map the memory of rank {owner}: {error}"
+    reason = first_problem(control, problem)  # also keeps descriptors open until all have mapped them
     for owner, descriptor in opened.items():
         if reason is not None or owner != owners[0]:
             os.close(descriptor)
@@ -101,19 +103,9 @@ def map_together(
     return (mapped * len(members) if one_for_all else mapped), opened[owners[0]]
 
 
-def first_problem(group: dist.ProcessGroup, problem: str | None) -> str | None:
+def first_problem(control: ControlGroup, problem: str | None) -> str | None:
     """The problem of the first rank that has one, on all ranks. Collective."""
-    failed = torch.tensor(problem is not None, dtype=torch.int64)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
-    if not failed:
+    # Text travels only where there is some: buffers are allocated often.
+    if not control.largest(torch.tensor(problem is not None, dtype=torch.int64), _WHAT):
         return None
-    problems: list[str | None] = [None] * group.size()
-    dist.all_gather_object(problems, problem, group=group)
-    return next(p for p in problems if p is not None)
-
-
-def _gather(group: dist.ProcessGroup, values: list[int]) -> list[list[int]]:
-    mine = torch.tensor(values, dtype=torch.int64)
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
-    return [one.tolist() for one in everyone]
+    return next(text for text in control.objects(problem, _WHAT) if text is not None)

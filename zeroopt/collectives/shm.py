@@ -28,9 +28,10 @@ from torch import Tensor
 from .. import _C, ops
 from ..errors import CollectiveError
 from ..profiling import named_range
-from .base import PendingCollective, Transport, slice_of
+from .base import Transport, slice_of
 from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
+from .pending import PendingCollective
 from .shared_memory import map_together
 
 # How often a blocked rank looks whether its peers are alive, and lets Python handle signals.
@@ -96,7 +97,7 @@ class ShmTransport(Transport):
     Making one is collective over the whole group, and so is `allocate`; everything else is among the members.
 
     Args:
-        members: the ranks of the group that are on this host. `rank` and `world_size` are counted among them.
+        members: the ranks of the group that are on this host. Buckets have a slice for each of them.
 
     Raises:
         SharedMemoryError: on all ranks, when one of them cannot share memory with its peers.
@@ -109,8 +110,8 @@ class ShmTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
         super().__init__(group)
         self._members = list(members)
-        self.rank = self.slice_index = self._members.index(group.rank())
-        self.world_size = len(self._members)
+        self.slice_index = self._members.index(self.control.rank)
+        self.num_slices = len(self._members)
         self.writers = self._members[:1]
         self._timeout = group_timeout(group, CPU).total_seconds()
         self._buffers: dict[int, SharedBuffer] = {}
@@ -119,11 +120,11 @@ class ShmTransport(Transport):
         self._by_address: dict[int, SharedBuffer] = {}
 
         (memory, *_), self._descriptor = map_together(
-            group, self._members, _C.ShmBoard.bytes(self.world_size), one_for_all=True
+            self.control, self._members, _C.ShmBoard.bytes(self.num_slices), one_for_all=True
         )
-        _C.hold_rank_lock(self._descriptor, self.rank)  # tells peers for as long as this process lives
+        _C.hold_rank_lock(self._descriptor, self.slice_index)  # tells peers for as long as this process lives
         self._board_memory = memory
-        self._board = _C.ShmBoard(memory.data_ptr(), self.rank, self.world_size)
+        self._board = _C.ShmBoard(memory.data_ptr(), self.slice_index, self.num_slices)
         weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
         self._posted = 0
         self._labels = Labels()
@@ -134,12 +135,12 @@ class ShmTransport(Transport):
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         assert device.type == "cpu"
         num_bytes = max(1, numel) * dtype.itemsize
-        of_rank, descriptor = map_together(self.group, self._members, num_bytes, one_for_all=shared)
+        of_rank, descriptor = map_together(self.control, self._members, num_bytes, one_for_all=shared)
         os.close(descriptor)
         buffer = SharedBuffer(self._allocated, of_rank, shared)
         self._buffers[buffer.number] = buffer
         self._allocated += 1
-        own = of_rank[self.rank]
+        own = of_rank[self.slice_index]
         self._by_address[own.data_ptr()] = buffer
         return own.view(dtype)[:numel]
 
@@ -150,7 +151,7 @@ class ShmTransport(Transport):
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
     ) -> PendingRead:
         def add_slices(buckets: list[Tensor]) -> None:
-            slices = [slice_of(bucket, self.slice_index, self.world_size) for bucket in buckets]
+            slices = [slice_of(bucket, self.slice_index, self.num_slices) for bucket in buckets]
             with named_range("sum", label):
                 ops.reduce(slices, out, base=base)
 
@@ -234,7 +235,7 @@ class ShmTransport(Transport):
 
     def _read_first(self) -> None:
         first = self._unread[0]
-        tickets = [self._board.ticket(rank, first.number) for rank in range(self.world_size)]
+        tickets = [self._board.ticket(rank, first.number) for rank in range(self.num_slices)]
         self._check_alike(tickets)
         if first.tensor is None:
             first.read([])
@@ -250,7 +251,7 @@ class ShmTransport(Transport):
         deadline = time.monotonic() + self._timeout
         while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
             # Asked before the counters: what a rank did before it was lost counts.
-            lost = {rank for rank in range(self.world_size) if self._is_lost(rank)}
+            lost = {rank for rank in range(self.num_slices) if self._is_lost(rank)}
             goals = ((self._board.posted(), posted_count), (self._board.read(), read_count))
             behind = [
                 {rank for rank, count in enumerate(counts) if count < goal}
@@ -260,10 +261,10 @@ class ShmTransport(Transport):
             in_vain = all(ranks & lost for ranks in behind)  # either goal would have been enough
             if in_vain or (all(behind) and time.monotonic() > deadline):
                 # While this rank itself has not read, it waits for those who have not posted.
-                late = behind[0] if self.rank in behind[-1] else behind[-1]
+                late = behind[0] if self.slice_index in behind[-1] else behind[-1]
                 blamed = set.union(*behind) & lost if in_vain else late
                 raise self._fail(
-                    f"transport shm, {kind} of {label}: rank {self._members[self.rank]} waits in vain for "
+                    f"transport shm, {kind} of {label}: rank {self.control.rank} waits in vain for "
                     + "; ".join(self._describe(rank) for rank in sorted(blamed))
                 )
 
@@ -288,11 +289,11 @@ class ShmTransport(Transport):
         )
 
     def _is_alive(self, rank: int) -> bool:
-        return rank == self.rank or _C.rank_lock_is_held(self._descriptor, rank)
+        return rank == self.slice_index or _C.rank_lock_is_held(self._descriptor, rank)
 
     def check_posted(self, number: int) -> None:
         """Raise CollectiveError when ranks have posted different things for a ticket, as far as the board still knows."""
-        tickets = [self._board.ticket(rank, number) for rank in range(self.world_size)]
+        tickets = [self._board.ticket(rank, number) for rank in range(self.num_slices)]
         if max(self._board.posted()) < number + _C.ShmBoard.CAPACITY:  # asked last: none has been overwritten so far
             self._check_alike(tickets)
 
@@ -314,7 +315,7 @@ class ShmTransport(Transport):
 
     def _peers(self) -> list[int]:
         # Starting with the next rank spreads the first copies over all peers.
-        return [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+        return [(self.slice_index + i) % self.num_slices for i in range(1, self.num_slices)]
 
 
 class PendingRead(PendingCollective):

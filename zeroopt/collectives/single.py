@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from .base import Done, PendingCollective, Transport
+from .base import Transport
+from .pending import Done, PendingCollective
 
 
 class SingleTransport(Transport):
-    """Reduces and gathers at once, without a process group's help: for a group of one, or one rank of a group by itself."""
+    """Reduces and gathers at once: for a group of one."""
 
     name = "single"
     needs_staging = False
     shares_parameters = True
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
-        self.writers = [group.rank()]
-        self.rank = self.slice_index = 0
-        self.world_size = 1
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import PendingCollective, PendingWork, Transport
+from .base import Transport
 from .failure import the_other_rank
+from .pending import PendingCollective, PendingWork
 
 # torch 2.13 renamed both and warns when the former names are called.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -41,7 +42,7 @@ class TorchTransport(Transport):
             # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
             apart = base is not None or out.dtype is not full.dtype
             total = torch.empty_like(out, dtype=full.dtype) if apart else out
-            work = _reduce_scatter(total, full, group=self.group, async_op=True)
+            work = _reduce_scatter(total, full, group=self.control.group, async_op=True)
         self._count(full)
         pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(self._missing, work)], (full, out))
         return _StreamCollective(self, pending, (total, base, out) if apart else None)
@@ -49,7 +50,7 @@ class TorchTransport(Transport):
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         self._let_stream_wait()
         with self._device_module.stream(self._stream):
-            work = _all_gather(full, self.own_slice(full), group=self.group, async_op=True)
+            work = _all_gather(full, self.own_slice(full), group=self.control.group, async_op=True)
         self._count(full)
         pending = PendingWork(f"transport torch, all-gather of {label}", [(self._missing, work)], (full,))
         return _StreamCollective(self, pending, None)
@@ -74,7 +75,7 @@ class TorchTransport(Transport):
         filled.wait(self._stream)
 
     def _count(self, full: Tensor) -> None:
-        self.sent_bytes += full.nbytes // self.world_size * (self.world_size - 1)
+        self.sent_bytes += full.nbytes // self.num_slices * (self.num_slices - 1)
 
 
 class _StreamCollective(PendingCollective):

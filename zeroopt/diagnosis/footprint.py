@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from ..collectives import Transport
+from ..collectives import ControlGroup, Transport
 from ..options.config import Config
 from ..stepping.rules import FusedRule, rule_for
 from ..storage.bucket import Bucket
@@ -51,7 +51,7 @@ def footprint(
     transport: Transport,
 ) -> Footprint:
     """Count before the first step what a rank will hold. Not collective."""
-    sharing = transport.world_size // len(transport.writers) if config.share_parameters else 1
+    sharing = transport.control.size // len(transport.writers) if config.share_parameters else 1
     borrowers = [bucket for bucket, store in zip(buckets, stores, strict=True) if store.borrows]
     rule = rule_for(optimizer)
     return Footprint(
@@ -97,9 +97,10 @@ def log_wrapped(
     optimizer: torch.optim.Optimizer,
     config: Config,
     transport: Transport,
+    control: ControlGroup,
 ) -> None:
     """Say on rank 0 what has been made of a model: one line, and with level DEBUG one for each bucket."""
-    if transport.group.rank() != 0 or not _log.isEnabledFor(logging.INFO):
+    if control.rank != 0 or not _log.isEnabledFor(logging.INFO):
         return
     held = footprint(buckets, stores, optimizer, config, transport)
     num_params = sum(len(bucket.params) for bucket in buckets)
@@ -110,7 +111,7 @@ def log_wrapped(
         "stage %d over %d ranks, transport %s: %d parameters (%d elements) in %d buckets. A rank will hold %s MB: parameters "
         "%s MB, masters %s MB, gradients %s MB in sums and %s MB in buffers, optimizer state %s",
         config.stage,
-        transport.world_size,
+        transport.control.size,
         transport.name,
         num_params,
         numel,

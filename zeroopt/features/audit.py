@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import Transport, named_failures
+from ..collectives import Transport
 from ..collectives.failure import name_ranks
 from ..errors import NonFiniteError, RankMismatchError
 from ..feature import Feature, Step
@@ -51,7 +50,6 @@ class Audit(Feature):
         self._params = params
         self._finish_gathers = finish_gathers
         self._transport = transport
-        self._group = transport.group
         # By index of a parameter: in which backward since gradients were cleared this rank's gradient was first not finite.
         self._found: dict[int, int] = {}
         self._num_backwards = 0
@@ -113,7 +111,7 @@ class Audit(Feature):
                     self._blame_parameters(f"after step {step.number}")
 
     def _blame_parameters(self, when: str) -> None:
-        everyone = self._gather([int(digest(_elements(managed))) for managed in self._params])
+        everyone = self._transport.control.numbers([int(digest(_elements(managed))) for managed in self._params], _WHAT)
         by_param = list(zip(*everyone, strict=True))
         differing = [index for index, digests in enumerate(by_param) if len(set(digests)) > 1]
         if differing:
@@ -127,10 +125,7 @@ class Audit(Feature):
             )
 
     def _blame_gradients(self, step: int, bad: Sequence[int]) -> None:
-        everyone: list[tuple[Sequence[int], dict[int, int]]] = [(bad, self._found)] * self._group.size()
-        if len(everyone) > 1:
-            with named_failures(_WHAT, self._group):
-                dist.all_gather_object(everyone, (bad, self._found), group=self._group)
+        everyone = self._transport.control.objects((bad, self._found), _WHAT)
         sums = {index for indices, _ in everyone for index in indices}
         # Clipping by a norm that is not finite leaves no gradient finite; what a backward has left like that comes first.
         found = sums & {index for _, found in everyone for index in found}
@@ -154,14 +149,6 @@ class Audit(Feature):
         """Numbers of up to 53 bits of all ranks, in any order. Collective."""
         value = torch.tensor(number, dtype=torch.float64, device=self._params[0].param.device)
         return [int(one) for one in self._transport.gather_scalar(value, label=label).tolist()]
-
-    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of all ranks, as many on each, by rank. Collective."""
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._params[0].param.device)
-        everyone = [torch.empty_like(mine) for _ in range(self._group.size())]
-        with named_failures(_WHAT, self._group):
-            dist.all_gather(everyone, mine, group=self._group)
-        return [of_rank.tolist() for of_rank in everyone]
 
 
 def digest(values: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..collectives.base import PendingWork
+from ..collectives import ControlGroup
 from ..collectives.lone import is_lone
 from ..errors import CollectiveError, ConfigError, RankMismatchError
 from ..feature import Feature, Step
 from ..options.config import Config
-from ..plan.agreement import agree, agreement_device
-from ..storage.broadcast import Broadcaster
+from ..plan.agreement import agree
+from ..plan.dtensors import local_of
 from ..storage.bucket import Bucket
 from ..trained import Trained
 
@@ -38,20 +38,20 @@ class ParameterAverage:
     """The mean of the parameters over the ranks of a group, every `every` steps.
 
     Attributes:
-        group: the ranks over which parameters are averaged.
+        control: of the ranks over which parameters are averaged.
         alone: each rank of it trains alone; else each of them is in a group of its own within which ZeRO is synchronous.
         steps: that have been taken since the last averaging.
     """
 
     def __init__(self, group: dist.ProcessGroup, every: int, *, alone: bool) -> None:
-        self.group = group
+        self.control = ControlGroup(group)
         self.alone = alone
         self.steps = 0
         self._every = every
 
     def vary_seed(self, seed: int) -> int:
         """A seed for each rank of the group, so that stochastic rounding errors average out as well."""
-        return (seed + self.group.rank()) % 2**63
+        return (seed + self.control.rank) % 2**63
 
     def sync_states(self, model: nn.Module, within: dist.ProcessGroup) -> None:
         """Overwrite parameters and buffers with those of the first rank. Collective over the average group; where that is not
@@ -61,10 +61,10 @@ class ParameterAverage:
             within: the group within which ZeRO is synchronous.
         """
         if self.alone or within.rank() == 0:
-            broadcaster = Broadcaster(self.group)
+            what = "taking over the parameters and buffers of the first rank of the average group"
             for param in model.parameters():  # one by one: no second copy of the model
-                broadcaster.broadcast([param.data])
-            broadcaster.broadcast(list(model.buffers()))
+                self.control.broadcast([local_of(param.data)], 0, what)
+            self.control.broadcast(list(map(local_of, model.buffers())), 0, what)
 
     def is_due(self) -> bool:
         """Count a step, and say whether parameters are averaged in it."""
@@ -86,7 +86,7 @@ class ParameterAverage:
         self._check_order(order)
         travelling: _BucketMean | None = None
         for bucket in buckets:
-            started = _BucketMean(bucket, self.group)
+            started = _BucketMean(bucket, self.control)
             if travelling is not None:
                 yield travelling.finish()
             travelling = started
@@ -96,10 +96,8 @@ class ParameterAverage:
     def _check_order(self, order: Sequence[Sequence[int]]) -> None:
         """Groups cut buckets alike when they are made. State that is loaded may bring another plan."""
         digest = int.from_bytes(hashlib.sha256(repr(order).encode()).digest()[:6], "big")
-        values = torch.tensor([digest, -digest], dtype=torch.int64, device=agreement_device(self.group))
-        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        PendingWork("averaging of parameters", [(None, work)], (values,)).finish()
-        largest, smallest_negated = values.tolist()
+        values = torch.tensor([digest, -digest], dtype=torch.int64, device=self.control.device)
+        largest, smallest_negated = self.control.largest(values, "averaging of parameters").tolist()
         if largest != -smallest_negated:
             raise CollectiveError(
                 "parameters cannot be averaged: ranks of the average group have buckets in different orders, for they have "
@@ -126,14 +124,13 @@ class Averaging(Feature):
 class _BucketMean:
     """The own range of one bucket on its way; starts when made."""
 
-    def __init__(self, bucket: Bucket, group: dist.ProcessGroup) -> None:
+    def __init__(self, bucket: Bucket, control: ControlGroup) -> None:
         self._bucket = bucket
-        self._size = group.size()
+        self._size = control.size
         exact = bucket.master.exact()
         dtype = torch.float32 if exact.dtype.itemsize == 2 else exact.dtype
         self._values = exact.to(bucket.device, dtype)  # mostly what is stored itself, and no copy
-        work = dist.all_reduce(self._values, group=group, async_op=True)
-        self._pending = PendingWork(f"averaging of {bucket.name}", [(None, work)], (self._values,))
+        self._pending = control.start_total(self._values, f"averaging of {bucket.name}")
 
     def finish(self) -> Bucket:
         self._pending.finish()
@@ -178,7 +175,7 @@ def describe_place(average: ParameterAverage | None) -> list[str]:
     """What all ranks of a process group must have in common, beyond what they wrap."""
     if average is None or average.alone:
         return []
-    return [f"process_group number {average.group.rank()} of the {average.group.size()} in average_group"]
+    return [f"process_group number {average.control.rank} of the {average.control.size} in average_group"]
 
 
 @contextmanager
@@ -200,27 +197,23 @@ def agreed_across(
     if not isinstance(average_group, dist.ProcessGroup):
         yield
         return
-    place = [*lines, f"rank {group.rank()} of {group.size()} in process_group"]
+    across, within = ControlGroup(average_group), ControlGroup(group)
+    place = [*lines, f"rank {within.rank} of {within.size} in process_group"]
     try:
         yield
     except Exception as error:  # which all ranks of this process group have
-        agree([(average_group, place)], error)
+        agree([(across, place)], error)
         raise
     problem: Exception | None = None
     partners: list[str] = []
     try:
-        agree([(average_group, place)], None)
-        partners = [
-            f"average_group connects the process_groups that begin with ranks {_first_ranks(average_group, group)}"
-        ]
+        agree([(across, place)], None)
+        partners = [f"average_group connects the process_groups that begin with ranks {_first_ranks(across, group)}"]
     except RankMismatchError as error:
         problem = RankMismatchError(f"across average_group: {error}")
-    agree([(group, partners)], problem)
+    agree([(within, partners)], problem)
 
 
-def _first_ranks(average_group: dist.ProcessGroup, group: dist.ProcessGroup) -> list[int]:
+def _first_ranks(across: ControlGroup, group: dist.ProcessGroup) -> list[int]:
     """By which process groups' first ranks, in the job, the members of the average group are known. Collective over it."""
-    mine = torch.tensor([dist.get_global_rank(group, 0)], device=agreement_device(average_group))
-    everyone = [torch.empty_like(mine) for _ in range(average_group.size())]
-    dist.all_gather(everyone, mine, group=average_group)
-    return [int(rank) for rank in everyone]
+    return [rank for (rank,) in across.numbers([dist.get_global_rank(group, 0)], "comparing average groups")]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..admission.group_edits import GroupEdit, GroupMembers, inspect_edit
+from ..collectives import lone_control
 from ..errors import StateError
 from ..options.config import check_param_dtypes
 from ..plan.agreement import agree
@@ -91,7 +92,7 @@ class Growth:
                 check_fused(trained.inner, [*edit.places, *edit.new], trained.config)
             except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
                 problem = error
-        groups = [(replica.group, edit.lines), *((group, []) for group in replica.mesh_groups)]
+        groups = [(replica.control, edit.lines), *((group, []) for group in replica.mesh_groups)]
         agree(groups, problem, what)
         self._apply(edit)
 
@@ -120,8 +121,8 @@ class Growth:
         grads = replica.reducer.view.as_under_torch(params)
         is_local = replica.reducer.has_local_gradients
         cut = [segment for segment in trained.segments() if segment.owner in gone]
-        group = None if replica.ownership.has_all else replica.transport.group
-        states = whole_states(trained.state_dicts.with_masters(), cut, params, group)
+        control = lone_control() if replica.ownership.has_all else replica.transport.control
+        states = whole_states(trained.state_dicts.with_masters(), cut, params, control)
         replica.take_out(gone)
         for segment in cut:
             trained.inner.state.pop(segment.shard, None)

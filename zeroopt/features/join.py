@@ -19,7 +19,6 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import Transport
@@ -27,7 +26,8 @@ from ..collectives.turnout import Turnout
 from ..errors import CollectiveError, RankMismatchError, StateError
 from ..feature import Feature, Step
 from ..gradients.view import GradientView
-from ..plan.agreement import agreement_device
+
+_WHAT = "what ranks in join() do next"  # for messages
 
 
 class Phase(IntEnum):
@@ -73,7 +73,7 @@ class Join:
     def _reset(self) -> None:
         self.is_on = False
         self.throws = False
-        self._turnout.divisor = self._transport.world_size
+        self._turnout.divisor = self._transport.control.size
         self._turnout.source = 0
         self.some_have_left = False
         self._divides_by_all = True
@@ -193,7 +193,7 @@ class Join:
         if self._failure is not None:  # was caught within the context; the other ranks are gone
             raise self._failure
         self._drain()
-        numbers = self._gather(int(phase), "what ranks in join() do next")
+        numbers = self._gather(int(phase), _WHAT)
         return {rank: Phase(number) for rank, number in numbers.items()}
 
     def _look_around(self, phases: Mapping[int, Phase]) -> Phase:
@@ -237,18 +237,15 @@ class Join:
 
     def _gather(self, number: int, label: str) -> dict[int, int]:
         """A small number of each rank of the group, in the order of ranks. Collective."""
-        group = self._transport.group
-        mine = torch.tensor(number * group.size() + group.rank(), dtype=torch.float64, device=agreement_device(group))
+        control = self._transport.control
+        mine = torch.tensor(number * control.size + control.rank, dtype=torch.float64, device=control.device)
         by_slice = self._transport.gather_scalar(mine, label=label).tolist()
-        numbers = {int(value) % group.size(): int(value) // group.size() for value in by_slice}
+        numbers = {int(value) % control.size: int(value) // control.size for value in by_slice}
         return dict(sorted(numbers.items()))
 
     def _share_and_catch_up(self, args: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         """The arguments of `source`. Where this rank has left, make the calls that `source` has noted. Collective."""
-        group = self._transport.group
-        box: list[Any] = [(self._notes, args)]
-        dist.broadcast_object_list(box, dist.get_global_rank(group, self._turnout.source), group=group)
-        notes, args = box[0]
+        notes, args = self._transport.control.tell((self._notes, args), self._turnout.source, _WHAT)
         if self._has_mirrored:
             for phase, noted_args in notes:
                 self._calls[phase](*noted_args)

@@ -27,7 +27,7 @@ class ModelFeatures:
 
     def __init__(self, transport: Transport) -> None:
         self.features = Features()
-        self.turnout = Turnout(transport.world_size)
+        self.turnout = Turnout(transport.control.size)
         self.join = Join(transport, self.turnout)
         self.norms = BucketNorms(self.features)
         self.audit: Audit | None = None

@@ -51,7 +51,7 @@ class Replanning(Feature):
             return
         self._is_due = False
         with named_range("replan"):
-            order = agree_on_order(reducer.arrivals, self._replica.params, self._replica.transport.group)
+            order = agree_on_order(reducer.arrivals, self._replica.params, self._replica.transport.control)
             if self._is_alone():
                 self._replan(order)
             else:
@@ -108,7 +108,7 @@ class Replanning(Feature):
 
 def _log_new_plan(buckets: Sequence[Bucket], plan: Plan, ordered: Sequence[ManagedParam], transport: Transport) -> None:
     """Say on rank 0, with level DEBUG, what changes."""
-    if transport.group.rank() == 0:
+    if transport.control.rank == 0:
         first = [ordered[i].name for i in plan.buckets[0].params]
         _log.debug(
             "%d buckets are planned anew, as %d, in the order in which gradients arrive: bucket 0 was of %s … %s, and will be of "

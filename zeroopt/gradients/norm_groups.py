@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import gather_scalar
+from ..collectives import ControlGroup
 from ..errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class NormGroups:
         groups: in the order in which all ranks go through them. None of them contains another data-parallel rank.
     """
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
+    def __init__(self, groups: Sequence[ControlGroup]) -> None:
         self._groups = groups
 
     def sum_over_model(self, value: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ class NormGroups:
             CollectiveError: another rank did not do its part.
         """
         for group in self._groups:
-            value = gather_scalar(value, group, "sum over the model").sum()
+            value = group.gather(value, "sum over the model").sum()
         return value
 
     def max_over_model(self, value: Tensor) -> Tensor:
         """The largest over all parts of the model, as `sum_over_model`. NaN counts as the largest."""
         for group in self._groups:
-            value = gather_scalar(value, group, "maximum over the model").max()
+            value = group.gather(value, "maximum over the model").max()
         return value
 
 

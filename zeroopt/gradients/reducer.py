@@ -300,7 +300,7 @@ class GradientReducer:
         Stage 0: what earlier backward passes of this step have summed is in each rank's `param.grad`, from which each
         contributes its part once more, unless those that still train contribute all of it.
         """
-        if self._turnout.divisor < self._transport.world_size:
+        if self._turnout.divisor < self._transport.control.size:
             self.view.stop_contributing()
             self.untrained.clear(all_of_them=True)
         self._start_backward()

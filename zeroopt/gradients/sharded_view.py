@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import Transport
+from ..collectives import ControlGroup, Transport
 from ..errors import StateError
 from ..feature import Features
 from ..plan.params import ManagedParam
@@ -27,6 +26,8 @@ from .norms import is_finite, norm_of_shards
 from .overflow import agree_on_overflow
 from .sharded_tensor import ShardedGradient
 from .view import GradientView, dense
+
+_WHAT = "norms of gradients over ranks"  # for messages
 
 
 class ShardedView(GradientView):
@@ -49,7 +50,7 @@ class ShardedView(GradientView):
         transport: Transport,
         features: Features,
         check_outside: Callable[[str], None],
-        mesh_groups: Sequence[dist.ProcessGroup],
+        mesh_groups: Sequence[ControlGroup],
     ) -> None:
         super().__init__()
         self._transport = transport
@@ -198,8 +199,7 @@ class ShardedView(GradientView):
 
     def as_under_torch(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
         shown = torch.tensor([self.is_shown(m) for m in params], dtype=torch.uint8, device=params[0].param.device)
-        if self._transport.world_size > 1:
-            dist.all_reduce(shown, op=dist.ReduceOp.MAX, group=self._transport.group)
+        self._transport.control.largest(shown, "which parameters have gradients")
         grads: dict[ManagedParam, Tensor | None] = {}
         for managed, is_shown in zip(params, shown.tolist(), strict=True):
             here, local = self.is_shown(managed), self.local.get(managed.index)
@@ -212,7 +212,7 @@ class ShardedView(GradientView):
         return grads
 
     def _assemble(self, managed: ManagedParam, piece: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return assemble(managed, self._segments.get(managed.index), piece, dtype, self._transport)
+        return assemble(managed, self._segments.get(managed.index), piece, dtype, self._transport.control)
 
     def is_shown(self, managed: ManagedParam) -> bool:
         """Whether the parameter's gradient is the object, and nobody has replaced it."""
@@ -427,13 +427,11 @@ class ShardedView(GradientView):
             if segment is not None:
                 powers[index] = _power(self._store(index), segment, norm_type)
         is_max = math.isinf(norm_type)
-        if self._transport.world_size > 1:
-            by_rank = [torch.empty_like(powers) for _ in range(self._transport.world_size)]
-            dist.all_gather(by_rank, powers, group=self._transport.group)
-            together = torch.stack(by_rank)  # not reduced on the way, where a maximum may lose a NaN
-            powers = together.amax(dim=0) if is_max else together.sum(dim=0)
+        # Not reduced on the way, where a maximum may lose a NaN.
+        by_rank = self._transport.control.gather(powers, _WHAT)
+        powers = by_rank.amax(dim=0) if is_max else by_rank.sum(dim=0)
         for group in self._mesh_groups:
-            dist.all_reduce(powers, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
+            powers = group.largest(powers, _WHAT) if is_max else group.total(powers, _WHAT)
         norms = powers if is_max else powers.pow(1.0 / norm_type)
         return {index: norms[index] for index in missing}
 

@@ -12,16 +12,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..collectives import Transport, named_failures
-from ..plan.agreement import agreement_device
+from ..collectives import ControlGroup, Transport
 from ..plan.dtensors import describe_part, manage
 from ..plan.params import ManagedParam
 from ..untraced import untraced
 from .hooks import is_taken_up
 
+_WHAT = "averaging the gradients of parameters that no optimizer trains"  # for messages
 _CHUNK_BYTES = 25 << 20  # of gradients that travel together
 
 
@@ -60,7 +59,7 @@ class UntrainedGradients:
         self.remove_hooks()
         came = {managed.param for managed, flag in zip(self._params, self._came, strict=True) if flag}
         self._params, self._frozen = [], []
-        for name, param in self._module.named_parameters() if self._transport.world_size > 1 else ():
+        for name, param in self._module.named_parameters() if self._transport.control.size > 1 else ():
             if param in trained:
                 continue
             if param.requires_grad:
@@ -110,17 +109,15 @@ class UntrainedGradients:
         Raises:
             CollectiveError: a rank did not do its part.
         """
-        group = self._transport.group
+        control = self._transport.control
         flags = [
             came and managed.param.grad is not None for came, managed in zip(self._came, self._params, strict=True)
         ]
         self._came = bytearray(len(self._params))
-        with named_failures("averaging the gradients of parameters that no optimizer trains", group):
-            used = torch.tensor(flags, dtype=torch.uint8, device=agreement_device(group))
-            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
-            chosen = [managed for managed, flag in zip(self._params, used.tolist(), strict=True) if flag]
-            for chunk in _chunks(chosen):
-                _average_together(chunk, scale, group)
+        used = control.largest(torch.tensor(flags, dtype=torch.uint8, device=control.device), _WHAT)
+        chosen = [managed for managed, flag in zip(self._params, used.tolist(), strict=True) if flag]
+        for chunk in _chunks(chosen):
+            _average_together(chunk, scale, control)
 
 
 def untrained_params(module: nn.Module, trained: Collection[Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -154,7 +151,7 @@ def _chunks(params: Sequence[ManagedParam]) -> Iterator[list[ManagedParam]]:
         yield chunk
 
 
-def _average_together(params: Sequence[ManagedParam], scale: float, group: dist.ProcessGroup) -> None:
+def _average_together(params: Sequence[ManagedParam], scale: float, control: ControlGroup) -> None:
     local = params[0].local
     flat = torch.zeros(sum(managed.numel for managed in params), dtype=local.dtype, device=local.device)
     pieces = [
@@ -165,7 +162,7 @@ def _average_together(params: Sequence[ManagedParam], scale: float, group: dist.
         grad = managed.local_grad()
         if grad is not None:
             piece.copy_(grad).mul_(scale)
-    dist.all_reduce(torch.view_as_real(flat) if flat.is_complex() else flat, group=group)
+    control.total(torch.view_as_real(flat) if flat.is_complex() else flat, _WHAT)
     for managed, piece in zip(params, pieces, strict=True):
         grad = managed.local_grad()
         if grad is None:

@@ -28,7 +28,7 @@ class UsedParams:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._lockstep = Lockstep(transport.rank, transport.world_size)
+        self._lockstep = Lockstep(transport.control.rank, transport.control.size)
         self.flags = torch.zeros(0, dtype=torch.uint8)
         self.had_gradients = False
         self.first_bucket = ""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..plan.params import ManagedParam
-from ..storage.broadcast import Broadcaster
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
 from .norm_groups import NormGroups
@@ -94,13 +93,13 @@ class WholeView(GradientView):
         return torch.frombuffer(flags, dtype=torch.uint8)
 
     def follow(self, source: int) -> None:
-        broadcaster = Broadcaster(self._transport.group)
+        control, what = self._transport.control, f"taking over the gradients of rank {source}"
         flags = self.take().to(self._buckets[0].device)
-        broadcaster.broadcast_flat(flags, source)
+        control.broadcast([flags], source, what)
         visible = flags.tolist()
         for bucket, store in zip(self._buckets, self._stores, strict=True):
             assert store.full is not None
-            broadcaster.broadcast_flat(store.full, source)
+            control.broadcast([store.full], source, what)
             for managed in bucket.params:
                 if visible[managed.index]:
                     managed.set_local_grad(store.gradient_of(managed))

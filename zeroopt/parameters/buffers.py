@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from ..collectives import PendingCollective, named_failures
-from ..storage.broadcast import Broadcaster, group_alike, pieces_of
+from ..collectives import ControlGroup, PendingCollective
+from ..collectives.flat import group_alike, pieces_of
+from ..plan.dtensors import local_of
 from ..untraced import untraced
 
 
 class BufferSync:
     """Lets the buffers of one wrapped model be those of one of its ranks."""
 
-    def __init__(self, module: nn.Module, broadcaster: Broadcaster) -> None:
+    def __init__(self, module: nn.Module, control: ControlGroup) -> None:
         self._is_reduced = True  # by a backward since the last forward; or there was no forward yet
         self._is_open = False  # the last forward was outside of no_sync(), and no backward within has followed
         self._module = module
-        self._broadcaster = broadcaster
+        self._control = control
         self._sent: list[tuple[list[Tensor], list[int], Tensor, PendingCollective]] = []
 
     @property
@@ -48,18 +49,18 @@ class BufferSync:
         self._drop_sent()
         buffers = list(self._module.buffers())
         what = f"forward, taking over the buffers of rank {source}"
-        with named_failures(what, self._broadcaster.group), _unnoticed(buffers):
-            self._broadcaster.broadcast(buffers, source)
+        with _unnoticed(buffers):
+            self._control.broadcast([local_of(buffer) for buffer in buffers], source, what)
 
     def send(self, source: int) -> None:
         """A synchronised backward is through: start to send the buffers that rank `source` has now, for `take_sent`. Collective."""
         self._is_reduced = True
         self._drop_sent()
         what = f"sending the buffers of rank {source}"
-        self._sent = [
-            (tensors, list(map(_version, tensors)), *self._broadcaster.start(tensors, source, what))
-            for tensors in group_alike(self._module.buffers())
-        ]
+        for tensors in group_alike(map(local_of, self._module.buffers())):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+            pending = self._control.start_broadcast(flat, source, what)
+            self._sent.append((tensors, list(map(_version, tensors)), flat, pending))
         self._source = source
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class BufferSync:
         sent, self._sent = self._sent, []
         for tensors, versions, flat, pending in sent:
             pending.finish()
-            if self._broadcaster.group.rank() == self._source:
+            if self._control.rank == self._source:
                 continue
             for tensor, version, piece in zip(tensors, versions, pieces_of(flat, tensors), strict=True):
                 if _version(tensor) == version:

@@ -8,16 +8,15 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ..collectives.lone import is_lone
+from ..collectives import ControlGroup
 from ..errors import RankMismatchError
 from .dtensors import describe_part
 from .params import Grain, ManagedParam
 
 
 def agree(
-    groups: Sequence[tuple[dist.ProcessGroup, Sequence[str]]], problem: Exception | None, what: str = "zeroopt.wrap"
+    groups: Sequence[tuple[ControlGroup, Sequence[str]]], problem: Exception | None, what: str = "zeroopt.wrap"
 ) -> None:
     """Return when in each group every rank called with the same lines and nobody had a problem; else raise on every rank.
 
@@ -32,6 +31,7 @@ def agree(
 
     Raises:
         Exception: this rank's own problem, as it is.
+        CollectiveError: a rank did not do its part.
         RankMismatchError: another rank has a problem, or the first difference between two ranks; the same text everywhere.
     """
     for group, lines in groups:
@@ -40,36 +40,23 @@ def agree(
         raise problem
 
 
-def _disagreement(
-    group: dist.ProcessGroup, lines: Sequence[str], problem: Exception | None, what: str
-) -> Exception | None:
-    if group.size() == 1:
-        return problem
-    device = agreement_device(group)
-    if not _differs(group, device, lines, problem):
+def _disagreement(group: ControlGroup, lines: Sequence[str], problem: Exception | None, what: str) -> Exception | None:
+    if not _differs(group, lines, problem, what):
         return None
-    everyone: list[tuple[list[str], str | None]] = [([], None)] * group.size()
-    mine = (list(lines), None if problem is None else str(problem))
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = group.objects((list(lines), None if problem is None else str(problem)), what)
     return problem if problem is not None else RankMismatchError(_first_difference(everyone, what))
 
 
 _GRAINS = {Grain.ELEMENT: "", Grain.PARAMETER: ", stepped whole", Grain.MATRIX: ", stepped as a matrix"}
 
 
-def agreement_device(group: dist.ProcessGroup) -> torch.device:
-    """Where small tensors lie that ranks of the group compare."""
-    return torch.device("cuda" if not is_lone(group) and dist.get_backend(group) == "nccl" else "cpu")
-
-
-def _differs(group: dist.ProcessGroup, device: torch.device, lines: Sequence[str], problem: Exception | None) -> bool:
+def _differs(group: ControlGroup, lines: Sequence[str], problem: Exception | None, what: str) -> bool:
     """Whether any rank has other lines or a problem: the largest and the smallest digest over all ranks differ."""
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     words = [int.from_bytes(digest[i : i + 6], "big") for i in range(0, 30, 6)]  # positive in 64 bits
     flag = 0 if problem is None else 1
-    message = torch.tensor([*words, *(-w for w in words), flag], dtype=torch.int64, device=device)
-    dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
-    values = message.tolist()
+    message = torch.tensor([*words, *(-w for w in words), flag], dtype=torch.int64, device=group.device)
+    values = group.largest(message, what).tolist()
     largest, smallest = values[: len(words)], [-v for v in values[len(words) : -1]]
     return largest != smallest or values[-1] != 0
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from .._C import Plan
-from ..collectives import named_failures
+from ..collectives import ControlGroup
 from ..options.precision import Precision
 from .ownership import Ownership
 from .params import ManagedParam
@@ -35,7 +34,7 @@ def make_plan(params: Sequence[ManagedParam], ownership: Ownership, bucket_bytes
     )
 
 
-def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], group: dist.ProcessGroup) -> list[int]:
+def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], control: ControlGroup) -> list[int]:
     """Indices of the parameters as gradients arrived on rank 0; those that did not come last, in the order of the plan.
 
     Collective.
@@ -43,8 +42,7 @@ def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], grou
     came = set(arrivals)
     late = [managed.index for managed in reversed(params) if managed.index not in came]
     order = torch.tensor([*arrivals, *late], dtype=torch.int64, device=params[0].param.device)
-    with named_failures(PLANNING_ANEW, group):
-        dist.broadcast(order, dist.get_global_rank(group, 0), group=group)
+    control.broadcast([order], 0, PLANNING_ANEW)
     return [int(index) for index in order.tolist()]
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..collectives import ControlGroup
 from ..errors import ConfigError, NotSupportedError, StateError
 from ..own_storage import with_own_storage
 from .params import ManagedParam
@@ -203,10 +204,10 @@ def _check_mesh(mesh: DeviceMesh, name: str, group: dist.ProcessGroup) -> None:
         )
 
 
-def mesh_groups(mesh: DeviceMesh | None) -> list[dist.ProcessGroup]:
-    """The process groups of this rank along the dimensions of a mesh, without those of one rank."""
-    groups = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
-    return [group for group in groups if group.size() > 1]
+def mesh_groups(mesh: DeviceMesh | None) -> list[ControlGroup]:
+    """The groups of this rank along the dimensions of a mesh, without those of one rank."""
+    groups = [] if mesh is None else [ControlGroup(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+    return [group for group in groups if group.size > 1]
 
 
 def count_copies(managed: ManagedParam, mesh: DeviceMesh | None) -> int:

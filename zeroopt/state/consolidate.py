@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..collectives import named_failures
+from ..collectives import ControlGroup
 from ..plan.dtensors import local_of
 from ..plan.params import ManagedParam, ParamState
 from ..storage.masters import MASTER_NAMES
@@ -44,17 +43,17 @@ def gather_state(
     state: Mapping[Tensor, ParamState],
     segments: Sequence[Segment],
     params: Sequence[ManagedParam],
-    group: dist.ProcessGroup | None,
+    control: ControlGroup,
     to: int,
     *,
     has_step: bool,
 ) -> WholeState | None:
-    """The state of all parameters on rank `to` of the group, on the CPU (of DTensors, where they are); None elsewhere.
+    """The state of all parameters on rank `to`, on the CPU (of DTensors, where they are); None elsewhere.
     Collective.
 
     Args:
         state: of this rank's segments, masters included.
-        group: None where this rank has all of it, and needs nobody.
+        control: of the ranks that have it; `lone_control()` where this rank has all of it.
         has_step: whether the torch optimizer keeps a step count.
     """
     owned = {segment.owner.position: segment for segment in segments if segment.shard in state}
@@ -62,15 +61,13 @@ def gather_state(
     def entry_of(position: int) -> _Entry:  # made when it is needed: moments may have to be decoded
         return _Entry.of(state[owned[position].shard], owned[position])
 
-    everyone = _share({position: entry_of(position).described for position in owned}, group, to)
+    everyone = control.collect({position: entry_of(position).described for position in owned}, to, _WHAT)
     if everyone is None:
-        assert group is not None
         for position in sorted(owned):
             device = owned[position].owner.param.device  # of which the backend is, wherever the state is kept
             for piece in entry_of(position).pieces:
-                _send(piece.to(device), group, to)
+                control.send(piece.to(device).contiguous(), [to], _WHAT)
         return None
-    me = 0 if group is None else group.rank()
     whole = WholeState({}, {})
     for managed in sorted(params, key=lambda p: p.position):
         parts = [
@@ -80,9 +77,9 @@ def gather_state(
             continue
         arrays: dict[int, Tensor] = {}
         for rank, described in parts:
-            pieces = entry_of(managed.position).pieces if rank == me else None
+            pieces = entry_of(managed.position).pieces if rank == control.rank else None
             for number, array in enumerate(described.arrays):
-                piece = pieces[number] if pieces is not None else _receive(array, group, rank, managed.param.device)
+                piece = pieces[number] if pieces is not None else _receive(array, control, rank, managed.param.device)
                 if number not in arrays:
                     arrays[number] = array.allocate(managed)
                 array.put(piece, arrays[number])
@@ -191,29 +188,7 @@ def _take_out(name: str, segment: Segment, arrays: list[_Array], pieces: list[Te
     return _Number(len(pieces) - 1)
 
 
-def _share(mine: dict[int, _Described], group: dist.ProcessGroup | None, to: int) -> list[dict[int, _Described]] | None:
-    """On rank `to`: what each rank has."""
-    if group is None:
-        return [mine]
-    everyone: list[dict[int, _Described]] | None = [{}] * group.size() if group.rank() == to else None
-    with named_failures(_WHAT, group):
-        dist.gather_object(mine, everyone, dst=dist.get_global_rank(group, to), group=group)
-    return everyone
-
-
-# As bytes: not every backend knows all dtypes.
-
-
-def _send(piece: Tensor, group: dist.ProcessGroup, to: int) -> None:
-    if piece.numel():
-        with named_failures(_WHAT, group):
-            dist.send(piece.contiguous().view(torch.uint8).reshape(-1), dist.get_global_rank(group, to), group=group)
-
-
-def _receive(array: _Array, group: dist.ProcessGroup | None, rank: int, device: torch.device) -> Tensor:
-    assert group is not None
+def _receive(array: _Array, control: ControlGroup, rank: int, device: torch.device) -> Tensor:
     piece = torch.empty(array.shape, dtype=array.dtype, device=device)
-    if piece.numel():
-        with named_failures(_WHAT, group):
-            dist.recv(piece.view(torch.uint8).reshape(-1), dist.get_global_rank(group, rank), group=group)
+    control.receive(piece, rank, _WHAT)
     return piece

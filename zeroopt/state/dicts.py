@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._C import Plan
-from ..collectives import Transport
+from ..collectives import Transport, lone_control
 from ..errors import StateError
 from ..options.config import Config
 from ..options.precision import Precision
@@ -117,7 +117,7 @@ class StateDicts(StateHolder):
         shown = set(packed) if has_masters and all_in_state else self.begun
         entries = {position: entry for position, entry in packed.items() if position in shown} | self.idle_state()
         beyond = {p: entry for p, entry in packed.items() if p not in shown} if has_masters else {}
-        layout = self._layout(self._segments(), {"rank": self._transport.rank, **self.facts()}, order, beyond)
+        layout = self._layout(self._segments(), {"rank": self._transport.control.rank, **self.facts()}, order, beyond)
         return {
             "state": dict(sorted(entries.items())),
             "param_groups": self.pack_groups(),
@@ -128,15 +128,15 @@ class StateDicts(StateHolder):
         """The state dict of the plain torch optimizer, on rank `to` alone. Collective."""
         transport = self._transport
         alone = self._ownership.has_all
-        if alone and transport.group.rank() != to and transport.world_size > 1:
+        if alone and transport.control.rank != to and transport.control.size > 1:
             return None
         rule = rule_for(self._inner)
         state = gather_state(
             self.with_masters(),
             list(self._segments()),
             self.params,
-            None if alone else transport.group,
-            to,
+            lone_control() if alone else transport.control,
+            0 if alone else to,
             has_step=rule is None or rule.has_step,
         )
         if state is None:
@@ -426,7 +426,7 @@ class StateDicts(StateHolder):
         precision = self._config.precision
         return {
             "stage": self._config.stage,
-            "world_size": self._transport.world_size,
+            "world_size": self._transport.control.size,
             "param_dtype": str(precision.param_dtype),
             "master_weights": precision.master_weights,
             "state_dtype": str(precision.state_dtype),

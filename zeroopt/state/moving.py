@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .._C import Plan
-from ..collectives import Transport, named_failures
+from ..collectives import ControlGroup, Transport
 from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
@@ -38,7 +37,7 @@ def move_arrays(
         sources: that of each bucket.
         ordered: the parameters that the plan is for, in its order.
     """
-    known = _describe_together(sources, buckets, transport.group)
+    known = _describe_together(sources, buckets, transport.control)
     if not known:
         return {}
     wanted = {ordered[piece.param].index: piece for piece in ownership.segments(plan)}
@@ -101,7 +100,7 @@ class _Array:
 
 
 def _describe_together(
-    sources: Sequence[BySegments], buckets: Sequence[Bucket], group: dist.ProcessGroup
+    sources: Sequence[BySegments], buckets: Sequence[Bucket], control: ControlGroup
 ) -> dict[int, ParamState]:
     """What there is of each parameter, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
     counts and the like, which an element-wise optimizer has alike for all parts."""
@@ -111,10 +110,7 @@ def _describe_together(
         for segment in bucket.segments
         if (entry := source.arrays(segment))
     }
-    everyone: list[dict[int, ParamState]] = [{}] * group.size()
-    with named_failures(PLANNING_ANEW, group):
-        dist.all_gather_object(everyone, mine, group=group)
-    return {index: entry for one in everyone for index, entry in one.items()}
+    return {index: entry for one in control.objects(mine, PLANNING_ANEW) for index, entry in one.items()}
 
 
 def _describe(segment: Segment, path: Path, value: Any) -> Any:

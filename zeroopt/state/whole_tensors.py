@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import named_failures
+from ..collectives import ControlGroup
 from ..plan.params import ManagedParam, ParamState
 from ..storage.segment import Segment
 from .entries import Path, is_array, map_leaves
@@ -33,25 +32,21 @@ def whole_states(
     state: Mapping[Tensor, ParamState],
     segments: Iterable[Segment],
     params: Sequence[ManagedParam],
-    group: dist.ProcessGroup | None,
+    control: ControlGroup,
 ) -> dict[ManagedParam, ParamState]:
     """The state of whole parameters, where they have any, 8-bit moments decoded. Collective.
 
     Args:
         state: by segment's shard, with what completes 16-bit parameters.
         segments: of these parameters, on this rank.
-        group: None where this rank has all of it.
+        control: of the ranks that have it; `lone_control()` where this rank has all of it.
     """
     mine: dict[int, _Part] = {
         s.owner.index: (s.start, map_leaves(decoded(state[s.shard]), partial(_take_out, s)))
         for s in segments
         if s.shard in state
     }
-    everyone = [mine]
-    if group is not None:
-        everyone = [{} for _ in range(group.size())]
-        with named_failures("gathering the state of parameters that leave their groups", group):
-            dist.all_gather_object(everyone, mine, group=group)
+    everyone = control.objects(mine, "gathering the state of parameters that leave their groups")
     whole = {}
     for managed in params:
         parts = sorted((one[managed.index] for one in everyone if managed.index in one), key=lambda part: part[0])

@@ -2,7 +2,6 @@
 
 In reading order; each imports from those above it:
 
-    broadcast       tensors of one rank to all others, in few messages
     segment         `Segment`: the part of a parameter that this rank steps
     masters         `Master`: the exact values of what this rank steps, whatever the model has of them
     bucket          `Bucket`: parameters side by side in one flat buffer

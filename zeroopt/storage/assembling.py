@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import Transport
+from ..collectives import ControlGroup
 from ..plan.params import ManagedParam
 from .segment import Segment
 
@@ -16,7 +15,7 @@ def assemble(
     segment: Segment | None,
     piece: Tensor | None,
     dtype: torch.dtype,
-    transport: Transport | None,
+    control: ControlGroup,
 ) -> Tensor:
     """A tensor of a parameter's shape, of which each rank has the elements of its segment. Collective.
 
@@ -24,12 +23,11 @@ def assemble(
         segment: of the parameter, on this rank.
         piece: [segment.numel], in any dtype; None: zeros.
         dtype: of the result.
-        transport: between the ranks that have the pieces; None where this rank has all of it.
+        control: of the ranks that have the pieces; `lone_control()` where this rank has all of it.
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     whole = torch.zeros(managed.numel, dtype=wide, device=managed.param.device)
     if piece is not None and segment is not None:
         whole[segment.start : segment.start + segment.numel] = piece
-    if transport is not None and transport.world_size > 1:
-        dist.all_reduce(whole, group=transport.group)  # the pieces of other ranks are zero here
+    control.total(whole, f"putting together parameter {managed.name!r}")  # the pieces of other ranks are zero here
     return managed.layout_like(whole.to(dtype).as_strided(managed.shape, managed.stride))

@@ -19,6 +19,7 @@ from torch import Tensor
 from worker_pool import RunOnRanks
 
 from zeroopt import _C
+from zeroopt.collectives import ControlGroup
 from zeroopt.collectives.shared_memory import OpenMemory, map_together
 
 CAPACITY, NEVER = _C.ShmBoard.CAPACITY, _C.ShmBoard.NEVER
@@ -91,7 +92,7 @@ def test_threads_at_random(world_size: int, num_tickets: int, seed: int) -> None
 def play_on_ranks(num_tickets: int, seed: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     (memory, *_), descriptor = map_together(
-        dist.group.WORLD, range(world_size), _C.ShmBoard.bytes(world_size), one_for_all=True
+        ControlGroup(dist.group.WORLD), range(world_size), _C.ShmBoard.bytes(world_size), one_for_all=True
     )
     os.close(descriptor)
     play(_C.ShmBoard(memory.data_ptr(), rank, world_size), rank, world_size, num_tickets, seed)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from ...collectives.failure import named_failures
+from ...collectives import ControlGroup, lone_control
 from ...errors import CheckpointError, ZeroOptError
 
 T = TypeVar("T")
@@ -44,13 +44,14 @@ def together(
         CollectiveError: a rank is gone, or does not answer.
         BaseException: what came from outside, such as a KeyboardInterrupt, on the rank where it came.
     """
+    control = lone_control() if group is None else ControlGroup(group, advice=_ADVICE)
     mine, error = _attempt(work)
-    everyone = _gather(mine, group, what)
+    everyone = control.collect(mine, 0, what)
     answers: list[_Outcome[R]] | None = None
     if everyone is not None:
         answers, combining_error = _combined(everyone, what, combine)
         error = error or combining_error
-    answer = _scatter(answers, group, what)
+    answer = control.hand_out(answers, 0, what)
     if error is not None and not isinstance(error, Exception):
         raise error
     if answer.failure is not None:
@@ -84,25 +85,3 @@ def _describe(what: str, failures: Mapping[int, str]) -> str:
     shown = "; ".join(f"on rank {rank}: {text}" for rank, text in list(failures.items())[:_SHOWN_RANKS])
     more = len(failures) - _SHOWN_RANKS
     return f"{what} failed {shown}" + (f"; and on {more} more ranks" if more > 0 else "")
-
-
-def _gather(value: T, group: dist.ProcessGroup | None, what: str) -> list[T] | None:
-    """The values of all ranks, on rank 0."""
-    if group is None or group.size() == 1:
-        return [value]
-    everyone: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    with named_failures(what, group, _ADVICE):
-        dist.gather_object(value, everyone, dst=dist.get_global_rank(group, 0), group=group)
-    return everyone
-
-
-def _scatter(values: list[T] | None, group: dist.ProcessGroup | None, what: str) -> T:
-    """Each rank's value of those that rank 0 has."""
-    if group is None or group.size() == 1:
-        assert values is not None
-        return values[0]
-    mine: list[Any] = [None]
-    with named_failures(what, group, _ADVICE):
-        dist.scatter_object_list(mine, values, src=dist.get_global_rank(group, 0), group=group)
-    value: T = mine[0]
-    return value

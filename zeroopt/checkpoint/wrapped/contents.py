@@ -39,7 +39,7 @@ def model_contents(model: ZeroDataParallel) -> dict[str, Any]:
     """What this rank writes of a model, by name. Live tensors."""
     parts = {s.owner.param: _exact_part(bucket, s, r) for bucket, s, r in _parts(model.replica.buckets, model)}
     managed = {m.param for m in model.replica.params}
-    rank, size = model.replica.transport.rank, model.replica.transport.world_size
+    rank, size = model.replica.transport.control.rank, model.replica.transport.control.size
     contents: dict[str, Any] = {}
     for number, (name, value) in enumerate(model.module.state_dict(keep_vars=True).items()):
         if isinstance(value, nn.Parameter) and value in managed:
@@ -59,7 +59,7 @@ def state_contents(optimizer: ZeroOptimizer) -> dict[str, Any]:
         entry = state.get(segment.shard)
         if entry is not None:
             contents[clean_name(segment.owner.name)] = dict(_entry_contents(entry, segment, part))
-    if optimizer.replica.transport.rank == 0:
+    if optimizer.replica.transport.control.rank == 0:
         names = optimizer.names()
         contents |= {clean_name(names[p]): entry for p, entry in optimizer.state_dicts.idle_state().items()}
     return contents

@@ -75,7 +75,9 @@ def load(
         optimizers = optimizers_of(model, optimizer)
         check_group(model, group)
         identity = source.open(with_optimizer=bool(optimizers))
-        return _Opened(identity, list(model_names(model, source.model)) if model.replica.transport.rank == 0 else [])
+        return _Opened(
+            identity, list(model_names(model, source.model)) if model.replica.transport.control.rank == 0 else []
+        )
 
     def compare(opened: list[_Opened]) -> list[None]:
         _check_same([one.identity for one in opened])

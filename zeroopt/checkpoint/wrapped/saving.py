@@ -182,7 +182,7 @@ def _take(
             entries["optimizer"] = {"state": state}
         snapshot = _Snapshot(entries, {}, side_files)
         taken.append(snapshot.copied() if copies else snapshot)
-        is_first = model.replica.transport.rank == 0
+        is_first = model.replica.transport.control.rank == 0
         return _Taken(target, bool(optimizers), describe_part(model, optimizers) if is_first else None)
 
     parts = together(group, f"saving the checkpoint {path}", take, _joined)
@@ -238,7 +238,7 @@ def begin(model: ZeroDataParallel, process_group: dist.ProcessGroup | None) -> d
 def check_group(model: ZeroDataParallel, group: dist.ProcessGroup) -> None:
     """Raise ConfigError when ranks without which the model is not whole are not in the group."""
     replica = model.replica
-    if replica.transport.world_size > 1:
+    if replica.transport.control.size > 1:
         missing = {*dist.get_process_group_ranks(replica.group)} - {*dist.get_process_group_ranks(group)}
         if missing:
             raise ConfigError(

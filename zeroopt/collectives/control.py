@@ -1,0 +1,199 @@
+"""The small things that ranks of one process group tell each other: all that is not a bucket.
+
+Everything is told by the rank in that group, and whatever fails says what was going on, for want of which rank, and what to
+do, as transports do. Alone in its group, a rank has the answers at once: no backend is asked, so there need not be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .failure import named_failures, the_other_rank
+from .flat import group_alike, pieces_of
+from .lone import is_lone, lone_group
+from .pending import Done, PendingCollective, PendingWork, start_message
+
+T = TypeVar("T")
+
+_TAG = 1 << 23  # of messages, out of the way of a user's own ones on the same group
+
+
+class ControlGroup:
+    """What the ranks of a process group tell each other.
+
+    All methods are collective, in the order of calls, unless they say who takes part. `what` is going on, for messages. All of
+    them raise CollectiveError when a rank does not do its part: it died, gave up, or the group's timeout went by; those that
+    start something do so when it is finished.
+
+    Args:
+        group: that this process is in.
+        advice: what else to say where something fails.
+
+    Attributes:
+        group: the process group.
+        rank: of this process in the group.
+        size: number of ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, advice: str = "") -> None:
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self._advice = advice
+
+    @property
+    def device(self) -> torch.device:
+        """Where small tensors lie that ranks compare: one that the group's backend serves."""
+        return torch.device("cuda" if not is_lone(self.group) and dist.get_backend(self.group) == "nccl" else "cpu")
+
+    def gather(self, tensor: Tensor, what: str) -> Tensor:
+        """The tensors of all ranks, which have one shape and dtype, by rank: [size, *shape]."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        everyone = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._named(what):
+            dist.all_gather(everyone, tensor, group=self.group)
+        return torch.stack(everyone)
+
+    def numbers(self, values: Sequence[int], what: str) -> list[list[int]]:
+        """Integers of up to 64 bits of all ranks, as many on each, by rank."""
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        everyone: list[list[int]] = self.gather(mine, what).tolist()
+        return everyone
+
+    def objects(self, value: T, what: str) -> list[T]:
+        """What all ranks have, by rank. It is pickled."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        with self._named(what):
+            dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def collect(self, value: T, to: int, what: str) -> list[T] | None:
+        """What all ranks have, by rank, on rank `to` alone; None elsewhere. It is pickled."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] | None = [None] * self.size if self.rank == to else None
+        with self._named(what):
+            dist.gather_object(value, everyone, dst=self._in_job(to), group=self.group)
+        return everyone
+
+    def hand_out(self, values: Sequence[T] | None, source: int, what: str) -> T:
+        """This rank's value of those that rank `source` has, one for each rank; the others pass None. It is pickled."""
+        mine: list[Any] = [None] if values is None else [values[self.rank]]
+        if self.size > 1:
+            with self._named(what):
+                # torch's annotation asks for a list, though it takes None where there is nothing to hand out.
+                dist.scatter_object_list(mine, values, src=self._in_job(source), group=self.group)  # type: ignore[arg-type]
+        value: T = mine[0]
+        return value
+
+    def tell(self, value: T, source: int, what: str) -> T:
+        """What rank `source` has. It is pickled."""
+        box: list[Any] = [value]
+        if self.size > 1:
+            with self._named(what):
+                dist.broadcast_object_list(box, self._in_job(source), group=self.group)
+        told: T = box[0]
+        return told
+
+    def total(self, tensor: Tensor, what: str) -> Tensor:
+        """Sum a contiguous tensor over ranks, element by element, in place. Returns it."""
+        self.start_total(tensor, what).finish()
+        return tensor
+
+    def largest(self, tensor: Tensor, what: str) -> Tensor:
+        """Take the maximum of a contiguous tensor over ranks, element by element, in place. Returns it."""
+        self.start_largest(tensor, what).finish()
+        return tensor
+
+    def start_total(self, tensor: Tensor, what: str) -> PendingCollective:
+        """Start what `total` does."""
+        return self._start_all_reduce(tensor, dist.ReduceOp.SUM, what)
+
+    def start_largest(self, tensor: Tensor, what: str) -> PendingCollective:
+        """Start what `largest` does."""
+        return self._start_all_reduce(tensor, dist.ReduceOp.MAX, what)
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Sequence[Tensor], source: int, what: str) -> None:
+        """Overwrite tensors with those of rank `source`. All ranks pass the same shapes and dtypes.
+
+        Those of one dtype and device travel together, for small messages cost more than a copy. One by itself is overwritten in
+        place. Of DTensors, pass what ranks hold of them.
+        """
+        for alike in group_alike(tensors) if self.size > 1 else ():
+            if len(alike) == 1 and alike[0].is_contiguous():
+                self.start_broadcast(alike[0], source, what).finish()
+                continue
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            self.start_broadcast(flat, source, what).finish()
+            if self.rank != source:
+                for tensor, piece in zip(alike, pieces_of(flat, alike), strict=True):
+                    tensor.copy_(piece)
+
+    def start_broadcast(self, tensor: Tensor, source: int, what: str) -> PendingCollective:
+        """Start to overwrite one contiguous tensor with that of rank `source`."""
+        if self.size == 1:
+            return Done()
+        with self._named(what):
+            work = dist.broadcast(tensor, self._in_job(source), group=self.group, async_op=True)
+        return self._pending(what, [(self._the_other, work)], tensor)
+
+    def send(self, tensor: Tensor, to: Sequence[int], what: str) -> None:
+        """Send a contiguous tensor to ranks that call `receive`. Returns when they may have received it all."""
+        if tensor.numel():
+            message = _as_bytes(tensor)
+            works = [(rank, start_message(self.group.send, message, rank, _TAG)) for rank in to]
+            self._pending(what, works, message).finish()
+
+    def receive(self, tensor: Tensor, source: int, what: str) -> None:
+        """Overwrite a contiguous tensor with what rank `source` sends to this one."""
+        if tensor.numel():
+            message = _as_bytes(tensor)
+            works = [(source, start_message(self.group.recv, message, source, _TAG))]
+            self._pending(what, works, message).finish()
+
+    def barrier(self, what: str) -> None:
+        """Return when all ranks have called it."""
+        if self.size > 1:
+            with self._named(what):
+                dist.barrier(group=self.group)
+
+    def _start_all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> PendingCollective:
+        if self.size == 1:
+            return Done()
+        with self._named(what):
+            work = dist.all_reduce(tensor, op, group=self.group, async_op=True)
+        return self._pending(what, [(self._the_other, work)], tensor)
+
+    def _pending(self, what: str, works: Sequence[tuple[int | None, dist.Work]], tensor: Tensor) -> PendingCollective:
+        return PendingWork(what, works, (tensor,), self._advice)
+
+    @property
+    def _the_other(self) -> int | None:
+        return the_other_rank(self.group)
+
+    def _named(self, what: str) -> AbstractContextManager[None]:
+        return named_failures(what, self._the_other, self._advice)
+
+    def _in_job(self, rank: int) -> int:
+        """By which number torch.distributed's own functions know a rank of the group."""
+        return dist.get_global_rank(self.group, rank)
+
+
+def lone_control() -> ControlGroup:
+    """That of a rank which has everything itself and needs nobody, whatever groups it is in."""
+    return ControlGroup(lone_group())
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A view, since not every backend knows all dtypes."""
+    return tensor.view(-1).view(torch.uint8)
