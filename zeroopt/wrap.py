@@ -10,7 +10,7 @@ from torch import nn
 
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
-from .collectives import ControlGroup, Transport, check_transport, connect_transport
+from .collectives import ControlGroup, Transport, TransportFactory, check_transport, connect_transport
 from .collectives.lone import default_group, lone_group
 from .collectives.single import SingleTransport
 from .errors import ConfigError, StateError
@@ -41,7 +41,7 @@ def wrap(
     state_dtype: torch.dtype = torch.float32,
     max_grad_norm: float | None = None,
     fused: Fused = "auto",
-    transport: str = "auto",
+    transport: str | TransportFactory = "auto",
     overlap: bool = True,
     broadcast_buffers: bool = True,
     sync_module_states: bool = True,
@@ -92,7 +92,8 @@ def wrap(
             otherwise; True insists on the kernel, as do the last two options, False on the own step.
         transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
             collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the
-            first two.
+            first two. Or a function that takes a process group and a device and returns a
+            `zeroopt.collectives.Transport` of one's own; all ranks call it, with the model's first optimizer.
         overlap: let a bucket travel while backward fills the next; False waits for each.
         broadcast_buffers: all ranks use the buffers of rank 0; see `ZeroDataParallel.forward`.
         sync_module_states: all ranks start from the parameters and buffers of rank 0.
@@ -217,7 +218,18 @@ def _connect(
 ) -> Transport:
     if average is not None and average.alone:
         return SingleTransport(lone_group())
-    return connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
+    made: Transport | None = None
+    problem: Exception | None = None
+    try:
+        made = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
+    except Exception as error:
+        if not callable(config.transport):  # then all ranks have it
+            raise
+        problem = error
+    if callable(config.transport):  # what a user's function comes to on one rank, the others have to hear of
+        agree([(ControlGroup(group), [] if made is None else [f"transport {made.name}"])], problem)
+    assert made is not None
+    return made
 
 
 def _add_optimizer(

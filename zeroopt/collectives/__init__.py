@@ -9,6 +9,7 @@ In reading order; each imports from those above it:
     flat           tensors side by side, so that they travel as one
     control        `ControlGroup`: the small things that ranks tell each other
     hosts          which ranks can share memory
+    site           where a transport is to work: group, device, hosts
     shared_memory  memory that the ranks of one host share
     turnout        which ranks still train
     base           `Transport`: the collectives that ZeRO needs, on flat buckets
@@ -17,20 +18,22 @@ In reading order; each imports from those above it:
     pairwise       messages between pairs, for Gloo
     hybrid         several hosts: shared memory within, messages between
     torch_native   torch's own reduce-scatter and all-gather, for NCCL
-    select         picks one of them
+    select         picks one of them, by name or for a group
 """
 
 from .base import Transport
 from .control import ControlGroup, lone_control
 from .failure import ADVICE
 from .pending import PendingCollective
-from .select import check_transport, connect_transport
+from .select import TRANSPORTS, TransportFactory, check_transport, connect_transport
 
 __all__ = [
     "ADVICE",
+    "TRANSPORTS",
     "ControlGroup",
     "PendingCollective",
     "Transport",
+    "TransportFactory",
     "check_transport",
     "connect_transport",
     "lone_control",

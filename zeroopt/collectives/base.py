@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .control import ControlGroup
 from .pending import Done, PendingCollective
+from .site import Site
 
 
 class Transport(ABC):
@@ -28,6 +29,7 @@ class Transport(ABC):
         slice_index: which of them this rank owns.
         needs_staging: a reduce-scatter on its way takes memory of its own, up to the size of its bucket.
         shares_parameters: whether `allocate(shared=True)` is possible.
+        needs_gloo_on_cpu: it works on buckets in CPU memory, and on groups of the Gloo backend.
         writers: ranks of the group that write parameters for all ranks that share them; the first is rank 0.
         sent_bytes: what this rank has sent of buckets over the network, by the transport's own count.
     """
@@ -35,6 +37,7 @@ class Transport(ABC):
     name: str
     needs_staging = True
     shares_parameters = False
+    needs_gloo_on_cpu = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.control = ControlGroup(group)
@@ -42,6 +45,20 @@ class Transport(ABC):
         self.num_slices = self.control.size
         self.writers: Sequence[int] = range(self.control.size)
         self.sent_bytes = 0
+
+    @classmethod
+    def serves(cls, site: Site) -> bool:
+        """Whether the transport is made for such a group. Collective as far as `site` is."""
+        return site.has_gloo_on_cpu or not cls.needs_gloo_on_cpu
+
+    @classmethod
+    def connect(cls, site: Site) -> Transport:
+        """The transport of a group. Collective.
+
+        Raises:
+            SharedMemoryError: on all ranks, which would have to share memory and cannot.
+        """
+        return cls(site.group)
 
     @property
     def writes_parameters(self) -> bool:

@@ -27,7 +27,9 @@ from torch import Tensor
 from .base import Transport
 from .pairwise import PairwiseTransport, StagingPool
 from .pending import PendingCollective
+from .shared_memory import SharedMemoryError
 from .shm import PendingRead, ShmTransport
+from .site import Site
 
 # Buckets whose gather between hosts goes on while the next ones are stepped.
 _GATHERS_BETWEEN_HOSTS = 2
@@ -45,6 +47,7 @@ class HybridTransport(Transport):
 
     name = "hybrid"
     shares_parameters = True
+    needs_gloo_on_cpu = True
 
     def __init__(self, group: dist.ProcessGroup, hosts: Sequence[Sequence[int]]) -> None:
         super().__init__(group)
@@ -61,6 +64,17 @@ class HybridTransport(Transport):
         self._blocks = StagingPool()
         self._reduces: deque[_HybridReduce] = deque()  # those that have not gone beyond this host
         self._gathers: deque[_HybridGather] = deque()  # those that this host's other ranks cannot see yet
+
+    @classmethod
+    def serves(cls, site: Site) -> bool:
+        return super().serves(site) and 1 < len(site.hosts) < site.group.size()
+
+    @classmethod
+    def connect(cls, site: Site) -> Transport:
+        sizes = [len(ranks) for ranks in site.hosts]
+        if min(sizes) != max(sizes):
+            raise SharedMemoryError(f"hosts have different numbers of ranks, {sizes}")
+        return cls(site.group, site.hosts)
 
     @property
     def sent_bytes(self) -> int:

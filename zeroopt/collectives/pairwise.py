@@ -50,6 +50,7 @@ class PairwiseTransport(Transport):
     """
 
     name = "pairwise"
+    needs_gloo_on_cpu = True
 
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int] | None = None) -> None:
         super().__init__(group)

@@ -3,88 +3,112 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
+from ..options.checks import as_text, check_one_of
 from .base import Transport
-from .control import ControlGroup
-from .hosts import ranks_by_host
 from .hybrid import HybridTransport
 from .lone import is_lone
 from .pairwise import PairwiseTransport
 from .shared_memory import SharedMemoryError
 from .shm import ShmTransport
 from .single import SingleTransport
+from .site import Site
 from .torch_native import TorchTransport
+
+TransportFactory = Callable[[dist.ProcessGroup, torch.device], Transport]
+"""Makes a transport of one's own for a process group and the device of its buckets. Called by all ranks of the group."""
+
+TRANSPORTS: dict[str, type[Transport]] = {
+    "torch": TorchTransport,
+    "pairwise": PairwiseTransport,
+    "shm": ShmTransport,
+}
+"""What may be asked for by name."""
+
+# "auto" takes the first of them that serves the group.
+_IN_TURN: tuple[type[Transport], ...] = (
+    SingleTransport,
+    ShmTransport,
+    HybridTransport,
+    PairwiseTransport,
+    TorchTransport,
+)
 
 _log = logging.getLogger("zeroopt")
 
 
-def check_transport(name: str, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Raise ConfigError when the transport cannot serve that backend or device. Not collective."""
-    if name in ("pairwise", "shm") and not is_lone(group) and not _is_gloo_on_cpu(group, device):
+def check_transport(choice: str | TransportFactory, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise ConfigError when there is no such transport, or it cannot serve that backend or device. Not collective."""
+    if callable(choice):
+        return
+    check_one_of("transport", choice, ("auto", *TRANSPORTS))
+    if choice == "auto" or is_lone(group) or not TRANSPORTS[choice].needs_gloo_on_cpu:
+        return
+    site = Site(group, device)
+    if not site.has_gloo_on_cpu:
         raise ConfigError(
-            f"transport={name!r} needs CPU parameters and the Gloo backend, got {device.type} parameters and "
-            f"{backend_of(group, device)}; use transport='auto'"
+            f"transport={choice!r} needs CPU parameters and the Gloo backend, got {device.type} parameters and "
+            f"{site.backend}; use transport='auto'"
         )
 
 
 def connect_transport(
-    name: str, group: dist.ProcessGroup, device: torch.device, *, share_parameters: bool = False
+    choice: str | TransportFactory, group: dist.ProcessGroup, device: torch.device, *, share_parameters: bool = False
 ) -> Transport:
-    """The transport called `name`. Collective: all ranks of the group call it with the same arguments.
+    """The transport of that name, or that a factory makes. Collective: all ranks of the group call it with the same arguments.
 
     "auto" takes torch's own collectives, except for Gloo on the CPU: there, shared memory where all ranks are on one host,
     shared memory and messages where there are several hosts with as many ranks each, and messages everywhere else. Where
     memory cannot be shared, it says so in the log of rank 0, and takes messages.
 
     Raises:
-        ConfigError: on all ranks: they cannot share memory, and "shm" or `share_parameters` insists on it.
+        ConfigError: on all ranks: they cannot share memory, and "shm" or `share_parameters` insists on it. On a rank whose
+            factory gives something else than a transport of the group.
     """
-    if group.size() == 1:
-        return SingleTransport(group)
-    if name == "pairwise" or not _is_gloo_on_cpu(group, device) or name == "torch":
-        if share_parameters:
-            raise ConfigError(f"share_parameters=True needs ranks that share memory; transport={name!r} does not")
-        return PairwiseTransport(group) if name == "pairwise" else TorchTransport(group, device)
+    if callable(choice):
+        return _made_by(choice, group, device, share_parameters=share_parameters)
+    site = Site(group, device)
+    kind = _kind_for(choice, site)
+    if share_parameters and not kind.shares_parameters and (choice != "auto" or not site.has_gloo_on_cpu):
+        raise ConfigError(f"share_parameters=True needs ranks that share memory; transport={choice!r} does not")
     try:
-        shared = _connect_shared(name, group)
-        if shared is not None:
-            return shared
-        reason = "no two ranks are on one host"
+        if share_parameters and not kind.shares_parameters:
+            raise SharedMemoryError("no two ranks are on one host")
+        return kind.connect(site)
     except SharedMemoryError as error:
-        reason = str(error)
-        if name == "auto" and not share_parameters and group.rank() == 0:
-            _log.warning("ranks do not share memory, gradients and parameters go through messages: %s", reason)
-    if name == "shm" or share_parameters:
-        option = "share_parameters=True" if share_parameters else "transport='shm'"
+        reason = str(error)  # the text alone: who keeps the error keeps what it has passed through, such as open memory
+    if choice != "auto" or share_parameters:
+        option = "share_parameters=True" if share_parameters else f"transport={choice!r}"
         raise ConfigError(f"{option} needs ranks that share memory: {reason}; leave it out to use messages instead")
-    return PairwiseTransport(group)
+    if group.rank() == 0:
+        _log.warning("ranks do not share memory, gradients and parameters go through messages: %s", reason)
+    return PairwiseTransport.connect(site)
 
 
-def _connect_shared(name: str, group: dist.ProcessGroup) -> Transport | None:
-    """None when there is nothing to share; SharedMemoryError when it cannot be shared."""
-    hosts = ranks_by_host(ControlGroup(group))
-    if len(hosts) == 1:
-        return ShmTransport(group, hosts[0])
-    sizes = [len(ranks) for ranks in hosts]
-    if name == "shm":
-        raise SharedMemoryError(f"the ranks are on {len(hosts)} hosts, for which transport='auto' is made")
-    if max(sizes) == 1:
-        return None
-    if min(sizes) != max(sizes):
-        raise SharedMemoryError(f"hosts have different numbers of ranks, {sizes}")
-    return HybridTransport(group, hosts)
+def _kind_for(choice: str, site: Site) -> type[Transport]:
+    if choice == "auto" or site.group.size() == 1:
+        return next(kind for kind in _IN_TURN if kind.serves(site))
+    return TRANSPORTS[choice]  # which says itself why it cannot, if it cannot
 
 
-def _is_gloo_on_cpu(group: dist.ProcessGroup, device: torch.device) -> bool:
-    return device.type == "cpu" and "gloo" in backend_of(group, device)
-
-
-def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Name of the backend that serves `device` in this group, for example "gloo"."""
-    config = str(dist.get_backend_config(group))  # for example "cpu:gloo,cuda:nccl"
-    backends = dict(entry.split(":") for entry in config.split(",") if ":" in entry)
-    return backends.get(device.type, str(dist.get_backend(group)))
+def _made_by(
+    factory: TransportFactory, group: dist.ProcessGroup, device: torch.device, *, share_parameters: bool
+) -> Transport:
+    made = factory(group, device)
+    if not isinstance(made, Transport):
+        raise ConfigError(
+            f"expected transport={as_text(factory)} to make a zeroopt.collectives.Transport, got {type(made).__name__}"
+        )
+    if made.control.group is not group or made.num_slices != group.size():
+        raise ConfigError(
+            f"expected transport={as_text(factory)} to make a transport of the process group that it is given, of "
+            f"{group.size()} ranks, got one of another group that cuts buckets into {made.num_slices} slices"
+        )
+    if share_parameters and not made.shares_parameters:
+        raise ConfigError(f"share_parameters=True needs ranks that share memory; transport {made.name!r} does not")
+    return made

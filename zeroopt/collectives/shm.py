@@ -32,7 +32,8 @@ from .base import Transport, slice_of
 from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
 from .pending import PendingCollective
-from .shared_memory import map_together
+from .shared_memory import SharedMemoryError, map_together
+from .site import Site
 
 # How often a blocked rank looks whether its peers are alive, and lets Python handle signals.
 _CHECK_SECONDS = 0.1
@@ -106,6 +107,7 @@ class ShmTransport(Transport):
     name = "shm"
     needs_staging = False
     shares_parameters = True
+    needs_gloo_on_cpu = True
 
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
         super().__init__(group)
@@ -131,6 +133,16 @@ class ShmTransport(Transport):
         self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
         self._scalar_before: PendingCollective | None = None
+
+    @classmethod
+    def serves(cls, site: Site) -> bool:
+        return super().serves(site) and len(site.hosts) == 1
+
+    @classmethod
+    def connect(cls, site: Site) -> Transport:
+        if len(site.hosts) > 1:
+            raise SharedMemoryError(f"the ranks are on {len(site.hosts)} hosts, for which transport='auto' is made")
+        return cls(site.group, site.hosts[0])
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         assert device.type == "cpu"

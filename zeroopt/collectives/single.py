@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import ops
 from .base import Transport
 from .pending import Done, PendingCollective
+from .site import Site
 
 
 class SingleTransport(Transport):
@@ -15,6 +16,10 @@ class SingleTransport(Transport):
     name = "single"
     needs_staging = False
     shares_parameters = True
+
+    @classmethod
+    def serves(cls, site: Site) -> bool:
+        return site.group.size() == 1
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"

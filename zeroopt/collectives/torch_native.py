@@ -14,6 +14,7 @@ from torch import Tensor
 from .base import Transport
 from .failure import the_other_rank
 from .pending import PendingCollective, PendingWork
+from .site import Site
 
 # torch 2.13 renamed both and warns when the former names are called.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -33,6 +34,10 @@ class TorchTransport(Transport):
         self._device_module = torch.get_device_module(device)
         self._stream = self._device_module.Stream()
         self._missing = the_other_rank(group)  # where a collective fails
+
+    @classmethod
+    def connect(cls, site: Site) -> Transport:
+        return cls(site.group, site.device)
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"

@@ -12,6 +12,14 @@ def check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ConfigError(f"expected {name} to be one of {choices}, got {value!r}")
 
 
+def as_text(value: object) -> str:
+    """An option as text that is the same on every rank: functions and objects that are called have no addresses in it."""
+    if not callable(value):
+        return repr(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def check_every_so_many_steps(name: str, value: object) -> None:
     """Raise ConfigError unless an option is a positive number of steps, or None."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError, NotSupportedError
-from .checks import check_every_so_many_steps, check_one_of
+from .checks import as_text, check_every_so_many_steps, check_one_of
 from .placement import PLACEMENTS, Placement
 from .precision import Precision
 
-Fused = bool | Literal["auto"]
+if TYPE_CHECKING:
+    from ..collectives.select import TransportFactory
 
-TRANSPORTS = ("auto", "torch", "pairwise", "shm")
+Fused = bool | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Config:
     """Options that are good by themselves; see `zeroopt.wrap` for what each means.
 
     Ranks have to agree on all of them, and so have the optimizers of a model. Groups, which each rank knows by other ranks, are
-    left out of that (`compare=False`).
+    left out of that (`compare=False`). Names of transports and what serves a group is `collectives.select`'s to check.
 
     Raises:
         ConfigError: a value that no release would take.
@@ -34,7 +35,7 @@ class Config:
     stage: int
     bucket_mb: float
     fused: Fused
-    transport: str
+    transport: str | TransportFactory
     overlap: bool
     broadcast_buffers: bool
     sync_module_states: bool
@@ -51,7 +52,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_one_of("stage", self.stage, tuple(PLACEMENTS))
-        check_one_of("transport", self.transport, TRANSPORTS)
         check_one_of("fused", self.fused, (True, False, "auto"))
         _check_bucket_mb(self.bucket_mb)
         for name in ("overlap", "broadcast_buffers", "sync_module_states", "share_parameters", "cast_inputs"):
@@ -94,7 +94,7 @@ class Config:
 
     def describe(self) -> list[str]:
         """One line for each option on which all ranks have to agree."""
-        lines = [f"option {name}={getattr(self, name)!r}" for name in sorted(self._compared())]
+        lines = [f"option {name}={as_text(getattr(self, name))}" for name in sorted(self._compared())]
         return [*lines, f"option norm_group is {'' if self.norm_group is None else 'not '}None"]
 
     def _compared(self) -> list[str]:

@@ -1,0 +1,38 @@
+"""Where a transport is to work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+
+from .control import ControlGroup
+from .hosts import ranks_by_host
+
+
+@dataclass(frozen=True)
+class Site:
+    """A process group, the device of its buckets, and the hosts of its ranks. All ranks ask it for the same things in the same
+    order, for some answers come from all of them."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def has_gloo_on_cpu(self) -> bool:
+        """Whether buckets lie in CPU memory and the group sends messages through Gloo. Not collective."""
+        return self.device.type == "cpu" and "gloo" in self.backend
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that serves the device in this group, for example "gloo". Not collective."""
+        config = str(dist.get_backend_config(self.group))  # for example "cpu:gloo,cuda:nccl"
+        backends = dict(entry.split(":") for entry in config.split(",") if ":" in entry)
+        return backends.get(self.device.type, str(dist.get_backend(self.group)))
+
+    @cached_property
+    def hosts(self) -> list[list[int]]:
+        """The group's ranks, host by host. Collective when it is asked for the first time."""
+        return ranks_by_host(ControlGroup(self.group))
