@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._C import Plan
-from .collectives import ControlGroup, Transport
+from .collectives import ControlGroup, Transport, Wire
 from .collectives.turnout import Turnout
 from .errors import StateError
 from .feature import Features
@@ -100,7 +100,7 @@ class Replica:
             partial(
                 GradientStore,
                 ownership=self.ownership,
-                reduce_dtype=config.reduce_dtype,
+                wire=Wire(config.reduce_dtype) if config.wire is None else config.wire,
                 transport=transport,
                 pool=pool,
             ),

@@ -10,7 +10,7 @@ from torch import nn
 
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
-from .collectives import ControlGroup, Transport, TransportFactory, check_transport, connect_transport
+from .collectives import ControlGroup, Transport, TransportFactory, Wire, check_transport, connect_transport
 from .collectives.lone import default_group, lone_group
 from .collectives.single import SingleTransport
 from .errors import ConfigError, StateError
@@ -54,6 +54,7 @@ def wrap(
     check_every: int | None = None,
     average_group: dist.ProcessGroup | None = None,
     features: Sequence[Feature] = (),
+    wire: Wire | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -119,6 +120,8 @@ def wrap(
             parameters are averaged; within each `process_group` training stays synchronous and sharded.
         features: objects of your own that take part in backward passes and in the steps of all optimizers of the model; see
             `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
+        wire: instead of `reduce_dtype`, another form in which gradients travel, and another way to sum them: an object of a
+            subclass of `zeroopt.collectives.Wire`, alike on all ranks.
 
     Returns:
         The model and the optimizer to train with.
@@ -142,6 +145,7 @@ def wrap(
     options: list[str] = []
     average: ParameterAverage | None = None
     try:
+        _check_wire(wire)
         config = Config(
             stage=stage,
             bucket_mb=bucket_mb,
@@ -152,6 +156,7 @@ def wrap(
             sync_module_states=sync_module_states,
             share_parameters=share_parameters,
             reduce_dtype=reduce_dtype,
+            wire=wire,
             bucket_buffers=bucket_buffers,
             check_every=check_every,
             precision=Precision(param_dtype, master_weights, state_dtype),
@@ -221,7 +226,13 @@ def _connect(
     made: Transport | None = None
     problem: Exception | None = None
     try:
-        made = connect_transport(config.transport, group, device, share_parameters=config.share_parameters)
+        made = connect_transport(
+            config.transport,
+            group,
+            device,
+            share_parameters=config.share_parameters,
+            nests=config.wire is None or config.wire.nests,
+        )
     except Exception as error:
         if not callable(config.transport):  # then all ranks have it
             raise
@@ -253,6 +264,11 @@ def _resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
             f"expected process_group to be a torch.distributed.ProcessGroup that this rank is in, got {group!r}"
         )
     return group
+
+
+def _check_wire(wire: object) -> None:
+    if wire is not None and not isinstance(wire, Wire):
+        raise ConfigError(f"expected wire to be a zeroopt.collectives.Wire or None, got {type(wire).__name__}")
 
 
 def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:

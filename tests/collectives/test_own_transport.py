@@ -13,8 +13,8 @@ from training import batch, build, loss_of, optimizer_for
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
-from zeroopt import ops
-from zeroopt.collectives import PendingCollective, Transport, connect_transport
+from zeroopt.collectives import PendingCollective, Transport, Wire, connect_transport
+from zeroopt.collectives.wire import PLAIN
 
 STEPS = 3
 
@@ -37,10 +37,10 @@ class PlainTransport(Transport):
         self.num_reduced = 0
 
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
         everyone = self.control.gather(full, f"transport plain, reduce-scatter of {label}")
-        ops.reduce([self.own_slice(bucket) for bucket in everyone], out, base=base)
+        wire.combine([self.own_slice(bucket) for bucket in everyone], out, base)
         self.num_reduced += 1
         return Landed()
 

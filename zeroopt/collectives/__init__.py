@@ -12,6 +12,7 @@ In reading order; each imports from those above it:
     site           where a transport is to work: group, device, hosts
     shared_memory  memory that the ranks of one host share
     turnout        which ranks still train
+    wire           `Wire`: in what form gradients travel
     base           `Transport`: the collectives that ZeRO needs, on flat buckets
     single         a group of one
     shm            one host: shared memory
@@ -26,6 +27,7 @@ from .control import ControlGroup, lone_control
 from .failure import ADVICE
 from .pending import PendingCollective
 from .select import TRANSPORTS, TransportFactory, check_transport, connect_transport
+from .wire import Wire
 
 __all__ = [
     "ADVICE",
@@ -34,6 +36,7 @@ __all__ = [
     "PendingCollective",
     "Transport",
     "TransportFactory",
+    "Wire",
     "check_transport",
     "connect_transport",
     "lone_control",

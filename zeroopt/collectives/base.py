@@ -13,6 +13,7 @@ from torch import Tensor
 from .control import ControlGroup
 from .pending import Done, PendingCollective
 from .site import Site
+from .wire import PLAIN, Wire
 
 
 class Transport(ABC):
@@ -29,6 +30,7 @@ class Transport(ABC):
         slice_index: which of them this rank owns.
         needs_staging: a reduce-scatter on its way takes memory of its own, up to the size of its bucket.
         shares_parameters: whether `allocate(shared=True)` is possible.
+        sums_twice: some ranks' sums travel on to be summed with others; only for wires that nest.
         needs_gloo_on_cpu: it works on buckets in CPU memory, and on groups of the Gloo backend.
         writers: ranks of the group that write parameters for all ranks that share them; the first is rank 0.
         sent_bytes: what this rank has sent of buckets over the network, by the transport's own count.
@@ -38,6 +40,7 @@ class Transport(ABC):
     needs_staging = True
     shares_parameters = False
     needs_gloo_on_cpu = False
+    sums_twice = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.control = ControlGroup(group)
@@ -89,15 +92,16 @@ class Transport(ABC):
 
     @abstractmethod
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
-        """Start `out = base + sum over ranks of this rank's slice of full`.
+        """Start `out = base + sum over ranks of this rank's slice of full`, as `wire.combine` does it.
 
         Args:
-            full: 1-D, `num_slices` equally long slices. It must not change until it has been read.
-            out: 1-D, as long as a slice; of the same dtype (then it may be the own slice of `full`), or float32 for slices
-                of 16 bits.
+            full: 1-D, `num_slices` equally long slices, encoded by the wire. It must not change until it has been read.
+            out: 1-D, for a plain sum as long as a slice; of the same dtype (then it may be the own slice of `full`), or
+                float32 for slices of 16 bits.
             base: None, or a tensor like `out`. It may be `out`.
+            wire: only between hosts does it make a difference whether it nests.
         """
 
     @abstractmethod

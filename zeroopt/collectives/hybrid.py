@@ -30,6 +30,7 @@ from .pending import PendingCollective
 from .shared_memory import SharedMemoryError
 from .shm import PendingRead, ShmTransport
 from .site import Site
+from .wire import PLAIN, Wire
 
 # Buckets whose gather between hosts goes on while the next ones are stepped.
 _GATHERS_BETWEEN_HOSTS = 2
@@ -48,6 +49,7 @@ class HybridTransport(Transport):
     name = "hybrid"
     shares_parameters = True
     needs_gloo_on_cpu = True
+    sums_twice = True
 
     def __init__(self, group: dist.ProcessGroup, hosts: Sequence[Sequence[int]]) -> None:
         super().__init__(group)
@@ -91,15 +93,15 @@ class HybridTransport(Transport):
         self._local.free(buffer)
 
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
         num_bytes = full.nbytes // self._local.num_slices
         block = self._blocks.take(num_bytes)
         summed = block[:num_bytes].view(full.dtype)
-        within_host = self._local.start_reduce_scatter(full, summed, label=label)
+        within_host = self._local.start_reduce_scatter(full, summed, wire=wire, label=label)
 
         def start_between_hosts() -> PendingCollective:
-            return self._between_hosts.start_reduce_scatter(summed, out, base, label=label)
+            return self._between_hosts.start_reduce_scatter(summed, out, base, wire=wire, label=label)
 
         pending = _HybridReduce(self, within_host, start_between_hosts, lambda: self._blocks.give_back(block))
         self._reduces.append(pending)

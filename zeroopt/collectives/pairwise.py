@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
 from ..profiling import named_range
 from .base import Transport, slice_of
 from .pending import PendingCollective, PendingWork, start_message
+from .wire import PLAIN, Wire
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
 # of the way of a user's own send and recv on the same group, and are used again long after a message was delivered. Each
@@ -65,9 +65,9 @@ class PairwiseTransport(Transport):
         self.peers = [(self.slice_index + i) % self.num_slices for i in range(1, self.num_slices)]
 
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
-        return _PairwiseReduce(self, full, out, base, label)
+        return _PairwiseReduce(self, full, out, base, wire, label)
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         numel = max(1, MESSAGE_BYTES // full.element_size())
@@ -135,15 +135,19 @@ class _PairwiseReduce(PendingCollective):
     """
 
     def __init__(
-        self, transport: PairwiseTransport, full: Tensor, out: Tensor, base: Tensor | None, label: str
+        self, transport: PairwiseTransport, full: Tensor, out: Tensor, base: Tensor | None, wire: Wire, label: str
     ) -> None:
         self._transport = transport
         self._what = f"transport {transport.name}, reduce-scatter of {label}"
         self._label = label
-        self._full, self._out, self._base = full, out, base
+        self._full, self._out, self._base, self._wire = full, out, base, wire
         num_peers, item_bytes = len(transport.peers), full.element_size()
-        self._part_numel = _part_numel(out.numel(), num_peers, item_bytes)
-        self._num_parts = -(-out.numel() // self._part_numel)
+        self._slice_numel = full.numel() // transport.num_slices
+        self._comes_in_parts = self._slice_numel == out.numel()  # else the wire knows nothing of parts
+        self._part_numel = (
+            _part_numel(out.numel(), num_peers, item_bytes) if self._comes_in_parts else self._slice_numel
+        )
+        self._num_parts = -(-self._slice_numel // self._part_numel)
         self._slot_bytes = num_peers * self._part_numel * item_bytes
         self._num_slots = min(self._num_parts, max(1, STAGING_BYTES // max(1, self._slot_bytes)))
         self._next_part = 0
@@ -181,7 +185,7 @@ class _PairwiseReduce(PendingCollective):
     def _incoming(self, part: int) -> dict[int, Tensor]:
         """Where the peers' messages for a part of the own slice arrive."""
         assert self._staging is not None
-        peers, numel = self._transport.peers, self._part_of(self._out, part).numel()
+        peers, numel = self._transport.peers, self._part_of(self._transport.own_slice(self._full), part).numel()
         first_byte = part % self._num_slots * self._slot_bytes
         slot = self._staging[first_byte : first_byte + len(peers) * numel * self._full.element_size()]
         return dict(zip(peers, torch.split(slot.view(self._full.dtype), numel), strict=True))
@@ -190,9 +194,11 @@ class _PairwiseReduce(PendingCollective):
         incoming = self._incoming(part)
         own = self._part_of(self._transport.own_slice(self._full), part)
         slices = [incoming.get(rank, own) for rank in range(self._transport.num_slices)]
-        base = None if self._base is None else self._part_of(self._base, part)
+        out, base = self._out, self._base
+        if self._comes_in_parts:
+            out, base = self._part_of(out, part), None if base is None else self._part_of(base, part)
         with named_range("sum", self._label):
-            ops.reduce(slices, self._part_of(self._out, part), base=base)
+            self._wire.combine(slices, out, base)
 
     def _part_of(self, tensor: Tensor, part: int) -> Tensor:
         return tensor[part * self._part_numel : (part + 1) * self._part_numel]

@@ -58,13 +58,21 @@ def check_transport(choice: str | TransportFactory, group: dist.ProcessGroup, de
 
 
 def connect_transport(
-    choice: str | TransportFactory, group: dist.ProcessGroup, device: torch.device, *, share_parameters: bool = False
+    choice: str | TransportFactory,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    share_parameters: bool = False,
+    nests: bool = True,
 ) -> Transport:
     """The transport of that name, or that a factory makes. Collective: all ranks of the group call it with the same arguments.
 
     "auto" takes torch's own collectives, except for Gloo on the CPU: there, shared memory where all ranks are on one host,
     shared memory and messages where there are several hosts with as many ranks each, and messages everywhere else. Where
     memory cannot be shared, it says so in the log of rank 0, and takes messages.
+
+    Args:
+        nests: sums of some ranks' slices may travel on, as they do where there are several hosts; else messages are taken.
 
     Raises:
         ConfigError: on all ranks: they cannot share memory, and "shm" or `share_parameters` insists on it. On a rank whose
@@ -73,7 +81,7 @@ def connect_transport(
     if callable(choice):
         return _made_by(choice, group, device, share_parameters=share_parameters)
     site = Site(group, device)
-    kind = _kind_for(choice, site)
+    kind = _kind_for(choice, site, nests=nests)
     if share_parameters and not kind.shares_parameters and (choice != "auto" or not site.has_gloo_on_cpu):
         raise ConfigError(f"share_parameters=True needs ranks that share memory; transport={choice!r} does not")
     try:
@@ -90,9 +98,9 @@ def connect_transport(
     return PairwiseTransport.connect(site)
 
 
-def _kind_for(choice: str, site: Site) -> type[Transport]:
+def _kind_for(choice: str, site: Site, *, nests: bool) -> type[Transport]:
     if choice == "auto" or site.group.size() == 1:
-        return next(kind for kind in _IN_TURN if kind.serves(site))
+        return next(kind for kind in _IN_TURN if kind.serves(site) and (nests or not kind.sums_twice))
     return TRANSPORTS[choice]  # which says itself why it cannot, if it cannot
 
 

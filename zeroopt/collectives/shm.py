@@ -34,6 +34,7 @@ from .group_timeout import group_timeout
 from .pending import PendingCollective
 from .shared_memory import SharedMemoryError, map_together
 from .site import Site
+from .wire import PLAIN, Wire
 
 # How often a blocked rank looks whether its peers are alive, and lets Python handle signals.
 _CHECK_SECONDS = 0.1
@@ -160,12 +161,12 @@ class ShmTransport(Transport):
         del self._buffers[self._by_address.pop(buffer.data_ptr()).number]
 
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingRead:
         def add_slices(buckets: list[Tensor]) -> None:
             slices = [slice_of(bucket, self.slice_index, self.num_slices) for bucket in buckets]
             with named_range("sum", label):
-                ops.reduce(slices, out, base=base)
+                wire.combine(slices, out, base)
 
         return self._start_reading(Kind.REDUCE_SCATTER, full, add_slices, label)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
 from .base import Transport
 from .pending import Done, PendingCollective
 from .site import Site
+from .wire import PLAIN, Wire
 
 
 class SingleTransport(Transport):
@@ -22,10 +22,10 @@ class SingleTransport(Transport):
         return site.group.size() == 1
 
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
-        if base is not None or out.data_ptr() != full.data_ptr():
-            ops.reduce([full], out, base=base)
+        if base is not None or out.data_ptr() != full.data_ptr() or not wire.backend_sums:
+            wire.combine([full], out, base)
         return Done()
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:

@@ -7,6 +7,9 @@ the backend is what blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +18,7 @@ from .base import Transport
 from .failure import the_other_rank
 from .pending import PendingCollective, PendingWork
 from .site import Site
+from .wire import PLAIN, Wire
 
 # torch 2.13 renamed both and warns when the former names are called.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -40,8 +44,10 @@ class TorchTransport(Transport):
         return cls(site.group, site.device)
 
     def start_reduce_scatter(
-        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, label: str = "a bucket"
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
+        if not wire.backend_sums:
+            return self._start_exchange(full, out, base, wire, label)
         self._let_stream_wait()
         with self._device_module.stream(self._stream):
             # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
@@ -50,7 +56,23 @@ class TorchTransport(Transport):
             work = _reduce_scatter(total, full, group=self.control.group, async_op=True)
         self._count(full)
         pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(self._missing, work)], (full, out))
-        return _StreamCollective(self, pending, (total, base, out) if apart else None)
+        return _StreamCollective(self, pending, partial(_add, total, base, out) if apart else None)
+
+    def _start_exchange(
+        self, full: Tensor, out: Tensor, base: Tensor | None, wire: Wire, label: str
+    ) -> PendingCollective:
+        """Let every rank have all slices that it owns, since no backend can sum them."""
+        self._let_stream_wait()
+        with self._device_module.stream(self._stream):
+            received = torch.empty_like(full)
+            # As bytes: not every backend knows all dtypes.
+            work = dist.all_to_all_single(
+                received.view(torch.uint8), full.view(torch.uint8), group=self.control.group, async_op=True
+            )
+        self._count(full)
+        pending = PendingWork(f"transport torch, exchange of {label}", [(self._missing, work)], (full, received))
+        slices = received.view(self.num_slices, -1).unbind()
+        return _StreamCollective(self, pending, partial(wire.combine, slices, out, base))
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         self._let_stream_wait()
@@ -60,16 +82,12 @@ class TorchTransport(Transport):
         pending = PendingWork(f"transport torch, all-gather of {label}", [(self._missing, work)], (full,))
         return _StreamCollective(self, pending, None)
 
-    def finish_on_stream(self, pending: PendingWork, to_add: tuple[Tensor, Tensor | None, Tensor] | None) -> None:
+    def finish_on_stream(self, pending: PendingWork, follow: Callable[[], None] | None) -> None:
         """Queue what follows a collective on the communication stream, and let the current stream wait for it."""
         with self._device_module.stream(self._stream):
             pending.finish()
-            if to_add is not None:
-                total, base, out = to_add
-                if base is None:
-                    out.copy_(total)
-                else:
-                    torch.add(base, total, out=out)
+            if follow is not None:
+                follow()
             done = self._device_module.Event()
             done.record(self._stream)
         done.wait(self._device_module.current_stream())
@@ -83,19 +101,24 @@ class TorchTransport(Transport):
         self.sent_bytes += full.nbytes // self.num_slices * (self.num_slices - 1)
 
 
+def _add(total: Tensor, base: Tensor | None, out: Tensor) -> None:
+    if base is None:
+        out.copy_(total)
+    else:
+        torch.add(base, total, out=out)
+
+
 class _StreamCollective(PendingCollective):
     """Keeps its tensors until it is finished: from then on the current stream, on which their memory may be given to
     others, waits for the communication stream."""
 
-    def __init__(
-        self, transport: TorchTransport, pending: PendingWork, to_add: tuple[Tensor, Tensor | None, Tensor] | None
-    ) -> None:
+    def __init__(self, transport: TorchTransport, pending: PendingWork, follow: Callable[[], None] | None) -> None:
         self._transport: TorchTransport | None = transport
         self._pending = pending
-        self._to_add = to_add
+        self._follow = follow
 
     def finish(self) -> None:
         if self._transport is None:
             return
-        self._transport.finish_on_stream(self._pending, self._to_add)
-        self._transport = self._to_add = None
+        self._transport.finish_on_stream(self._pending, self._follow)
+        self._transport = self._follow = None

@@ -16,6 +16,7 @@ from .precision import Precision
 
 if TYPE_CHECKING:
     from ..collectives.select import TransportFactory
+    from ..collectives.wire import Wire
 
 Fused = bool | Literal["auto"]
 
@@ -41,6 +42,7 @@ class Config:
     sync_module_states: bool
     share_parameters: bool
     reduce_dtype: torch.dtype | None
+    wire: Wire | None
     bucket_buffers: int
     check_every: int | None
     precision: Precision
@@ -59,7 +61,13 @@ class Config:
         _check_bucket_buffers(self.bucket_buffers)
         check_every_so_many_steps("check_every", self.check_every)
         check_every_so_many_steps("average_every", self.average_every)
-        _check_reduce_dtype(self.reduce_dtype, self.stage)
+        _check_reduce_dtype("reduce_dtype", self.reduce_dtype, self.stage)
+        if self.wire is not None:
+            if self.reduce_dtype is not None:
+                raise ConfigError("expected reduce_dtype or wire, got both: a wire has a dtype of its own")
+            if self.stage == 0:
+                raise NotSupportedError("wire is supported in stages 1 and 2; leave it at None in stage 0")
+            _check_reduce_dtype("wire.dtype", self.wire.dtype, self.stage)
         _check_max_grad_norm(self.max_grad_norm)
         if self.share_parameters and self.stage == 0:
             raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
@@ -92,6 +100,11 @@ class Config:
                     f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights and state_dtype may differ"
                 )
 
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """Of the buffers in which gradients travel; None: that of the parameters."""
+        return self.reduce_dtype if self.wire is None else self.wire.dtype
+
     def describe(self) -> list[str]:
         """One line for each option on which all ranks have to agree."""
         lines = [f"option {name}={as_text(getattr(self, name))}" for name in sorted(self._compared())]
@@ -103,20 +116,21 @@ class Config:
 
 def check_param_dtypes(config: Config, dtypes: Mapping[str, torch.dtype]) -> None:
     """Raise ConfigError when parameters of these dtypes, by name, cannot be kept in `param_dtype`, or their gradients cannot
-    travel in `reduce_dtype`."""
+    travel in the dtype that was asked for."""
     param_dtype = config.precision.param_dtype
-    for name, dtype in dtypes.items():
+    for param, dtype in dtypes.items():
         if param_dtype is not None and dtype not in (torch.float32, param_dtype):
             raise ConfigError(
-                f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {name!r} of {dtype}"
+                f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {param!r} of {dtype}"
             )
-        _check_fits(config.reduce_dtype, config.precision.stored_dtype(dtype))
+        name = "reduce_dtype" if config.wire is None else "wire.dtype"
+        _check_fits(name, config.wire_dtype, config.precision.stored_dtype(dtype))
 
 
-def _check_fits(reduce_dtype: torch.dtype | None, stored: torch.dtype) -> None:
+def _check_fits(name: str, reduce_dtype: torch.dtype | None, stored: torch.dtype) -> None:
     widths = {stored.itemsize, (reduce_dtype or stored).itemsize}
     if reduce_dtype not in (None, stored) and widths != {2, 4}:
-        raise ConfigError(f"reduce_dtype={reduce_dtype} does not fit parameters of {stored}: leave it at None")
+        raise ConfigError(f"{name}={reduce_dtype} does not fit parameters of {stored}: leave it at None")
 
 
 def _check_bucket_mb(bucket_mb: float) -> None:
@@ -129,8 +143,8 @@ def _check_bucket_buffers(bucket_buffers: int) -> None:
         raise ConfigError(f"expected bucket_buffers to be a positive number of buffers, got {bucket_buffers!r}")
 
 
-def _check_reduce_dtype(reduce_dtype: torch.dtype | None, stage: int) -> None:
-    check_one_of("reduce_dtype", reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
+def _check_reduce_dtype(name: str, reduce_dtype: torch.dtype | None, stage: int) -> None:
+    check_one_of(name, reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     if reduce_dtype is not None and stage == 0:
         raise NotSupportedError("reduce_dtype is supported in stages 1 and 2; leave it at None in stage 0")
 

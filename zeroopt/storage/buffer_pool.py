@@ -62,4 +62,4 @@ def num_buffers(config: Config) -> int:
 
 def bytes_of_buffer(config: Config, buckets: Sequence[Bucket]) -> int:
     """The size of a buffer in which the gradients of each of these buckets can travel."""
-    return max((bucket.padded_numel * (config.reduce_dtype or bucket.dtype).itemsize for bucket in buckets), default=0)
+    return max((bucket.padded_numel * (config.wire_dtype or bucket.dtype).itemsize for bucket in buckets), default=0)

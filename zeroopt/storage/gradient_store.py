@@ -4,8 +4,8 @@ stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` 
 stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
 stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice
 
-Full buffers have the dtype of what travels (`reduce_dtype`), sums that of the parameters, or float32 for parameters with a
-master. Where the two differ, stage 1 keeps its sum apart as stage 2 does.
+Full buffers have the dtype of what travels (`Wire.dtype`), sums that of the parameters, or float32 for parameters with a
+master. Where the two differ, or what travels is no plain sum, stage 1 keeps its sum apart as stage 2 does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..collectives import PendingCollective, Transport
+from ..collectives import PendingCollective, Transport, Wire
 from ..own_storage import with_own_storage
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
@@ -46,7 +46,7 @@ class GradientStore:
         self,
         bucket: Bucket,
         ownership: Ownership,
-        reduce_dtype: torch.dtype | None,
+        wire: Wire,
         transport: Transport,
         pool: BufferPool | None,
     ) -> None:
@@ -54,9 +54,10 @@ class GradientStore:
         self.label = bucket.name
         self.norm_weight = bucket.norm_weight
         self._pool = pool
-        self._dtype = reduce_dtype or bucket.dtype
+        self._wire = wire
+        self._dtype = wire.dtype or bucket.dtype
         sum_dtype = bucket.precision.sum_dtype(bucket.dtype, by_slices=ownership.by_slices)
-        self._sums_apart = pool is not None or self._dtype is not sum_dtype
+        self._sums_apart = pool is not None or self._dtype is not sum_dtype or not wire.backend_sums
         self.sum_is_spread = not ownership.by_slices
         self._pending: PendingCollective | None = None
         self.holds_sum = False
@@ -104,7 +105,8 @@ class GradientStore:
         """Let the full buffer travel."""
         assert self.full is not None
         out = self.reduced if self._sums_apart else transport.own_slice(self.full)
-        self._pending = transport.start_reduce_scatter(self.full, out, self.base, label=self.label)
+        encoded = self._wire.encode(self.full, transport.num_slices)
+        self._pending = transport.start_reduce_scatter(encoded, out, self.base, wire=self._wire, label=self.label)
         self.is_open = False
         self.is_reducing = True
         self.holds_sum = False
