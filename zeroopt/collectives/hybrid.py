@@ -127,7 +127,7 @@ class HybridTransport(Transport):
             self._pass_on_first()
 
     def start_rendezvous(self, label: str) -> PendingCollective:
-        self.flush()
+        self.flush()  # posts the gathers that this host has yet to see: its ranks post everything in one order
         return self._local.start_rendezvous(label)
 
     def progress(self) -> None:
@@ -189,7 +189,7 @@ class _HybridReduce(PendingCollective):
         return self._between_hosts is not None
 
     def go_between_hosts(self) -> None:
-        self._within_host.finish()
+        self._within_host.finish()  # messages take the sum from the block: it has to be complete before they start
         with self._transport.messages():
             self._between_hosts = self._start_between_hosts()
 
@@ -198,6 +198,7 @@ class _HybridReduce(PendingCollective):
         assert self._between_hosts is not None
         with self._transport.messages():
             self._between_hosts.finish()
+            # The block that is given back may be written at once, while other hosts have yet to receive what it holds.
             self._between_hosts.wait_until_read()
         if self._give_back is not None:
             self._give_back()
@@ -224,7 +225,7 @@ class _HybridGather(PendingCollective):
     def pass_on(self) -> None:
         """Wait for the messages of other hosts and hand them to this host's ranks."""
         with self._transport.messages():
-            self._between_hosts.finish()
+            self._between_hosts.finish()  # what has not arrived cannot be shown to this host's ranks
         self._within_host = self._start_within_host()
 
     def finish(self) -> None:

@@ -254,6 +254,7 @@ class ShmTransport(Transport):
             first.read([])
         else:
             first.read([self._buffers[t.buffer].like(first.tensor, rank) for rank, t in enumerate(tickets)])
+        # Off the queue before peers are told, for the count that they are told is that of the first ticket in it.
         self._unread.popleft()
         self._board.mark_read(self._unread[0].number if self._unread else self._posted)
 
@@ -262,8 +263,9 @@ class ShmTransport(Transport):
         if self._failure is not None:
             raise CollectiveError(self._failure)
         deadline = time.monotonic() + self._timeout
+        # The board is asked first: what is there already costs no look at peers, and counts though one of them has left since.
         while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
-            # Asked before the counters: what a rank did before it was lost counts.
+            # Peers before their counters: a rank that does its part and ends in between has done it.
             lost = {rank for rank in range(self.num_slices) if self._is_lost(rank)}
             goals = ((self._board.posted(), posted_count), (self._board.read(), read_count))
             behind = [
