@@ -52,14 +52,14 @@ def filled(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def step_case(
-    op: Callable[..., None],
+    op: ops.StepKernel,
     row: list[float],
-    signed: Sequence[bool],
     storage: ops.Storage,
     gib: float,
     device: torch.device,
 ) -> Case:
-    """A step of one large segment in some storage."""
+    """A step of one large segment in some storage, whose group uses the first of the op's states."""
+    signed = [signed for signed, flag in zip(op.signed, op.flags, strict=True) if flag is None or row[flag]]
     states = [storage.dtype_of_state(signed=s) for s in signed]
     dtypes = [
         storage.param_dtype,
@@ -84,17 +84,17 @@ def step_case(
 
 
 def adamw(storage: ops.Storage) -> MakeCase:
-    return lambda gib, device: step_case(ops.adamw, ADAMW_ROW, (True, False), storage, gib, device)
+    return lambda gib, device: step_case(ops.adamw, ADAMW_ROW, storage, gib, device)
 
 
-def other(op: Callable[..., None], row: list[float], signed: Sequence[bool]) -> MakeCase:
-    return lambda gib, device: step_case(op, row, signed, ops.Storage(), gib, device)
+def other(op: ops.StepKernel, row: list[float]) -> MakeCase:
+    return lambda gib, device: step_case(op, row, ops.Storage(), gib, device)
 
 
 def lamb(gib: float, device: torch.device) -> Case:
     """Its second pass reads what the first has written, and the parameter once more."""
     row = [1e-3, 0.9, 0.999, 1e-6, 0.01, 0]
-    case = step_case(ops.lamb, row, (True, False), ops.Storage(), gib, device)
+    case = step_case(ops.lamb, row, ops.Storage(), gib, device)
     param, grad, exp_avg, exp_avg_sq = (stream.array for stream in case.streams)
     first = [Stream(param, "r"), Stream(grad, "r"), Stream(exp_avg, "rw"), Stream(exp_avg_sq, "rw")]
     second = [Stream(param, "rw"), Stream(exp_avg, "r"), Stream(exp_avg_sq, "r")]
@@ -194,7 +194,7 @@ def parameters(numels: Sequence[int], dtype: torch.dtype, device: torch.device) 
 def mixed_precision(gib: float, device: torch.device) -> Case:
     """bfloat16 parameters and gradients with float32 masters: norm and finite check, then one step that unscales, clips and
     rounds; against the usual way, a pass for each."""
-    case = step_case(ops.adamw, ADAMW_ROW, (True, False), ops.Storage(BF16, "float32", BF16), gib, device)
+    case = step_case(ops.adamw, ADAMW_ROW, ops.Storage(BF16, "float32", BF16), gib, device)
     param, grad, master, exp_avg, exp_avg_sq = (stream.array for stream in case.streams)
     segment = ops.SegmentArrays(param, grad, master, [exp_avg, exp_avg_sq])
     table = ops.SegmentTable(ops.Storage(BF16, "float32", BF16), [segment])
@@ -249,9 +249,9 @@ CASES: dict[str, MakeCase] = {
     "AdamW bf16 stochastic": adamw(ops.Storage(BF16, "none", BF16)),
     "AdamW bf16 stochastic, bf16 moments": adamw(ops.Storage(BF16, "none", BF16, BF16)),
     "AdamW bf16 + remainder, int8 moments": adamw(ops.Storage(BF16, "remainder", BF16, I8)),
-    "SGD with momentum": other(ops.sgd, [1e-3, 0.9, 0, 0.01, 0, 0], (True,)),
-    "Adagrad": other(ops.adagrad, [1e-3, 0, 0.01, 1e-10, 0], (False,)),
-    "Lion": other(ops.lion, [1e-4, 0.9, 0.99, 0.01, 0], (True,)),
+    "SGD with momentum": other(ops.sgd, [1e-3, 0.9, 0, 0.01, 0, 0]),
+    "Adagrad": other(ops.adagrad, [1e-3, 0, 0.01, 1e-10, 0]),
+    "Lion": other(ops.lion, [1e-4, 0.9, 0.99, 0.01, 0]),
     "LAMB": lamb,
     "norm and finite check": norm,
     "pack float32 to bf16": pack(F32, BF16),

@@ -10,6 +10,7 @@
 #include "cpu/shm_board.h"
 #include "cpu/shm_mapping.h"
 #include "kernels.h"
+#include "ops/by_name.h"
 #include "partition.h"
 
 namespace py = pybind11;
@@ -47,49 +48,63 @@ SegmentTable segment_table(Address rows, Address active, Address steps, Address 
           pointer<double>(squares), count};
 }
 
-template <class Group>
-using CpuStep = void (*)(const SegmentTable&, const Storage&, const Group*, const StepControl&, int num_threads);
-template <class Group>
-using CudaStep = void (*)(const SegmentTable&, const Storage&, const Group*, const StepControl&, int64_t total_numel,
-                          void* workspace, void* stream);
-
-/// The step of one optimizer as `name` and `cuda_name`.
-template <class Group> void bind_step(py::module_& m, const char* name, CpuStep<Group> cpu, CudaStep<Group> cuda) {
+/// One step of an optimizer, by the name of the kernel, on the CPU and on CUDA.
+void bind_steps(py::module_& m) {
   m.def(
-      name,
-      [cpu](Address rows, Address active, Address steps, Address squares, int64_t count, int param, int grad, int state,
-            Address groups, Address grad_scale, Address clip_coef, Address found_inf, uint64_t seed, int num_threads) {
-        cpu(segment_table(rows, active, steps, squares, count), {param_format(param), dtype(grad), state_format(state)},
-            pointer<const Group>(groups),
+      "step",
+      [](const std::string& kernel, Address rows, Address active, Address steps, Address squares, int64_t count,
+         int param, int grad, int state, Address groups, Address grad_scale, Address clip_coef, Address found_inf,
+         uint64_t seed, int num_threads) {
+        cpu::step(
+            kernel, segment_table(rows, active, steps, squares, count),
+            {param_format(param), dtype(grad), state_format(state)}, pointer<const double>(groups),
             {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
             num_threads);
       },
-      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("squares"), py::arg("count"),
+      py::arg("kernel"), py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("squares"), py::arg("count"),
       py::arg("param_format"), py::arg("grad_dtype"), py::arg("state_format"), py::arg("groups"), py::arg("grad_scale"),
       py::arg("clip_coef"), py::arg("found_inf"), py::arg("seed"), py::arg("num_threads"), GilReleased());
   m.def(
-      (std::string("cuda_") + name).c_str(),
-      [cuda](Address rows, Address active, Address steps, Address squares, int64_t count, int param, int grad,
-             int state, Address groups, Address grad_scale, Address clip_coef, Address found_inf, uint64_t seed,
-             int64_t total_numel, Address workspace, Address stream) {
-        cuda(segment_table(rows, active, steps, squares, count),
-             {param_format(param), dtype(grad), state_format(state)}, pointer<const Group>(groups),
-             {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
-             total_numel, pointer<void>(workspace), pointer<void>(stream));
+      "cuda_step",
+      [](const std::string& kernel, Address rows, Address active, Address steps, Address squares, int64_t count,
+         int param, int grad, int state, Address groups, Address grad_scale, Address clip_coef, Address found_inf,
+         uint64_t seed, int64_t total_numel, Address workspace, Address stream) {
+        cuda::step(
+            kernel, segment_table(rows, active, steps, squares, count),
+            {param_format(param), dtype(grad), state_format(state)}, pointer<const double>(groups),
+            {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
+            total_numel, pointer<void>(workspace), pointer<void>(stream));
       },
-      py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("squares"), py::arg("count"),
+      py::arg("kernel"), py::arg("rows"), py::arg("active"), py::arg("steps"), py::arg("squares"), py::arg("count"),
       py::arg("param_format"), py::arg("grad_dtype"), py::arg("state_format"), py::arg("groups"), py::arg("grad_scale"),
       py::arg("clip_coef"), py::arg("found_inf"), py::arg("seed"), py::arg("total_numel"), py::arg("workspace"),
       py::arg("stream"), GilReleased());
 }
 
-void bind_steps(py::module_& m) {
-  bind_step<AdamWGroup>(m, "adamw", cpu::adamw, cuda::adamw);
-  bind_step<SgdGroup>(m, "sgd", cpu::sgd, cuda::sgd);
-  bind_step<AdagradGroup>(m, "adagrad", cpu::adagrad, cuda::adagrad);
-  bind_step<LionGroup>(m, "lion", cpu::lion, cuda::lion);
-  bind_step<LambGroup>(m, "lamb_moments", cpu::lamb_moments, cuda::lamb_moments);
-  bind_step<LambGroup>(m, "lamb_update", cpu::lamb_update, cuda::lamb_update);
+/// What csrc/ops says of an optimizer, under its name; an op that is a further pass of one adds its kernel only.
+template <class Op> void add_optimizer(py::dict& optimizers) {
+  if (!optimizers.contains(Op::kName)) {
+    py::list states, is_signed, flags;
+    for (const State& state : Op::kStates) {
+      states.append(state.name);
+      is_signed.append(state.is_signed);
+      flags.append(state.column == kAlways ? py::object(py::none()) : py::int_(state.column));
+    }
+    py::dict facts;
+    facts["kernels"] = py::list();
+    facts["columns"] = py::str(Op::kColumns).attr("split")(", ");
+    facts["states"] = states;
+    facts["signed"] = is_signed;
+    facts["flags"] = flags;
+    optimizers[Op::kName] = facts;
+  }
+  optimizers[Op::kName]["kernels"].attr("append")(kernel_name<Op>());
+}
+
+template <class... Ops> py::dict optimizers_of(OpList<Ops...>) {
+  py::dict optimizers;
+  (add_optimizer<Ops>(optimizers), ...);
+  return optimizers;
 }
 
 void bind_cpu_kernels(py::module_& m) {
@@ -330,6 +345,7 @@ PYBIND11_MODULE(_C, m) {
   zeroopt::bind_steps(m);
   zeroopt::bind_planner(m);
   zeroopt::bind_shared_memory(m);
+  m.def("optimizers", [] { return zeroopt::optimizers_of(zeroopt::AllOps{}); });
   m.def("build_info", &zeroopt::build_info);
   m.def("cpu_isa", [] { return zeroopt::cpu::isa().name; });
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace zeroopt {
 
@@ -69,39 +70,6 @@ struct StepControl {
   uint64_t seed;           ///< of stochastic rounding
 };
 
-/// Hyper-parameters of one param_group: a row of a table float64[num_groups][8].
-struct AdamWGroup {
-  double lr, beta1, beta2, eps, weight_decay;
-  double decoupled; ///< 1: AdamW's decay of the parameter; 0: Adam's L2 term in the gradient
-  double amsgrad;   ///< 1: divide by the largest second moment so far
-  double maximize;  ///< 1: ascend
-};
-
-/// A row of a table float64[num_groups][6].
-struct SgdGroup {
-  double lr, momentum, dampening, weight_decay;
-  double nesterov; ///< 1 or 0
-  double maximize; ///< 1 or 0
-};
-
-/// A row of a table float64[num_groups][5].
-struct AdagradGroup {
-  double lr, lr_decay, weight_decay, eps;
-  double maximize; ///< 1 or 0
-};
-
-/// A row of a table float64[num_groups][5].
-struct LionGroup {
-  double lr, beta1, beta2, weight_decay;
-  double maximize; ///< 1 or 0
-};
-
-/// A row of a table float64[num_groups][6].
-struct LambGroup {
-  double lr, beta1, beta2, eps, weight_decay;
-  double maximize; ///< 1 or 0
-};
-
 namespace cpu {
 
 /// dst[i] = cast(src[i] * scale). float32 arithmetic (float64 when either side is). dst may be src itself (same dtype).
@@ -138,39 +106,18 @@ void dequantize(const uint8_t* codes, const float* scales, float* values, int64_
 /// Storage. bytes: sizeof(grad).
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int num_threads);
 
-// One step of an optimizer. `bytes` of an element are those of its arrays, read and written once each:
-//
-//   param    float32 8, master 4 + 4 and 2, remainder 4 + 4, stochastic 4        grad   4 or 2
-//   a state  float32 8, bfloat16 4, int8 2 and 8 / kQuantBlock
-//
-// so that AdamW in float32 moves 28. Each parameter's arithmetic is float32.
-
-/// AdamW and Adam. states: exp_avg, exp_avg_sq, and max_exp_avg_sq for groups with amsgrad.
-void adamw(const SegmentTable& segments, const Storage& storage, const AdamWGroup* groups, const StepControl& control,
-           int num_threads);
-
-/// SGD. states: momentum_buffer for groups with momentum; the first step of a segment overwrites it.
-void sgd(const SegmentTable& segments, const Storage& storage, const SgdGroup* groups, const StepControl& control,
-         int num_threads);
-
-/// Adagrad. states: sum.
-void adagrad(const SegmentTable& segments, const Storage& storage, const AdagradGroup* groups,
-             const StepControl& control, int num_threads);
-
-/// Lion. states: exp_avg.
-void lion(const SegmentTable& segments, const Storage& storage, const LionGroup* groups, const StepControl& control,
-          int num_threads);
-
-/// LAMB, first pass: steps the moments and leaves the parameters. states: exp_avg, exp_avg_sq.
-/// squares[i] = sums of squares of the parameter's and of the update's elements in segment i. Where a parameter lies in
-/// several segments, on several ranks, their sums are to be added up before the second pass.
-void lamb_moments(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
-                  const StepControl& control, int num_threads);
-
-/// LAMB, second pass: steps the parameters by the update, its length scaled by the trust ratio that follows from
-/// `squares`. The gradients are not read, `steps` are those that the first pass left.
-void lamb_update(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
-                 const StepControl& control, int num_threads);
+/// One step of an optimizer, or the pass of it that is called `kernel`: csrc/ops has their formulas, names, arrays of
+/// state, and the hyper-parameters that `groups`, float64[num_groups][columns], holds. Each parameter's arithmetic is
+/// float32. bytes of an element: those of its arrays, read and written once each:
+///
+///   param    float32 8, master 4 + 4 and 2, remainder 4 + 4, stochastic 4        grad   4 or 2
+///   a state  float32 8, bfloat16 4, int8 2 and 8 / kQuantBlock
+///
+/// so that AdamW in float32 moves 28. Squares are summed, gradients left aside, and parameters or states only read by
+/// the passes that say so; see StepOp in ops/op.h.
+/// @throws std::invalid_argument when there is no such kernel.
+void step(const std::string& kernel, const SegmentTable& segments, const Storage& storage, const double* groups,
+          const StepControl& control, int num_threads);
 
 } // namespace cpu
 
@@ -196,18 +143,8 @@ int64_t workspace_bytes(int64_t num_segments, int64_t total_numel);
 
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int64_t total_numel, void* workspace,
                    void* stream);
-void adamw(const SegmentTable& segments, const Storage& storage, const AdamWGroup* groups, const StepControl& control,
-           int64_t total_numel, void* workspace, void* stream);
-void sgd(const SegmentTable& segments, const Storage& storage, const SgdGroup* groups, const StepControl& control,
-         int64_t total_numel, void* workspace, void* stream);
-void adagrad(const SegmentTable& segments, const Storage& storage, const AdagradGroup* groups,
-             const StepControl& control, int64_t total_numel, void* workspace, void* stream);
-void lion(const SegmentTable& segments, const Storage& storage, const LionGroup* groups, const StepControl& control,
-          int64_t total_numel, void* workspace, void* stream);
-void lamb_moments(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
-                  const StepControl& control, int64_t total_numel, void* workspace, void* stream);
-void lamb_update(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
-                 const StepControl& control, int64_t total_numel, void* workspace, void* stream);
+void step(const std::string& kernel, const SegmentTable& segments, const Storage& storage, const double* groups,
+          const StepControl& control, int64_t total_numel, void* workspace, void* stream);
 
 } // namespace cuda
 } // namespace zeroopt

@@ -17,6 +17,13 @@ class BuildInfo(TypedDict):
     isas: list[str]
     isa: str
 
+class OptimizerFacts(TypedDict):
+    kernels: list[str]
+    columns: list[str]
+    states: list[str]
+    signed: list[bool]
+    flags: list[int | None]
+
 class BucketPlan:
     @property
     def kind(self) -> int: ...
@@ -91,6 +98,7 @@ class SharedMapping:
 
 def hold_rank_lock(fd: int, rank: int) -> None: ...
 def rank_lock_is_held(fd: int, rank: int) -> bool: ...
+def optimizers() -> dict[str, OptimizerFacts]: ...
 def build_info() -> BuildInfo: ...
 def cpu_isa() -> str: ...
 def pack(src: int, src_dtype: int, dst: int, dst_dtype: int, numel: int, scale: float, num_threads: int) -> None: ...
@@ -106,87 +114,8 @@ def dequantize(codes: int, scales: int, values: int, numel: int, is_signed: bool
 def squared_norms(
     rows: int, active: int, squares: int, count: int, grad_dtype: int, found_inf: int, num_threads: int
 ) -> None: ...
-def adamw(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    num_threads: int,
-) -> None: ...
-def sgd(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    num_threads: int,
-) -> None: ...
-def adagrad(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    num_threads: int,
-) -> None: ...
-def lion(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    num_threads: int,
-) -> None: ...
-def lamb_moments(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    num_threads: int,
-) -> None: ...
-def lamb_update(
+def step(
+    kernel: str,
     rows: int,
     active: int,
     steps: int,
@@ -231,97 +160,8 @@ def cuda_squared_norms(
     workspace: int,
     stream: int,
 ) -> None: ...
-def cuda_adamw(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    total_numel: int,
-    workspace: int,
-    stream: int,
-) -> None: ...
-def cuda_sgd(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    total_numel: int,
-    workspace: int,
-    stream: int,
-) -> None: ...
-def cuda_adagrad(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    total_numel: int,
-    workspace: int,
-    stream: int,
-) -> None: ...
-def cuda_lion(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    total_numel: int,
-    workspace: int,
-    stream: int,
-) -> None: ...
-def cuda_lamb_moments(
-    rows: int,
-    active: int,
-    steps: int,
-    squares: int,
-    count: int,
-    param_format: int,
-    grad_dtype: int,
-    state_format: int,
-    groups: int,
-    grad_scale: int,
-    clip_coef: int,
-    found_inf: int,
-    seed: int,
-    total_numel: int,
-    workspace: int,
-    stream: int,
-) -> None: ...
-def cuda_lamb_update(
+def cuda_step(
+    kernel: str,
     rows: int,
     active: int,
     steps: int,

@@ -17,22 +17,22 @@ void widen(const LeafTable& leaves, DType dtype, const uint16_t* array, float* v
 
 } // namespace
 
-Block::Block(const Storage& storage, uint64_t seed, const bool* is_signed)
-    : storage_(storage), seed_(seed), leaves_(*isa().leaves), is_signed_(is_signed) {}
+Block::Block(const Storage& storage, uint64_t seed, unsigned signed_states)
+    : storage_(storage), seed_(seed), leaves_(*isa().leaves), signed_states_(signed_states) {}
 
-void Block::load(const SegmentRow& row, int64_t begin, int64_t numel, int num_states, bool with_grad) {
+void Block::load(const SegmentRow& row, int64_t begin, int64_t numel, unsigned in_use, bool with_grad) {
   begin_ = begin;
   numel_ = numel;
   param = load_param(row);
   if (with_grad) grad = load_grad(row);
-  for (int k = 0; k < num_states; ++k)
-    states[k] = load_state(row, k);
+  for (int k = 0; k < kMaxStates; ++k)
+    if (in_use >> k & 1u) states[k] = load_state(row, k);
 }
 
-void Block::store(const SegmentRow& row, uint32_t step, int num_states, bool with_param, bool with_states) {
+void Block::store(const SegmentRow& row, uint32_t step, unsigned in_use, bool with_param, bool with_states) {
   if (with_param) store_param(row, step);
-  for (int k = 0; with_states && k < num_states; ++k)
-    store_state(row, k, step);
+  for (int k = 0; k < kMaxStates; ++k)
+    if (with_states && (in_use >> k & 1u)) store_state(row, k, step);
 }
 
 float* Block::load_param(const SegmentRow& row) {
@@ -66,8 +66,8 @@ float* Block::load_state(const SegmentRow& row, int state) {
     widen(leaves_, DType::bfloat16, at<uint16_t>(row.states[state], begin_), states_[state], numel_);
     return states_[state];
   case StateFormat::int8:
-    leaves_.formats->decode[is_signed_[state]](at<uint8_t>(row.states[state], begin_),
-                                               row.scales[state] + begin_ / kQuantBlock, states_[state], numel_);
+    leaves_.formats->decode[is_signed(state)](at<uint8_t>(row.states[state], begin_),
+                                              row.scales[state] + begin_ / kQuantBlock, states_[state], numel_);
     return states_[state];
   }
   return nullptr;
@@ -100,7 +100,7 @@ void Block::store_state(const SegmentRow& row, int state, uint32_t step) {
   case StateFormat::int8: {
     uint8_t* const codes = at<uint8_t>(row.states[state], begin_);
     float* const scales = row.scales[state] + begin_ / kQuantBlock;
-    if (is_signed_[state]) return leaves_.formats->encode_signed(values, codes, scales, numel_);
+    if (is_signed(state)) return leaves_.formats->encode_signed(values, codes, scales, numel_);
     const uint16_t* const random = draw(row, step, 1 + static_cast<uint32_t>(state));
     return leaves_.formats->encode_unsigned(values, random, codes, scales, numel_);
   }

@@ -15,15 +15,16 @@ static_assert(kBlock % kQuantBlock == 0 && kBlock % kNoisePerCall == 0, "blocks 
 /// One thread's buffers, and the conversions between them and a segment.
 class Block {
 public:
-  /// @param is_signed [kMaxStates], whether a state can be negative
-  Block(const Storage& storage, uint64_t seed, const bool* is_signed);
+  /// @param signed_states bit k: state k can be negative
+  Block(const Storage& storage, uint64_t seed, unsigned signed_states);
 
   /// Elements [begin, begin + numel) of a segment: fills `param`, `grad` and `states`.
-  void load(const SegmentRow& row, int64_t begin, int64_t numel, int num_states, bool with_grad);
+  /// @param in_use bit k: the segment's group uses state k
+  void load(const SegmentRow& row, int64_t begin, int64_t numel, unsigned in_use, bool with_grad);
 
   /// Writes back what `load` did not give the arrays themselves of.
   /// @param step the number of this step, for random numbers
-  void store(const SegmentRow& row, uint32_t step, int num_states, bool with_param, bool with_states);
+  void store(const SegmentRow& row, uint32_t step, unsigned in_use, bool with_param, bool with_states);
 
   float* param = nullptr;
   const float* grad = nullptr;
@@ -36,6 +37,7 @@ private:
   float* load_state(const SegmentRow& row, int state);
   void store_param(const SegmentRow& row, uint32_t step);
   void store_state(const SegmentRow& row, int state, uint32_t step);
+  bool is_signed(int state) const { return signed_states_ >> state & 1u; }
   /// 16 random bits for each element of one array, see common/philox.h.
   const uint16_t* draw(const SegmentRow& row, uint32_t step, uint32_t array);
 
@@ -44,7 +46,7 @@ private:
   const LeafTable& leaves_;
   int64_t begin_ = 0;
   int64_t numel_ = 0;
-  const bool* is_signed_;
+  unsigned signed_states_;
   alignas(64) float param_[kBlock];
   alignas(64) float grad_[kBlock];
   alignas(64) float states_[kMaxStates][kBlock];

@@ -18,23 +18,25 @@ inline float grad_factor(const StepControl& control) {
   return control.clip_coef == nullptr ? unscale : unscale * *control.clip_coef;
 }
 
+/// What a segment's elements are stepped with.
+template <class Op> struct StepPlan {
+  typename Op::Scalars scalars;
+  unsigned states; ///< in use, as bits
+};
+
 template <class Op>
 void step(const SegmentTable& table, const Storage& storage, const typename Op::Group* groups,
           const StepControl& control, const OpLeaves<Op>& leaves, int num_threads) {
-  using Scalars = typename Op::Scalars;
   if (is_skipped(control)) return;
-  bool is_signed[kMaxStates];
-  for (int k = 0; k < kMaxStates; ++k)
-    is_signed[k] = Op::is_signed(k);
-
-  std::vector<Scalars> scalars(static_cast<size_t>(table.count));
+  std::vector<StepPlan<Op>> plans(static_cast<size_t>(table.count));
   const SegmentWork work(table);
   for (const SegmentWork::Piece& piece : work.pieces()) {
     float& steps = table.steps[piece.segment];
     if (Op::kCountsStep) steps += 1.0f;
     const double* squares = table.squares == nullptr ? nullptr : table.squares + 2 * piece.segment;
-    scalars[static_cast<size_t>(piece.segment)] =
-        Op::scalars(groups[table.rows[piece.segment].group], {steps, grad_factor(control), squares});
+    const typename Op::Group& group = groups[table.rows[piece.segment].group];
+    plans[static_cast<size_t>(piece.segment)] = {Op::scalars(group, {steps, grad_factor(control), squares}),
+                                                 states_in_use<Op>(group)};
   }
 
   // Where the arrays themselves are float32 and nothing is summed, no buffer limits how much is stepped at once.
@@ -45,15 +47,15 @@ void step(const SegmentTable& table, const Storage& storage, const typename Op::
   ChunkSums sums(work, kNumSums);
   const auto sum_squares = isa().leaves->sum_squares;
   work.run(num_threads, [&](const SegmentWork::Piece& piece, int64_t begin, int64_t end) {
-    Block block(storage, control.seed, is_signed);
+    Block block(storage, control.seed, kSignedStates<Op>);
     const SegmentRow& row = table.rows[piece.segment];
-    const Scalars& s = scalars[static_cast<size_t>(piece.segment)];
-    const auto leaf = leaves(s.num_states);
+    const StepPlan<Op>& plan = plans[static_cast<size_t>(piece.segment)];
+    const StepLeaf<Op> leaf = leaves.leaf[plan.states];
     for (int64_t i = begin, numel; i < end; i += numel) {
       numel = std::min(length, end - i);
-      block.load(row, i, numel, s.num_states, Op::kReadsGrad);
-      leaf(s, block.param, block.grad, block.states, block.update(), numel);
-      block.store(row, static_cast<uint32_t>(table.steps[piece.segment]), s.num_states, Op::kWritesParam,
+      block.load(row, i, numel, plan.states, Op::kReadsGrad);
+      leaf(plan.scalars, block.param, block.grad, block.states, block.update(), numel);
+      block.store(row, static_cast<uint32_t>(table.steps[piece.segment]), plan.states, Op::kWritesParam,
                   Op::kWritesStates);
       if (Op::kSumsSquares) {
         sums.of(piece, i, 0) += sum_squares(block.param, numel);

@@ -9,6 +9,7 @@ namespace zeroopt::cuda {
 
 template <class Op> struct StepPlan {
   typename Op::Scalars scalars;
+  unsigned states; ///< in use, as bits
   int lead;
 };
 
@@ -34,12 +35,12 @@ ZEROOPT_DEVICE unsigned state_leads(StateFormat format, const void* array) {
   return leads_of(array, 1) & 1u; // the blocks that share a scale begin with the segment
 }
 
-template <class Op> ZEROOPT_DEVICE int lead_of(const Storage& storage, const SegmentRow& row, int num_states) {
+template <class Op> ZEROOPT_DEVICE int lead_of(const Storage& storage, const SegmentRow& row, unsigned states) {
   unsigned leads = param_leads(storage.param, row);
   if (Op::kReadsGrad) leads &= leads_of(row.grad, static_cast<int>(dtype_bytes(storage.grad)));
 #pragma unroll
-  for (int k = 0; k < Op::kMaxStates; ++k)
-    if (k < num_states) leads &= state_leads(storage.state, row.states[k]);
+  for (int k = 0; k < kNumStates<Op>; ++k)
+    if (states >> k & 1u) leads &= state_leads(storage.state, row.states[k]);
   return smallest_lead(leads);
 }
 
@@ -54,41 +55,58 @@ __global__ void __launch_bounds__(kThreads)
     const double* const squares = table.squares == nullptr ? nullptr : table.squares + 2 * i;
     StepPlan<Op> plan;
     plan.scalars = Op::scalars(groups[row.group], {table.steps[i], factor, squares});
-    plan.lead = lead_of<Op>(storage, row, plan.scalars.num_states);
+    plan.states = states_in_use<Op>(groups[row.group]);
+    plan.lead = lead_of<Op>(storage, row, plan.states);
     return plan;
   });
 }
 
 /// Steps a lane's elements. `param` and `update` are left for sums.
-template <class Op, int num_states>
+template <class Op, unsigned in_use>
 ZEROOPT_DEVICE void step_lane(const typename Op::Scalars& scalars, const Storage& storage, const SegmentRow& row,
                               const LaneRange& lane, NoiseKey key, float (&param)[kLaneNumel],
                               float (&update)[kLaneNumel]) {
-  constexpr int size = num_states > 0 ? num_states : 1;
+  constexpr int size = kNumStates<Op>;
   const typename Op::Scalars s = scalars; // a copy that no store can change
   float grad[kLaneNumel] = {};
   float states[size][kLaneNumel] = {};
   load_param(storage.param, row, lane, param);
   if (Op::kReadsGrad) load_grad(storage.grad, row, lane, grad);
 #pragma unroll
-  for (int k = 0; k < num_states; ++k)
-    load_state(storage.state, row, k, Op::is_signed(k), lane, states[k]);
+  for (int k = 0; k < size; ++k)
+    if (in_use >> k & 1u) load_state(storage.state, row, k, kSignedStates<Op> >> k & 1u, lane, states[k]);
 #pragma unroll
   for (int i = 0; i < kLaneNumel; ++i) {
     float state[size] = {};
 #pragma unroll
-    for (int k = 0; k < num_states; ++k)
+    for (int k = 0; k < size; ++k)
       state[k] = states[k][i];
-    Op::template element<num_states>(s, param[i], grad[i], state, update[i]);
+    Op::template element<in_use>(s, param[i], grad[i], state, update[i]);
 #pragma unroll
-    for (int k = 0; k < num_states; ++k)
+    for (int k = 0; k < size; ++k)
       states[k][i] = state[k];
   }
   if (Op::kWritesParam) store_param(storage.param, row, lane, key, param);
 #pragma unroll
-  for (int k = 0; Op::kWritesStates && k < num_states; ++k) {
+  for (int k = 0; k < size; ++k) {
+    if (!Op::kWritesStates || !(in_use >> k & 1u)) continue;
     key.array = 1 + static_cast<uint32_t>(k);
-    store_state(storage.state, row, k, Op::is_signed(k), lane, key, states[k]);
+    store_state(storage.state, row, k, kSignedStates<Op> >> k & 1u, lane, key, states[k]);
+  }
+}
+
+/// Steps a lane's elements by the code for the states that are in use: the first k of them have been looked at.
+template <class Op, int k = 0, unsigned found = 0, class... Args>
+ZEROOPT_DEVICE void step_lane_using(unsigned in_use, Args&... args) {
+  if constexpr (k == kNumStates<Op>) {
+    step_lane<Op, found>(args...);
+  } else if constexpr ((kOptionalStates<Op> >> k & 1u) == 0) {
+    step_lane_using<Op, k + 1, (found | 1u << k)>(in_use, args...);
+  } else {
+    if (in_use >> k & 1u)
+      step_lane_using<Op, k + 1, (found | 1u << k)>(in_use, args...);
+    else
+      step_lane_using<Op, k + 1, found>(in_use, args...);
   }
 }
 
@@ -99,13 +117,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     step_kernel(SegmentTable table, Storage storage, StepControl control, Workspace<StepPlan<Op>> workspace) {
   for_each_tile(table, workspace, [&](int64_t segment, int64_t tile, const LaneRange& lane) {
     const SegmentRow& row = table.rows[segment];
-    const typename Op::Scalars& scalars = workspace.plans[segment].scalars;
+    const StepPlan<Op>& plan = workspace.plans[segment];
     const NoiseKey key = {control.seed, static_cast<uint32_t>(table.steps[segment]), static_cast<uint32_t>(row.key), 0};
     float param[kLaneNumel], update[kLaneNumel] = {};
-    if (scalars.num_states == Op::kMinStates)
-      step_lane<Op, Op::kMinStates>(scalars, storage, row, lane, key, param, update);
-    else
-      step_lane<Op, Op::kMaxStates>(scalars, storage, row, lane, key, param, update);
+    step_lane_using<Op>(plan.states, plan.scalars, storage, row, lane, key, param, update);
     if constexpr (Op::kSumsSquares) {
       const double param_squares = warp_sum(sum_squares(param, lane));
       const double update_squares = warp_sum(sum_squares(update, lane));

@@ -1,10 +1,6 @@
 #include "cuda/launch.h"
 #include "cuda/step.cuh"
-#include "ops/adagrad.h"
-#include "ops/adamw.h"
-#include "ops/lamb.h"
-#include "ops/lion.h"
-#include "ops/sgd.h"
+#include "ops/by_name.h"
 
 namespace zeroopt::cuda {
 namespace {
@@ -12,7 +8,6 @@ namespace {
 template <class Op>
 void step(const char* name, const SegmentTable& segments, const Storage& storage, const typename Op::Group* groups,
           const StepControl& control, int64_t total_numel, void* workspace, void* stream) {
-  static_assert(Op::kMaxStates - Op::kMinStates <= 1, "the kernel is compiled for these two numbers");
   if (segments.count == 0) return;
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto parts = workspace_at<StepPlan<Op>>(workspace, segments.count, total_numel);
@@ -29,34 +24,13 @@ int64_t workspace_bytes(int64_t num_segments, int64_t total_numel) {
   return WorkspaceLayout::of(num_segments, max_tiles(num_segments, total_numel)).end;
 }
 
-void adamw(const SegmentTable& segments, const Storage& storage, const AdamWGroup* groups, const StepControl& control,
-           int64_t total_numel, void* workspace, void* stream) {
-  step<AdamW>("adamw", segments, storage, groups, control, total_numel, workspace, stream);
-}
-
-void sgd(const SegmentTable& segments, const Storage& storage, const SgdGroup* groups, const StepControl& control,
-         int64_t total_numel, void* workspace, void* stream) {
-  step<Sgd>("sgd", segments, storage, groups, control, total_numel, workspace, stream);
-}
-
-void adagrad(const SegmentTable& segments, const Storage& storage, const AdagradGroup* groups,
-             const StepControl& control, int64_t total_numel, void* workspace, void* stream) {
-  step<Adagrad>("adagrad", segments, storage, groups, control, total_numel, workspace, stream);
-}
-
-void lion(const SegmentTable& segments, const Storage& storage, const LionGroup* groups, const StepControl& control,
-          int64_t total_numel, void* workspace, void* stream) {
-  step<Lion>("lion", segments, storage, groups, control, total_numel, workspace, stream);
-}
-
-void lamb_moments(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
-                  const StepControl& control, int64_t total_numel, void* workspace, void* stream) {
-  step<LambMoments>("lamb_moments", segments, storage, groups, control, total_numel, workspace, stream);
-}
-
-void lamb_update(const SegmentTable& segments, const Storage& storage, const LambGroup* groups,
-                 const StepControl& control, int64_t total_numel, void* workspace, void* stream) {
-  step<LambUpdate>("lamb_update", segments, storage, groups, control, total_numel, workspace, stream);
+void step(const std::string& kernel, const SegmentTable& segments, const Storage& storage, const double* groups,
+          const StepControl& control, int64_t total_numel, void* workspace, void* stream) {
+  with_op(kernel, [&](auto op) {
+    using Op = decltype(op);
+    step<Op>(kernel.c_str(), segments, storage, reinterpret_cast<const typename Op::Group*>(groups), control,
+             total_numel, workspace, stream);
+  });
 }
 
 } // namespace zeroopt::cuda

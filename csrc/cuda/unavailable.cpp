@@ -5,8 +5,8 @@
 namespace zeroopt::cuda {
 namespace {
 
-[[noreturn]] void unavailable(const char* kernel) {
-  throw KernelUnavailable(std::string("the CUDA kernel ") + kernel +
+[[noreturn]] void unavailable(const std::string& kernel) {
+  throw KernelUnavailable("the CUDA kernel " + kernel +
                           " is not in this build of zeroopt, which was made without a CUDA compiler; with nvcc on PATH "
                           "run: ZEROOPT_CUDA=on pip install --force-reinstall --no-deps --no-binary zeroopt zeroopt");
 }
@@ -41,28 +41,9 @@ void squared_norms(const SegmentTable&, DType, float*, int64_t, void*, void*) {
   unavailable("squared_norms");
 }
 
-void adamw(const SegmentTable&, const Storage&, const AdamWGroup*, const StepControl&, int64_t, void*, void*) {
-  unavailable("adamw");
-}
-
-void sgd(const SegmentTable&, const Storage&, const SgdGroup*, const StepControl&, int64_t, void*, void*) {
-  unavailable("sgd");
-}
-
-void adagrad(const SegmentTable&, const Storage&, const AdagradGroup*, const StepControl&, int64_t, void*, void*) {
-  unavailable("adagrad");
-}
-
-void lion(const SegmentTable&, const Storage&, const LionGroup*, const StepControl&, int64_t, void*, void*) {
-  unavailable("lion");
-}
-
-void lamb_moments(const SegmentTable&, const Storage&, const LambGroup*, const StepControl&, int64_t, void*, void*) {
-  unavailable("lamb_moments");
-}
-
-void lamb_update(const SegmentTable&, const Storage&, const LambGroup*, const StepControl&, int64_t, void*, void*) {
-  unavailable("lamb_update");
+void step(const std::string& kernel, const SegmentTable&, const Storage&, const double*, const StepControl&, int64_t,
+          void*, void*) {
+  unavailable(kernel);
 }
 
 } // namespace zeroopt::cuda

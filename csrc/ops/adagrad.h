@@ -12,13 +12,11 @@
 namespace zeroopt {
 
 struct Adagrad : StepOp {
-  using Group = AdagradGroup;
-  static constexpr int kMinStates = 1; // sum
-  static constexpr int kMaxStates = 1;
-  ZEROOPT_INLINE bool is_signed(int) { return false; }
+  static constexpr const char* kName = "adagrad";
+  ZEROOPT_COLUMNS(lr, lr_decay, weight_decay, eps, maximize);
+  static constexpr State kStates[] = {{"sum", kUnsigned, kAlways}};
 
   struct Scalars {
-    int num_states;
     float grad_factor;
     float weight_decay;
     float step_size; ///< lr / (1 + (t - 1) * lr_decay)
@@ -27,7 +25,6 @@ struct Adagrad : StepOp {
 
   ZEROOPT_INLINE Scalars scalars(const Group& group, const SegmentScalars& segment) {
     Scalars s;
-    s.num_states = 1;
     s.grad_factor = group.maximize != 0 ? -segment.grad_factor : segment.grad_factor;
     s.weight_decay = static_cast<float>(group.weight_decay);
     s.step_size = static_cast<float>(group.lr / (1.0 + (segment.step - 1.0) * group.lr_decay));
@@ -35,7 +32,7 @@ struct Adagrad : StepOp {
     return s;
   }
 
-  template <int num_states, int size>
+  template <unsigned, int size>
   ZEROOPT_INLINE void element(const Scalars& s, float& p, float g, float (&state)[size], float&) {
     g *= s.grad_factor;
     g = s.weight_decay != 0.0f ? g + s.weight_decay * p : g; // not g + 0 * p, which is NaN for an infinite p

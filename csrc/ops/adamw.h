@@ -15,12 +15,14 @@
 namespace zeroopt {
 
 struct AdamW : StepOp {
-  using Group = AdamWGroup;
-  static constexpr int kMinStates = 2; // exp_avg, exp_avg_sq
-  static constexpr int kMaxStates = 3; // and max_exp_avg_sq
+  static constexpr const char* kName = "adamw";
+  // decoupled: AdamW's decay of the parameter, else Adam's L2 term in the gradient
+  ZEROOPT_COLUMNS(lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize);
+  static constexpr State kStates[] = {{"exp_avg", kSigned, kAlways},
+                                      {"exp_avg_sq", kUnsigned, kAlways},
+                                      {"max_exp_avg_sq", kUnsigned, Column::amsgrad}};
 
   struct Scalars {
-    int num_states;
     float grad_factor;
     float l2;          ///< weight_decay of Adam, 0 for AdamW
     float param_decay; ///< 1 - lr * weight_decay for AdamW, 1 for Adam
@@ -35,7 +37,6 @@ struct AdamW : StepOp {
     const bool decoupled = group.decoupled != 0;
     const double step = segment.step;
     Scalars s;
-    s.num_states = group.amsgrad != 0 ? 3 : 2;
     s.grad_factor = group.maximize != 0 ? -segment.grad_factor : segment.grad_factor;
     s.l2 = static_cast<float>(decoupled ? 0.0 : group.weight_decay);
     s.param_decay = static_cast<float>(decoupled ? 1.0 - group.lr * group.weight_decay : 1.0);
@@ -49,7 +50,7 @@ struct AdamW : StepOp {
     return s;
   }
 
-  template <int num_states, int size>
+  template <unsigned states, int size>
   ZEROOPT_INLINE void element(const Scalars& s, float& p, float g, float (&state)[size], float&) {
     g *= s.grad_factor;
     g = s.l2 != 0.0f ? g + s.l2 * p : g; // not g + 0 * p, which is NaN for an infinite p
@@ -59,7 +60,7 @@ struct AdamW : StepOp {
     m = lerp(m, g, s.beta1, s.one_minus_beta1);
     v = s.beta2 * v + s.one_minus_beta2 * g * g;
     float second_moment = v;
-    if constexpr (num_states == 3) {
+    if constexpr (states >> 2 & 1u) {
       const bool larger = (v > state[2]) | (v != v); // a NaN is kept, as torch.maximum does
       second_moment = larger ? v : state[2];
       state[2] = second_moment;

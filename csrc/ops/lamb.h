@@ -13,27 +13,25 @@
 
 namespace zeroopt {
 
-struct LambScalars {
-  int num_states;
-  float grad_factor;
-  float beta1, one_minus_beta1;
-  float beta2, one_minus_beta2;
-  float m_scale;    ///< 1 / (1 - beta1^t)
-  float root_scale; ///< 1 / sqrt(1 - beta2^t)
-  float eps;
-  float weight_decay;
-  float step_size; ///< lr * |p| / |u|, for the second pass
-};
-
+/// What both passes share.
 struct Lamb : StepOp {
-  using Group = LambGroup;
-  using Scalars = LambScalars;
-  static constexpr int kMinStates = 2; // exp_avg, exp_avg_sq
-  static constexpr int kMaxStates = 2;
+  static constexpr const char* kName = "lamb";
+  ZEROOPT_COLUMNS(lr, beta1, beta2, eps, weight_decay, maximize);
+  static constexpr State kStates[] = {{"exp_avg", kSigned, kAlways}, {"exp_avg_sq", kUnsigned, kAlways}};
+
+  struct Scalars {
+    float grad_factor;
+    float beta1, one_minus_beta1;
+    float beta2, one_minus_beta2;
+    float m_scale;    ///< 1 / (1 - beta1^t)
+    float root_scale; ///< 1 / sqrt(1 - beta2^t)
+    float eps;
+    float weight_decay;
+    float step_size; ///< lr * |p| / |u|, for the second pass
+  };
 
   ZEROOPT_INLINE Scalars scalars(const Group& group, const SegmentScalars& segment) {
     Scalars s;
-    s.num_states = 2;
     s.grad_factor = group.maximize != 0 ? -segment.grad_factor : segment.grad_factor;
     s.beta1 = static_cast<float>(group.beta1);
     s.one_minus_beta1 = static_cast<float>(1.0 - group.beta1);
@@ -55,11 +53,14 @@ struct Lamb : StepOp {
   }
 };
 
+/// Steps the moments, leaves the parameter, and sums the squares of parameter and update in each segment. Where a
+/// parameter lies in several segments, on several ranks, their sums are to be added up before the second pass.
 struct LambMoments : Lamb {
+  static constexpr const char* kPass = "moments";
   static constexpr bool kWritesParam = false;
   static constexpr bool kSumsSquares = true;
 
-  template <int num_states, int size>
+  template <unsigned, int size>
   ZEROOPT_INLINE void element(const Scalars& s, float& p, float g, float (&state)[size], float& update) {
     g *= s.grad_factor;
     state[0] = lerp(state[0], g, s.beta1, s.one_minus_beta1);
@@ -68,12 +69,14 @@ struct LambMoments : Lamb {
   }
 };
 
+/// Steps the parameter by the update, its length scaled by the trust ratio that follows from the sums.
 struct LambUpdate : Lamb {
+  static constexpr const char* kPass = "update";
   static constexpr bool kReadsGrad = false;
   static constexpr bool kWritesStates = false;
   static constexpr bool kCountsStep = false;
 
-  template <int num_states, int size>
+  template <unsigned, int size>
   ZEROOPT_INLINE void element(const Scalars& s, float& p, float, float (&state)[size], float&) {
     p -= s.step_size * direction(s, p, state[0], state[1]);
   }

@@ -10,12 +10,11 @@
 namespace zeroopt {
 
 struct Lion : StepOp {
-  using Group = LionGroup;
-  static constexpr int kMinStates = 1; // exp_avg
-  static constexpr int kMaxStates = 1;
+  static constexpr const char* kName = "lion";
+  ZEROOPT_COLUMNS(lr, beta1, beta2, weight_decay, maximize);
+  static constexpr State kStates[] = {{"exp_avg", kSigned, kAlways}};
 
   struct Scalars {
-    int num_states;
     float grad_factor;
     float param_decay; ///< 1 - lr * weight_decay
     float lr;
@@ -25,7 +24,6 @@ struct Lion : StepOp {
 
   ZEROOPT_INLINE Scalars scalars(const Group& group, const SegmentScalars& segment) {
     Scalars s;
-    s.num_states = 1;
     s.grad_factor = group.maximize != 0 ? -segment.grad_factor : segment.grad_factor;
     s.param_decay = static_cast<float>(1.0 - group.lr * group.weight_decay);
     s.lr = static_cast<float>(group.lr);
@@ -36,7 +34,7 @@ struct Lion : StepOp {
     return s;
   }
 
-  template <int num_states, int size>
+  template <unsigned, int size>
   ZEROOPT_INLINE void element(const Scalars& s, float& p, float g, float (&state)[size], float&) {
     g *= s.grad_factor;
     const float direction = s.beta1 * state[0] + s.one_minus_beta1 * g;

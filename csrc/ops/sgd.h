@@ -12,12 +12,11 @@
 namespace zeroopt {
 
 struct Sgd : StepOp {
-  using Group = SgdGroup;
-  static constexpr int kMinStates = 0;
-  static constexpr int kMaxStates = 1; // momentum_buffer
+  static constexpr const char* kName = "sgd";
+  ZEROOPT_COLUMNS(lr, momentum, dampening, weight_decay, nesterov, maximize);
+  static constexpr State kStates[] = {{"momentum_buffer", kSigned, Column::momentum}};
 
   struct Scalars {
-    int num_states;
     float grad_factor;
     float weight_decay;
     float lr;
@@ -29,7 +28,6 @@ struct Sgd : StepOp {
 
   ZEROOPT_INLINE Scalars scalars(const Group& group, const SegmentScalars& segment) {
     Scalars s;
-    s.num_states = group.momentum != 0 ? 1 : 0;
     s.grad_factor = group.maximize != 0 ? -segment.grad_factor : segment.grad_factor;
     s.weight_decay = static_cast<float>(group.weight_decay);
     s.lr = static_cast<float>(group.lr);
@@ -40,11 +38,11 @@ struct Sgd : StepOp {
     return s;
   }
 
-  template <int num_states, int size>
+  template <unsigned states, int size>
   ZEROOPT_INLINE void element(const Scalars& s, float& p, float g, float (&state)[size], float&) {
     g *= s.grad_factor;
     g = s.weight_decay != 0.0f ? g + s.weight_decay * p : g; // not g + 0 * p, which is NaN for an infinite p
-    if constexpr (num_states == 1) {
+    if constexpr (states & 1u) {
       const float buffer = s.first != 0.0f ? g : s.momentum * state[0] + s.one_minus_dampening * g;
       state[0] = buffer;
       g = s.nesterov != 0.0f ? g + s.momentum * buffer : buffer;

@@ -17,8 +17,8 @@ from zeroopt import _C
 from zeroopt.diagnosis.env import environment
 from zeroopt.errors import KernelUnavailableError
 
-# rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream
-STEP = (64, 64, 64, 64, 1, 0, 0, 0, 64, 0, 0, 0, 0, 4, 64, 0)
+# kernel, rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream
+STEP = ("adamw", 64, 64, 64, 64, 1, 0, 0, 0, 64, 0, 0, 0, 0, 4, 64, 0)
 CUDA_CALLS = {
     "cuda_pack": (64, 0, 128, 0, 4, 1.0, 0),
     "cuda_pack_segments": (64, 64, 1, 0, 0, 1.0, 4, 64, 0),
@@ -26,12 +26,7 @@ CUDA_CALLS = {
     "cuda_quantize": (64, 128, 192, 4, True, 0),
     "cuda_dequantize": (64, 128, 192, 4, True, 0),
     "cuda_squared_norms": (64, 64, 64, 1, 0, 64, 4, 64, 0),
-    "cuda_adamw": STEP,
-    "cuda_sgd": STEP,
-    "cuda_adagrad": STEP,
-    "cuda_lion": STEP,
-    "cuda_lamb_moments": STEP,
-    "cuda_lamb_update": STEP,
+    "cuda_step": STEP,
 }
 
 

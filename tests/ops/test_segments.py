@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from step_cases import FLOAT32, OPS, Stored, groups_of, table_of
+from op_cases import OPS
+from step_cases import FLOAT32, Stored, groups_of, table_of
 from torch import Tensor
 
 from zeroopt import ops
@@ -257,7 +257,7 @@ class TestArguments:
         call = call_of(name)
         before = [segment.param.clone() for segment in call["table"].segments]
         with pytest.raises(ConfigError, match=message):
-            getattr(ops, name)(**{**call, **changes})
+            ops.OPTIMIZERS[name](**{**call, **changes})
         assert all(map(torch.equal, before, (segment.param for segment in call["table"].segments)))
         assert call["steps"].tolist() == [0, 0]
 
@@ -265,20 +265,21 @@ class TestArguments:
         segments = [Stored(OPS[name]), Stored(OPS[name], group=2)]
         groups = torch.tensor([list(OPS[name].hyper().values())] * 2, dtype=torch.float64)
         with pytest.raises(ConfigError, match="a row for every group of segments, at least 3, got 2"):
-            getattr(ops, name)(**call_of(name) | {"table": table_of(segments), "groups": groups})
+            ops.OPTIMIZERS[name](**call_of(name) | {"table": table_of(segments), "groups": groups})
 
     def test_gradients_and_states_may_lack_where_inactive_only(self, name: str) -> None:
-        needed = ["grad", *(f"states[{k}]" for k in range(len(OPS[name].states_of(OPS[name].defaults))))]
-        for number, what in enumerate(needed):
-            whole, part = (Stored(OPS[name], numel=8).arrays for _ in range(2))
-            states = [None if state == number - 1 else array for state, array in enumerate(part.states)]
-            part = SegmentArrays(part.param, None if number == 0 else part.grad, states=states)
+        op = OPS[name]
+        used = [k for k, state in enumerate(op.states) if state in op.states_of(op.defaults)]
+        for lacking in (None, *used):  # the gradient, or a state
+            whole, part = (Stored(op, numel=8).arrays for _ in range(2))
+            states = [None if k == lacking else array for k, array in enumerate(part.states)]
+            part = SegmentArrays(part.param, None if lacking is None else part.grad, states=states)
             table = ops.SegmentTable(FLOAT32, [whole, part])
             call = call_of(name) | {"table": table}
-            with pytest.raises(ConfigError, match="to have a gradient" if number == 0 else re.escape(what)):
-                getattr(ops, name)(**call)
+            with pytest.raises(ConfigError, match="to have a gradient" if lacking is None else rf"states\[{lacking}\]"):
+                ops.OPTIMIZERS[name](**call)
             assert call["steps"].tolist() == [0, 0]
-            getattr(ops, name)(**call | {"active": torch.tensor([1, 0], dtype=torch.uint8)})
+            ops.OPTIMIZERS[name](**call | {"active": torch.tensor([1, 0], dtype=torch.uint8)})
             assert call["steps"].tolist() == [1, 0]
 
 

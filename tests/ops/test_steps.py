@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from step_cases import OPS, STORAGES, TOLERANCE, Op, Stored, check_step, random_values, run, storage_name
+from op_cases import OPS, Op
+from step_cases import STORAGES, TOLERANCE, Stored, check_step, expect, random_values, run, storage_name
 from torch import Tensor
 
 from zeroopt import ops
@@ -30,6 +31,20 @@ def assert_close(values: Tensor, expected: Tensor, num_steps: int) -> None:
     torch.testing.assert_close(values.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_say_what_they_are(name: str) -> None:
+    op, kernel = OPS[name], ops.OPTIMIZERS[name]
+    assert kernel.kernels == (op.kernels or (name,))
+    assert kernel.columns == tuple(op.defaults)
+    assert (kernel.states, kernel.signed) == (op.states, op.signed)
+    flags = [None if flag is None else kernel.columns[flag] for flag in kernel.flags]
+    assert flags == [op.flags.get(state) for state in op.states]
+
+
+def test_every_kernel_has_its_cases() -> None:
+    assert ops.OPTIMIZERS.keys() == OPS.keys()
+
+
 class TestFormulas:
     @pytest.mark.parametrize(("name", "change"), OPTIONS, ids=str)
     def test_several_steps_follow_the_reference(self, name: str, change: dict[str, float]) -> None:
@@ -41,7 +56,7 @@ class TestFormulas:
             segment.raw["grad"].copy_(gradient(step))
             before = segment.copies()["grad"]
             run([segment], steps=steps)
-            exact = op.expect({**exact, "grad": gradient(step)}, step, hyper)
+            exact = expect(op, {**exact, "grad": gradient(step)}, step, hyper)
             for state in ("param", *segment.states):
                 assert_close(segment.raw[state], exact[state], step)
             assert steps.item() == step
@@ -57,18 +72,18 @@ class TestFormulas:
         assert steps.item() == 1e6 + 1
         check_step(segment, before, 1e6 + 1)
 
-    @pytest.mark.parametrize("name", ["adamw", "sgd"])
-    def test_states_that_the_group_does_not_need_stay(self, name: str) -> None:
+    @pytest.mark.parametrize(("name", "state"), [(name, state) for name, op in OPS.items() for state in op.flags])
+    def test_states_that_the_group_does_not_need_stay(self, name: str, state: str) -> None:
         """max_exp_avg_sq without amsgrad and momentum_buffer without momentum, the array being there or not."""
         op = OPS[name]
-        assert op.flag is not None
-        with_array, without = Stored(op, hyper=op.hyper(**{op.flag: 1})), Stored(op, hyper=op.hyper(**{op.flag: 0}))
+        flag = op.flags[state]
+        with_array, without = Stored(op, hyper=op.hyper(**{flag: 1})), Stored(op, hyper=op.hyper(**{flag: 0}))
         with_array.hyper = without.hyper
-        kept = with_array.copies()[op.states[-1]]
+        kept = with_array.copies()[state]
         run([with_array])
         run([without])
-        assert with_array.copies()[op.states[-1]] == kept
-        assert with_array.copies() == without.copies() | {op.states[-1]: kept}
+        assert with_array.copies()[state] == kept
+        assert with_array.copies() == without.copies() | {state: kept}
 
     def test_first_step_of_sgd_overwrites_what_the_buffer_held(self) -> None:
         segment = Stored(OPS["sgd"], hyper=OPS["sgd"].hyper(dampening=0.5, weight_decay=0))

@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from op_cases import OPS
 from step_cases import (
     FEW_STORAGES,
     FLOAT32,
     HALVES,
-    OPS,
     STORAGES,
     Stored,
     check_step,
+    expect,
     random_values,
     run,
     storage_name,
@@ -203,7 +204,7 @@ class TestExtremes:
         segment = Stored(op, numel=1000, hyper=op.hyper(lr=lr, weight_decay=0))
         before = segment.values()
         run([segment])
-        expected = op.expect(before, 3, segment.hyper)["param"]
+        expected = expect(op, before, 3, segment.hyper)["param"]
         size = expected.abs().mean()
         assert size > lr / 1000
         assert ((segment.values()["param"] - expected).abs() <= 1e-5 * size).all()
@@ -225,7 +226,7 @@ class TestExtremes:
             steps, exact = torch.zeros(1), segment.values()
             for step in range(1, 4):
                 run([segment], steps=steps)
-                exact = op.expect({**exact, "grad": segment.raw["grad"]}, step, segment.hyper)
+                exact = expect(op, {**exact, "grad": segment.raw["grad"]}, step, segment.hyper)
                 torch.testing.assert_close(segment.raw["param"].double(), exact["param"], rtol=3e-6, atol=3e-6)
 
     @each_op

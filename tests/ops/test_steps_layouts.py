@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_cases import FEW_STORAGES, FLOAT32, OPS, STORAGES, Op, Stored, check_step, run, storage_name, threads
+from op_cases import OPS, Op
+from step_cases import FEW_STORAGES, FLOAT32, STORAGES, Stored, check_step, run, storage_name, threads
 
 from zeroopt import ops
 
@@ -117,7 +118,7 @@ class TestManySegments:
 class TestNothingToDo:
     def test_no_segments(self, name: str) -> None:
         op = OPS[name]
-        op.kernel(
+        ops.OPTIMIZERS[name](
             ops.SegmentTable(FLOAT32, [], op.signed),
             active=torch.empty(0, dtype=torch.uint8),
             steps=torch.empty(0),

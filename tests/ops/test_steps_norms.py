@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from step_cases import FEW_STORAGES, HALVES, OPS, Stored, run, storage_name, table_of, threads
+from op_cases import OPS
+from step_cases import FEW_STORAGES, HALVES, Stored, run, storage_name, table_of, threads
 from torch import Tensor
 
 from zeroopt import ops

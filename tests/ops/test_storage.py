@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import reference
 import torch
-from step_cases import OPS, Stored, run, threads
+from op_cases import OPS
+from step_cases import Stored, run, threads
 from torch import Tensor
 
 from zeroopt import ops

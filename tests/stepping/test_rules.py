@@ -42,8 +42,8 @@ def row(cls: Any, **options: Any) -> list[float]:
 class TestRuleFor:
     @pytest.mark.parametrize("cls", [*TORCH, *OWN])
     def test_there_is_one(self, cls: Any) -> None:
-        found, _ = rule(cls)
-        assert len(found.state_names) == len(found.signed)
+        found, group = rule(cls)
+        assert len(found.hyper_row(group)) == len(found.kernel.columns)
 
     @pytest.mark.parametrize(("theirs", "ours"), PAIRS)
     def test_our_class_has_the_kernel_of_torchs(self, theirs: Any, ours: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from op_cases import OPS, rows
 
 LENGTHS = [0, 1, 7, 15, 16, 17, 31, 33, 63, 65, 200, 1025, 300_007]
 THREADS = [1, 2, 3, 5]
@@ -25,21 +26,7 @@ ITEM_BYTES = [4, 8, 2, 2]  # by dtype code
 REDUCE_CODES = [(0, 0), (1, 1), (2, 2), (3, 3), (2, 0), (3, 0), (0, 2), (0, 3)]
 GRADS = [0, 2, 3]
 FEW_FORMATS = [(0, 0, 0), (3, 2, 2), (4, 3, 1)]  # parameter, gradient, state: see csrc/kernels.h
-# By op: whether its states can be negative, and the hyper-parameters of its groups.
-SIGNED = {
-    "adamw": [True, False, False],
-    "sgd": [True],
-    "adagrad": [False],
-    "lion": [True],
-    "lamb": [True, False],
-}
-GROUPS = {
-    "adamw": [[1e-2, 0.9, 0.99, 1e-8, 0.1, 1, 0, 0], [1e-2, 0.3, 0.99, 1e-8, 0.1, 0, 1, 1]],
-    "sgd": [[1e-2, 0.9, 0.5, 0.1, 0, 0], [1e-2, 0, 0, 0, 0, 1], [1e-2, 0.9, 0, 0.1, 1, 0]],
-    "adagrad": [[1e-2, 0.1, 0.1, 1e-8, 0], [1e-2, 0, 0, 1e-8, 1]],
-    "lion": [[1e-2, 0.9, 0.99, 0.1, 0], [1e-2, 0.3, 0.2, 0, 1]],
-    "lamb": [[1e-2, 0.9, 0.99, 1e-6, 0.1, 0], [1e-2, 0.3, 0.9, 1e-6, 0, 1]],
-}
+HYPERS = {op.name: op.hypers(1e-8) for op in OPS.values()}
 Array = NDArray[Any]
 
 
@@ -129,7 +116,7 @@ class Segments:
         if grad != 0:
             self.grad = to_half(grads, grad)
         self.states, self.scales = [], []
-        for is_signed in SIGNED[op]:
+        for is_signed in OPS[op].signed:
             states, scales = self._state(moment(numel, is_signed, rng), state, rng)
             self.states.append(states)
             self.scales.append(scales)
@@ -140,7 +127,7 @@ class Segments:
         rows = [
             [
                 end - begin,
-                i % len(GROUPS[op]),
+                (i + seed) % len(HYPERS[op]),
                 i,
                 3 * i,
                 address(self.param, begin),
@@ -178,13 +165,14 @@ def padded(addresses: list[int]) -> list[int]:
 
 
 def step_digest(module: ModuleType, op: str, formats: tuple[int, int, int], numel: int) -> str:
-    groups = np.array(GROUPS[op], np.float64)
+    groups = np.array(rows(HYPERS[op]), np.float64)
     scalars = np.array([3.0, 0.7, 0.0], np.float32)  # grad_scale, clip_coef, found_inf
 
     def run(threads: int) -> list[Array]:
-        segments = Segments(op, formats, numel, seed=numel)
-        for kernel in ("lamb_moments", "lamb_update") if op == "lamb" else (op,):
-            getattr(module, kernel)(
+        segments = Segments(op, formats, numel, seed=numel + sum(formats))
+        for kernel in OPS[op].kernels or (op,):
+            module.step(
+                kernel,
                 segments.rows.ctypes.data,
                 segments.active.ctypes.data,
                 segments.steps.ctypes.data,
@@ -246,7 +234,7 @@ def all_digests(module: ModuleType) -> dict[str, str]:
             digests[f"quantize {is_signed} {numel}"] = quantize_digest(module, numel, is_signed)
         for grad in GRADS:
             digests[f"squared_norms {grad} {numel}"] = norm_digest(module, grad, numel)
-    for op in GROUPS:
+    for op in OPS:
         for formats in product(range(5), GRADS, range(3)):
             digests[f"{op} {formats}"] = step_digest(module, op, formats, 1500)
         for formats in FEW_FORMATS:

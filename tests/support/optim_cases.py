@@ -156,7 +156,7 @@ def continue_both(optimizer: torch.optim.Optimizer, params: Params, other: torch
 def state_names(cls: type[FusedOptimizer]) -> dict[str, bool]:
     """The moments of FULL[cls], and whether they can be negative."""
     rule = cls.fused_rule
-    signed = dict(zip(rule.state_names, rule.signed, strict=True))
+    signed = dict(zip(rule.kernel.states, rule.kernel.signed, strict=True))
     return {name: signed[name] for name in rule.names_in_use(FULL[cls] | {"amsgrad": "amsgrad" in FULL[cls]})}
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import reference
 import torch
+from op_cases import Op
 from reference import Arrays
 from torch import Tensor
 
@@ -51,112 +51,10 @@ def storage_name(storage: ops.Storage) -> str:
     return f"{names[0]}+{storage.master_weights}-grad:{names[1]}-state:{names[2]}"
 
 
-@dataclass(frozen=True)
-class Op:
-    """An optimizer.
-
-    Attributes:
-        defaults: hyper-parameters in the order of the kernel's columns, so large that a wrong formula shows.
-        states: names of the arrays of state, in the kernel's order.
-        signed: whether they can be negative.
-        options: changes of `defaults` that between them take every branch of the formula.
-        flag: the hyper-parameter without which the last state is not needed.
-    """
-
-    name: str
-    defaults: dict[str, float]
-    states: tuple[str, ...]
-    signed: tuple[bool, ...]
-    options: tuple[dict[str, float], ...]
-    flag: str | None = None
-
-    def hyper(self, **changes: float) -> dict[str, float]:
-        return {**self.defaults, **changes}
-
-    def states_of(self, hyper: dict[str, float]) -> tuple[str, ...]:
-        return self.states if self.flag is None or hyper[self.flag] else self.states[:-1]
-
-    def expect(self, arrays: Arrays, step: float, hyper: dict[str, float]) -> Arrays:
-        expected: Arrays = getattr(reference, self.name)(arrays, step, **hyper)
-        return expected
-
-    def kernel(self, table: ops.SegmentTable, **arguments: Any) -> None:
-        getattr(ops, self.name)(table, **arguments)
-
-
-OPS = {
-    op.name: op
-    for op in (
-        Op(
-            "adamw",
-            {
-                "lr": 0.1,
-                "beta1": 0.9,
-                "beta2": 0.95,
-                "eps": 1e-3,
-                "weight_decay": 0.1,
-                "decoupled": 1,
-                "amsgrad": 0,
-                "maximize": 0,
-            },
-            ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-            (True, False, False),
-            (
-                {},
-                {"decoupled": 0},
-                {"decoupled": 0, "maximize": 1},
-                {"decoupled": 0, "weight_decay": 0},
-                {"amsgrad": 1},
-                {"amsgrad": 1, "decoupled": 0},
-                {"maximize": 1},
-                {"weight_decay": 0},
-                {"beta1": 0},
-                {"beta1": 0.3, "beta2": 0.5},
-                {"beta2": 0.99999},
-                {"lr": 0},
-            ),
-            "amsgrad",
-        ),
-        Op(
-            "sgd",
-            {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0.1, "nesterov": 0, "maximize": 0},
-            ("momentum_buffer",),
-            (True,),
-            (
-                {},
-                {"momentum": 0},
-                {"momentum": 0, "maximize": 1},
-                {"momentum": 0, "weight_decay": 0},
-                {"dampening": 0.5},
-                {"nesterov": 1},
-                {"maximize": 1},
-                {"weight_decay": 0},
-            ),
-            "momentum",
-        ),
-        Op(
-            "adagrad",
-            {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 1e-3, "maximize": 0},
-            ("sum",),
-            (False,),
-            ({}, {"lr_decay": 0}, {"weight_decay": 0}, {"maximize": 1}, {"eps": 0.5}),
-        ),
-        Op(
-            "lion",
-            {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "maximize": 0},
-            ("exp_avg",),
-            (True,),
-            ({}, {"weight_decay": 0}, {"maximize": 1}, {"beta1": 0}, {"beta1": 0.3, "beta2": 0.2}),
-        ),
-        Op(
-            "lamb",
-            {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "maximize": 0},
-            ("exp_avg", "exp_avg_sq"),
-            (True, False),
-            ({}, {"weight_decay": 0}, {"maximize": 1}, {"beta1": 0}, {"eps": 0.5}, {"beta1": 0.3, "beta2": 0.5}),
-        ),
-    )
-}
+def expect(op: Op, arrays: Arrays, step: float, hyper: dict[str, float]) -> Arrays:
+    """What the reference makes of arrays."""
+    expected: Arrays = getattr(reference, op.name)(arrays, step, **hyper)
+    return expected
 
 
 def random_values(op: Op, numel: int, seed: int) -> Arrays:
@@ -209,12 +107,12 @@ class Stored:
 
     @property
     def arrays(self) -> ops.SegmentArrays:
-        scales = [self.raw[f"{name}_scale"] for name in self.states] if self.storage.has_scales else []
+        scales = [self.raw.get(f"{name}_scale") for name in self.op.states] if self.storage.has_scales else []
         return ops.SegmentArrays(
             self.raw["param"],
             self.raw["grad"],
             self.raw.get("master"),
-            [self.raw[name] for name in self.states],
+            [self.raw.get(name) for name in self.op.states],
             scales,
             self.group,
             self.key,
@@ -292,7 +190,7 @@ def run(
     steps = torch.full((len(segments),), 2.0) if steps is None else steps
     active = torch.ones(len(segments), dtype=torch.uint8) if active is None else active
     table = table_of(segments)
-    segments[0].op.kernel(table, active=active, steps=steps, groups=groups_of(segments), **arguments)
+    ops.OPTIMIZERS[segments[0].op.name](table, active=active, steps=steps, groups=groups_of(segments), **arguments)
     return steps
 
 
@@ -328,8 +226,9 @@ def check_step(segment: Stored, before: Arrays, step: float, *, factor: float = 
         expected, squares = reference.lamb_moments(old, step, **hyper)
         expected["param"] = reference.lamb_update({**old, **after, "param": old["param"]}, step, squares, **hyper)
     else:
-        expected = op.expect(old, step, hyper)
-    for number, name in enumerate(segment.states):
+        expected = expect(op, old, step, hyper)
+    for name in segment.states:
+        number = op.states.index(name)
         signed = op.signed[number]
         # What cannot be negative is a sum of squares, without cancellation.
         tolerance = TOLERANCE * (old[name].abs() + old["grad"].abs() + 0.1 if signed else expected[name] + 1e-6)
@@ -363,7 +262,7 @@ def _check_param(segment: Stored, after: Tensor, low: Tensor, high: Tensor, nois
 
 
 def _check_state(segment: Stored, number: int, low: Tensor, high: Tensor, noise: Noise) -> None:
-    name, dtype = segment.states[number], segment.storage.state_dtype
+    name, dtype = segment.op.states[number], segment.storage.state_dtype
     array = segment.raw[name]
     if dtype is torch.float32:
         assert_between(low, array, high)

@@ -19,18 +19,32 @@ from .checks import DTYPE_CODES
 from .move import copy, pack, pack_segments, reduce
 from .quantize import dequantize, encode_again, quantize, requantize
 from .segments import SegmentArrays, SegmentTable
-from .steps import StepControl, adagrad, adamw, lamb, lion, sgd, squared_norms
-from .storage import MOMENTS, QUANT_BLOCK, SCALE_SUFFIX, SCALES, Storage, num_blocks
+from .steps import (
+    MOMENTS,
+    OPTIMIZERS,
+    SCALES,
+    StepControl,
+    StepKernel,
+    adagrad,
+    adamw,
+    lamb,
+    lion,
+    sgd,
+    squared_norms,
+)
+from .storage import QUANT_BLOCK, SCALE_SUFFIX, Storage, num_blocks
 
 __all__ = [
     "DTYPE_CODES",
     "MOMENTS",
+    "OPTIMIZERS",
     "QUANT_BLOCK",
     "SCALES",
     "SCALE_SUFFIX",
     "SegmentArrays",
     "SegmentTable",
     "StepControl",
+    "StepKernel",
     "Storage",
     "adagrad",
     "adamw",

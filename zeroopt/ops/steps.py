@@ -1,16 +1,6 @@
 """One step of an optimizer over all segments of a table in one call, every array read and written once.
 
-All functions take the same arguments:
-
-    table: the segments; see `SegmentTable`. Its states are those that the function names, in that order.
-    active: uint8 [n], of the table's device; nothing of a segment with 0 is touched.
-    steps: float32 [n], likewise, steps taken so far; raised by one for active segments.
-    groups: float64 [m, columns], the hyper-parameters of each group in the order that the function names, flags as 0 or 1. On
-        the CPU; on the table's device where a CUDA graph is captured, and then nobody checks that needed states exist.
-    control: what all segments have in common; see `StepControl`.
-
-and raise `ConfigError` when a dtype, shape or device does not fit, or a state, gradient or group that is needed is missing;
-nothing has been changed then. None is collective. csrc/ops has the formulas with their sources.
+An optimizer is a `StepKernel`, which is called, and which tells what csrc/ops says of it. `OPTIMIZERS` has all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +17,7 @@ from .. import _C
 from ..errors import ConfigError
 from .checks import check_device, check_table, current_stream, require
 from .segments import SegmentTable
+from .storage import SCALE_SUFFIX
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,73 +40,87 @@ class StepControl:
 _NOTHING = StepControl()
 
 
-def adamw(
-    table: SegmentTable, *, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl = _NOTHING
-) -> None:
-    """AdamW and Adam, as `torch.optim` has them.
+@dataclass(frozen=True)
+class StepKernel:
+    """The step of one optimizer; csrc/ops/<name>.h has its formula and the source of that.
 
-    states: exp_avg, exp_avg_sq, max_exp_avg_sq (for groups with amsgrad).
-    groups: lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize. decoupled is AdamW's weight decay, otherwise it
-    is Adam's.
+    Attributes:
+        name: of the optimizer.
+        kernels: what its passes are called, one after the other.
+        columns: its hyper-parameters, in the order of a row of `groups`.
+        states: its arrays of state, by torch's names, in the order of `SegmentArrays.states`.
+        signed: for each of them whether it can be negative; what a `SegmentTable` of it is made with.
+        flags: for each of them the column that is not 0 for groups that use it; None: every group does.
     """
-    _step("adamw", table, active, steps, groups, control, columns=8, signed=(True, False, False), flagged=6)
+
+    name: str
+    kernels: tuple[str, ...]
+    columns: tuple[str, ...]
+    states: tuple[str, ...]
+    signed: tuple[bool, ...]
+    flags: tuple[int | None, ...]
+
+    def __call__(
+        self,
+        table: SegmentTable,
+        *,
+        active: Tensor,
+        steps: Tensor,
+        groups: Tensor,
+        control: StepControl = _NOTHING,
+        reduce_squares: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Step all active segments. Not collective.
+
+        Args:
+            table: the segments.
+            active: uint8 [n], of the table's device; nothing of a segment with 0 is touched.
+            steps: float32 [n], likewise, steps taken so far; raised by one for active segments.
+            groups: float64 [m, columns], the hyper-parameters of each group, flags as 0 or 1. On the CPU; on the table's device
+                where a CUDA graph is captured, and then nobody checks that needed states exist.
+            control: what all segments have in common.
+            reduce_squares: of an optimizer of two passes, to which every segment is a parameter of its own; called between them
+                with float64 [n, 2], the sums of squares of each segment's parameter and of its update. Where a parameter is cut
+                into several segments it has to put the sum over them in each one's place.
+
+        Raises:
+            ConfigError: a dtype, shape or device does not fit, or a state, gradient or group that is needed is missing, or the
+                optimizer has one pass and `reduce_squares` is given. Nothing has been changed then.
+        """
+        has_passes = len(self.kernels) > 1
+        require(has_passes or reduce_squares is None, f"expected no reduce_squares for {self.name}, which has one pass")
+        _check(self, table, active, steps, groups, control)
+        squares = torch.zeros(len(table.segments), 2, dtype=torch.float64, device=table.device) if has_passes else None
+        for number, kernel in enumerate(self.kernels):
+            if number and squares is not None and reduce_squares is not None:
+                reduce_squares(squares)
+            _run(kernel, table, active, steps, groups, control, squares)
 
 
-def sgd(table: SegmentTable, *, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl = _NOTHING) -> None:
-    """SGD, as `torch.optim.SGD`.
+OPTIMIZERS = {
+    name: StepKernel(
+        name,
+        tuple(facts["kernels"]),
+        tuple(facts["columns"]),
+        tuple(facts["states"]),
+        tuple(facts["signed"]),
+        tuple(facts["flags"]),
+    )
+    for name, facts in _C.optimizers().items()
+}
+"""All optimizers of csrc/ops, by name."""
 
-    states: momentum_buffer (for groups with momentum); the first step of a segment overwrites it.
-    groups: lr, momentum, dampening, weight_decay, nesterov, maximize.
-    """
-    _step("sgd", table, active, steps, groups, control, columns=6, signed=(True,), flagged=1)
+adamw = OPTIMIZERS["adamw"]
+sgd = OPTIMIZERS["sgd"]
+adagrad = OPTIMIZERS["adagrad"]
+lion = OPTIMIZERS["lion"]
+lamb = OPTIMIZERS["lamb"]
 
+MOMENTS = tuple(dict.fromkeys(name for kernel in OPTIMIZERS.values() for name in kernel.states))
+"""Arrays of state that kernels may keep in 8 bits."""
 
-def adagrad(
-    table: SegmentTable, *, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl = _NOTHING
-) -> None:
-    """Adagrad, as `torch.optim.Adagrad`.
-
-    states: sum, which cannot be negative.
-    groups: lr, lr_decay, weight_decay, eps, maximize.
-    """
-    _step("adagrad", table, active, steps, groups, control, columns=5, signed=(False,))
-
-
-def lion(
-    table: SegmentTable, *, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl = _NOTHING
-) -> None:
-    """Lion (Chen et al. 2023, arXiv:2302.06675).
-
-    states: exp_avg.
-    groups: lr, beta1, beta2, weight_decay, maximize.
-    """
-    _step("lion", table, active, steps, groups, control, columns=5, signed=(True,))
-
-
-def lamb(
-    table: SegmentTable,
-    *,
-    active: Tensor,
-    steps: Tensor,
-    groups: Tensor,
-    control: StepControl = _NOTHING,
-    reduce_squares: Callable[[Tensor], None] | None = None,
-) -> None:
-    """LAMB (You et al. 2020, arXiv:1904.00962), in two passes. Every segment is a parameter of its own.
-
-    states: exp_avg, exp_avg_sq.
-    groups: lr, beta1, beta2, eps, weight_decay, maximize.
-
-    Args:
-        reduce_squares: called between the passes with float64 [n, 2], the sums of squares of each segment's parameter and of
-            its update; where a parameter is cut into several segments it has to put the sum over them in each one's place.
-    """
-    squares = torch.zeros(len(table.segments), 2, dtype=torch.float64, device=table.device)
-    tables = (table, active, steps, groups, control)
-    _step("lamb_moments", *tables, columns=6, signed=(True, False), squares=squares)
-    if reduce_squares is not None:
-        reduce_squares(squares)
-    _step("lamb_update", *tables, columns=6, signed=(True, False), squares=squares)
+SCALES = frozenset(name + SCALE_SUFFIX for name in MOMENTS)
+"""The names of their scales. (An optimizer of the user's may have a "grad_scale", which is none.)"""
 
 
 def squared_norms(table: SegmentTable, *, active: Tensor, found_inf: Tensor) -> Tensor:
@@ -151,31 +156,16 @@ def squared_norms(table: SegmentTable, *, active: Tensor, found_inf: Tensor) -> 
     return squares[:, 0]
 
 
-def _step(
-    name: str,
-    table: SegmentTable,
-    active: Tensor,
-    steps: Tensor,
-    groups: Tensor,
-    control: StepControl,
-    *,
-    columns: int,
-    signed: tuple[bool, ...],
-    flagged: int | None = None,
-    squares: Tensor | None = None,
+def _check(
+    kernel: StepKernel, table: SegmentTable, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl
 ) -> None:
-    """Check and run one kernel.
-
-    Args:
-        signed: for each state that the kernel knows whether it can be negative.
-        flagged: the column of `groups` that is not 0 for groups that need the last of them; None: all groups do.
-    """
+    """Check the arguments of a step."""
     count = len(table.segments)
     check_table("active", active, torch.uint8, (count,), table.rows)
     check_table("steps", steps, torch.float32, (count,), table.rows)
     on_host = groups.is_cpu
     like = groups if on_host else table.rows
-    check_table("groups", groups, torch.float64, (groups.shape[0] if groups.dim() else 0, columns), like)
+    check_table("groups", groups, torch.float64, (groups.shape[0] if groups.dim() else 0, len(kernel.columns)), like)
     require(
         groups.shape[0] >= table.num_groups,
         f"expected groups to have a row for every group of segments, at least {table.num_groups}, got {groups.shape[0]}",
@@ -184,15 +174,27 @@ def _step(
         _check_scalar(field, getattr(control, field), table)
     require(0 <= control.seed < 2**64, f"expected seed to be at least 0 and below 2**64, got {control.seed}")
     _check_grads(table, active)
-    _check_states(table, groups if on_host else None, active, signed, flagged)
+    _check_states(kernel, table, groups if on_host else None, active)
 
+
+def _run(
+    kernel: str,
+    table: SegmentTable,
+    active: Tensor,
+    steps: Tensor,
+    groups: Tensor,
+    control: StepControl,
+    squares: Tensor | None,
+) -> None:
+    """Run one pass."""
     groups = groups.to(table.device)
     arguments = (
+        kernel,
         table.rows.data_ptr(),
         active.data_ptr(),
         steps.data_ptr(),
         0 if squares is None else squares.data_ptr(),
-        count,
+        len(table.segments),
         *table.storage.codes,
         groups.data_ptr(),
         _scalar_address(control.grad_scale),
@@ -201,12 +203,11 @@ def _step(
         control.seed,
     )
     if table.device.type == "cpu":
-        getattr(_C, name)(*arguments, torch.get_num_threads())
+        _C.step(*arguments, torch.get_num_threads())
         return
     with torch.cuda.device(table.device):
         workspace = _workspace(table)
-        stream = current_stream(table.rows)
-        getattr(_C, f"cuda_{name}")(*arguments, table.total_numel, workspace.data_ptr(), stream)
+        _C.cuda_step(*arguments, table.total_numel, workspace.data_ptr(), current_stream(table.rows))
 
 
 def _check_scalar(name: str, scalar: Tensor | None, table: SegmentTable) -> None:
@@ -228,24 +229,21 @@ def _check_grads(table: SegmentTable, active: Tensor) -> None:
     require(not missing.any(), "expected every active segment to have a gradient")
 
 
-def _check_states(
-    table: SegmentTable, groups: Tensor | None, active: Tensor, signed: tuple[bool, ...], flagged: int | None
-) -> None:
-    known = min(len(signed), len(table.signed))
-    if table.storage.has_scales and tuple(table.signed[:known]) != signed[:known]:
-        raise ConfigError(f"expected a table of 8-bit states with signed={signed}, got {tuple(table.signed)}")
+def _check_states(kernel: StepKernel, table: SegmentTable, groups: Tensor | None, active: Tensor) -> None:
+    known = min(len(kernel.signed), len(table.signed))
+    if table.storage.has_scales and tuple(table.signed[:known]) != kernel.signed[:known]:
+        raise ConfigError(f"expected a table of 8-bit states with signed={kernel.signed}, got {tuple(table.signed)}")
     may_be_active = _may_be_active(active)
-    always = len(signed) if flagged is None else len(signed) - 1
-    for state in range(always):
+    for state, flag in enumerate(kernel.flags):
         missing = table.lacks_state(state) & may_be_active
-        require(not missing.any(), f"expected every active segment to have states[{state}], got None")
-    if flagged is None or groups is None:
-        return
-    wanting = groups.numpy()[table.groups, flagged] != 0
-    require(
-        not (wanting & table.lacks_state(always) & may_be_active).any(),
-        f"expected states[{always}] of the active segments whose group has column {flagged} set, got None",
-    )
+        if flag is None:
+            require(not missing.any(), f"expected every active segment to have states[{state}], got None")
+        elif groups is not None:
+            wanting = groups.numpy()[table.groups, flag] != 0
+            require(
+                not (wanting & missing).any(),
+                f"expected states[{state}] of the active segments whose group has column {flag} set, got None",
+            )
 
 
 def _may_be_active(active: Tensor) -> NDArray[np.bool_] | bool:

@@ -15,12 +15,6 @@ QUANT_BLOCK = 256
 SCALE_SUFFIX = "_scale"
 """What the name of an array of scales ends with, after the name of its state."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
-"""Arrays of state that kernels may keep in 8 bits."""
-
-SCALES = frozenset(name + SCALE_SUFFIX for name in MOMENTS)
-"""The names of their scales. (An optimizer of the user's may have a "grad_scale", which is none.)"""
-
 # (dtype of the parameter, what completes it) -> ParamFormat of csrc/kernels.h
 _PARAM_FORMATS = {
     (torch.float32, "float32"): 0,

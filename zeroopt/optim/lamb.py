@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..stepping.rules import LambRule
+from .. import ops
+from ..stepping.rules import FusedRule
 from .fused import FusedOptimizer
 from .lion import check_ranges
 
@@ -29,7 +30,7 @@ class FusedLAMB(FusedOptimizer):
         ConfigError: a value out of range.
     """
 
-    fused_rule = LambRule()
+    fused_rule = FusedRule(ops.lamb)
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .. import ops
 from ..errors import ConfigError
-from ..stepping.rules import LionRule
+from ..stepping.rules import FusedRule
 from .fused import FusedOptimizer
 
 
@@ -28,7 +29,7 @@ class FusedLion(FusedOptimizer):
         ConfigError: a value out of range.
     """
 
-    fused_rule = LionRule()
+    fused_rule = FusedRule(ops.lion)
 
     def __init__(
         self,

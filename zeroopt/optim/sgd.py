@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..stepping.rules import SgdRule
+from .. import ops
+from ..stepping.rules import FusedRule
 from .fused import FusedOptimizer
 
 
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
     """`torch.optim.SGD` in one fused kernel: its arguments, and those of `FusedOptimizer`."""
 
-    fused_rule = SgdRule()
+    fused_rule = FusedRule(ops.sgd, has_step=False)

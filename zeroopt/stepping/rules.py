@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,29 +12,36 @@ from .. import ops
 ParamGroup = dict[str, Any]
 
 
-class FusedRule(ABC):
-    """The kernel of one class of optimizers.
+@dataclass(frozen=True)
+class FusedRule:
+    """The kernel of one class of optimizers. A subclass says where the class's options go by other names than the kernel's.
 
     Attributes:
-        kernel: the function of `zeroopt.ops`.
-        state_names: the arrays of state that a parameter may have, by torch's names, in the kernel's order.
-        signed: for each of them whether it can be negative.
+        kernel: of `zeroopt.ops`; a parameter's arrays of state have its names.
         has_step: torch keeps a step count in the state.
     """
 
-    kernel: Callable[..., None]
-    state_names: tuple[str, ...]
-    signed: tuple[bool, ...]
-    has_step: bool
+    kernel: ops.StepKernel
+    has_step: bool = True
 
-    @abstractmethod
+    def hyper_parameter(self, group: ParamGroup, column: str) -> float:
+        """One of the kernel's columns for a param_group."""
+        if column in ("beta1", "beta2"):
+            return float(group["betas"][("beta1", "beta2").index(column)])
+        return float(group[column])
+
     def hyper_row(self, group: ParamGroup) -> list[float]:
         """The group's hyper-parameters in the order of the kernel's table."""
+        return [self.hyper_parameter(group, column) for column in self.kernel.columns]
 
     def names_in_use(self, group: ParamGroup) -> tuple[str, ...]:
-        """Those of `state_names` that the group's options call for."""
-        del group
-        return self.state_names
+        """Those of the kernel's states that the group's options call for."""
+        kernel = self.kernel
+        return tuple(
+            name
+            for name, flag in zip(kernel.states, kernel.flags, strict=True)
+            if flag is None or self.hyper_parameter(group, kernel.columns[flag]) != 0
+        )
 
     def initial_value(self, group: ParamGroup) -> float:
         """Of all elements of state."""
@@ -43,89 +49,39 @@ class FusedRule(ABC):
         return 0.0
 
 
+@dataclass(frozen=True)
 class AdamWRule(FusedRule):
-    """AdamW, and Adam with its L2 term."""
+    """AdamW, and Adam with its L2 term.
 
-    kernel = staticmethod(ops.adamw)
-    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    signed = (True, False, False)
-    has_step = True
+    Attributes:
+        decoupled: AdamW's weight decay, where a group does not say which.
+    """
 
-    def __init__(self, *, decoupled: bool) -> None:
-        self._decoupled = decoupled
+    kernel: ops.StepKernel = ops.adamw
+    decoupled: bool = True
 
-    def hyper_row(self, group: ParamGroup) -> list[float]:
-        beta1, beta2 = group["betas"]
-        # Later torch releases make AdamW an Adam with this option, earlier ones have two classes.
-        decoupled = group.get("decoupled_weight_decay", self._decoupled)
-        values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decoupled)
-        return [float(v) for v in (*values, group["amsgrad"], group["maximize"])]
-
-    def names_in_use(self, group: ParamGroup) -> tuple[str, ...]:
-        return self.state_names if group["amsgrad"] else self.state_names[:2]
+    def hyper_parameter(self, group: ParamGroup, column: str) -> float:
+        if column == "decoupled":
+            # Later torch releases make AdamW an Adam with this option, earlier ones have two classes.
+            return float(group.get("decoupled_weight_decay", self.decoupled))
+        return super().hyper_parameter(group, column)
 
 
-class SgdRule(FusedRule):
-    """SGD with or without momentum."""
-
-    kernel = staticmethod(ops.sgd)
-    state_names = ("momentum_buffer",)
-    signed = (True,)
-    has_step = False
-
-    def hyper_row(self, group: ParamGroup) -> list[float]:
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return [float(group[name]) for name in names]
-
-    def names_in_use(self, group: ParamGroup) -> tuple[str, ...]:
-        return self.state_names if group["momentum"] else ()
-
-
+@dataclass(frozen=True)
 class AdagradRule(FusedRule):
-    """Adagrad."""
+    """Adagrad, whose state starts where its group says."""
 
-    kernel = staticmethod(ops.adagrad)
-    state_names = ("sum",)
-    signed = (False,)
-    has_step = True
-
-    def hyper_row(self, group: ParamGroup) -> list[float]:
-        return [float(group[name]) for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize")]
+    kernel: ops.StepKernel = ops.adagrad
 
     def initial_value(self, group: ParamGroup) -> float:
         return float(group["initial_accumulator_value"])
-
-
-class LionRule(FusedRule):
-    """Lion, which torch does not have."""
-
-    kernel = staticmethod(ops.lion)
-    state_names = ("exp_avg",)
-    signed = (True,)
-    has_step = True
-
-    def hyper_row(self, group: ParamGroup) -> list[float]:
-        return [float(v) for v in (group["lr"], *group["betas"], group["weight_decay"], group["maximize"])]
-
-
-class LambRule(FusedRule):
-    """LAMB, which torch does not have."""
-
-    kernel = staticmethod(ops.lamb)
-    state_names = ("exp_avg", "exp_avg_sq")
-    signed = (True, False)
-    has_step = True
-
-    def hyper_row(self, group: ParamGroup) -> list[float]:
-        values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
-        return [float(v) for v in values]
 
 
 # Exactly these classes: a subclass may have changed the rule.
 _RULES: dict[type[torch.optim.Optimizer], FusedRule] = {
     torch.optim.AdamW: AdamWRule(decoupled=True),
     torch.optim.Adam: AdamWRule(decoupled=False),
-    torch.optim.SGD: SgdRule(),
+    torch.optim.SGD: FusedRule(ops.sgd, has_step=False),
     torch.optim.Adagrad: AdagradRule(),
 }
 

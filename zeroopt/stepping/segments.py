@@ -128,11 +128,11 @@ class FusedSegments(ABC):
         segments = []
         for i in range(len(self._leaves)):
             arrays = self._arrays(i)
-            made = [self._state(i, name) for name in self._rule.state_names]
+            made = [self._state(i, name) for name in self._rule.kernel.states]
             states = [None if pair is None else pair[0] for pair in made]
             scales = [None if pair is None else pair[1] for pair in made] if self._storage.has_scales else []
             segments.append(replace(arrays, states=states, scales=scales))
-        return ops.SegmentTable(self._storage, segments, self._rule.signed)
+        return ops.SegmentTable(self._storage, segments, self._rule.kernel.signed)
 
     def _expose(self, i: int, names: tuple[str, ...]) -> None:
         """Show a segment's state in the optimizer's `state`, as it is in memory, once the segment has any."""
@@ -163,7 +163,7 @@ class FusedSegments(ABC):
 
     def _load(self, i: int, entry: ParamState) -> None:
         """Take over state that came from a load or from before wrapping."""
-        names = tuple(name for name in self._rule.state_names if isinstance(entry.get(name), Tensor))
+        names = tuple(name for name in self._rule.kernel.states if isinstance(entry.get(name), Tensor))
         self._begun[i] = bool(names)
         for name in names:
             self._write(i, name, self._flatten(i, entry[name]), entry.get(name + ops.SCALE_SUFFIX))
@@ -195,6 +195,7 @@ class FusedSegments(ABC):
         made = self._state(i, name)
         if made is None:
             self._table = None
-            signed = self._rule.signed[self._rule.state_names.index(name)]
+            kernel = self._rule.kernel
+            signed = kernel.signed[kernel.states.index(name)]
             made = self._make_state(i, name, self._storage.dtype_of_state(signed=signed))
         return made

@@ -7,11 +7,7 @@
 
 #include "common/philox.h"
 #include "kernels.h"
-#include "ops/adagrad.h"
-#include "ops/adamw.h"
-#include "ops/lamb.h"
-#include "ops/lion.h"
-#include "ops/sgd.h"
+#include "ops/all.h"
 
 namespace zeroopt::cpu {
 
@@ -28,8 +24,8 @@ using ReduceLeaf = void (*)(const void* const* slices, int64_t num_slices, const
 /// memcpy, past the cache where there is much to copy.
 using CopyLeaf = void (*)(const void* src, void* dst, int64_t bytes);
 
-/// One step over elements [0, numel) of float32 arrays. states: [Scalars::num_states]. update: written by ops with
-/// kSumsSquares, else not used; as are grad and states by ops without them.
+/// One step over elements [0, numel) of float32 arrays. states: [kMaxStates], those in use. update: written by ops with
+/// kSumsSquares, else not used; as is grad by ops without kReadsGrad.
 template <class Op>
 using StepLeaf = void (*)(const typename Op::Scalars& scalars, float* param, const float* grad, float* const* states,
                           float* update, int64_t numel);
@@ -56,21 +52,14 @@ struct FormatTable {
   void (*decode[2])(const uint8_t* codes, const float* scales, float* values, int64_t numel); ///< [is_signed]
 };
 
-/// The leaf of one op for each number of states it may use.
+/// The leaves of one op.
 template <class Op> struct OpLeaves {
-  StepLeaf<Op> leaf[Op::kMaxStates - Op::kMinStates + 1];
-
-  StepLeaf<Op> operator()(int num_states) const { return leaf[num_states - Op::kMinStates]; }
+  StepLeaf<Op> leaf[1 << kMaxStates]; ///< [the states in use, as bits]; null where no group uses just these
 };
 
-struct StepTable {
-  OpLeaves<AdamW> adamw;
-  OpLeaves<Sgd> sgd;
-  OpLeaves<Adagrad> adagrad;
-  OpLeaves<Lion> lion;
-  OpLeaves<LambMoments> lamb_moments;
-  OpLeaves<LambUpdate> lamb_update;
-};
+template <class List> struct OpTable;
+template <class... Ops> struct OpTable<OpList<Ops...>> : OpLeaves<Ops>... {};
+using StepTable = OpTable<AllOps>;
 
 struct LeafTable {
   const PackTable* pack;

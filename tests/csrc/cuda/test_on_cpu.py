@@ -13,7 +13,6 @@ import pytest
 from cuda_on_cpu.build import CSRC, SHIM, build, build_kernels, build_steps, compiler
 from cuda_on_cpu.compare import (
     EVERY_NUMEL,
-    GROUPS,
     LAYOUTS,
     REDUCE_PAIRS,
     SCALARS,
@@ -28,6 +27,7 @@ from cuda_on_cpu.compare import (
     compare_step,
 )
 from cuda_on_cpu.devices import CpuDevice, ShimDevice
+from op_cases import KERNELS
 
 from zeroopt import _C
 
@@ -62,14 +62,14 @@ def test_steps_of_every_length(formats: tuple[int, int, int], layout: str, shim:
     compare_step(shim, cpu, Step("adamw", *formats, Segments(EVERY_NUMEL, layout)))
 
 
-@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("state", range(3))
 def test_steps_of_special_values(op: str, state: int, shim: ShimDevice, cpu: CpuDevice) -> None:
     for param, layout in product(range(5), ("shifted", "scattered")):
         compare_step(shim, cpu, Step(op, param, (0, 2, 3)[state], state, Segments(layout=layout, special=True)))
 
 
-@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("scalars", SCALARS)
 def test_scalars_in_memory(
     op: str, scalars: tuple[float | None, float | None, float | None], shim: ShimDevice, cpu: CpuDevice
@@ -78,7 +78,7 @@ def test_scalars_in_memory(
         compare_step(shim, cpu, Step(op, 2, 3, state, Segments(), *scalars))
 
 
-@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("reverse_order", [False, True])
 @pytest.mark.parametrize("num_multiprocessors", [1, 5])
 def test_steps_on_any_grid(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from cuda_on_cpu.compare import (
     EVERY_NUMEL,
-    GROUPS,
     LAYOUTS,
     REDUCE_PAIRS,
     SCALARS,
@@ -30,6 +29,7 @@ from cuda_on_cpu.compare import (
     prepare_step,
 )
 from cuda_on_cpu.devices import Array, CpuDevice, Device
+from op_cases import KERNELS
 
 from zeroopt import _C
 
@@ -59,10 +59,10 @@ class CudaDevice(Device):
     def set(self, address: int, value: float) -> None:
         self._arrays[address][0].view(torch.float32).fill_(value)
 
-    def run(self, kernel: str, *args: float) -> None:
+    def run(self, kernel: str, *args: float | str) -> None:
         getattr(_C, f"cuda_{kernel}")(*args, torch.cuda.current_stream().cuda_stream)
 
-    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
         workspace = torch.empty(_C.cuda_workspace_bytes(count, total_numel), dtype=torch.uint8, device="cuda")
         self.run(kernel, *args, total_numel, workspace.data_ptr())
 
@@ -86,13 +86,13 @@ def test_steps_in_all_formats(op: str, formats: tuple[int, int, int], gpu: CudaD
         compare_step(gpu, cpu, Step(op, *formats, Segments(numels, layout)))
 
 
-@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_steps_of_special_values(op: str, gpu: CudaDevice, cpu: CpuDevice) -> None:
     for param, state in product(range(5), range(3)):
         compare_step(gpu, cpu, Step(op, param, (0, 2, 3)[state], state, Segments(layout="shifted", special=True)))
 
 
-@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("scalars", SCALARS)
 def test_scalars_in_memory(
     op: str, scalars: tuple[float | None, float | None, float | None], gpu: CudaDevice, cpu: CpuDevice
@@ -132,7 +132,7 @@ def test_reduce(pair: tuple[int, int], gpu: CudaDevice, cpu: CpuDevice) -> None:
         compare_reduce(gpu, cpu, pair, num_slices, numel, shift)
 
 
-@pytest.mark.parametrize("op", GROUPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_a_captured_step_reads_its_scalars_anew(op: str, gpu: CudaDevice, cpu: CpuDevice) -> None:
     skipped = Step(op, 4, 2, 2, Segments(EVERY_NUMEL), grad_scale=2.0, found_inf=1.0)
     prepare_step(gpu, skipped).launch()  # loads the kernels, which must not happen while the graph is captured

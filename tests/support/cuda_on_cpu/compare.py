@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from cuda_on_cpu.devices import Array, Device
+from op_cases import KERNELS, rows
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)  # dtype codes; BYTES and BITS are for what is no number
 BYTES, BITS = 4, 5
@@ -19,24 +20,11 @@ QUANT_BLOCK = 256
 REDUCE_PAIRS = [(0, 0), (1, 1), (2, 2), (3, 3), (2, 0), (3, 0), (0, 2), (0, 3)]
 SPECIAL = [np.nan, np.inf, -np.inf, 1e-40, -0.0, 3e38, -1e-30, 65519.0]
 
-# Rows of the tables of hyper-parameters, and the states that each of them uses.
-GROUPS: dict[str, list[tuple[list[float], int]]] = {
-    "adamw": [
-        ([1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0], 2),
-        ([1e-2, 0.3, 0.99, 1e-8, 0.1, 0, 1, 1], 3),
-        ([1e-1, 0.9, 0.95, 1e-3, 0.0, 1, 1, 0], 3),
-    ],
-    "sgd": [([1e-2, 0.9, 0.5, 0.1, 0, 0], 1), ([1e-1, 0, 0, 0, 0, 1], 0), ([1e-2, 0.8, 0, 0.1, 1, 0], 1)],
-    "adagrad": [([1e-2, 0.1, 0.1, 1e-10, 0], 1), ([1e-1, 0, 0, 1e-6, 1], 1)],
-    "lion": [([1e-3, 0.9, 0.99, 0.1, 0], 1), ([1e-2, 0.5, 0.9, 0, 1], 1)],
-    "lamb_moments": [([1e-2, 0.9, 0.999, 1e-6, 0.1, 0], 2), ([1e-2, 0.9, 0.99, 0, 0, 1], 2)],
-    "lamb_update": [([1e-2, 0.9, 0.999, 1e-6, 0.1, 0], 2), ([1e-2, 0.9, 0.99, 1e-3, 0, 1], 2)],
-}
 ALL_FORMATS = list(product(range(5), (FLOAT32, BFLOAT16, FLOAT16), range(3)))  # of parameters, gradients, states
 PAIRED_FORMATS = [
     (param, (FLOAT32, BFLOAT16, FLOAT16)[(param + state) % 3], state) for param in range(5) for state in range(3)
 ]
-STEPS = [(op, formats) for op in GROUPS for formats in (ALL_FORMATS if op == "adamw" else PAIRED_FORMATS)]
+STEPS = [(op, formats) for op in KERNELS for formats in (ALL_FORMATS if op == "adamw" else PAIRED_FORMATS)]
 SCALARS = [(8.0, 0.3, 0.0), (None, 0.3, None), (3.0, None, None), (8.0, 0.3, 1.0), (0.0, 1.0, None)]
 LAYOUTS = ["aligned", "shifted", "scattered"]
 EVERY_NUMEL = tuple(range(1, 601))
@@ -62,7 +50,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of an optimizer's kernel. Formats are codes of csrc/kernels.h; scalars are null where None."""
+    """One call of an optimizer's kernel, `op`. Formats are codes of csrc/kernels.h; scalars are null where None."""
 
     op: str
     param: int
@@ -139,6 +127,8 @@ class StepMemory:
 
     def __init__(self, step: Step) -> None:
         segments = step.segments
+        self.op = KERNELS[step.op]
+        self.hypers = self.op.hypers(1e-8, 0.0)
         self.rng = np.random.default_rng(segments.seed)
         self.count = len(segments.numels)
         blocks = [-(-numel // QUANT_BLOCK) for numel in segments.numels]
@@ -159,7 +149,7 @@ class StepMemory:
             self.arrays[f"scales{k}"].make_positive()
             self.arrays[f"scales{k}"].memory[1::3] *= -1  # of blocks in which some codes stand for infinity and NaN
         for k in range(3):
-            if step.op in ("adagrad", "adamw", "lamb_moments", "lamb_update") and (k > 0 or step.op == "adagrad"):
+            if k >= len(self.op.signed) or not self.op.signed[k]:
                 self.arrays[f"state{k}"].make_positive()
         self.steps = self.rng.integers(0, 5, self.count).astype(np.float32)
         if step.op == "lamb_update":
@@ -172,16 +162,17 @@ class StepMemory:
         def address(name: str, index: int) -> int:
             return self.arrays[name].address(bases[name], index) if name in bases else 0
 
-        rows = []
+        result = []
         for i, numel in enumerate(step.segments.numels):
-            group = i % len(GROUPS[step.op])
-            used = GROUPS[step.op][group][1]
-            states = [address(f"state{k}", i) if k < used else 0 for k in range(3)]
-            scales = [address(f"scales{k}", i) if k < used else 0 for k in range(3)]
+            group = i % len(self.hypers)
+            names = self.op.states_of(self.hypers[group])
+            used = [k < len(self.op.states) and self.op.states[k] in names for k in range(3)]
+            states = [address(f"state{k}", i) if used[k] else 0 for k in range(3)]
+            scales = [address(f"scales{k}", i) if used[k] else 0 for k in range(3)]
             grad = 0 if step.op == "lamb_update" else address("grad", i)
             head = [numel, group, int(self.keys[i]), int(self.firsts[i])]
-            rows.append([*head, address("param", i), address("master", i), grad, *states, *scales])
-        return np.array(rows, np.int64)
+            result.append([*head, address("param", i), address("master", i), grad, *states, *scales])
+        return np.array(result, np.int64)
 
 
 def run_step(device: Device, step: Step) -> dict[str, Array]:
@@ -206,7 +197,7 @@ class PreparedStep:
         scalars = (at["groups"], at["grad_scale"], at["clip_coef"], at["found_inf"], 0x123456789ABCDEF)
         total_numel = sum(self.step.segments.numels)
         self.device.run_over_segments(
-            self.step.op, *tables, *formats, *scalars, count=self.memory.count, total_numel=total_numel
+            "step", self.step.op, *tables, *formats, *scalars, count=self.memory.count, total_numel=total_numel
         )
 
     def read(self) -> dict[str, Array]:
@@ -235,7 +226,7 @@ def prepare_step(device: Device, step: Step) -> PreparedStep:
         "active": device.put(active),
         "steps": device.put(memory.steps),
         "squares": device.put(memory.squares) if step.op.startswith("lamb") else 0,
-        "groups": device.put(np.array([group for group, _ in GROUPS[step.op]], np.float64)),
+        "groups": device.put(np.array(rows(memory.hypers), np.float64)),
         "grad_scale": scalar(step.grad_scale),
         "clip_coef": scalar(step.clip_coef),
         "found_inf": scalar(step.found_inf),

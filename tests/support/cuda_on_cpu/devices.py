@@ -25,11 +25,11 @@ class Device(ABC):
         """What has become of an array."""
 
     @abstractmethod
-    def run(self, kernel: str, *args: float) -> None:
+    def run(self, kernel: str, *args: float | str) -> None:
         """Runs a kernel over plain arrays: pack, quantize or dequantize."""
 
     @abstractmethod
-    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
         """Runs the step of an optimizer, squared_norms or pack_segments."""
 
     @abstractmethod
@@ -61,10 +61,10 @@ class CpuDevice(HostMemory):
         super().__init__()
         self._module = module
 
-    def run(self, kernel: str, *args: float) -> None:
+    def run(self, kernel: str, *args: float | str) -> None:
         getattr(self._module, kernel)(*args, 2)
 
-    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
         getattr(self._module, kernel)(*args, 2)
 
     def reduce(self, slices: list[int], *args: int) -> None:
@@ -72,14 +72,13 @@ class CpuDevice(HostMemory):
 
 
 def _signature(letters: str) -> list[Any]:
-    """a: address or seed, i: int, l: int64, d: double, b: bool"""
+    """s: string, a: address or seed, i: int, l: int64, d: double, b: bool"""
     types = {"a": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
-    return [types[letter] for letter in letters]
+    return [ctypes.c_char_p if letter == "s" else types[letter] for letter in letters]
 
 
-STEPS = ("adamw", "sgd", "adagrad", "lion", "lamb_moments", "lamb_update")
 SIGNATURES = {
-    **dict.fromkeys(STEPS, "aaaaliiiaaaaalaa"),
+    "step": "saaaaliiiaaaaalaa",
     "squared_norms": "aaalialaa",
     "quantize": "aaalba",
     "dequantize": "aaalba",
@@ -108,11 +107,12 @@ class ShimDevice(HostMemory):
             function.restype = ctypes.c_bool
         self._library.configure(num_multiprocessors, reverse_order)
 
-    def run(self, kernel: str, *args: float) -> None:
-        if not getattr(self._library, f"cuda_{kernel}")(*args, 0):
+    def run(self, kernel: str, *args: float | str) -> None:
+        plain = [arg.encode() if isinstance(arg, str) else arg for arg in args]
+        if not getattr(self._library, f"cuda_{kernel}")(*plain, 0):
             raise ShimError(self._library.last_error().decode())
 
-    def run_over_segments(self, kernel: str, *args: float, count: int, total_numel: int) -> None:
+    def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
         num_bytes = self._library.cuda_workspace_bytes(count, total_numel)
         workspace = self.put(np.full(num_bytes + ALIGNMENT, 0xA5, np.uint8))  # whatever was there before
         self.run(kernel, *args, total_numel, workspace)

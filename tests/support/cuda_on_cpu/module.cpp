@@ -36,28 +36,20 @@ SegmentTable segment_table(Address rows, Address active, Address steps, Address 
 
 } // namespace
 
-#define ZEROOPT_STEP(name, Group)                                                                                      \
-  bool cuda_##name(Address rows, Address active, Address steps, Address squares, int64_t count, int param, int grad,   \
-                   int state, Address groups, Address grad_scale, Address clip_coef, Address found_inf, uint64_t seed, \
-                   int64_t total_numel, Address workspace, Address stream) {                                           \
-    return run([&] {                                                                                                   \
-      cuda::name(                                                                                                      \
-          segment_table(rows, active, steps, squares, count),                                                          \
-          {static_cast<ParamFormat>(param), static_cast<DType>(grad), static_cast<StateFormat>(state)},                \
-          pointer<const Group>(groups),                                                                                \
-          {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},  \
-          total_numel, pointer<void>(workspace), pointer<void>(stream));                                               \
-    });                                                                                                                \
-  }
-
 extern "C" {
 
-ZEROOPT_STEP(adamw, AdamWGroup)
-ZEROOPT_STEP(sgd, SgdGroup)
-ZEROOPT_STEP(adagrad, AdagradGroup)
-ZEROOPT_STEP(lion, LionGroup)
-ZEROOPT_STEP(lamb_moments, LambGroup)
-ZEROOPT_STEP(lamb_update, LambGroup)
+bool cuda_step(const char* kernel, Address rows, Address active, Address steps, Address squares, int64_t count,
+               int param, int grad, int state, Address groups, Address grad_scale, Address clip_coef, Address found_inf,
+               uint64_t seed, int64_t total_numel, Address workspace, Address stream) {
+  return run([&] {
+    cuda::step(
+        kernel, segment_table(rows, active, steps, squares, count),
+        {static_cast<ParamFormat>(param), static_cast<DType>(grad), static_cast<StateFormat>(state)},
+        pointer<const double>(groups),
+        {pointer<const float>(grad_scale), pointer<const float>(clip_coef), pointer<const float>(found_inf), seed},
+        total_numel, pointer<void>(workspace), pointer<void>(stream));
+  });
+}
 
 bool cuda_pack_segments(Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale,
                         int64_t total_numel, Address workspace, Address stream) {
