@@ -83,7 +83,7 @@ def wrap_case(case: str) -> str:
     elif case == "global norm":
         optimizer = GloballyNormalisedSgd(model.parameters())
     elif case == "no fused kernel":
-        optimizer, options = torch.optim.RMSprop(model.parameters()), {"fused": True}
+        optimizer, options = torch.optim.Adadelta(model.parameters()), {"fused": True}
     elif case == "fused double":
         model.double()
         options = {"fused": True}
@@ -151,7 +151,7 @@ class GloballyNormalisedSgd(torch.optim.Optimizer):
         ("gaps", "ConfigError: parameter '0.weight' has gaps or overlaps"),
         ("lbfgs", "NotSupportedError: LBFGS calls the model several times a step"),
         ("global norm", "NotSupportedError: GloballyNormalisedSgd steps a parameter differently when others"),
-        ("no fused kernel", "ConfigError: fused=True: there is no fused kernel for RMSprop"),
+        ("no fused kernel", "ConfigError: fused=True: there is no fused kernel for Adadelta"),
         ("fused double", "ConfigError: fused=True: parameter '0.weight' is torch.float64"),
         ("not a module", "ConfigError: expected model to be a torch.nn.Module, got str"),
         ("not an optimizer", "ConfigError: expected optimizer to be a torch.optim.Optimizer instance, got type"),

@@ -88,8 +88,8 @@ def wrap(
         state_dtype: of the moments: torch.float32, torch.bfloat16 (rounded stochastically) or torch.int8 (codes with a scale
             for every 256 elements: a gradient far larger than its neighbours' coarsens their moments, one that is not
             finite harms its own parameter only).
-        fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD and Adagrad,
-            and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
+        fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD, Adagrad and
+            RMSprop, and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
             otherwise; True insists on the kernel, as do the last two options, False on the own step.
         transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
             collectives), or "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the

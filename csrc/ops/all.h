@@ -6,12 +6,13 @@
 #include "ops/adamw.h"
 #include "ops/lamb.h"
 #include "ops/lion.h"
+#include "ops/rmsprop.h"
 #include "ops/sgd.h"
 
 namespace zeroopt {
 
 template <class... Ops> struct OpList {};
 
-using AllOps = OpList<AdamW, Sgd, Adagrad, Lion, LambMoments, LambUpdate>;
+using AllOps = OpList<AdamW, Sgd, Adagrad, Lion, RmsProp, LambMoments, LambUpdate>;
 
 } // namespace zeroopt

@@ -104,10 +104,10 @@ def test_one_line_tells_what_was_made_of_a_model(run_on_ranks: RunOnRanks) -> No
 
 
 def test_state_of_unknown_size_is_said_to_be_so(run_on_ranks: RunOnRanks) -> None:
-    (line,), _ = run_on_ranks(2, logged, logging.INFO, "RMSprop", False)
+    (line,), _ = run_on_ranks(2, logged, logging.INFO, "Adadelta", False)
     assert line.endswith(
         "A rank will hold 2.9 MB: parameters 1.6 MB, masters 0.0 MB, gradients 0.8 MB in sums and 0.5 MB in "
-        "buffers, optimizer state what RMSprop keeps for its slices"
+        "buffers, optimizer state what Adadelta keeps for its slices"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from zeroopt import ops
 
 OPTIONS = [(name, change) for name, op in OPS.items() for change in op.options]
-TORCH_OPTIONS = [option for option in OPTIONS if option[0] not in ("lion", "lamb")]  # which torch does not have
+TORCH_OPTIONS = [(name, change) for name, change in OPTIONS if OPS[name].torch_class is not None]
 NUMEL = 1003
 
 
@@ -110,13 +110,13 @@ def torch_optimizer(name: str, param: Tensor, hyper: dict[str, float]) -> torch.
     options: dict[str, Any] = dict(hyper)
     if "beta1" in options:
         options["betas"] = (float(options.pop("beta1")), float(options.pop("beta2")))
-    for flag in ("amsgrad", "maximize", "nesterov"):
+    for flag in ("amsgrad", "maximize", "nesterov", "centered"):
         if flag in options:
             options[flag] = bool(options[flag])
-    if name == "adamw":
-        make = torch.optim.AdamW if options.pop("decoupled") else torch.optim.Adam
-        return make([param], **options)
-    return torch.optim.SGD([param], **options) if name == "sgd" else torch.optim.Adagrad([param], **options)
+    class_name = OPS[name].torch_class if options.pop("decoupled", True) else "Adam"
+    assert class_name is not None
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, class_name)([param], **options)
+    return optimizer
 
 
 @pytest.mark.parametrize(("name", "change"), TORCH_OPTIONS, ids=str)

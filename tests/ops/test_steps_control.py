@@ -24,6 +24,7 @@ from torch import Tensor
 from tests.ops.test_steps import TORCH_OPTIONS, torch_optimizer, zero_states
 from zeroopt import ops
 
+ALONE = [name for name in OPS if name != "lamb"]  # whose steps of an element depend on no other
 each_op = pytest.mark.parametrize("name", OPS)
 each_storage = pytest.mark.parametrize("storage", FEW_STORAGES, ids=storage_name)
 
@@ -122,7 +123,9 @@ class TestSpecialGradients:
             )
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad", "lion"])
+    @pytest.mark.parametrize(
+        "name", [name for name, op in OPS.items() if not op.kernels]
+    )  # LAMB's step depends on all elements
     @pytest.mark.parametrize("storage", STORAGES, ids=storage_name)
     def test_spoil_their_own_element_only(self, storage: ops.Storage, name: str, bad: float) -> None:
         """In 8 bits too, but for the scale of their block, to which they no longer add."""
@@ -161,7 +164,9 @@ class TestSpecialGradients:
         assert segment.raw["param"].isnan().tolist() == [False, False, True, False]
 
     @pytest.mark.parametrize("dtype", HALVES, ids=str)
-    @pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad", "lion"])
+    @pytest.mark.parametrize(
+        "name", [name for name, op in OPS.items() if not op.kernels]
+    )  # LAMB's step depends on all elements
     def test_every_16_bit_gradient(self, name: str, dtype: torch.dtype) -> None:
         """The same as that gradient in float32."""
         op = OPS[name]
@@ -192,8 +197,9 @@ class TestExtremes:
             decayed = 0.1 * op.defaults["weight_decay"] * before["param"].abs()
             if name == "lamb":  # all that is left of the update is the decay, whose ratio to the parameter is trusted
                 decayed = 0.1 * before["param"].abs()
-            # A step of Lion is the rate however small the gradient; Adagrad's is too where the decay is in the gradient.
-            limit = 0.1 if name in ("lion", "adagrad") else 0.0
+            # A step of Lion is the rate however small the gradient; that of others is where the decay is in the gradient. The
+            # first one of a centered RMSprop is divided by the root of alpha * (1 - alpha).
+            limit = {"lion": 0.1, "adagrad": 0.1, "rmsprop": 0.1 / 0.3}.get(name, 0.0)
             assert moved.isfinite().all()
             assert (moved <= decayed + limit + 1e-3 + before["param"].abs() / 128).all()
 

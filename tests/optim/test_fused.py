@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt import ConfigError
-from zeroopt.optim import FusedAdagrad, FusedAdamW, FusedLAMB, FusedLion, FusedOptimizer, FusedSGD
+from zeroopt.optim import FusedAdagrad, FusedAdamW, FusedLAMB, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
 
 
 def database() -> Iterator[Any]:
@@ -91,8 +92,14 @@ class TestLikeTorch:
             with pytest.raises(given.error_type, match=given.error_regex):
                 optimizer.step()
 
-    @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
-    @pytest.mark.parametrize("cls", TORCH_CLASSES)
+    @pytest.mark.parametrize(
+        ("cls", "options"),
+        [
+            (cls, {option: chosen})
+            for cls, option, chosen in product(TORCH_CLASSES, ("foreach", "fused"), (True, False))
+            if option in inspect.signature(cls).parameters
+        ],
+    )
     def test_torchs_choices_of_implementation_change_nothing(
         self, cls: type[torch.optim.Optimizer], options: dict[str, bool]
     ) -> None:
@@ -276,6 +283,7 @@ WRAPPED: dict[str, Make] = {
     "adamw": lambda p: FusedAdamW(p, lr=1e-2, amsgrad=True),
     "sgd": lambda p: FusedSGD(p, lr=0.1, momentum=0.9),
     "adagrad": lambda p: FusedAdagrad(p, lr=0.1, initial_accumulator_value=0.1),
+    "rmsprop": lambda p: FusedRMSprop(p, lr=1e-2, momentum=0.5, centered=True, eps=1e-3),
     "lion": lambda p: FusedLion(p, lr=1e-3, weight_decay=0.1),
     "lamb": lambda p: FusedLAMB(p, lr=1e-2, weight_decay=0.1),
 }

@@ -340,7 +340,7 @@ def refused(options: dict[str, Any], optimizer_name: str, dtype: torch.dtype) ->
         ({"param_dtype": FP16, "master_weights": "none"}, "adamw", torch.float32, "needs param_dtype=torch.bfloat16"),
         ({"param_dtype": BF16}, "adamw", torch.float64, "expected parameters of torch.float32 or torch.bfloat16"),
         ({"param_dtype": BF16}, "adamw", FP16, "expected parameters of torch.float32 or torch.bfloat16"),
-        ({"state_dtype": torch.int8}, "rmsprop", torch.float32, "no fused kernel for RMSprop"),
+        ({"state_dtype": torch.int8}, "adadelta", torch.float32, "no fused kernel for Adadelta"),
         ({"state_dtype": BF16, "fused": False}, "adamw", torch.float32, "fused=False"),
         ({"param_dtype": BF16, "master_weights": "none"}, "adadelta", torch.float32, "no fused kernel for Adadelta"),
         ({"state_dtype": torch.int8}, "adamw", BF16, "for which there is no fused kernel"),

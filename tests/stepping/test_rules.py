@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from optim_cases import ALL_CLASSES, TORCH_CLASSES
 from torch import Tensor, nn
 
-from zeroopt.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedSGD
+from zeroopt.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLAMB, FusedLion, FusedRMSprop, FusedSGD
 from zeroopt.stepping.rules import FusedRule, fused_optimizers, rule_for
 
-TORCH = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad]
-OWN = [FusedAdamW, FusedAdam, FusedSGD, FusedAdagrad, FusedLion, FusedLAMB]
-PAIRS = list(zip(TORCH, OWN, strict=False))
+TORCH = list(TORCH_CLASSES)
+OWN = ALL_CLASSES
+PAIRS = list(TORCH_CLASSES.items())
 
 
 def build(cls: Any, **options: Any) -> torch.optim.Optimizer:
@@ -59,7 +60,7 @@ class TestRuleFor:
         mine = type("Mine", (torch.optim.SGD,), {"fused_rule": FusedSGD.fused_rule})
         assert rule_for(build(mine)) is FusedSGD.fused_rule
 
-    @pytest.mark.parametrize("cls", [torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adamax, torch.optim.Rprop])
+    @pytest.mark.parametrize("cls", [torch.optim.Adadelta, torch.optim.NAdam, torch.optim.Adamax, torch.optim.Rprop])
     def test_other_optimizers_have_none(self, cls: Any) -> None:
         assert rule_for(build(cls)) is None
 
@@ -86,6 +87,13 @@ class TestNamesInUse:
     def test_sgd(self, cls: Any) -> None:
         assert names(cls) == ()
         assert names(cls, momentum=0.9) == ("momentum_buffer",)
+
+    @pytest.mark.parametrize("cls", [torch.optim.RMSprop, FusedRMSprop])
+    def test_rmsprop(self, cls: Any) -> None:
+        assert names(cls) == ("square_avg",)
+        assert names(cls, momentum=0.9) == ("square_avg", "momentum_buffer")
+        assert names(cls, centered=True) == ("square_avg", "grad_avg")
+        assert names(cls, momentum=0.9, centered=True) == ("square_avg", "momentum_buffer", "grad_avg")
 
     @pytest.mark.parametrize(
         ("cls", "expected"),
@@ -144,6 +152,12 @@ class TestHyperRow:
     def test_adagrads_state_starts_where_its_group_says(self, cls: Any) -> None:
         found, group = rule(cls, initial_accumulator_value=0.25)
         assert found.initial_value(group) == 0.25
+
+    @pytest.mark.parametrize("cls", [torch.optim.RMSprop, FusedRMSprop])
+    def test_rmsprop(self, cls: Any) -> None:
+        options = {"lr": 0.5, "alpha": 0.1, "eps": 0.2, "weight_decay": 0.3, "momentum": 0.4, "maximize": True}
+        assert row(cls, **options) == [0.5, 0.1, 0.2, 0.3, 0.4, 0, 1]
+        assert row(cls, centered=True) == [1e-2, 0.99, 1e-8, 0, 0, 1, 0]
 
     def test_lion_and_lamb(self) -> None:
         options = {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.4, "maximize": True}

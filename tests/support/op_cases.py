@@ -19,6 +19,7 @@ class Op:
         signed: whether they can be negative.
         options: changes of `defaults` that between them take every branch of the formula.
         flags: for states that not all groups use, the hyper-parameter that is not 0 for those that do.
+        torch_class: of torch.optim, that does the same where there is one; AdamW without `decoupled` is Adam.
         kernels: what its passes are called where it has several.
     """
 
@@ -28,6 +29,7 @@ class Op:
     signed: tuple[bool, ...]
     options: tuple[dict[str, float], ...]
     flags: dict[str, str] = field(default_factory=dict)
+    torch_class: str | None = None
     kernels: tuple[str, ...] = ()
 
     def hyper(self, **changes: float) -> dict[str, float]:
@@ -74,6 +76,7 @@ OPS = {
                 {"lr": 0},
             ),
             flags={"max_exp_avg_sq": "amsgrad"},
+            torch_class="AdamW",
         ),
         Op(
             "sgd",
@@ -91,6 +94,7 @@ OPS = {
                 {"weight_decay": 0},
             ),
             flags={"momentum_buffer": "momentum"},
+            torch_class="SGD",
         ),
         Op(
             "adagrad",
@@ -98,6 +102,33 @@ OPS = {
             ("sum",),
             (False,),
             ({}, {"lr_decay": 0}, {"weight_decay": 0}, {"maximize": 1}, {"eps": 0.5}),
+            torch_class="Adagrad",
+        ),
+        Op(
+            "rmsprop",
+            {
+                "lr": 0.1,
+                "alpha": 0.9,
+                "eps": 0.1,
+                "weight_decay": 0.1,
+                "momentum": 0.9,
+                "centered": 1,
+                "maximize": 0,
+            },
+            ("square_avg", "momentum_buffer", "grad_avg"),
+            (False, True, True),
+            (
+                {},
+                {"momentum": 0},
+                {"centered": 0},
+                {"centered": 0, "momentum": 0},
+                {"maximize": 1},
+                {"weight_decay": 0},
+                {"alpha": 0.3, "eps": 0.5},
+                {"lr": 0},
+            ),
+            flags={"momentum_buffer": "momentum", "grad_avg": "centered"},
+            torch_class="RMSprop",
         ),
         Op(
             "lion",

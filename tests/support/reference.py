@@ -97,6 +97,33 @@ def adagrad(
     return {"sum": total, "param": p - lr / (1 + (step - 1) * lr_decay) * g / (total.sqrt() + eps)}
 
 
+def rmsprop(
+    arrays: Arrays,
+    step: float,
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: float,
+    maximize: float,
+) -> Arrays:
+    """States: square_avg, momentum_buffer with momentum, and grad_avg if centered."""
+    del step
+    p, g, v = (arrays[name].double() for name in ("param", "grad", "square_avg"))
+    g = (-g if maximize else g) + weight_decay * p
+    v = alpha * v + (1 - alpha) * g**2
+    new, variance = {"square_avg": v}, v
+    if centered:
+        new["grad_avg"] = alpha * arrays["grad_avg"].double() + (1 - alpha) * g
+        variance = (v - new["grad_avg"] ** 2).clamp(min=0)
+    u = g / (variance.sqrt() + eps)
+    if momentum:
+        u = new["momentum_buffer"] = momentum * arrays["momentum_buffer"].double() + u
+    return {**new, "param": p - lr * u}
+
+
 def lion(
     arrays: Arrays, step: float, *, lr: float, beta1: float, beta2: float, weight_decay: float, maximize: float
 ) -> Arrays:

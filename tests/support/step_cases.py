@@ -64,6 +64,10 @@ def random_values(op: Op, numel: int, seed: int) -> Arrays:
     for name, signed in zip(op.states, op.signed, strict=True):
         if not signed:
             values[name] = values[name].abs()
+    if (
+        "grad_avg" in values
+    ):  # the mean of squares is no less than the square of the mean, and their difference no rounding
+        values["square_avg"] += values["grad_avg"] ** 2 + 0.5
     values["grad"][::7] = 0
     return values
 

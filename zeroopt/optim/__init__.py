@@ -1,7 +1,7 @@
 """The fused kernels as ordinary optimizers: no process group needed.
 
-`FusedAdamW`, `FusedAdam`, `FusedSGD` and `FusedAdagrad` take the place of torch's classes (same arguments, defaults and
-`state_dict` keys); `FusedLion` and `FusedLAMB` have none in torch. `FusedOptimizer` says what all of them offer besides.
+`FusedAdamW`, `FusedAdam`, `FusedSGD`, `FusedAdagrad` and `FusedRMSprop` take the place of torch's classes (same arguments,
+defaults and `state_dict` keys); `FusedLion` and `FusedLAMB` have none in torch. `FusedOptimizer` says what all of them offer besides.
 
 In reading order; each imports from those above it:
 
@@ -10,6 +10,7 @@ In reading order; each imports from those above it:
     sgd           SGD
     adamw         AdamW and Adam
     adagrad       Adagrad
+    rmsprop       RMSprop
     lion          Lion
     lamb          LAMB
 """
@@ -19,6 +20,16 @@ from .adamw import FusedAdam, FusedAdamW
 from .fused import FusedOptimizer
 from .lamb import FusedLAMB
 from .lion import FusedLion
+from .rmsprop import FusedRMSprop
 from .sgd import FusedSGD
 
-__all__ = ["FusedAdagrad", "FusedAdam", "FusedAdamW", "FusedLAMB", "FusedLion", "FusedOptimizer", "FusedSGD"]
+__all__ = [
+    "FusedAdagrad",
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedLAMB",
+    "FusedLion",
+    "FusedOptimizer",
+    "FusedRMSprop",
+    "FusedSGD",
+]

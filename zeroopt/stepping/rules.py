@@ -83,6 +83,7 @@ _RULES: dict[type[torch.optim.Optimizer], FusedRule] = {
     torch.optim.Adam: AdamWRule(decoupled=False),
     torch.optim.SGD: FusedRule(ops.sgd, has_step=False),
     torch.optim.Adagrad: AdagradRule(),
+    torch.optim.RMSprop: FusedRule(ops.OPTIMIZERS["rmsprop"]),
 }
 
 
