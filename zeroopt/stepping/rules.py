@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..errors import ConfigError
 
 ParamGroup = dict[str, Any]
 
@@ -25,9 +26,18 @@ class FusedRule:
     has_step: bool = True
 
     def hyper_parameter(self, group: ParamGroup, column: str) -> float:
-        """One of the kernel's columns for a param_group."""
+        """One of the kernel's columns for a param_group.
+
+        Raises:
+            ConfigError: the group has no option of that name.
+        """
         if column in ("beta1", "beta2"):
             return float(group["betas"][("beta1", "beta2").index(column)])
+        if column not in group:
+            raise ConfigError(
+                f"expected param_groups to have {column!r}, which the kernel {self.kernel.name} needs, got "
+                f"{', '.join(sorted(group))}; let hyper_parameter of the rule say where else it is"
+            )
         return float(group[column])
 
     def hyper_row(self, group: ParamGroup) -> list[float]:
@@ -96,6 +106,40 @@ def rule_for(optimizer: torch.optim.Optimizer) -> FusedRule | None:
     return own or _RULES.get(type(optimizer))
 
 
+def register_rule(cls: type[torch.optim.Optimizer], rule: FusedRule) -> None:
+    """Let a kernel step the optimizers of a class from elsewhere. Not collective; on every rank, before `zeroopt.wrap`.
+
+    The class must do what the kernel does: `wrap` then no longer calls its `step`, unless ``fused=False`` or the dtype has no
+    kernel. Its state has torch's names, those of `rule.kernel.states`. A subclass of it has no kernel unless registered too.
+
+    Args:
+        cls: registered for exactly this class.
+        rule: for example ``FusedRule(zeroopt.ops.lion)`` where its options are called as the kernel's columns are.
+
+    Raises:
+        ConfigError: `cls` is no class of optimizers or has another rule already, or the rule's kernel is none of
+            `zeroopt.ops.OPTIMIZERS`, with its very states. Nothing has been registered then.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"expected cls to be a class of torch.optim.Optimizer, got {cls!r}")
+    if not isinstance(rule, FusedRule):
+        raise ConfigError(f"expected the rule of {cls.__name__} to be a FusedRule, got {rule!r}")
+    kernel = ops.OPTIMIZERS.get(rule.kernel.name)
+    if kernel is None:
+        raise ConfigError(
+            f"expected the rule of {cls.__name__} to have one of the kernels {', '.join(ops.OPTIMIZERS)}, got "
+            f"{rule.kernel.name!r}"
+        )
+    if kernel != rule.kernel:
+        raise ConfigError(
+            f"expected the rule of {cls.__name__} to have the kernel {kernel.name} as zeroopt.ops has it, with states "
+            f"{kernel.states}, got states {rule.kernel.states}"
+        )
+    if _RULES.get(cls, rule) != rule:
+        raise ConfigError(f"{cls.__name__} has another rule already, {_RULES[cls]}")
+    _RULES[cls] = rule
+
+
 def fused_optimizers() -> list[str]:
-    """Names of torch's optimizers with a fused kernel."""
+    """Names of the optimizers outside of `zeroopt.optim` with a fused kernel."""
     return [cls.__name__ for cls in _RULES]
