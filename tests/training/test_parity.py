@@ -46,7 +46,7 @@ def test_convolutions_and_batch_norm_follow_ddp_bit_for_bit(run_on_ranks: RunOnR
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "adamw_amsgrad", "adam", "adam_maximize", "sgd", "sgd_momentum", "sgd_nesterov"]
+    "optimizer", ["adamw", "adamw_amsgrad", "adam", "adam_maximize", "sgd", "sgd_momentum", "sgd_nesterov", "rmsprop"]
 )
 def test_fused_step_follows_ddp(run_on_ranks: RunOnRanks, world_size: int, model: str, optimizer: str) -> None:
     results = run_on_ranks(world_size, train_step_by_step, model, optimizer, variants(fused=True), groups=2)
