@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import _C, ops
 from ..errors import CollectiveError
 from ..profiling import named_range
-from .base import Transport, slice_of
+from .base import Transport
 from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
 from .pending import PendingCollective
@@ -130,6 +130,7 @@ class ShmTransport(Transport):
         self._board = _C.ShmBoard(memory.data_ptr(), self.slice_index, self.num_slices)
         weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
         self._posted = 0
+        self._read_by_all = 0  # tickets, as far as this rank has looked
         self._labels = Labels()
         self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
@@ -163,8 +164,11 @@ class ShmTransport(Transport):
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingRead:
+        numel = full.numel() // self.num_slices
+        begin, end = self.slice_index * numel, (self.slice_index + 1) * numel
+
         def add_slices(buckets: list[Tensor]) -> None:
-            slices = [slice_of(bucket, self.slice_index, self.num_slices) for bucket in buckets]
+            slices = [bucket[begin:end] for bucket in buckets]
             with named_range("sum", label):
                 wire.combine(slices, out, base)
 
@@ -225,10 +229,11 @@ class ShmTransport(Transport):
 
     def wait_until_read(self, number: int, kind: Kind, label: str) -> None:
         """Block until all members have read a ticket, and meanwhile read what can be read: they may wait for that."""
-        while min(self._board.read()) <= number:
+        while (read := min(self._board.read())) <= number:
             next_posted = self._unread[0].number + 1 if self._unread else _C.ShmBoard.NEVER
             self._wait(next_posted, number + 1, kind, label)
             self.progress()
+        self._read_by_all = read
 
     def _start_reading(
         self, kind: Kind, tensor: Tensor | None, read: Callable[[list[Tensor]], None], label: str
@@ -239,7 +244,8 @@ class ShmTransport(Transport):
 
     def _post(self, kind: Kind, tensor: Tensor | None, label: str) -> int:
         buffer, num_bytes = (-1, 0) if tensor is None else (self._buffer_of(tensor).number, tensor.nbytes)
-        self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
+        if self._posted - _C.ShmBoard.CAPACITY >= self._read_by_all:
+            self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
         number = self._board.post(_C.Ticket(self._labels.join(kind, label), num_bytes, buffer))
         self._posted = number + 1
         if kind is Kind.ALL_GATHER and not self._unread:
@@ -253,7 +259,10 @@ class ShmTransport(Transport):
         if first.tensor is None:
             first.read([])
         else:
-            first.read([self._buffers[t.buffer].like(first.tensor, rank) for rank, t in enumerate(tickets)])
+            # What lies in each rank's buffer where the tensor lies in this one's, from the first element on.
+            num_bytes, dtype = first.tensor.nbytes, first.tensor.dtype
+            buffers = [self._buffers[ticket.buffer].of_rank[rank] for rank, ticket in enumerate(tickets)]
+            first.read([buffer[:num_bytes].view(dtype) for buffer in buffers])
         # Off the queue before peers are told, for the count that they are told is that of the first ticket in it.
         self._unread.popleft()
         self._board.mark_read(self._unread[0].number if self._unread else self._posted)

@@ -75,9 +75,17 @@ class Filling:
 
     def pack(self, managed: ManagedParam, full: Tensor) -> bool:
         """Move a gradient into its bucket; whether there was one."""
-        grad = self._view.take_local(managed)
-        if grad is None:
-            return False
+        grad: Tensor | None = managed.param.grad
+        if not (
+            type(grad) is Tensor
+            and type(managed) is ManagedParam
+            and grad.layout is torch.strided
+            and grad.stride() == managed.stride
+            and not grad.is_neg()
+        ):  # unlike nearly all gradients, which the view would give as they are
+            grad = self._view.take_local(managed)
+            if grad is None:
+                return False
         if grad.is_cpu:
             # Without the checks of `ops.pack`: this runs between two of autograd's own.
             code = ops.DTYPE_CODES[grad.dtype]

@@ -88,7 +88,7 @@ class InFlight:
     def free_buffer(self) -> None:
         """Wait until a full buffer is back in the pool."""
         assert self._pool is not None
-        while self._pool.num_free == 0:
+        while not self._pool.idle:
             if not self._lent:
                 self.finish_oldest()
             store = self._lent.popleft()

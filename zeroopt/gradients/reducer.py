@@ -388,7 +388,7 @@ class GradientReducer:
         else:
             # Free buffers are first of all for the buckets that start before it. A bucket that took one of theirs would keep it
             # until they are through, and they would wait for it.
-            free = self._pool.num_free
+            free = len(self._pool.idle)
             before = (number for number in self._sequence[self._next : place] if not self.stores[number].is_open)
             if len(list(islice(before, free))) == free:
                 return None

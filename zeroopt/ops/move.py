@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _C
 from ..errors import ConfigError
 from .checks import (
+    DTYPE_CODES,
     GRAD_COLUMN,
     NUMEL_COLUMN,
     PARAM_COLUMN,
@@ -138,24 +139,9 @@ def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None)
     Raises:
         ConfigError: a dtype, size, layout or device does not fit, or ``out`` overlaps another tensor in part.
     """
-    require(len(slices) > 0, "expected slices to hold at least one tensor, got none")
-    slice_code, out_code = dtype_code("slices[0]", slices[0]), dtype_code("out", out)
-    require(
-        slice_code == out_code or _is_widening(slices[0].dtype, out.dtype) or _is_widening(out.dtype, slices[0].dtype),
-        f"expected out to be {slices[0].dtype}, or one of the two to be float32 and the other 16-bit, got {out.dtype}",
-    )
-    named = [(f"slices[{i}]", tensor) for i, tensor in enumerate(slices)]
-    for name, tensor in named:
-        require(tensor.dtype is slices[0].dtype, f"expected {name} to be {slices[0].dtype}, got {tensor.dtype}")
-    if base is not None:
-        require(base.dtype is out.dtype, f"expected base to be {out.dtype} as out, got {base.dtype}")
-        named.append(("base", base))
-    for name, tensor in [("out", out), *named]:
-        check_flat(name, tensor, out.numel())
-        check_device(name, tensor, out)
-        if tensor.data_ptr() != out.data_ptr() or tensor.dtype is not out.dtype:
-            check_disjoint(name, tensor, "out", out)
-
+    if not _fit_to_reduce(slices, out, base):
+        _check_reduce(slices, out, base)
+    slice_code, out_code = DTYPE_CODES[slices[0].dtype], DTYPE_CODES[out.dtype]
     addresses = [tensor.data_ptr() for tensor in slices]
     base_address = 0 if base is None else base.data_ptr()
     numel = out.numel()
@@ -176,6 +162,48 @@ def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None)
             numel,
             current_stream(out),
         )
+
+
+def _fit_to_reduce(slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
+    """Whether `_check_reduce` has nothing to say, without its many calls: this comes once a bucket, while backward runs."""
+    dtype, device, begin = out.dtype, out.device, out.data_ptr()
+    if not slices or not out.is_cpu or out.dim() != 1 or not out.is_contiguous():
+        return False
+    of_slices = slices[0].dtype
+    if of_slices not in DTYPE_CODES or (
+        of_slices is not dtype and not (dtype is torch.float32 and of_slices.itemsize == 2)
+    ):
+        return False
+    end = begin + out.nbytes
+    for tensor in slices if base is None else (*slices, base):
+        expected = dtype if tensor is base else of_slices
+        if tensor.dtype is not expected or tensor.device != device or tensor.shape != out.shape:
+            return False
+        address = tensor.data_ptr()
+        is_out = address == begin and expected is dtype
+        if not tensor.is_contiguous() or (not is_out and address < end and begin < address + tensor.nbytes):
+            return False
+    return True
+
+
+def _check_reduce(slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> None:
+    require(len(slices) > 0, "expected slices to hold at least one tensor, got none")
+    slice_code, out_code = dtype_code("slices[0]", slices[0]), dtype_code("out", out)
+    require(
+        slice_code == out_code or _is_widening(slices[0].dtype, out.dtype) or _is_widening(out.dtype, slices[0].dtype),
+        f"expected out to be {slices[0].dtype}, or one of the two to be float32 and the other 16-bit, got {out.dtype}",
+    )
+    named = [(f"slices[{i}]", tensor) for i, tensor in enumerate(slices)]
+    for name, tensor in named:
+        require(tensor.dtype is slices[0].dtype, f"expected {name} to be {slices[0].dtype}, got {tensor.dtype}")
+    if base is not None:
+        require(base.dtype is out.dtype, f"expected base to be {out.dtype} as out, got {base.dtype}")
+        named.append(("base", base))
+    for name, tensor in [("out", out), *named]:
+        check_flat(name, tensor, out.numel())
+        check_device(name, tensor, out)
+        if tensor.data_ptr() != out.data_ptr() or tensor.dtype is not out.dtype:
+            check_disjoint(name, tensor, "out", out)
 
 
 def _is_widening(narrow: torch.dtype, wide: torch.dtype) -> bool:

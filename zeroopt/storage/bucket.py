@@ -113,7 +113,8 @@ class Bucket:
             if managed.offset > end:
                 full[end : managed.offset].zero_()
             end = managed.offset + managed.numel
-        full[end:].zero_()
+        if end < full.numel():
+            full[end:].zero_()
 
 
 def make_buckets(

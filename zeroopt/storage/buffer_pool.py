@@ -13,13 +13,17 @@ from .bucket import Bucket
 
 
 class BufferPool:
-    """Some buffers in which any bucket fits, and never more."""
+    """Some buffers in which any bucket fits, and never more.
+
+    Attributes:
+        idle: those that nobody has borrowed.
+    """
 
     def __init__(self, config: Config, transport: Transport) -> None:
         self._config = config
         self._transport = transport
         self._num_bytes = 0
-        self._idle: list[Tensor] = []
+        self.idle: list[Tensor] = []
         self._by_address: dict[int, Tensor] = {}
 
     def fit(self, buckets: Sequence[Bucket]) -> None:
@@ -29,22 +33,18 @@ class BufferPool:
             self.free()
             self._num_bytes = num_bytes
             device, count = buckets[0].device, num_buffers(self._config)
-            self._idle = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(count)]
-            self._by_address = {raw.data_ptr(): raw for raw in self._idle}
-
-    @property
-    def num_free(self) -> int:
-        return len(self._idle)
+            self.idle = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(count)]
+            self._by_address = {raw.data_ptr(): raw for raw in self.idle}
 
     def borrow(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
         """A buffer of the bucket's size, zero wherever no parameter lies."""
-        full = self._idle.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
+        full = self.idle.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
         bucket.zero_gaps(full)
         return full
 
     def give_back(self, full: Tensor) -> None:
         # At the front: of buffers that are used in turn, more would be resident.
-        self._idle.insert(0, self._by_address[full.data_ptr()])
+        self.idle.insert(0, self._by_address[full.data_ptr()])
 
     def free(self) -> None:
         """Give up all buffers. Those that are lent belong to reduces that this rank has finished."""
@@ -52,7 +52,7 @@ class BufferPool:
             self._transport.free(raw)
         self._num_bytes = 0
         self._by_address.clear()
-        self._idle.clear()
+        self.idle.clear()
 
 
 def num_buffers(config: Config) -> int:

@@ -89,8 +89,9 @@ class GradientStore:
     def open(self) -> Tensor:
         """The full buffer for the gradients of one backward pass. What was summed before is kept aside as `base`."""
         if not self.is_open:
-            self.finish()
-            self.reclaim()
+            if self._pending is not None:
+                self.finish()
+                self.reclaim()
             self.is_open = True
             if self._pool is not None:
                 self.full = self._pool.borrow(self._bucket, self._dtype)
