@@ -116,7 +116,7 @@ def mean_of_means(encoded: Any, world_size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("transport", TRANSPORTS, ids=str)
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda kind: kind if isinstance(kind, str) else kind.__name__)
 def test_gradients_are_rounded_to_the_grid_before_they_are_summed(
     run_on_ranks: RunOnRanks, transport: Any, stage: int
 ) -> None:
