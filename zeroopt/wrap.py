@@ -137,16 +137,10 @@ def wrap(
     given_group = _resolve_group(process_group)
     first = model.replica if isinstance(model, ZeroDataParallel) else None
     group = given_group if first is None else first.group  # whose ranks hear of what is wrong
-    module = model if first is None else first.module
-    problem: Exception | None = None
-    lines: list[str] = []
-    params: list[ManagedParam] = []
-    beyond: list[ControlGroup] = []  # ranks with other parts of the parameters
-    options: list[str] = []
-    average: ParameterAverage | None = None
-    try:
+
+    def make_config() -> Config:
         _check_wire(wire)
-        config = Config(
+        return Config(
             stage=stage,
             bucket_mb=bucket_mb,
             fused=fused,
@@ -166,62 +160,114 @@ def wrap(
             norm_group=norm_group,
             average_group=average_group,
         )
-        average = average_over(group, config)
+
+    found = _Findings()
+    try:
+        found.look_into(model, optimizer, given_group, make_config(), features)
+    # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
+    except Exception as error:  # noqa: BLE001
+        found.problem = error
+    with agreed_across(average_group, group, found.lines):
+        found.agree(group)
+        connected = _connect(found, group) if first is None else None
+    if found.average is not None and found.config.sync_module_states:
+        found.average.sync_states(model if first is None else first.module, group)
+    if isinstance(model, ZeroDataParallel):
+        return model, _add_optimizer(model, optimizer, found)
+    assert connected is not None
+    return _wrap_model(model, optimizer, group, connected, found, features)
+
+
+class _Findings:
+    """What a rank finds out before it hears of the others. Where there is a problem, only what came before it.
+
+    Attributes:
+        config: the options.
+        params: that the optimizer is to step.
+        lines: what all ranks of the group have to have in common, one fact a line.
+        options: of it, what those with other parts of the parameters have to have in common too.
+        beyond: the latter.
+        average: where groups of ranks average their parameters.
+        problem: what is wrong.
+    """
+
+    config: Config
+
+    def __init__(self) -> None:
+        self.params: list[ManagedParam] = []
+        self.lines: list[str] = []
+        self.options: list[str] = []
+        self.beyond: list[ControlGroup] = []
+        self.average: ParameterAverage | None = None
+        self.problem: Exception | None = None
+
+    def look_into(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        given_group: dist.ProcessGroup,
+        config: Config,
+        features: Sequence[Feature],
+    ) -> None:
+        """Check whether options, model and optimizer fit together, by what this rank knows. Not collective."""
+        self.config = config
+        first = model.replica if isinstance(model, ZeroDataParallel) else None
+        group = given_group if first is None else first.group
+        module = model if first is None else first.module
+        self.average = average_over(group, config)
         mesh = find_mesh(module, group) if isinstance(module, nn.Module) else None
-        beyond = mesh_groups(mesh)
-        check_norm_group(norm_group, [group, *(other.group for other in beyond)])
+        self.beyond = mesh_groups(mesh)
+        check_norm_group(config.norm_group, [group, *(other.group for other in self.beyond)])
         if first is not None:
             config.check_shares(first.config)
             _check_group(given_group, first.group)
         _check_features(features, first)
-        options = [*config.describe(), *map(_describe_feature, features)]
-        params = inspect(module, optimizer, () if first is None else first.params)
-        for managed in params:
+        self.options = [*config.describe(), *map(_describe_feature, features)]
+        self.params = inspect(module, optimizer, () if first is None else first.params)
+        for managed in self.params:
             managed.copies = count_copies(managed, mesh)
-        check_param_dtypes(config, {managed.name: managed.param.dtype for managed in params})
-        check_fused(optimizer, params, config)
-        check_transport(config.transport, group, params[0].param.device)
-        lines = _describe(options, module, optimizer, params)
-    # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
-    except Exception as error:  # noqa: BLE001
-        problem = error
-    connected: Transport | None = None
-    with agreed_across(average_group, group, lines):
-        agree(
-            [(ControlGroup(group), [*lines, *describe_place(average)]), *((other, options) for other in beyond)],
-            problem,
-        )
-        if first is None:
-            connected = _connect(config, group, params[0].param.device, average)
-    if average is not None and config.sync_module_states:
-        average.sync_states(module, group)
-    if isinstance(model, ZeroDataParallel):
-        return model, _add_optimizer(model, optimizer, config, params, average)
-    assert connected is not None
-    of_model = ModelFeatures(connected)
+        check_param_dtypes(config, {managed.name: managed.param.dtype for managed in self.params})
+        check_fused(optimizer, self.params, config)
+        check_transport(config.transport, group, self.params[0].param.device)
+        self.lines = _describe(self.options, module, optimizer, self.params)
+
+    def agree(self, group: dist.ProcessGroup) -> None:
+        """Raise on all ranks what is wrong on one of them, or between them. Collective."""
+        here = [*self.lines, *describe_place(self.average)]
+        agree([(ControlGroup(group), here), *((other, self.options) for other in self.beyond)], self.problem)
+
+
+def _wrap_model(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup,
+    transport: Transport,
+    found: _Findings,
+    features: Sequence[Feature],
+) -> tuple[ZeroDataParallel, ZeroOptimizer]:
+    of_model = ModelFeatures(transport)
     replica = Replica(
         module,
-        config,
-        connected,
+        found.config,
+        transport,
         group,
         of_model.features,
         of_model.turnout,
         of_model.join.check_outside,
     )
-    of_model.add_all(replica, config, features)
+    of_model.add_all(replica, found.config, features)
     wrapped = ZeroDataParallel(replica, of_model)
-    wrapped_optimizer = _add_optimizer(wrapped, optimizer, config, params, average)
-    cast_frozen(module.parameters(), param_dtype)
-    if config.sync_module_states:
+    wrapped_optimizer = _add_optimizer(wrapped, optimizer, found)
+    cast_frozen(module.parameters(), found.config.precision.param_dtype)
+    if found.config.sync_module_states:
         wrapped.replica.sync_rest()
     mark_wrapped(wrapped)
     return wrapped, wrapped_optimizer
 
 
-def _connect(
-    config: Config, group: dist.ProcessGroup, device: torch.device, average: ParameterAverage | None
-) -> Transport:
-    if average is not None and average.alone:
+def _connect(found: _Findings, group: dist.ProcessGroup) -> Transport:
+    config = found.config
+    if found.average is not None and found.average.alone:
         return SingleTransport(lone_group())
     made: Transport | None = None
     problem: Exception | None = None
@@ -229,7 +275,7 @@ def _connect(
         made = connect_transport(
             config.transport,
             group,
-            device,
+            found.params[0].param.device,
             share_parameters=config.share_parameters,
             nests=config.wire is None or config.wire.nests,
         )
@@ -243,14 +289,9 @@ def _connect(
     return made
 
 
-def _add_optimizer(
-    model: ZeroDataParallel,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    params: Sequence[ManagedParam],
-    average: ParameterAverage | None,
-) -> ZeroOptimizer:
-    wrapped = ZeroOptimizer(model.replica, model.features, optimizer, params, config, average)
+def _add_optimizer(model: ZeroDataParallel, optimizer: torch.optim.Optimizer, found: _Findings) -> ZeroOptimizer:
+    config = found.config
+    wrapped = ZeroOptimizer(model.replica, model.features, optimizer, found.params, config, found.average)
     cast_frozen((param for group in optimizer.param_groups for param in group["params"]), config.precision.param_dtype)
     model.train_with(wrapped)
     mark_wrapped(optimizer, wrapped)
