@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 TEST_TIMEOUT ?= 300
+TEST_PROCESSES ?= 2
 
 PYTHON_FILES := zeroopt tests bench examples
 CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
@@ -12,7 +13,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo bench bench-smoke test lint format clean
+.PHONY: help venv demo bench bench-smoke test test-quick lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -37,7 +38,10 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
 
 test: $(READY) ## Run the tests
-	$(VENV)/bin/python -m pytest tests --timeout=$(TEST_TIMEOUT) --durations=5
+	$(VENV)/bin/python -m pytest tests --numprocesses=$(TEST_PROCESSES) --dist=loadfile --timeout=$(TEST_TIMEOUT) --durations=5
+
+test-quick: $(READY) ## Run the tests that take one process and little time (about a minute)
+	$(VENV)/bin/python -m pytest tests -m "not ranks and not slow" --timeout=$(TEST_TIMEOUT) --quiet
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

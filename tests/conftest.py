@@ -9,6 +9,13 @@ import pytest
 from worker_pool import RunOnRanks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on several ranks, which `make test-quick` leaves out."""
+    for item in items:
+        if "run_on_ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("ranks")
+
+
 @pytest.fixture(scope="session")
 def run_on_ranks() -> Iterator[RunOnRanks]:
     """`run_on_ranks(world_size, function, *args, **kwargs)`: values by rank, from workers that tests share."""

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import zeroopt
+
+pytestmark = pytest.mark.slow
 
 # An editable installation brings a finder that knows where its kernels are; another installation has none.
 WITHOUT_FINDERS_OF_EDITABLE_INSTALLATIONS = """

@@ -348,6 +348,7 @@ def wrap_as_one_of_many(world_size: int) -> tuple[int, list[float]]:
     return sum(s["exp_avg"].numel() for s in optimizer.state.values() if s), losses
 
 
+@pytest.mark.slow
 def test_one_rank_of_ten_thousand(run_on_ranks: RunOnRanks) -> None:
     from measure import run_fresh
 

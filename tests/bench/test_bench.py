@@ -21,6 +21,8 @@ import torch.distributed as dist
 from paths import ROOT
 from worker_pool import PRELOADED, WORKER_ENVIRONMENT
 
+pytestmark = pytest.mark.slow
+
 TINY_MODEL = ("--layers=1", "--width=64", "--tokens=16")
 
 
@@ -29,7 +31,9 @@ RunBench = Callable[..., CompletedProcess[str]]
 
 def run_command(module: str, *options: str, **environment: str) -> CompletedProcess[str]:
     command = [sys.executable, "-m", f"bench.{module}", *options]
-    return run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    # pytest-benchmark measures nothing where it finds pytest-xdist, by whose variables tests run beside each other.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return run(command, cwd=ROOT, env=outside | environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

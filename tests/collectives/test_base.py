@@ -226,6 +226,7 @@ def test_any_sequence(run_on_ranks: RunOnRanks, name: str, world_size: int) -> N
         run_on_ranks(world_size, run_drill, name, seed, num_starts=50)
 
 
+@pytest.mark.slow
 def test_any_sequence_with_more_ranks_than_cores() -> None:
     run_fresh(8, run_drill, "shm", seed=8, num_starts=30)
 

@@ -249,6 +249,7 @@ def test_a_rank_that_cannot_share(run_on_ranks: RunOnRanks, world_size: int, hin
     assert_fell_back(run_on_ranks(world_size, train_in_spite_of, hindrance), reason)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in MEMFD_CREATE, reason="knows no system call numbers for this"
 )
@@ -257,6 +258,7 @@ def test_a_container_that_forbids_shared_memory() -> None:
     assert_fell_back(run_fresh(2, train_in_spite_of, filter_memfd), reason)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run ranks of another user")
 def test_ranks_of_two_users() -> None:
     reason = r"rank 1 cannot map the memory of rank 0: \[Errno 13\] Permission denied: '/proc/\d+/fd/\d+'"

@@ -29,6 +29,8 @@ import zeroopt
 from zeroopt.collectives import ControlGroup
 from zeroopt.collectives.shared_memory import OpenMemory, map_together, open_peer_memory
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 5.0
 
 

@@ -313,6 +313,7 @@ def main(init_method: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_rank_may_end_while_another_is_late(tmp_path: Path) -> None:
     """Rank 0 saves after the last step, the others have nothing more to do."""
     command = [sys.executable, __file__, f"file://{tmp_path}/group"]

@@ -231,6 +231,7 @@ def consolidation_bytes(options: dict[str, Any]) -> tuple[int, int]:
     return peak_rss_bytes() - before, rss_bytes() - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"state_dtype": torch.int8}], ids=str)
 def test_one_rank_takes_memory_for_it_and_no_other(options: dict[str, Any]) -> None:
     for rank, (peak, left) in enumerate(run_fresh(3, consolidation_bytes, options)):

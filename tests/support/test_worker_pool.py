@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from measure import loopback_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes, run_fresh
 from paths import PYTHON_PATH
 from worker_pool import MAX_WORKERS, NO_ANSWER, WORKER_DIED, RankError, RunOnRanks, WorkerError
+
+pytestmark = pytest.mark.slow
 
 MIB = 2**20
 
@@ -245,15 +248,21 @@ def test_least_recently_used_workers_make_room() -> None:
     assert not any(map(is_running, kept))
 
 
-def test_busy_workers_die_with_the_test_process(tmp_path: Path) -> None:
-    folder, temporary = tmp_path / "process_ids", tmp_path / "temporary"
+@pytest.fixture
+def short_path() -> Iterator[str]:
+    """Of a new directory: the name of a socket has 107 characters at most."""
+    with TemporaryDirectory() as path:
+        yield path
+
+
+def test_busy_workers_die_with_the_test_process(tmp_path: Path, short_path: str) -> None:
+    folder = tmp_path / "process_ids"
     folder.mkdir()
-    temporary.mkdir()
     script = (
         "import sys; from pathlib import Path; from worker_pool import RunOnRanks; import tests.support.test_worker_pool as test\n"
         "RunOnRanks()(2, test.write_process_id_and_sleep, Path(sys.argv[1]))"
     )
-    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "TMPDIR": str(temporary)}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "TMPDIR": short_path}
     parent = subprocess.Popen([sys.executable, "-c", script, folder], env=environment)
     try:
         assert eventually(lambda: len(list(folder.iterdir())) == 2, timeout=60)

@@ -25,6 +25,8 @@ from torch.nn import functional
 
 from zeroopt.optim import FusedAdagrad, FusedAdamW, FusedLion, FusedSGD
 
+pytestmark = pytest.mark.slow
+
 CHARACTERS = 16
 CONTEXT = 6
 WIDTH = 128

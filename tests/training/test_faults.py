@@ -26,6 +26,8 @@ from worker_pool import WORKER_DIED, WORKER_ENVIRONMENT, RankError, RunOnRanks
 
 import zeroopt
 
+pytestmark = pytest.mark.slow
+
 FAULTY_RANK = 1
 FAULTY_STEP = 2
 TIMEOUT_S = 3.0

@@ -48,6 +48,8 @@ from worker_pool import (
 
 import zeroopt
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 
 NUM_HOSTS = 2

@@ -14,6 +14,8 @@ from torch import nn
 
 import zeroopt
 
+pytestmark = pytest.mark.slow
+
 WIDTH, LAYERS, BUCKET_MB = 1024, 40, 4.0
 NUM_PARAMS = WIDTH * WIDTH * LAYERS
 BUCKET_BYTES = WIDTH * WIDTH * 4  # one layer fills a bucket

@@ -24,6 +24,8 @@ from written_checkpoints import version_of, write
 from zeroopt.checkpoint.disk import files
 from zeroopt.checkpoint.disk.siblings import latest
 
+pytestmark = pytest.mark.slow
+
 EVENTS = {
     "open",
     "os.mkdir",

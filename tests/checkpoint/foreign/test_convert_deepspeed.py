@@ -37,7 +37,10 @@ from zeroopt.checkpoint.foreign.inert_pickle import StandIn, load_inert
 from zeroopt.errors import NotSupportedError, StateError
 from zeroopt.state.shard_tensor import ShardTensor
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 TAG = f"global_step{SAVED_AFTER}"
 # Name, and which of its checkpoints.

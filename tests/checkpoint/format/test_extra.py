@@ -20,6 +20,8 @@ from worker_pool import RunOnRanks
 import zeroopt
 import zeroopt.checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 INTERRUPTED_AFTER = 5
 

@@ -16,6 +16,8 @@ from torch import nn
 import zeroopt
 import zeroopt.checkpoint
 
+pytestmark = pytest.mark.slow
+
 WIDTH, LAYERS = 1024, 24
 NUM_PARAMS = WIDTH * WIDTH * LAYERS
 TENSOR_BYTES = WIDTH * WIDTH * 4

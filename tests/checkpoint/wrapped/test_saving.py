@@ -26,6 +26,8 @@ import zeroopt.checkpoint
 from zeroopt.checkpoint.wrapped import saving
 from zeroopt.errors import CheckpointError, StateError
 
+pytestmark = pytest.mark.slow
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("conv", {}),
     ("lm", {"param_dtype": torch.bfloat16, "state_dtype": torch.int8}),

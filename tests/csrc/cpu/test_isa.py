@@ -16,6 +16,8 @@ import pytest
 
 from zeroopt import _C
 
+pytestmark = pytest.mark.slow
+
 ISAS = _C.build_info()["isas"]
 
 

@@ -21,7 +21,7 @@ from op_cases import KERNELS
 from zeroopt import _C
 
 BUILD = _C.build_info()
-pytestmark = pytest.mark.skipif(not BUILD["cuda"], reason="this build has no CUDA kernels")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BUILD["cuda"], reason="this build has no CUDA kernels")]
 
 ARCHS = [arch.removesuffix("-real") for arch in BUILD["cuda_archs"] if not arch.endswith("-virtual")]
 PACKAGES = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]

@@ -31,7 +31,10 @@ from op_cases import KERNELS
 
 from zeroopt import _C
 
-pytestmark = pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler"),
+]
 FEW_LARGE = (5000, 1, 4096, 4097)
 
 
