@@ -173,18 +173,28 @@ def check_pair(source: str, target: str, saved: Any, loaded: Any) -> None:
                 assert torch.equal(value, loaded[1]["zeroopt"]["state"][position][key])
 
 
-def read_tiers(path: str, name: str, saved: dict[str, Any], world_size: int) -> None:
+def read_tiers(path: str, name: str, saved: dict[str, Any], world_size: int, distances: list[int]) -> None:
     shards = [str(rank) for rank in range(world_size)]
-    for source in TIERS:
-        for number, target in enumerate(TIERS):
-            files = shards if number % 2 or source == target else ["whole"]
-            check_pair(source, target, saved[source], read_tier(path, name, source, target, files))
+    tiers = list(TIERS)
+    for place, source in enumerate(tiers):
+        for distance in distances:
+            number = (place + distance) % len(tiers)
+            files = shards if number % 2 or distance == 0 else ["whole"]
+            check_pair(source, tiers[number], saved[source], read_tier(path, name, source, tiers[number], files))
 
 
-@pytest.mark.parametrize(("name", "size"), [("adamw_amsgrad", 2), ("lamb", 1)])
-def test_every_precision_loads_into_every_other(run_on_ranks: RunOnRanks, tmp_path: Path, name: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "distances"),
+    [
+        ("adamw_amsgrad", 2, list(range(len(TIERS)))),
+        ("lamb", 1, [0, 1, 4]),  # stepped whole; how values become those of another tier is the same for both
+    ],
+)
+def test_every_precision_loads_into_every_other(
+    run_on_ranks: RunOnRanks, tmp_path: Path, name: str, size: int, distances: list[int]
+) -> None:
     saved = run_on_ranks(3, write_tiers, str(tmp_path), name)[0]
-    run_on_ranks(size, read_tiers, str(tmp_path), name, saved, 3)
+    run_on_ranks(size, read_tiers, str(tmp_path), name, saved, 3, distances)
 
 
 def one_at_a_time() -> None:

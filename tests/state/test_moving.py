@@ -65,16 +65,22 @@ def train(optimizer_name: str, options: dict[str, Any], replan: bool) -> tuple[l
     return history, first_names(optimizer)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum", "adagrad", "own", "radam"])
+LAYOUTS: list[dict[str, Any]] = [
+    {"stage": 0},
+    {"stage": 1},
+    {"stage": 2},
+    {"stage": 2, "share_parameters": True},
+    {"stage": 2, "transport": "pairwise"},
+    {"stage": 2, "fused": False},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("optimizer", "options"),
     [
-        {"stage": 0},
-        {"stage": 1},
-        {"stage": 2},
-        {"stage": 2, "share_parameters": True},
-        {"stage": 2, "transport": "pairwise"},
-        {"stage": 2, "fused": False},
+        *(("adamw", options) for options in LAYOUTS),
+        *(("own", options) for options in LAYOUTS[:3]),
+        *((name, LAYOUTS[number]) for number, name in enumerate(("sgd_momentum", "adagrad", "radam"))),
     ],
     ids=str,
 )

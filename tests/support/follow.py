@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,9 @@ def averaged_by_hand(net: nn.Module, optimizer: torch.optim.Optimizer) -> Prepar
     return net, optimizer
 
 
-def follow(scenario: Scenario, reference: Prepare, *, rounded: bool = False, **options: Any) -> None:
+def follow(
+    scenario: Scenario, reference: Prepare, *, rounded: bool = False, stages: Sequence[int] = STAGES, **options: Any
+) -> None:
     """Assert that a scenario gives in every stage what it gives under the reference. Collective.
 
     That is bit for bit with two ranks, and up to the order of sums with more, or where `rounded` says that even two ranks
@@ -54,7 +56,7 @@ def follow(scenario: Scenario, reference: Prepare, *, rounded: bool = False, **o
     ulps = SUM_ORDER_ULPS if rounded or dist.get_world_size() > 2 else EXACT
     expected = scenario(reference)
     assert expected
-    for stage in STAGES:
+    for stage in stages:
         got = scenario(with_zeroopt(stage=stage, fused=False, **options))
         for number, (want, have) in enumerate(zip(expected, got, strict=True)):
             assert_close(

@@ -29,6 +29,8 @@ def reset_peak_rss() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+SAMPLE_S = 0.01  # reading what a process holds takes a few milliseconds itself
+
 Samples = list[tuple[float, int]]  # moments, and bytes above the level at the start
 
 
@@ -39,7 +41,7 @@ def sampled_pss() -> Iterator[Samples]:
     before, done = pss_bytes(), threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.005):
+        while not done.wait(SAMPLE_S):
             samples.append((time.monotonic(), pss_bytes() - before))
 
     sampler = threading.Thread(target=sample)

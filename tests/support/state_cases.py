@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from remembered import remembered_grains
 from torch import Tensor, nn
 from training import OPTIMIZERS, loss_of, prepare_all
 from whole_optimizers import Lars
@@ -129,7 +130,8 @@ class Run:
         if options is not None and "param_dtype" in options:
             self.net.frozen.to(options["param_dtype"])
             self.net.never.to(None if unused else options["param_dtype"])
-        self.model, (self.optimizer,) = prepare_all(self.net, [MAKERS[name](self.net)], options)
+        with remembered_grains("Varied", name, unused, (options or {}).get("param_dtype")):
+            self.model, (self.optimizer,) = prepare_all(self.net, [MAKERS[name](self.net)], options)
         self.step = 0
 
     def train(self, steps: int, late_from: int = 2, same: bool = False) -> None:

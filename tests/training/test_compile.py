@@ -120,7 +120,8 @@ def compiled_step_alone(prepare: Prepare) -> list[Tensor]:
 
 def follow_compiled(scenario: Callable[[Prepare], list[Tensor]]) -> None:
     clips = scenario is compiled_with_the_step  # by a norm, whose squares are added in another order
-    follow(no_trace_of_compilation()(scenario), with_ddp(), rounded=clips)
+    # Of stage 1, a compiler sees what it sees of stage 2, and compiling takes seconds.
+    follow(no_trace_of_compilation()(scenario), with_ddp(), rounded=clips, stages=(0, 2))
 
 
 @pytest.mark.parametrize(

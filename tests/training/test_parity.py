@@ -61,10 +61,11 @@ def test_more_ranks_follow_ddp(run_on_ranks: RunOnRanks, world_size: int, model:
     assert_same(results, SUM_ORDER_ULPS)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum", "rmsprop"])
+@pytest.mark.parametrize(
+    ("optimizer", "world_size"), [("adamw", 2), ("adamw", 3), ("adamw", 4), ("sgd_momentum", 3), ("rmsprop", 2)]
+)
 def test_stages_bucket_sizes_and_overlap_do_not_change_a_bit(
-    run_on_ranks: RunOnRanks, world_size: int, optimizer: str
+    run_on_ranks: RunOnRanks, optimizer: str, world_size: int
 ) -> None:
     same = [
         {"stage": stage, "bucket_mb": bucket_mb, "overlap": overlap}
