@@ -261,8 +261,8 @@ class ShmTransport(Transport):
         else:
             # What lies in each rank's buffer where the tensor lies in this one's, from the first element on.
             num_bytes, dtype = first.tensor.nbytes, first.tensor.dtype
-            buffers = [self._buffers[ticket.buffer].of_rank[rank] for rank, ticket in enumerate(tickets)]
-            first.read([buffer[:num_bytes].view(dtype) for buffer in buffers])
+            buffers = self._buffers
+            first.read([buffers[t.buffer].of_rank[rank][:num_bytes].view(dtype) for rank, t in enumerate(tickets)])
         # Off the queue before peers are told, for the count that they are told is that of the first ticket in it.
         self._unread.popleft()
         self._board.mark_read(self._unread[0].number if self._unread else self._posted)

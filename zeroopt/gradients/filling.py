@@ -25,6 +25,7 @@ class Filling:
         arrived: 1: its gradient has come, for this backward.
         packed: 1: and lies in the bucket; until then in `param.grad`.
         missing: of each bucket, how many have not come.
+        unpacked: of each bucket, how many do not lie in it yet.
         order: indices, as the gradients of the last backward came.
         scale: what gradients are multiplied by.
     """
@@ -60,6 +61,7 @@ class Filling:
         self.arrived = bytearray(len(self.params))
         self.packed = bytearray(len(self.params))
         self.missing = list(self._sizes)
+        self.unpacked = list(self._sizes)
 
     def check_storage(self) -> None:
         """Raise StateError when a parameter no longer lies in its bucket."""
@@ -96,13 +98,12 @@ class Filling:
             ops.pack(grad, managed.view_in(full), scale=self.scale)
         self._view.packed(managed)
         self.packed[managed.index] = 1
+        self.unpacked[self.bucket_of[managed.index]] -= 1
         return True
 
     def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
         """Move into a bucket what had no buffer when it came or was left by a backward under `no_sync()`; zeros for the rest."""
         late = [managed for managed in bucket.params if not self.packed[managed.index]]
-        if not late:
-            return
         waiting = [managed for managed in late if self._view.has_local(managed)]
         if waiting:
             with named_range("pack", bucket.name):

@@ -384,7 +384,8 @@ class GradientReducer:
             return self.stores[bucket].open()
         place = self._place[bucket]
         if place == self._next:
-            self._in_flight.free_buffer()
+            if not self._pool.idle:
+                self._in_flight.free_buffer()
         else:
             # Free buffers are first of all for the buckets that start before it. A bucket that took one of theirs would keep it
             # until they are through, and they would wait for it.
@@ -406,7 +407,8 @@ class GradientReducer:
         bucket, store = self._buckets[number], self.stores[number]
         full = store.full if store.is_open else self._open(number)
         assert full is not None
-        self._filling.pack_rest(bucket, full)
+        if self._filling.unpacked[number]:
+            self._filling.pack_rest(bucket, full)
         self._in_flight.make_way()
         for bucket_filled in self._events["bucket_filled"]:
             bucket_filled(bucket, full)

@@ -142,7 +142,7 @@ def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None)
     if not _fit_to_reduce(slices, out, base):
         _check_reduce(slices, out, base)
     slice_code, out_code = DTYPE_CODES[slices[0].dtype], DTYPE_CODES[out.dtype]
-    addresses = [tensor.data_ptr() for tensor in slices]
+    addresses = list(map(Tensor.data_ptr, slices))
     base_address = 0 if base is None else base.data_ptr()
     numel = out.numel()
     if out.is_cpu:
