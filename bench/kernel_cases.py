@@ -251,6 +251,7 @@ CASES: dict[str, MakeCase] = {
     "AdamW bf16 + remainder, int8 moments": adamw(ops.Storage(BF16, "remainder", BF16, I8)),
     "SGD with momentum": other(ops.sgd, [1e-3, 0.9, 0, 0.01, 0, 0]),
     "Adagrad": other(ops.adagrad, [1e-3, 0, 0.01, 1e-10, 0]),
+    "RMSprop": other(ops.OPTIMIZERS["rmsprop"], [1e-3, 0.99, 1e-8, 0.01, 0, 0, 0]),
     "Lion": other(ops.lion, [1e-4, 0.9, 0.99, 0.01, 0]),
     "LAMB": lamb,
     "norm and finite check": norm,
