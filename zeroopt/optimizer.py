@@ -277,9 +277,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.take_up_groups()
         if set_to_none:
             self._reducer.discard(self._trained.buckets)
+            # Nothing here looks at values, of which parameters on their way would be asked one by one.
+            with torch._C.DisableTorchFunctionSubclass():
+                super().zero_grad()
         else:
             self._reducer.zero(self._trained.buckets)
-        super().zero_grad(set_to_none)
+            super().zero_grad(set_to_none=False)
         if self._join.is_on:
             self._join.note(Phase.ZERO_GRAD, self.number, set_to_none)
 

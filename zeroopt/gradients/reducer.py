@@ -261,8 +261,7 @@ class GradientReducer:
         chosen = self._buckets if buckets is None else buckets
         for bucket in chosen:
             self.stores[bucket.index].discard()
-            for managed in bucket.params:
-                self._used.flags[managed.index] = 0
+        self._used.forget([managed.index for bucket in chosen for managed in bucket.params])
         self.view.forget(chosen)
         if buckets is None:
             self._left_local = False
@@ -375,8 +374,7 @@ class GradientReducer:
         self.num_backwards += 1
         self._later.clear()
         self._filling.begin(1.0 / self._turnout.divisor)
-        for index in self.view.begin_backward():
-            self._used.flags[index] = 0
+        self._used.forget(self.view.begin_backward())
 
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn."""

@@ -6,7 +6,7 @@ are at the same place of the training loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,13 @@ class UsedParams:
         """There are so many parameters more. Collective."""
         self.flags = torch.cat([self.flags, torch.zeros(count, dtype=torch.uint8)])
         self._allocate(device)
+
+    def forget(self, indices: Collection[int]) -> None:
+        """These parameters have no gradient any more."""
+        if len(indices) == len(self.flags):
+            self.flags.zero_()
+        elif indices:
+            self.flags[list(indices)] = 0
 
     def keep(self, order: Sequence[int], device: torch.device) -> None:
         """Keep those parameters that had these indices, in this order. Collective."""

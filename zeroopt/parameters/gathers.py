@@ -89,6 +89,9 @@ def _read_only_class(cls: type[Tensor]) -> type[Tensor]:
 class ParamGathers:
     """The all-gathers of one wrapped model's parameters.
 
+    Attributes:
+        pending: by index of the bucket, those that nobody has waited for.
+
     Args:
         lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
     """
@@ -97,7 +100,7 @@ class ParamGathers:
         self._module = module
         self._transport = transport
         self._lazy = lazy and not _runs_compiled(module)
-        self._pending: dict[int, PendingCollective] = {}
+        self.pending: dict[int, PendingCollective] = {}
         self._hooks: list[_ForwardHook] = []
         self._handles: list[RemovableHandle] = []
         self._buckets: list[Bucket] = []
@@ -111,7 +114,7 @@ class ParamGathers:
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """Go by these buckets, in which the same parameters lie, or some of them."""
-        assert not self._pending
+        assert not self.pending
         self._buckets = list(buckets)
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._classes = [_arriving_class(bucket.index) for bucket in buckets]
@@ -132,13 +135,13 @@ class ParamGathers:
         if readers is not None:
             readers.finish()
         with named_range("all_gather", bucket.name):
-            self._pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
+            self.pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
 
     def leave_to_readers(self) -> None:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
         self._transport.flush()
         lazy = self._lazy and not _has_compiled()
-        for bucket in list(self._pending):
+        for bucket in list(self.pending):
             if not (lazy and self._markable[bucket]):
                 self.finish(bucket)
                 continue
@@ -150,12 +153,12 @@ class ParamGathers:
     @untraced
     def finish(self, bucket: int) -> None:
         """Wait until a bucket's parameters are all there."""
-        pending = self._pending.get(bucket)
+        pending = self.pending.get(bucket)
         if pending is None:
             return
         with named_range("wait_for_gather", self._buckets[bucket].name):
             pending.finish()
-        del self._pending[bucket]
+        del self.pending[bucket]
         if self._classes[bucket].gathers is not None:
             for param in self._params[bucket]:
                 param.__class__ = nn.Parameter
@@ -164,7 +167,7 @@ class ParamGathers:
     @untraced
     def finish_all(self) -> None:
         """Wait until all parameters are there."""
-        for bucket in list(self._pending):
+        for bucket in list(self.pending):
             self.finish(bucket)
 
     @contextmanager
@@ -215,8 +218,10 @@ class _ForwardHook:
         if torch.compiler.is_compiling():
             return
         gathers = self._gathers()
-        if gathers is not None:
-            for bucket in self.buckets:
+        if gathers is None or not gathers.pending:
+            return
+        for bucket in self.buckets:
+            if bucket in gathers.pending:
                 gathers.finish(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
