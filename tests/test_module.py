@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 from training import MODELS, batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
 
@@ -162,25 +161,6 @@ def buffers_after(broadcast: bool, mode: str) -> Tensor:
 def test_broadcast_buffers(run_on_ranks: RunOnRanks, broadcast: bool, mode: str, equal: bool) -> None:
     first, second = run_on_ranks(2, buffers_after, broadcast, mode)
     assert torch.equal(first, second) is equal
-
-
-def ddp_around() -> None:
-    """Around the wrapped model, around a larger one, and around one that leaves the wrapped part out."""
-    net = build("mlp")
-    model, optimizer = zeroopt.wrap(net, optimizer_for("sgd", net))
-    with pytest.raises(zeroopt.ConfigError, match="DistributedDataParallel"):
-        DistributedDataParallel(model)
-    larger = torch.nn.Sequential(model, torch.nn.Linear(5, 2))
-    with pytest.raises(zeroopt.ConfigError, match="DistributedDataParallel"):
-        DistributedDataParallel(larger)(batch("mlp", 0))
-    larger._ddp_params_and_buffers_to_ignore = [f"0.{name}" for name, _ in net.named_parameters()]
-    around = DistributedDataParallel(larger)
-    loss_of(around(batch("mlp", 0))).backward()
-    optimizer.step()
-
-
-def test_ddp_around_a_wrapped_model_is_refused(run_on_ranks: RunOnRanks) -> None:
-    run_on_ranks(2, ddp_around)
 
 
 def ask_for_comm_hook() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,12 +111,3 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     target = os.path.realpath(tmp_path / "torch.pt")
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {target} exists already. Choose another name, or remove it\n")
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "checkpoint")
-
-
-def test_the_exit_code_is_that_of_the_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "zeroopt", "checkpoint", "inspect", str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"cannot be opened: {tmp_path} is not a checkpoint" in done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from paths import ROOT
 
 from zeroopt import _C
-from zeroopt.diagnosis.env import environment
 from zeroopt.errors import KernelUnavailableError
 
 # kernel, rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream
@@ -76,14 +74,6 @@ def test_workspace_of_missing_kernels_says_how_to_get_them() -> None:
 def test_unknown_dtype_code() -> None:
     with pytest.raises(ValueError, match="there is no dtype code 9"):
         _C.pack(0, 9, 0, 0, 0, 1.0, 1)
-
-
-def test_env_command_prints_every_fact() -> None:
-    command = [sys.executable, "-m", "zeroopt", "env"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name, value in environment().items():
-        line = next(line for line in result.stdout.splitlines() if line.startswith(f"{name} "))
-        assert name == "cores" or line.endswith(value)
 
 
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")

@@ -15,7 +15,6 @@ from written_checkpoints import version_of, write
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.disk import directory as directories
 from zeroopt.checkpoint.disk.directory import aside, is_aside, remove, remove_left_aside
-from zeroopt.checkpoint.disk.exchange import exchange
 
 
 def names(path: Path) -> list[str]:
@@ -117,17 +116,6 @@ def test_a_file_system_that_cannot_exchange_is_told_before_anything_is_written(
     assert version_of(tmp_path / "last") == 1
     assert version_of(tmp_path / "other") == 2
     assert names(tmp_path) == ["last", "other"]
-
-
-def test_a_library_without_the_call_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: object())
-    with pytest.raises(CheckpointError, match="no renameat2"):
-        exchange(tmp_path / "a", tmp_path / "b")
-
-
-def test_exchanging_what_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        exchange(tmp_path / "a", tmp_path / "b")
 
 
 def test_what_killed_runs_have_left_is_removed_when_nobody_works_on_it(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""A bug report says how zeroopt was built, and what is around it; whatever is missing is said too."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import zeroopt
+from zeroopt.diagnosis import env
+from zeroopt.diagnosis.env import environment, print_environment
+
+BUILD: dict[str, Any] = {
+    "version": "1.2.3",
+    "compiler": "GNU 13.2",
+    "flags": "-O3",
+    "isa": "avx2",
+    "isas": ["scalar", "avx2"],
+    "openmp": True,
+    "cuda": True,
+    "cuda_version": "12.4",
+    "cuda_archs": ["80", "90"],
+}
+
+
+def built(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> dict[str, str]:
+    """The environment of a build of which these facts are others."""
+    monkeypatch.setattr(env, "build_info", lambda: {**BUILD, **facts})
+    return environment()
+
+
+def test_the_build_that_runs_is_described() -> None:
+    facts = environment()
+    assert facts["zeroopt"] == zeroopt.__version__
+    assert facts["python"] == platform.python_version()
+    assert facts["torch"] == torch.__version__
+    assert facts["cores"].endswith(f"torch uses {torch.get_num_threads()} threads")
+    assert all(facts.values())
+
+
+def test_what_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = built(monkeypatch)
+    assert facts["compiler"] == "GNU 13.2, -O3"
+    assert facts["CPU kernels"] == "avx2 (compiled: scalar, avx2)"
+    assert facts["OpenMP"] == "yes"
+    assert facts["CUDA kernels"] == "12.4 (80 90)"
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    facts = built(monkeypatch, openmp=False, cuda=False, cuda_version="", cuda_archs=[])
+    assert facts["OpenMP"].startswith("no: ")
+    assert facts["CUDA kernels"] == "not compiled in"
+    assert (facts["torch CUDA"], facts["CUDA devices"]) == ("no", "none")
+
+
+def test_all_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    assert environment()["CUDA devices"] == "GPU 0, GPU 1"
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [((True, False, True), "gloo, mpi"), ((False, True, False), "nccl"), ((False, False, False), "none")],
+)
+def test_backends_are_those_of_this_torch(
+    available: tuple[bool, bool, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, there in zip(("gloo", "nccl", "mpi"), available, strict=True):
+        monkeypatch.setattr(dist, f"is_{name}_available", lambda there=there: there)
+    assert environment()["backends"] == expected
+
+
+def test_a_torch_without_distributed_has_no_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    assert environment()["backends"] == "none"
+
+
+def test_every_fact_is_a_line_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_environment()
+    lines = capsys.readouterr().out.splitlines()
+    facts = environment()
+    column = lines[0].index(facts["zeroopt"])
+    assert [(line[:column].rstrip(), line[column:]) for line in lines] == list(facts.items())
