@@ -230,7 +230,7 @@ class RankFiles:
             if first < last:
                 parts.append(partition[first - begin : last - begin])
             begin = end
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0] if len(parts) == 1 else torch.cat([partitions[0][:0], *parts])  # or none, of no elements
         return whole.view(self.model.shapes[place.group][name])
 
 
