@@ -94,46 +94,6 @@ def test_replanning_changes_no_bit(run_on_ranks: RunOnRanks, optimizer: str, opt
             assert all(torch.equal(a, b) for a, b in zip(step, expected_step, strict=True))
 
 
-def ranks_arrive_differently() -> list[str]:
-    """Rank 1 uses the layers in another order; rank 0's counts."""
-    torch.manual_seed(0)
-    layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-    _, optimizer = zeroopt.wrap(layers, torch.optim.AdamW(layers.parameters()), bucket_mb=0.001)
-    ordered = list(layers) if dist.get_rank() == 1 else [layers[2], layers[0], layers[3], layers[1]]
-    for _ in range(2):
-        x = torch.ones(2, 16)
-        for layer in ordered:
-            x = layer(x)
-        x.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [bucket.params[0].name.partition(".")[0] for bucket in optimizer._trained.buckets]
-
-
-def test_rank_0_decides(run_on_ranks: RunOnRanks) -> None:
-    for names in run_on_ranks(2, ranks_arrive_differently):
-        assert list(dict.fromkeys(names)) == ["1", "3", "0", "2"]
-
-
-def replans_in(steps: int, options: dict[str, Any]) -> list[bool]:
-    """In which steps the buckets change."""
-    _, model, optimizer = wrapped("adamw", options)
-    changed = []
-    for number in range(steps):
-        before = list(optimizer._trained.buckets)
-        backward(model, number)
-        optimizer.step()
-        optimizer.zero_grad()
-        changed.append(optimizer._trained.buckets != before)
-    return changed
-
-
-def test_once_after_the_first_step(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(2, replans_in, 3, {}) == [[True, False, False]] * 2
-    assert run_on_ranks(2, replans_in, 3, {"overlap": False}) == [[False] * 3] * 2
-    assert run_on_ranks(1, replans_in, 3, {}) == [[False] * 3]
-
-
 def resume(options: dict[str, Any]) -> bool:
     """A state dict from after the new plan goes into a fresh optimizer, and training goes on bit for bit."""
     net, model, optimizer = wrapped("adamw", options)

@@ -40,3 +40,9 @@ class Lone:
         self.backward(number)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def whole_state(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's state, by the position of the parameter."""
+        self.optimizer.consolidate_state_dict()
+        state: dict[int, dict[str, Any]] = self.optimizer.full_state_dict()["state"]
+        return state
