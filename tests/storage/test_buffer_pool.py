@@ -1,0 +1,98 @@
+"""Buckets borrow buffers, of which there are as many as were asked for, and no more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lone_slice import LoneSlice, buckets_of, config_with, params_of, values
+
+from zeroopt.options.precision import Precision
+from zeroopt.storage.bucket import Bucket
+from zeroopt.storage.buffer_pool import BufferPool, bytes_of_buffer, num_buffers
+
+BF16 = torch.bfloat16
+
+
+def buckets(*numels: int, precision: Precision | None = None) -> list[Bucket]:
+    """One for each of these sizes."""
+    made = buckets_of(params_of(*(values((n,)) for n in numels)), LoneSlice(), bucket_bytes=1, precision=precision)
+    return made[::-1]
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, 2), ({"bucket_buffers": 3}, 3), ({"overlap": False}, 1)])
+def test_there_are_as_many_as_asked_for_and_one_where_nothing_overlaps(options: dict[str, int], count: int) -> None:
+    config, transport = config_with(**options), LoneSlice()
+    pool = BufferPool(config, transport)
+    pool.fit(buckets(100, 10))
+    assert num_buffers(config) == len(pool.idle) == len(transport.allocated) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "itemsize"),
+    [
+        ({}, Precision(), 4),
+        ({"reduce_dtype": BF16}, Precision(), 2),
+        ({}, Precision(BF16), 2),
+        ({"reduce_dtype": torch.float32}, Precision(BF16), 4),
+    ],
+)
+def test_the_largest_bucket_fits_in_what_travels(
+    options: dict[str, torch.dtype], precision: Precision, itemsize: int
+) -> None:
+    made = buckets(10, 300, 40, precision=precision)
+    config = config_with(precision=precision, **options)
+    assert bytes_of_buffer(config, made) == max(bucket.padded_numel for bucket in made) * itemsize
+    assert bytes_of_buffer(config, []) == 0
+
+
+def test_a_borrowed_buffer_is_as_large_as_the_bucket_and_its_gaps_are_zero() -> None:
+    pool = BufferPool(config_with(), LoneSlice())
+    small, large = buckets(10, 100)
+    pool.fit([small, large])
+    for raw in pool.idle:
+        raw.fill_(255)
+    full = pool.borrow(small, torch.float32)
+    assert full.shape == (small.padded_numel,) and full.dtype is torch.float32
+    assert full[:10].isnan().all() and not full[10:].any()
+    other = pool.borrow(large, BF16)
+    assert other.shape == (large.padded_numel,) and other.dtype is BF16
+    assert other.data_ptr() != full.data_ptr()
+    assert not pool.idle
+
+
+def test_the_one_that_came_back_last_is_lent_first() -> None:
+    pool = BufferPool(config_with(bucket_buffers=3), LoneSlice())
+    (bucket,) = buckets(10)
+    pool.fit([bucket])
+    first, second = (pool.borrow(bucket, torch.float32) for _ in range(2))
+    addresses = [first.data_ptr(), second.data_ptr()]
+    pool.give_back(first)
+    pool.give_back(second)
+    assert len(pool.idle) == 3
+    assert [pool.borrow(bucket, torch.float32).data_ptr() for _ in range(2)] == addresses[::-1]
+
+
+def test_others_are_made_only_where_larger_ones_are_needed() -> None:
+    transport = LoneSlice()
+    pool = BufferPool(config_with(), transport)
+    pool.fit(buckets(100))
+    before = [raw.data_ptr() for raw in pool.idle]
+    pool.fit(buckets(10))
+    pool.fit(buckets(100))
+    assert [raw.data_ptr() for raw in pool.idle] == before and not transport.freed
+    pool.fit(buckets(10, 500))
+    assert transport.freed == before
+    assert len(pool.idle) == 2 and min(raw.numel() for raw in pool.idle) >= 500 * 4
+
+
+def test_all_are_given_up_lent_ones_too() -> None:
+    transport = LoneSlice()
+    pool = BufferPool(config_with(), transport)
+    made = buckets(10)
+    pool.fit(made)
+    addresses = {raw.data_ptr() for raw in pool.idle}
+    pool.borrow(made[0], torch.float32)
+    pool.free()
+    assert set(transport.freed) == addresses and not pool.idle
+    pool.fit(made)
+    assert len(pool.idle) == 2, "it can be used again"

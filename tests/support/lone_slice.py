@@ -1,0 +1,103 @@
+"""One rank's slice of buckets in one process, without other ranks: for tests of what lies where in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroopt.collectives import PendingCollective, Wire
+from zeroopt.collectives.lone import lone_group
+from zeroopt.collectives.pending import Done
+from zeroopt.collectives.single import SingleTransport
+from zeroopt.collectives.wire import PLAIN
+from zeroopt.options.config import Config
+from zeroopt.options.precision import Precision
+from zeroopt.plan.buckets import make_plan
+from zeroopt.plan.ownership import Ownership
+from zeroopt.plan.params import Grain, ManagedParam
+from zeroopt.storage.bucket import Bucket, make_buckets
+
+
+class LoneSlice(SingleTransport):
+    """As if there were other ranks, whose gradients are zero, and from which nothing comes.
+
+    Attributes:
+        allocated: sizes in bytes of the buffers that have been asked for.
+        freed: addresses of those that have been given up.
+    """
+
+    def __init__(self, num_slices: int = 1, slice_index: int = 0) -> None:
+        super().__init__(lone_group())
+        self.num_slices, self.slice_index = num_slices, slice_index
+        self.allocated: list[int] = []
+        self.freed: list[int] = []
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
+        self.allocated.append(numel * dtype.itemsize)
+        return super().allocate(numel, dtype, device, shared=shared)
+
+    def free(self, buffer: Tensor) -> None:
+        self.freed.append(buffer.data_ptr())
+
+    def start_reduce_scatter(
+        self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
+    ) -> PendingCollective:
+        wire.combine([self.own_slice(full)], out, base)
+        return Done()
+
+
+def config_with(**options: Any) -> Config:
+    """The options of `zeroopt.wrap` as they are when nothing is given, but for these."""
+    given: dict[str, Any] = {
+        "stage": 2,
+        "bucket_mb": 25.0,
+        "fused": "auto",
+        "transport": "auto",
+        "overlap": True,
+        "broadcast_buffers": True,
+        "sync_module_states": True,
+        "share_parameters": False,
+        "reduce_dtype": None,
+        "wire": None,
+        "bucket_buffers": 2,
+        "check_every": None,
+        "precision": Precision(),
+        "max_grad_norm": None,
+        "cast_inputs": False,
+        "average_every": None,
+        "norm_group": None,
+        "average_group": None,
+    }
+    return Config(**{**given, **options})
+
+
+def values(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers, the same for the same seed."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def params_of(*tensors: Tensor, grain: Grain = Grain.ELEMENT, group: int = 0) -> list[ManagedParam]:
+    """Parameters p0, p1, … with copies of these values."""
+    return [ManagedParam(f"p{i}", nn.Parameter(t.clone()), i, group, i, grain) for i, t in enumerate(tensors)]
+
+
+def buckets_of(
+    params: Sequence[ManagedParam],
+    transport: LoneSlice,
+    *,
+    by_slices: bool = True,
+    precision: Precision | None = None,
+    bucket_bytes: int = 1 << 20,
+    shared: bool = False,
+    first_index: int = 0,
+) -> list[Bucket]:
+    """Buckets with these parameters, from the last one to the first."""
+    ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=by_slices)
+    precision = Precision() if precision is None else precision
+    plan = make_plan(params, ownership, bucket_bytes, precision)
+    return make_buckets(
+        plan, params, ownership, transport, precision, home=None, shared=shared, first_index=first_index
+    )
