@@ -7,17 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from training import OPTIMIZERS, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.options.precision import Precision
-from zeroopt.plan.buckets import in_order, is_grouped_alike, make_plan
-from zeroopt.plan.ownership import Ownership
-from zeroopt.plan.params import ManagedParam
 
 
 class Backwards(nn.Module):
@@ -118,17 +112,3 @@ def resume(options: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"share_parameters": True}, {"fused": False}], ids=str)
 def test_state_of_a_new_plan_can_be_loaded(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
     assert run_on_ranks(2, resume, options) == [True, True]
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=50)
-def test_every_order_holds_every_parameter_once(sizes: list[int], random: Any) -> None:
-    params = [ManagedParam(str(i), nn.Parameter(torch.empty(n)), i, 0, i) for i, n in enumerate(sizes)]
-    order = list(range(len(sizes)))
-    random.shuffle(order)
-    ordered = in_order(params, order)
-    plan = make_plan(ordered, Ownership(2, 0, by_slices=True), 256, Precision())
-    held = [ordered[i].index for bucket in plan.buckets for i in bucket.params]
-    assert sorted(held) == list(range(len(sizes)))
-    assert held == order, "buckets hold the parameters in the order of arrival"
-    assert is_grouped_alike([], plan, ordered) == (not plan.buckets)

@@ -18,10 +18,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.optim import FusedLAMB
-from zeroopt.options.precision import Precision, round_master
-from zeroopt.plan.buckets import make_plan
-from zeroopt.plan.ownership import Ownership
-from zeroopt.plan.params import Grain, ManagedParam
+from zeroopt.options.precision import round_master
 
 BF16 = torch.bfloat16
 STEPS = 5
@@ -393,50 +390,3 @@ def test_more_ranks_than_parameters(run_on_ranks: RunOnRanks) -> None:
     for options in ({"stage": 1}, {"stage": 2}, {"stage": 2, "share_parameters": True}):
         for values in run_on_ranks(4, few_parameters, options):
             assert all(torch.equal(a, b) for a, b in zip(plain, values, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("shape", "grain", "cost"),
-    [
-        ((6, 4), Grain.ELEMENT, None),
-        ((6, 4), Grain.PARAMETER, 24),
-        ((6, 4), Grain.MATRIX, 96),
-        ((4, 6), Grain.MATRIX, 96),
-        ((8, 3, 2), Grain.MATRIX, 288),
-        ((5,), Grain.MATRIX, 5),
-        ((), Grain.MATRIX, 1),
-        ((0, 3), Grain.MATRIX, 0),
-    ],
-)
-def test_cost(shape: tuple[int, ...], grain: Grain, cost: int | None) -> None:
-    assert ManagedParam("p", nn.Parameter(torch.zeros(shape)), 0, 0, 0, grain).whole_cost == cost
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_ranks_have_about_the_same_to_do(world_size: int) -> None:
-    """Of the matrices of a transformer with grouped queries, in which a rank's elements are no measure of its work."""
-    width = 256
-    block = [
-        (width, width),
-        (width // 4, width),
-        (width // 4, width),
-        (width, width),
-        (3 * width, width),
-        (width, 3 * width),
-    ]
-    params = [
-        ManagedParam(str(i), nn.Parameter(torch.empty(shape, device="meta")), i, 0, i, Grain.MATRIX)
-        for i, shape in enumerate(block * 12)
-    ]
-    plan = make_plan(params, Ownership(world_size, 0, by_slices=True), 2**20, Precision())
-    load = [0] * world_size
-    for index in range(len(plan.buckets)):
-        length = plan.shard_numel(index)
-        for rank in range(world_size):
-            for segment in plan.segments(index, rank * length, (rank + 1) * length):
-                assert segment.numel == params[segment.param].numel
-                load[rank] += params[segment.param].whole_cost or 0
-    assert max(load) * world_size <= 1.05 * sum(load)
-    assert sum(bucket.padded_numel for bucket in plan.buckets) <= 1.1 * sum(param.numel for param in params)
-    in_one_piece = make_plan(params, Ownership(world_size, 0, by_slices=False), 2**20, Precision())
-    assert not any(bucket.whole for bucket in in_one_piece.buckets)

@@ -1,0 +1,132 @@
+"""Which parameters share a bucket, in what order, and that ranks with whole parameters have about the same to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lone_slice import params_of
+from thread_ranks import on_threads, told_on_threads
+from torch import nn
+
+from zeroopt.collectives import lone_control
+from zeroopt.options.precision import Precision
+from zeroopt.plan.buckets import PLANNING_ANEW, agree_on_order, in_order, is_grouped_alike, make_plan
+from zeroopt.plan.ownership import Ownership
+from zeroopt.plan.params import Grain, ManagedParam
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def of_sizes(*sizes: int) -> list[ManagedParam]:
+    return params_of(*map(torch.empty, sizes))
+
+
+def ownership(world_size: int = 2, *, by_slices: bool = True) -> Ownership:
+    return Ownership(world_size, 0, by_slices=by_slices)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=50)
+def test_every_order_holds_every_parameter_once(sizes: list[int], random: Any) -> None:
+    params = of_sizes(*sizes)
+    order = list(range(len(sizes)))
+    random.shuffle(order)
+    ordered = in_order(params, order)
+    plan = make_plan(ordered, ownership(), 256, Precision())
+    held = [ordered[i].index for bucket in plan.buckets for i in bucket.params]
+    assert sorted(held) == list(range(len(sizes)))
+    assert held == order, "buckets hold the parameters in the order of arrival"
+    assert is_grouped_alike([], plan, ordered) == (not plan.buckets)
+
+
+def kinds_of(params: list[ManagedParam], precision: Precision) -> list[list[str]]:
+    plan = make_plan(params, ownership(), 1 << 20, precision)
+    return sorted(sorted(params[i].name for i in bucket.params) for bucket in plan.buckets)
+
+
+def test_those_of_one_dtype_device_and_number_of_copies_share_buckets() -> None:
+    params = params_of(*(torch.empty(3, dtype=dtype) for dtype in (F32, F64, F32, BF16, F32)))
+    params.append(ManagedParam("meta", nn.Parameter(torch.empty(3, device="meta")), 5, 0, 5))
+    params[2].copies = 2
+    assert kinds_of(params, Precision()) == [["meta"], ["p0", "p4"], ["p1"], ["p2"], ["p3"]]
+    params[2].copies = 1
+    params.pop()
+    kept = [p for p in params if p.param.dtype is not F64]
+    assert kinds_of(kept, Precision(BF16)) == [["p0", "p2", "p3", "p4"]], "which are all kept in one dtype"
+
+
+@pytest.mark.parametrize(("precision", "alignment"), [(Precision(), 32), (Precision(state_dtype=torch.int8), 256)])
+def test_parameters_and_slices_begin_where_they_may(precision: Precision, alignment: int) -> None:
+    plan = make_plan(of_sizes(5, 300, 1), ownership(3), 1 << 20, precision)
+    (bucket,) = plan.buckets
+    assert all(offset % alignment == 0 for offset in bucket.offsets)
+    assert bucket.padded_numel % (3 * alignment) == 0
+
+
+def test_sizes_of_buckets_are_counted_in_the_dtype_that_is_kept() -> None:
+    params = of_sizes(*[64] * 8)
+    in_float32 = make_plan(params, ownership(1), 64 * 4 * 2, Precision())
+    in_bfloat16 = make_plan(params, ownership(1), 64 * 4 * 2, Precision(BF16))
+    assert [len(bucket.params) for bucket in in_float32.buckets] == [2] * 4
+    assert [len(bucket.params) for bucket in in_bfloat16.buckets] == [4] * 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_ranks_have_about_the_same_to_do(world_size: int) -> None:
+    """Of the matrices of a transformer with grouped queries, in which a rank's elements are no measure of its work."""
+    width = 256
+    block = [
+        (width, width),
+        (width // 4, width),
+        (width // 4, width),
+        (width, width),
+        (3 * width, width),
+        (width, 3 * width),
+    ]
+    params = [
+        ManagedParam(str(i), nn.Parameter(torch.empty(shape, device="meta")), i, 0, i, Grain.MATRIX)
+        for i, shape in enumerate(block * 12)
+    ]
+    plan = make_plan(params, Ownership(world_size, 0, by_slices=True), 2**20, Precision())
+    load = [0] * world_size
+    for index in range(len(plan.buckets)):
+        length = plan.shard_numel(index)
+        for rank in range(world_size):
+            for segment in plan.segments(index, rank * length, (rank + 1) * length):
+                assert segment.numel == params[segment.param].numel
+                load[rank] += params[segment.param].whole_cost or 0
+    assert max(load) * world_size <= 1.05 * sum(load)
+    assert sum(bucket.padded_numel for bucket in plan.buckets) <= 1.1 * sum(param.numel for param in params)
+    in_one_piece = make_plan(params, Ownership(world_size, 0, by_slices=False), 2**20, Precision())
+    assert not any(bucket.whole for bucket in in_one_piece.buckets)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "order"),
+    [([2, 0, 3, 1], [2, 0, 3, 1]), ([2, 0], [2, 0, 3, 1]), ([], [3, 2, 1, 0]), ([1], [1, 3, 2, 0])],
+)
+def test_those_that_did_not_come_are_last_in_the_order_of_the_plan(arrivals: list[int], order: list[int]) -> None:
+    assert agree_on_order(arrivals, of_sizes(1, 2, 3, 4), lone_control()) == order
+
+
+def test_rank_0_says_in_what_order() -> None:
+    arrivals = [[2, 0], [1], [0, 1, 2]]
+    orders = on_threads(3, lambda control: agree_on_order(arrivals[control.rank], of_sizes(1, 2, 3), control))
+    assert orders == [[2, 0, 1]] * 3
+    told = told_on_threads(2, lambda control: agree_on_order([], of_sizes(1, 2), control))
+    assert told == [PLANNING_ANEW]
+
+
+def test_groups_are_compared_whatever_the_order_within_them() -> None:
+    params = of_sizes(64, 64, 64, 64)
+    order = [2, 3, 1, 0]
+    ordered = in_order(params, order)
+    plan = make_plan(ordered, ownership(1), 64 * 4 * 2, Precision())
+    assert is_grouped_alike([{2, 3}, {0, 1}], plan, ordered)
+    assert not is_grouped_alike([{0, 1}, {2, 3}], plan, ordered), "buckets travel in this order"
+    assert not is_grouped_alike([{2, 3}, {1}, {0}], plan, ordered)
+    assert not is_grouped_alike([{2, 1}, {0, 3}], plan, ordered)
