@@ -76,7 +76,8 @@ def config_with(**options: Any) -> Config:
 
 def values(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random numbers, the same for the same seed."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
 
 def params_of(*tensors: Tensor, grain: Grain = Grain.ELEMENT, group: int = 0) -> list[ManagedParam]:

@@ -94,7 +94,7 @@ class Config:
         if self.precision.param_dtype is None:
             own.add("cast_inputs")  # which could not be given
         for name in self._compared():
-            if name not in own and getattr(self, name) != getattr(first, name):
+            if name not in own and as_text(getattr(self, name)) != as_text(getattr(first, name)):
                 raise ConfigError(
                     f"the model was wrapped with {name}={getattr(first, name)!r} for its first optimizer, and is now wrapped "
                     f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights and state_dtype may differ"
