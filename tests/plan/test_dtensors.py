@@ -144,6 +144,16 @@ def test_state_of_other_placements_is_refused() -> None:
         check_state_parts([made], {made.param: {"exp_avg": distributed(WHOLE, mesh, [Shard(0), Replicate()])}})
 
 
+def test_a_part_without_elements_is_at_the_end() -> None:
+    with at_place(0):
+        mesh = DeviceMesh("cpu", [0, 2, 3, 1])
+        whole, local = torch.zeros(5, 6), torch.zeros(0, 6)
+        value = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+        made = manage("weight", nn.Parameter(value), 0, 0, 0)
+        assert (made.numel, made.flat_layout.corner) == (0, (5, 0))
+        assert made.local_part(whole).shape == (0, 6)
+
+
 def test_parts_that_are_not_one_block_have_no_place_in_the_whole() -> None:
     strided = getattr(placement_types, "_StridedShard", None)
     if strided is None:
@@ -175,6 +185,7 @@ def test_moving_into_a_bucket_of_another_dtype() -> None:
         assert param.shape == (5, 6)
         assert made.address() == view.data_ptr()
         assert torch.equal(made.local.float(), WHOLE[3:])
+        assert made.layout_like(view).dtype is torch.bfloat16
         made.set_local(view.float())
         assert param.dtype is torch.float32 and local_of(param).dtype is torch.float32
 
@@ -195,14 +206,15 @@ def test_gradients_are_cut_as_the_parameter_is() -> None:
         assert made.param.grad.placements == tuple(placements)
 
 
-def test_gradients_arrive_cut_as_the_parameter_is() -> None:
+@pytest.mark.parametrize("aligned", [True, False])
+def test_gradients_arrive_cut_as_the_parameter_is(aligned: bool) -> None:
     with at_place(1) as mesh:
-        made = managed_in(mesh, [Replicate(), Shard(0)])
-        made.align_gradients()
-        (made.param * distributed(WHOLE, mesh, [Replicate(), Shard(0)])).to_local().sum().backward()
+        made = managed_in(mesh, [Replicate(), Replicate()])
+        if aligned:
+            made.align_gradients()
+        made.param.to_local(grad_placements=[Replicate(), Partial()]).sum().backward()
         assert made.param.grad is not None
-        assert made.param.grad.placements == made.param.placements
-        assert torch.equal(local_of(made.param.grad), WHOLE[3:])
+        assert (made.param.grad.placements == made.param.placements) == aligned
 
 
 def test_a_plain_gradient_of_a_dtensor_is_refused() -> None:
