@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from zeroopt.plan.buckets import make_plan
 from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import Grain, ManagedParam
 from zeroopt.storage.bucket import Bucket, make_buckets
+from zeroopt.storage.gradient_store import GradientStore
+from zeroopt.storage.own_shard import OwnShard
+from zeroopt.storage.segment import Segment
 
 
 class LoneSlice(SingleTransport):
@@ -102,3 +105,74 @@ def buckets_of(
     return make_buckets(
         plan, params, ownership, transport, precision, home=None, shared=shared, first_index=first_index
     )
+
+
+class LoneStep:
+    """What an optimizer steps on one rank of several: parameters in buckets, with sums of gradients, and the same without zeroopt.
+
+    Attributes:
+        optimizer, twin: of the same class and options; every second parameter is in a second group.
+        shards: what the stepper works on.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        make: Callable[[Any], torch.optim.Optimizer],
+        transport: LoneSlice | None = None,
+        *,
+        grain: Grain = Grain.ELEMENT,
+        precision: Precision | None = None,
+        bucket_bytes: int = 1 << 20,
+    ) -> None:
+        transport = LoneSlice() if transport is None else transport
+        self.params = params_of(*tensors, grain=grain)
+        self.twins = [nn.Parameter(tensor.clone()) for tensor in tensors]
+        for number, managed in enumerate(self.params):
+            managed.group = number % 2
+        self.optimizer, self.twin = (
+            make([{"params": found[0::2]}, {"params": found[1::2], "lr": 0.25}])
+            for found in ([managed.param for managed in self.params], self.twins)
+        )
+        self.transport = transport
+        self.buckets = buckets_of(self.params, transport, precision=precision, bucket_bytes=bucket_bytes)
+        ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=True)
+        self.stores = [GradientStore(bucket, ownership, Wire(), transport, None) for bucket in self.buckets]
+        self.shards = [OwnShard(bucket, store) for bucket, store in zip(self.buckets, self.stores, strict=True)]
+
+    def backward(self, seed: int, unused: Collection[int] = ()) -> Tensor:
+        """Let all parameters but some have gradients, here and there. Returns 1 for those that have, as steppers want it."""
+        for store in self.stores:
+            store.discard()
+        full = {bucket: store.open() for bucket, store in zip(self.buckets, self.stores, strict=True)}
+        for bucket in self.buckets:
+            for managed in bucket.params:
+                grad = values(managed.shape, 1000 * seed + managed.index, bucket.dtype)
+                managed.view_in(full[bucket]).copy_(grad)
+                twin = self.twins[managed.index]
+                twin.grad = None if managed.index in unused else grad.to(twin.dtype)
+        for store in self.stores:
+            store.start_reduce(self.transport)
+            store.finish()
+        return torch.tensor([managed.index not in unused for managed in self.params], dtype=torch.uint8)
+
+    def segments(self) -> list[Segment]:
+        """What this rank steps."""
+        return [segment for bucket in self.buckets for segment in bucket.segments]
+
+    def assert_follows(self, before: Sequence[Tensor], rtol: float = 1e-5) -> None:
+        """What this rank steps is as the twin has it, up to rounding, and the rest as it was."""
+        masters = {segment: bucket.master for bucket in self.buckets for segment in bucket.segments}
+        mine = {segment.owner: segment for segment in masters}
+        for managed, twin, old in zip(self.params, self.twins, before, strict=True):
+            expected = managed.flatten(old).clone()
+            if managed in mine:
+                segment = mine[managed]
+                begin, end = segment.start, segment.start + segment.numel
+                expected[begin:end] = managed.flatten(twin.detach())[begin:end]
+                exact = masters[segment].exact(*segment.range)
+                torch.testing.assert_close(exact, expected[begin:end].to(exact.dtype), rtol=rtol, atol=1e-6)
+                rounded = managed.flatten(managed.local)[begin:end]
+                assert torch.equal(rounded, masters[segment].round(exact).to(rounded.dtype))
+            if managed.param.dtype is old.dtype:
+                torch.testing.assert_close(managed.flatten(managed.local), expected, rtol=rtol, atol=1e-6)
