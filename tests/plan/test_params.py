@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ def permuted(sizes: list[int], dims: tuple[int, ...]) -> Tensor:
 
 
 @given(st.lists(st.integers(0, 4), max_size=4), st.integers(0, 5), st.integers(0, 9), st.data())
+@settings(deadline=None, max_examples=40)
 def test_a_view_in_a_bucket_has_the_elements_as_they_lie_there(
     sizes: list[int], begin: int, offset: int, data: st.DataObject
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zeroopt import ops
 from zeroopt.options.precision import Precision
 from zeroopt.plan.params import Grain, ManagedParam
+from zeroopt.plan.regions import FlatLayout
 from zeroopt.state.entries import block_of, is_array, map_leaves, map_tensors, pack_state, pack_value
 from zeroopt.state.shard_tensor import ShardTensor
 from zeroopt.storage.segment import Segment
@@ -93,6 +94,22 @@ def test_state_of_all_elements_has_the_shape_of_the_parameter(grain: Grain) -> N
     packed = pack_value("exp_avg", array, segment)
     assert type(packed) is Tensor and packed.tolist() == torch.arange(12.0).view(3, 4).tolist()
     assert packed.data_ptr() == array.data_ptr()
+
+
+class Part(ManagedParam):
+    """The second half of a larger tensor, as of a DTensor."""
+
+    @property
+    def flat_layout(self) -> FlatLayout:
+        return FlatLayout.of(self.shape, self.stride, [6, 4], [3, 0])
+
+
+def test_state_of_all_elements_of_a_part_is_a_shard_too() -> None:
+    owner = Part("p", nn.Parameter(torch.zeros(3, 4)), 0, 0, 0)
+    segment = Segment(owner, 0, 0, 12, nn.Parameter(torch.zeros(12)), torch.float32)
+    packed = pack_value("exp_avg", torch.arange(12.0), segment)
+    assert isinstance(packed, ShardTensor) and packed.shape == (6, 4)
+    assert [box.offsets for box in packed.boxes] == [(3, 0)]
 
 
 def test_scales_of_a_part_are_a_shard_of_all_scales() -> None:
