@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from thread_ranks import ThreadControl, on_threads, told_on_threads
 from torch import Tensor
 
 from zeroopt import ops
-from zeroopt.collectives import lone_control
+from zeroopt.collectives import ControlGroup, lone_control
+from zeroopt.collectives.lone import lone_group
 from zeroopt.plan.params import Grain, ManagedParam, ParamState
 from zeroopt.state.whole_tensors import whole_states
 
@@ -66,6 +68,25 @@ def test_what_comes_back_is_a_copy() -> None:
     state[segment.shard]["step"] += 1
     state[segment.shard]["exp_avg"] += 1
     assert whole["step"].item() == 1 and whole["exp_avg"].tolist() == [1, 1, 1, 1]
+
+
+class Noting(ControlGroup):
+    """Notes how much memory is sent along."""
+
+    sent: int
+
+    def objects(self, value: Any, what: str) -> list[Any]:
+        self.sent = len(pickle.dumps(value))
+        return [value]
+
+
+def test_parts_are_sent_without_the_memory_around_them() -> None:
+    params = params_of(torch.zeros(2), torch.zeros(50_000))
+    (bucket,) = buckets_of(params, LoneSlice())
+    state = {segment.shard: {"exp_avg": segment.part_of(bucket.own_param)} for segment in bucket.segments}
+    control = Noting(lone_group())
+    whole_states(state, [s for s in bucket.segments if s.owner is params[0]], params, control)
+    assert control.sent < 10_000
 
 
 def quantized(control: ThreadControl, moment: Tensor) -> ParamState:

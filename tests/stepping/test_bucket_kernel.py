@@ -132,7 +132,15 @@ def test_stochastic_rounding_does_not_depend_on_how_parameters_are_cut(cut: int)
             got = segment.owner.flatten(segment.owner.local)
             begin, end = segment.start, segment.start + segment.numel
             assert torch.equal(got[begin:end], expected[begin:end])
-    other = Kernel(precision=precision)
-    other.run(other.step.backward(0), seed=8)
-    pairs = zip(other.step.params, whole.step.params, strict=True)
-    assert not all(torch.equal(one.local, two.local) for one, two in pairs), "but on the seed"
+
+
+@pytest.mark.parametrize("what", ["seed", "position"])
+def test_stochastic_rounding_depends_on_the_seed_and_the_parameters_position(what: str) -> None:
+    one, other = (Kernel(precision=Precision(torch.bfloat16, "none")) for _ in range(2))
+    if what == "position":
+        for managed in other.step.params:
+            managed.position += 1
+    one.run(one.step.backward(0), seed=7)
+    other.run(other.step.backward(0), seed=8 if what == "seed" else 7)
+    pairs = zip(one.step.params, other.step.params, strict=True)
+    assert not all(torch.equal(first.local, second.local) for first, second in pairs)

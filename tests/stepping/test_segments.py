@@ -130,12 +130,35 @@ def test_options_that_are_turned_on_later_bring_their_state() -> None:
     pair = Pair(torch.optim.SGD, lr=0.1)
     pair.step(0)
     for optimizer in (pair.optimizer, pair.twin):
-        optimizer.param_groups[1]["momentum"] = 0.9
+        optimizer.param_groups[1].update(momentum=0.9, dampening=0.5)  # from its second step on
     for seed in (1, 2):
         pair.step(seed)
         pair.assert_alike()
     names = [set(pair.optimizer.state.get(param, {})) for param in pair.loose.params]
     assert names == [set(), set(), {"momentum_buffer"}]
+
+
+def test_state_that_is_called_for_later_is_shown_beside_the_rest() -> None:
+    pair = Pair(torch.optim.AdamW)
+    pair.step(0)
+    first = pair.loose.params[0]
+    kept = pair.optimizer.state[first]["exp_avg"].data_ptr()
+    pair.optimizer.param_groups[0]["amsgrad"] = True
+    pair.loose.run([values((n,), n) for n in NUMELS])
+    entry = pair.optimizer.state[first]
+    assert list(entry) == ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+    assert entry["exp_avg"].data_ptr() == kept and float(entry["step"]) == 2
+    assert torch.equal(entry["max_exp_avg_sq"], entry["exp_avg_sq"])
+    assert "max_exp_avg_sq" not in pair.optimizer.state[pair.loose.params[2]]
+
+
+def test_state_begins_where_the_group_says() -> None:
+    pair = Pair(torch.optim.Adagrad, lr=0.1, initial_accumulator_value=0.25)
+    pair.optimizer.state.clear()  # torch makes it before the first step
+    pair.loose = Loose(pair.optimizer)
+    for seed in range(2):
+        pair.step(seed)
+        pair.assert_alike()
 
 
 def test_a_step_without_gradients_changes_nothing() -> None:
