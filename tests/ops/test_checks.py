@@ -119,6 +119,7 @@ def test_what_has_no_gaps_is_dense(sizes: list[int], data: st.DataObject) -> Non
         (torch.zeros(()), True),
         (torch.zeros(1).as_strided((1, 1), (7, 9)), True),
         (torch.zeros(6).as_strided((3, 1, 2), (2, 55, 1)), True),
+        (torch.zeros(6).as_strided((2, 1, 3), (1, 55, 2)), True),
         (torch.zeros(1).expand(3), False),
         (torch.zeros(6).as_strided((2, 3), (1, 1)), False),
         (torch.zeros(6, 4)[:, :3], False),

@@ -122,8 +122,10 @@ def test_what_is_shown_is_live() -> None:
         for number, param in enumerate(pair.params(optimizer)):
             optimizer.state[param]["exp_avg"].fill_(number + 1)
             optimizer.state[param]["step"] += 5
+    entries = [pair.optimizer.state[param] for param in pair.loose.params]
     pair.step(1)
     pair.assert_alike()
+    assert all(pair.optimizer.state[param] is entry for param, entry in zip(pair.loose.params, entries, strict=True))
 
 
 def test_options_that_are_turned_on_later_bring_their_state() -> None:
@@ -235,6 +237,22 @@ def test_codes_of_8_bits_become_numbers_where_state_has_more() -> None:
     for param, numbers in zip(pair.loose.params, expected, strict=True):
         entry = pair.optimizer.state[param]
         assert list(entry) == ["step", "exp_avg", "exp_avg_sq"] and torch.equal(entry["exp_avg"], numbers)
+
+
+def test_numbers_that_come_with_their_scales_give_the_very_codes() -> None:
+    storage = ops.Storage(state_dtype=INT8)
+    pair = Pair(torch.optim.AdamW, storage)
+    pair.step(0)
+    codes = []
+    for param in pair.loose.params:
+        entry = pair.optimizer.state[param]
+        codes.append(entry["exp_avg_sq"].clone())
+        numbers = torch.empty(param.numel())
+        ops.dequantize(entry["exp_avg_sq"], entry["exp_avg_sq_scale"], numbers)
+        pair.optimizer.state[param] = {**entry, "exp_avg_sq": numbers}
+    Loose(pair.optimizer, storage)
+    for param, expected in zip(pair.loose.params, codes, strict=True):
+        assert torch.equal(pair.optimizer.state[param]["exp_avg_sq"], expected) and expected.any()
 
 
 def test_sgd_shows_a_step_where_random_numbers_depend_on_it() -> None:
