@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from hypothesis import settings
 from worker_pool import RunOnRanks
+
+settings.register_profile("any machine, however busy", deadline=None)
+settings.load_profile("any machine, however busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -57,7 +57,6 @@ def refused(expected: str, **tensors: Tensor) -> None:
 
 
 @given(st.lists(parts, max_size=6))
-@settings(deadline=None)
 def test_whatever_would_be_untied_is_found(cut: list[Part]) -> None:
     memory = torch.zeros(40)
     tensors = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,7 +22,6 @@ def numbered(all_shapes: list[tuple[int, ...]]) -> list[Tensor]:
     ]
 
 
-@settings(deadline=None)
 @given(st.lists(dtypes, max_size=8))
 def test_those_of_one_dtype_come_together_and_keep_their_order(kinds: list[torch.dtype]) -> None:
     tensors = [torch.zeros(2, dtype=kind) for kind in kinds]
@@ -35,7 +34,6 @@ def test_those_on_different_devices_stay_apart() -> None:
     assert group_alike([here, there]) == [[here], [there]]
 
 
-@settings(deadline=None)
 @given(shapes)
 def test_pieces_are_what_was_put_together(all_shapes: list[tuple[int, ...]]) -> None:
     tensors = numbered(all_shapes)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transports import sum_of_slices, values
@@ -113,7 +113,6 @@ def test_staging_is_bounded_at_any_world_size(world_size: int) -> None:
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_staging_pool_keeps_what_was_in_use_at_once(sizes: list[int]) -> None:
     pool = StagingPool()
     for first, second in pairwise(sizes):
@@ -125,7 +124,6 @@ def test_staging_pool_keeps_what_was_in_use_at_once(sizes: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
-@settings(deadline=None)
 def test_numbers_come_back_only_when_all_others_were_used(counts: list[int]) -> None:
     with patch("zeroopt.collectives.pairwise._NUM_TAGS", 64):
         transport, _ = silent_transport(2)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from training import batch, build, loss_of, optimizer_for, snapshot
@@ -28,7 +28,6 @@ STAGES = (0, 1, 2)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
-@settings(deadline=None)
 @given(st.binary(min_size=8, max_size=96), st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64]))
 def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch.dtype) -> None:
     values = torch.frombuffer(bytearray(data[: len(data) // 8 * 8]), dtype=dtype)
@@ -42,7 +41,6 @@ def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch
         assert int(audit.digest(values)) % 2**64 == expected % 2**64
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_digest_notices_one_element_and_an_exchange(numel: int, data: st.DataObject) -> None:
     values = torch.randn(numel)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,7 +52,6 @@ def heard(first: Tensor, *, found: bool = False, scale: float = 0.0, obstacle: O
     st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4),
     st.sampled_from([2.0**-20, 1.0, 65536.0, 1 / 3]),
 )
-@settings(deadline=None)
 def test_one_rank_is_enough_whether_it_knows_its_scale_or_not(ranks: list[tuple[bool, bool]], scale: float) -> None:
     *others, (found, knows) = ranks
     told = [said(found=one, scale=scale if knows else 0.0) for one, knows in others]

@@ -95,7 +95,7 @@ def finish(everyone: list[UsedParams]) -> list[list[int]]:
 
 
 @given(st.data(), st.integers(1, 3), st.integers(0, 5), st.integers(0, 4))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_use_on_any_rank_in_any_backward_counts(
     data: st.DataObject, num_ranks: int, count: int, num_backwards: int
 ) -> None:

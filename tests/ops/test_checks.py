@@ -76,7 +76,7 @@ def test_not_flat(value: Tensor, got: str) -> None:
 
 
 @given(st.integers(0, 20), st.integers(0, 6), st.integers(0, 20), st.integers(0, 6))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_overlap_is_a_byte_in_common(first: int, n: int, second: int, m: int) -> None:
     one, other = MEMORY[first : first + n], MEMORY[second : second + m].view(torch.int32)
     overlaps = bool(set(range(first, first + n)) & set(range(second, second + m)))
@@ -89,7 +89,7 @@ def test_overlap_is_a_byte_in_common(first: int, n: int, second: int, m: int) ->
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=6))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_of_many_no_two_overlap(ranges: list[tuple[int, int]]) -> None:
     tensors = [(f"t{i}", MEMORY[begin : begin + n]) for i, (begin, n) in enumerate(ranges)]
     elements = [element for begin, n in ranges for element in range(begin, begin + n)]
@@ -103,7 +103,7 @@ def test_of_many_no_two_overlap(ranges: list[tuple[int, int]]) -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=4), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_what_has_no_gaps_is_dense(sizes: list[int], data: st.DataObject) -> None:
     dims = data.draw(st.sampled_from(list(permutations(range(len(sizes))))))
     tensor = torch.zeros(sizes).permute(dims)

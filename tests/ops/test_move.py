@@ -259,7 +259,7 @@ class TestReduce:
         dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 2**32),
     )
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_hosts_may_sum_first(self, hosts: int, ranks: int, numel: int, dtype: torch.dtype, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         slices = list(torch.randn(hosts * ranks, numel, dtype=torch.float64, generator=generator).to(dtype))

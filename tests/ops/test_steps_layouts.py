@@ -167,7 +167,7 @@ def layouts(draw: st.DrawFn) -> list[Stored]:
     scale=st.sampled_from([1.0, 0.25, 3.0]),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_layout_follows_the_reference(
     segments: list[Stored], step: int, seed: int, scale: float, data: st.DataObject
 ) -> None:

@@ -30,7 +30,7 @@ def ownership(world_size: int = 2, *, by_slices: bool = True) -> Ownership:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_every_order_holds_every_parameter_once(sizes: list[int], random: Any) -> None:
     params = of_sizes(*sizes)
     order = list(range(len(sizes)))

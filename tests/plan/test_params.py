@@ -25,7 +25,7 @@ def permuted(sizes: list[int], dims: tuple[int, ...]) -> Tensor:
 
 
 @given(st.lists(st.integers(0, 4), max_size=4), st.integers(0, 5), st.integers(0, 9), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_view_in_a_bucket_has_the_elements_as_they_lie_there(
     sizes: list[int], begin: int, offset: int, data: st.DataObject
 ) -> None:

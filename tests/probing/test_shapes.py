@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,7 +44,6 @@ def test_a_small_matrix_is_no_square() -> None:
 
 
 @given(st.lists(shapes, max_size=5))
-@settings(deadline=None)
 def test_what_is_not_larger_than_the_small_ones_is_left_out(all_shapes: list[Shape]) -> None:
     large = {len(shape) for shape in all_shapes if prod(shape) > SMALL_NUMEL}
     found = large_shapes(map(of_shape, all_shapes))
@@ -56,7 +55,6 @@ def test_what_is_not_larger_than_the_small_ones_is_left_out(all_shapes: list[Sha
 @example((1, 1, 1, 1, 100_000))
 @example((100_000, 1))
 @example((20, 256))
-@settings(deadline=None)
 def test_what_a_size_may_matter_for_keeps_it(shape: Shape) -> None:
     found = cut(shape)
     assert all(size <= own for size, own in zip(found, shape, strict=True)), "never larger than the parameter"

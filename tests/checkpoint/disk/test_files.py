@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroopt import CheckpointError
@@ -17,7 +17,6 @@ from zeroopt.checkpoint.disk.files import CheckedFiles, FileRecord
 
 
 @given(st.lists(st.binary(max_size=50)))
-@settings(deadline=None)
 def test_records_are_those_of_the_bytes_on_the_disk(pieces: list[bytes]) -> None:
     files = CheckedFiles()
     with tempfile.TemporaryDirectory() as directory:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import zeroopt
@@ -25,7 +25,6 @@ records = st.builds(FileRecord, st.integers(0, 1 << 60), st.integers(0, (1 << 32
 
 
 @given(facts, st.dictionaries(st.text(), records), st.integers(0, 1 << 62), st.integers(0, 1 << 62))
-@settings(deadline=None)
 def test_it_comes_back(facts: dict[str, Any], files: dict[str, FileRecord], number: int, saved_at: int) -> None:
     made = Manifest.of(facts, files, number, saved_at)
     assert (made.zeroopt, made.torch) == (zeroopt.__version__, torch.__version__)

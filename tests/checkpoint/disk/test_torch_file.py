@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,7 +35,6 @@ def random(tensor: Tensor) -> Tensor:
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), max_size=5), st.text())
-@settings(deadline=None)
 def test_torch_loads_what_was_written(kinds: list[tuple[torch.dtype, list[int]]], name: str) -> None:
     tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
     value = {"tensors": tensors, name: {"nested": (1, 2.5, None), 3: torch.Size([1])}}

@@ -45,7 +45,7 @@ def numbered(all_shapes: list[list[tuple[int, ...]]]) -> list[dict[str, Tensor]]
     st.booleans(),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_whatever_is_cut_is_whole_again(
     all_shapes: list[list[tuple[int, ...]]], num_ranks: int, align: int, gaps: bool, lean: bool, elastic: bool
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -49,7 +49,6 @@ plain = st.recursive(
 
 
 @given(plain)
-@settings(deadline=None)
 def test_plain_values_pass_and_come_back(value: Any) -> None:
     check_plain(value, "value")
     stream = io.BytesIO()

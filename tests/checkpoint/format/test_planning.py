@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from written_checkpoints import shard, whole
@@ -52,7 +52,6 @@ def cuts(draw: st.DrawFn, numel: int) -> list[tuple[int, int]]:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_elements_come_back_whoever_wrote_and_whoever_reads_them(data: st.DataObject) -> None:
     saved = data.draw(st.lists(tensors(), min_size=1, max_size=3))
     written = [data.draw(cuts(tensor.numel())) for tensor in saved]

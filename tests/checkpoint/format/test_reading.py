@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -40,7 +40,6 @@ def open_and_verify(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-@settings(deadline=None)
 def test_a_flipped_bit_anywhere_is_noticed(name: str, data: st.DataObject, pristine: Path) -> None:
     content = (pristine / name).read_bytes()
     position = data.draw(st.integers(0, len(content) - 1))
@@ -55,7 +54,6 @@ def test_a_flipped_bit_anywhere_is_noticed(name: str, data: st.DataObject, prist
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-@settings(deadline=None)
 def test_a_file_cut_off_or_too_long_is_noticed(name: str, data: st.DataObject, pristine: Path) -> None:
     content = (pristine / name).read_bytes()
     kept = data.draw(st.integers(0, len(content) - 1))

@@ -74,7 +74,7 @@ def watch(board: _C.ShmBoard, done: threading.Event) -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_threads_at_random(world_size: int, num_tickets: int, seed: int) -> None:
     boards, _memory = new_boards(world_size)
     done = threading.Event()
@@ -109,7 +109,7 @@ def seconds_of(call: Callable[[], bool]) -> tuple[bool, float]:
 
 
 @given(st.floats(0, 0.05))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_wait_returns_within_its_time(seconds: float) -> None:
     boards, _memory = new_boards(2)
     boards[0].post(ticket(0))
