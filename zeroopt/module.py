@@ -17,8 +17,8 @@ from .features.join import JoinCalls, Phase
 from .features.of_model import ModelFeatures
 from .gradients.sharded_view import ShardedView
 from .optimizer import ZeroOptimizer
+from .parameters.arriving import remove_idle_hooks
 from .parameters.buffers import BufferSync
-from .parameters.gathers import remove_idle_hooks
 from .plan.params import ManagedParam
 from .replica import Replica
 from .untraced import untraced

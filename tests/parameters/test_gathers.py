@@ -1,335 +1,185 @@
-"""Parameters on their way: whoever uses one first, in whatever manner, sees the updated values."""
+"""One all-gather a bucket: what is pending, who is waited for, and in which order, in one process."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import os
-import pickle
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from paths import PYTHON_PATH
+from lone_slice import LoneSlice, buckets_of, params_of, values
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
 
-import zeroopt
-from zeroopt.collectives.pending import PendingWork
-from zeroopt.parameters.gathers import ArrivingParameter
+from zeroopt.collectives import PendingCollective
+from zeroopt.parameters.arriving import ArrivingParameter
+from zeroopt.parameters.gathers import NoGathers, ParamGathers
 
 
-class Net(nn.Module):
-    """Layers in several buckets, and a parameter that forward uses without its module's forward."""
+class Gather(PendingCollective):
+    """Writes what other ranks send when it is finished."""
+
+    def __init__(self, transport: Slow, full: Tensor, label: str) -> None:
+        self._transport, self._full, self._label = transport, full, label
+
+    def finish(self) -> None:
+        self._transport.events.append(f"finish {self._label}")
+        self._full.fill_(7.0)
+
+
+class Slow(LoneSlice):
+    """Gathers come when they are waited for.
+
+    Attributes:
+        events: what was asked of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
-        self.unused_forward = nn.Linear(32, 32, bias=False)
+        self.events: list[str] = []
+
+    def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
+        self.events.append(f"start {label}")
+        return Gather(self, full, label)
+
+    def flush(self) -> None:
+        self.events.append("flush")
+
+
+class Model(nn.Module):
+    """Two matrices in a bucket each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = params_of(values((4, 4), 0), values((4, 4), 1))
+        self.first, self.second = (managed.param for managed in self.params)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.layers(x), self.unused_forward.weight)
-
-
-def wrapped(**options: Any) -> tuple[Net, zeroopt.ZeroDataParallel, zeroopt.ZeroOptimizer]:
-    torch.manual_seed(0)
-    net = Net()
-    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=0.1), bucket_mb=0.004, **options)
-    return net, model, optimizer
-
-
-def inputs() -> Tensor:
-    return torch.randn(4, 32, generator=torch.Generator().manual_seed(7))
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(inputs()).square().mean().backward()
-    optimizer.step()
-
-
-def through_module(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    return [p.detach().clone() for p in net.parameters()]
-
-
-def through_references(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    return [p + 0 for p in held]
-
-
-def through_state_dict(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    return [value.clone() for value in net.state_dict().values()]
-
-
-def through_average(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    average = AveragedModel(net)
-    average.update_parameters(net)
-    return list(average.module.parameters())
-
-
-def through_foreach(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    return list(torch._foreach_add(held, 0))
-
-
-def through_numpy(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    return [torch.from_numpy(p.detach().numpy().copy()) for p in held]
-
-
-def through_text(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    texts = [repr(p) for p in held]
-    assert all(text.startswith("Parameter containing") for text in texts)
-    return [p.detach().clone() for p in held]
-
-
-def through_deepcopy(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    twin = copy.deepcopy(net)
-    assert all(type(p) is nn.Parameter for p in twin.parameters())
-    return list(twin.parameters())
-
-
-def through_pickle(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    copies = [pickle.loads(pickle.dumps(p)) for p in held]
-    assert all(type(p) is nn.Parameter for p in copies)
-    return copies
-
-
-def through_norm(net: Net, held: list[nn.Parameter]) -> list[Tensor]:
-    torch.nn.utils.parameters_to_vector(held)
-    return [p.detach().clone() for p in held]
-
-
-READERS: dict[str, Callable[[Net, list[nn.Parameter]], list[Tensor]]] = {
-    name.removeprefix("through_"): function for name, function in list(globals().items()) if name.startswith("through_")
-}
-
-
-def read_after_step(reader: str, options: dict[str, Any]) -> bool:
-    """Rank 1 is late with its part of the step, and rank 0 reads at once."""
-    net, model, optimizer = wrapped(**options)
-    reference, plain_model, plain_optimizer = wrapped(overlap=False)
-    held, waited_for = list(net.parameters()), True
-    for number in range(3):
-        step(plain_model, plain_optimizer)
-        if dist.get_rank() == 1:
-            delay_the_last_gather(optimizer)
-        step(model, optimizer)
-        if dist.get_rank() == 0 and number > 0:
-            waited_for &= any(isinstance(p, ArrivingParameter) for p in held)
-        seen = READERS[reader](net, held)
-        assert all(torch.equal(a, b) for a, b in zip(seen, reference.parameters(), strict=True)), reader
-        assert all(type(p) is nn.Parameter for p in held)
-        optimizer.zero_grad()
-        plain_optimizer.zero_grad()
-    return waited_for
-
-
-def delay_the_last_gather(optimizer: zeroopt.ZeroOptimizer) -> None:
-    """Put some time between this rank's first gather of the next step and the others."""
-    gathers = optimizer._gathers
-    start, started = gathers.start, []
-
-    def start_late(bucket: Any, readers: Any) -> None:
-        if started:
-            time.sleep(0.02)
-        started.append(bucket)
-        start(bucket, readers)
-
-    gathers.start = start_late  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_any_use_sees_updated_values(run_on_ranks: RunOnRanks, reader: str) -> None:
-    assert run_on_ranks(2, read_after_step, reader, {"transport": "shm"})[0], (
-        "nothing was on its way: this tested nothing"
-    )
-
-
-@pytest.mark.parametrize("options", [{"transport": "pairwise"}, {"share_parameters": True}, {"stage": 1}])
-def test_under_every_transport(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
-    assert run_on_ranks(2, read_after_step, "references", options)[0]
-
-
-def metadata_keeps_waiting() -> list[str]:
-    """Shapes, gradients and hashes can be asked for without waiting for values."""
-    _, model, optimizer = wrapped()
-    step(model, optimizer)
-    step(model, optimizer)  # the first one may plan the buckets anew, for which it waits
-    params = list(model.parameters())
-    optimizer.zero_grad()
-    facts = [(p.shape, p.dtype, p.device, p.grad, p.requires_grad, p.numel(), hash(p), p in {p}) for p in params]
-    assert all(fact[3] is None for fact in facts)
-    return [type(p).__name__ for p in params]
-
-
-def test_metadata_does_not_wait(run_on_ranks: RunOnRanks) -> None:
-    for names in run_on_ranks(2, metadata_keeps_waiting):
-        assert set(names) == {"ArrivingParameter"}
-
-
-def write_after_step(transport: str) -> list[Tensor]:
-    """Every rank changes its parameters in place right after the step: no rank may see another's change twice."""
-    net, model, optimizer = wrapped(transport=transport)
-    for _ in range(3):
-        step(model, optimizer)
-        with torch.no_grad():
-            for param in net.parameters():
-                param.mul_(0.5)
-        optimizer.zero_grad()
-    return [p.detach().clone() for p in net.parameters()]
-
-
-@pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_parameters_may_be_changed_right_after_the_step(run_on_ranks: RunOnRanks, transport: str) -> None:
-    first, second = run_on_ranks(2, write_after_step, transport)
-    expected, _ = run_on_ranks(2, write_after_step, "torch")
-    for a, b, c in zip(first, second, expected, strict=True):
-        assert torch.equal(a, b)
-        assert torch.allclose(a, c, atol=1e-6)
-
-
-def one_rank_reads(transport: str) -> bool:
-    """One rank alone may use the parameters while the others wait for it: no help of theirs is needed."""
-    net, model, optimizer = wrapped(transport=transport)
-    for _ in range(2):
-        step(model, optimizer)
-        if dist.get_rank() == 0:
-            net(inputs())
-            net.state_dict()
-        dist.barrier()
-    return True
-
-
-@pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_one_rank_may_read_alone(run_on_ranks: RunOnRanks, transport: str) -> None:
-    assert run_on_ranks(2, one_rank_reads, transport) == [True, True]
-
-
-def use_without_wrapper() -> bool:
-    """The bare model is there after the wrapped one and its optimizer are gone."""
-    net, model, optimizer = wrapped()
-    reference, plain_model, plain_optimizer = wrapped(overlap=False)
-    step(plain_model, plain_optimizer)
-    step(model, optimizer)
-    del model, optimizer
-    return torch.equal(net(inputs()), reference(inputs()))
-
-
-def test_the_bare_model_outlives_its_wrapper(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(2, use_without_wrapper) == [True, True]
-
-
-class ShapedParameter(nn.Parameter):
-    """A user's own class of parameters."""
-
-
-def own_parameter_class() -> bool:
-    net = nn.Linear(8, 8)
-    net.weight = ShapedParameter(net.weight.data)
-    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()))
-    model(torch.randn(2, 8)).sum().backward()
-    optimizer.step()
-    return type(net.weight) is ShapedParameter and type(net.bias) is nn.Parameter
-
-
-def test_a_class_of_parameters_is_left_alone(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(2, own_parameter_class) == [True, True]
-
-
-def train_scripted() -> bool:
-    """Compiled code reads parameters past Python: there the step waits for all."""
-    torch.manual_seed(0)
-    net = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8))
-    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()))
-    model(torch.randn(2, 8)).sum().backward()
-    optimizer.step()
-    return all(type(p) is nn.Parameter for p in net.parameters())
-
-
-def test_scripted_modules_are_not_kept_waiting_for(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(2, train_scripted) == [True, True]
-
-
-def pickle_copies() -> bool:
-    """Copies of a wrapped model are models like any other."""
-    net, model, optimizer = wrapped()
-    step(model, optimizer)
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
-    again = copy.deepcopy(pickle.loads(pickle.dumps(twin)))
-    return torch.equal(again(inputs()), net(inputs()))
-
-
-def test_copies_can_be_pickled(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(2, pickle_copies) == [True, True]
-
-
-def nothing_travels(stage: int) -> bool:
-    net, model, optimizer = wrapped(stage=stage)
-    step(model, optimizer)
-    hooks = sum(len(module._forward_pre_hooks) for module in net.modules())
-    return hooks == 0 and all(type(p) is nn.Parameter for p in net.parameters())
-
-
-def test_where_nothing_travels_nothing_waits(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(1, nothing_travels, 2) == [True]
-    assert run_on_ranks(2, nothing_travels, 0) == [True, True]
-
-
-def unfinished_after(models: int) -> int:
-    """Messages that are kept because nobody has waited for them."""
-    for _ in range(models):
-        net, model, optimizer = wrapped(transport="pairwise")
-        for _ in range(2):
-            step(model, optimizer)
-            optimizer.zero_grad()
-        net.state_dict()
-        del net, model, optimizer
-        gc.collect()
-    return len(PendingWork._unfinished)
-
-
-def test_no_message_outlives_its_model(run_on_ranks: RunOnRanks) -> None:
-    first = run_on_ranks(2, unfinished_after, 1)
-    assert run_on_ranks(2, unfinished_after, 3) == first
-
-
-def main(init_method: str) -> None:
-    """One rank of `test_a_rank_may_end_while_another_is_late`."""
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=2)
-    net, model, optimizer = wrapped(transport="pairwise")
-    for number in range(3):
-        model(inputs()).square().mean().backward()
-        if rank == 0 and number == 2:
-            time.sleep(1.0)  # rank 1 is through with the last step by then
-        optimizer.step()
-    if rank == 0:
-        net.state_dict()
-        print("saved", flush=True)
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_rank_may_end_while_another_is_late(tmp_path: Path) -> None:
-    """Rank 0 saves after the last step, the others have nothing more to do."""
-    command = [sys.executable, __file__, f"file://{tmp_path}/group"]
-    environment = os.environ | WORKER_ENVIRONMENT | {"PYTHONPATH": PYTHON_PATH}
-    ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
+        return x @ self.first @ self.second
+
+
+def gathers_of(model: Model, transport: Slow, *, lazy: bool = True) -> ParamGathers:
+    gathers = ParamGathers(model, transport, lazy=lazy)
+    gathers.extend(buckets_of(model.params, transport, bucket_bytes=64))
+    return gathers
+
+
+def start_all(gathers: ParamGathers) -> None:
+    for bucket in gathers._buckets:
+        gathers.start(bucket)
+
+
+def classes(model: Model) -> set[str]:
+    return {type(param).__name__ for param in (model.first, model.second)}
+
+
+def test_parameters_are_marked_once_all_gathers_have_started() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    assert sorted(gathers.pending) == [0, 1]
+    assert classes(model) == {"Parameter"}
+    gathers.leave_to_readers()
+    assert transport.events[-1] == "flush"
+    assert classes(model) == {"ArrivingParameter"}
+    assert isinstance(model.first, ArrivingParameter)
+
+
+def test_a_reader_waits_for_its_bucket_alone() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    gathers.leave_to_readers()
+    assert torch.equal(model.second + 0, torch.full((4, 4), 7.0))
+    assert type(model.second) is nn.Parameter
+    assert type(model.first) is not nn.Parameter
+    assert len(gathers.pending) == 1
+    assert [event for event in transport.events if event.startswith("finish")] == [
+        f"finish {bucket.name}" for bucket in gathers._buckets if bucket.params[0].param is model.second
     ]
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert outputs[0] == "saved\n"
-    assert [process.returncode for process in ranks] == [0, 0]
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def test_a_forward_waits_for_what_it_owns() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    gathers.leave_to_readers()
+    assert torch.equal(model(torch.ones(1, 4)), torch.full((1, 4), 4 * 7.0 * 4 * 7.0))
+    assert not gathers.pending
+
+
+def test_where_gathers_are_not_lazy_the_step_waits_in_the_order_of_their_start() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport, lazy=False)
+    start_all(gathers)
+    gathers.leave_to_readers()
+    names = [bucket.name for bucket in gathers._buckets]
+    assert transport.events == [*(f"start {n}" for n in names), "flush", *(f"finish {n}" for n in names)]
+    assert classes(model) == {"Parameter"}
+    assert not model._forward_pre_hooks
+
+
+def test_finishing_twice_waits_once() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    gathers.finish(0)
+    gathers.finish(0)
+    gathers.finish_all()
+    assert len([event for event in transport.events if event.startswith("finish")]) == 2
+    assert not gathers.pending
+
+
+def test_readers_of_the_old_values_are_waited_for_first() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    bucket = gathers._buckets[0]
+    gathers.start(bucket, Gather(transport, torch.zeros(1), "the others"))
+    assert transport.events == ["finish the others", f"start {bucket.name}"]
+
+
+def test_buckets_cannot_be_exchanged_while_one_is_on_its_way() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    with pytest.raises(AssertionError):
+        gathers.attach(gathers._buckets)
+
+
+def test_what_another_rank_writes_is_not_copied_into() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    before = model.first.detach().clone()
+    with gathers.read_only(), torch.no_grad():
+        model.first.copy_(torch.zeros(4, 4))
+    assert torch.equal(model.first, before)
+    assert classes(model) == {"Parameter"}
+    with torch.no_grad():
+        model.first.copy_(torch.zeros(4, 4))
+    assert not model.first.any()
+
+
+def test_parameters_that_are_on_their_way_keep_what_they_wait_for() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    gathers.leave_to_readers()
+    del gathers
+    gc.collect()
+    assert torch.equal(model.first + 0, torch.full((4, 4), 7.0))
+
+
+def test_without_ranks_that_step_other_slices_nothing_starts() -> None:
+    model, transport = Model(), Slow()
+    gathers = NoGathers(model, transport, lazy=True)
+    gathers.extend(buckets_of(model.params, transport, bucket_bytes=64))
+    start_all(gathers)
+    gathers.leave_to_readers()
+    assert transport.events == ["flush"]
+    assert classes(model) == {"Parameter"}
+
+
+def test_hooks_can_be_removed() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    assert len(model._forward_pre_hooks) == 1
+    gathers.remove_hooks()
+    assert not model._forward_pre_hooks

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training import build, loss_of
 from worker_pool import RunOnRanks, forget_compiled_code
 
-from zeroopt.parameters.gathers import ArrivingParameter
+from zeroopt.parameters.arriving import ArrivingParameter
 
 TIMEOUT_S = 180.0  # a worker's first use of the compiler imports half of torch
 BACKEND = "aot_eager"

@@ -2,6 +2,7 @@
 
 In reading order; each imports from those above it:
 
-    buffers  batch norm statistics and the like, which follow those of one rank
-    gathers  updated parameters on their way, and the guard that lets nobody read them too early
+    buffers   batch norm statistics and the like, which follow those of one rank
+    arriving  parameters that are on their way, and who waits for them
+    gathers   one all-gather a bucket
 """

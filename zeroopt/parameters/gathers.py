@@ -1,89 +1,21 @@
-"""Updated parameters on their way from the ranks that stepped them, and the guard that lets nobody read them too early.
-
-The step starts one all-gather a bucket and returns. Whoever then uses a parameter first waits for its bucket: mostly the
-forward of the module that owns it, and otherwise any other use in Python (evaluation, `state_dict`, an average of the
-weights, printing), through whatever reference. While its bucket is on its way, a parameter is an instance of a subclass of
-`nn.Parameter` whose `__torch_function__` waits; then it is a plain `nn.Parameter` again. It stays the same object.
-"""
+"""Updated parameters on their way from the ranks that stepped them: the step starts one all-gather a bucket and returns."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..collectives import PendingCollective, Transport
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..untraced import untraced
-
-
-def _accessors(*names: str) -> Iterator[Any]:
-    """How `__torch_function__` is told of reading, setting and deleting attributes of a tensor."""
-    for name in names:
-        attribute: Any = getattr(Tensor, name)
-        yield from (attribute.__get__, attribute.__set__, attribute.__delete__)
-
-
-# What does not look at a parameter's values, and is called between a step and the next forward (zero_grad above all).
-_METADATA = {
-    *_accessors("grad", "requires_grad", "shape", "dtype", "device", "layout", "is_leaf", "ndim", "grad_fn"),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.requires_grad_),
-}
-
-
-class ArrivingParameter(nn.Parameter):
-    """A parameter whose bucket is on its way. Each bucket has a subclass of its own.
-
-    Attributes:
-        gathers, bucket: what to wait for. `gathers` is None while no parameter is of this class.
-    """
-
-    gathers: ClassVar[ParamGathers | None] = None
-    bucket: ClassVar[int]
-
-    def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
-        return nn.Parameter(data, requires_grad)  # copy.deepcopy makes one of the class that it has found
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
-        assert cls.gathers is not None
-        cls.gathers.finish(cls.bucket)  # after which the bucket's parameters have their own class again
-        return function(*args, **(kwargs or {}))
-
-
-def _arriving_class(bucket: int) -> type[ArrivingParameter]:
-    return type("ArrivingParameter", (ArrivingParameter,), {"bucket": bucket})
-
-
-class _ReadOnly(Tensor):
-    """A parameter whose values another rank loads."""
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is Tensor.copy_ and isinstance(args[0], cls):
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
-
-
-@cache
-def _read_only_class(cls: type[Tensor]) -> type[Tensor]:
-    return type(f"ReadOnly{cls.__name__}", (_ReadOnly, cls), {"__slots__": ()})
+from .arriving import ForwardHook, arriving_class, read_only
 
 
 class ParamGathers:
@@ -101,7 +33,7 @@ class ParamGathers:
         self._transport = transport
         self._lazy = lazy and not _runs_compiled(module)
         self.pending: dict[int, PendingCollective] = {}
-        self._hooks: list[_ForwardHook] = []
+        self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
         self._buckets: list[Bucket] = []
 
@@ -117,7 +49,7 @@ class ParamGathers:
         assert not self.pending
         self._buckets = list(buckets)
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
-        self._classes = [_arriving_class(bucket.index) for bucket in buckets]
+        self._classes = [arriving_class(bucket.index) for bucket in buckets]
         # A user's own class of parameters stays as it is. Methods of a DTensor get at its values past `__torch_function__`.
         self._markable = [all(type(param) is nn.Parameter for param in params) for params in self._params]
         bucket_of = {managed.param: bucket.index for bucket in buckets for managed in bucket.params}
@@ -170,26 +102,16 @@ class ParamGathers:
         for bucket in list(self.pending):
             self.finish(bucket)
 
-    @contextmanager
-    def read_only(self) -> Iterator[None]:
+    def read_only(self) -> AbstractContextManager[None]:
         """Within it, `copy_` into a parameter does nothing: another rank writes the memory that they share."""
-        params = [param for params in self._params for param in params]
-        classes = [param.__class__ for param in params]
-        for param in params:
-            param.__class__ = _read_only_class(param.__class__)  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for param, cls in zip(params, classes, strict=True):
-                param.__class__ = cls
+        return read_only([param for params in self._params for param in params])
 
     def _hook_forwards(self, buckets: Sequence[Bucket]) -> None:
-        """Some modules hand their parameters to compiled code, past `__torch_function__`."""
         managed = {managed.param for bucket in buckets for managed in bucket.params}
         for submodule in self._module.modules():
             own = [param for param in submodule.parameters(recurse=False) if param in managed]
             if own:
-                hook = _ForwardHook(weakref.ref(self), own)
+                hook = ForwardHook(weakref.ref(self), own)
                 self._hooks.append(hook)
                 self._handles.append(submodule.register_forward_pre_hook(hook))
 
@@ -204,44 +126,6 @@ class NoGathers(ParamGathers):
 
     def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
         """Nothing travels, and nobody's parameters are written."""
-
-
-class _ForwardHook:
-    """Waits for the buckets of a module's own parameters."""
-
-    def __init__(self, gathers: weakref.ref[ParamGathers], params: list[nn.Parameter]) -> None:
-        self._gathers = gathers
-        self.params = params
-        self.buckets: list[int] = []
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        gathers = self._gathers()
-        if gathers is None or not gathers.pending:
-            return
-        for bucket in self.buckets:
-            if bucket in gathers.pending:
-                gathers.finish(bucket)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _take_idle_hook, ()  # a copy of the model has parameters of its own
-
-
-def _take_idle_hook() -> Callable[[nn.Module, Any], None]:
-    return _idle_hook
-
-
-def _idle_hook(module: nn.Module, args: Any) -> None:
-    """The hook of a copied model."""
-
-
-def remove_idle_hooks(model: nn.Module) -> nn.Module:
-    """Take the hooks that wait for nothing out of a copied model, and return the model."""
-    for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _idle_hook]:
-            del module._forward_pre_hooks[key]
-    return model
 
 
 def _has_compiled() -> bool:

@@ -28,7 +28,7 @@ class ShardLayout:
         facts: how the state was saved: stage, rank, world size, precision.
         seed: of stochastic rounding.
         steps_since_average: see `features.averaging`.
-        part: which part of the parameters the rank held; see `local_tensor.place_in_mesh`.
+        part: which part of the parameters the rank held; see `plan.dtensors.place_in_mesh`.
         order: positions of the parameters as they were planned, for each time that some were taken in.
         shapes, names, dtypes: by position; of the local tensors of DTensors.
         ranges: for each parameter of which the rank has a part, by position, the first of its elements and the one behind its

@@ -40,7 +40,7 @@ class SavedState:
         segments: those of this rank.
         params: all that the optimizer trains.
         idle: parameters by position that no rank steps, whose state all ranks keep.
-        part: which part of the parameters the rank holds; see `local_tensor.place_in_mesh`.
+        part: which part of the parameters the rank holds; see `plan.dtensors.place_in_mesh`.
         live: state that there is now, whose dtypes are kept.
         keeps_codes: whether moments stay in 8 bits that come so.
         keeps: whether tensors that are just what a segment needs become its state as they are, uncopied: they are nobody else's.

@@ -1,0 +1,150 @@
+"""Parameters that are on their way, and who waits for them: the guard that lets nobody read them too early.
+
+Whoever uses a parameter first after a step waits for its bucket: mostly the forward of the module that owns it, and otherwise any
+other use in Python (evaluation, `state_dict`, an average of the weights, printing), through whatever reference. While its
+bucket is on its way, a parameter is an instance of a subclass of `nn.Parameter` whose `__torch_function__` waits; then it is a
+plain `nn.Parameter` again. It stays the same object.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Gathers(Protocol):
+    """Who knows what is on its way.
+
+    Attributes:
+        pending: the buckets that nobody has waited for, by index.
+    """
+
+    @property
+    def pending(self) -> Collection[int]: ...
+
+    def finish(self, bucket: int) -> None:
+        """Wait until a bucket's parameters are all there, and let them be plain again."""
+
+
+def _accessors(*names: str) -> Iterator[Any]:
+    """How `__torch_function__` is told of reading, setting and deleting attributes of a tensor."""
+    for name in names:
+        attribute: Any = getattr(Tensor, name)
+        yield from (attribute.__get__, attribute.__set__, attribute.__delete__)
+
+
+# What does not look at a parameter's values, and is called between a step and the next forward (zero_grad above all).
+_METADATA = {
+    *_accessors("grad", "requires_grad", "shape", "dtype", "device", "layout", "is_leaf", "ndim", "grad_fn"),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.requires_grad_),
+}
+
+
+class ArrivingParameter(nn.Parameter):
+    """A parameter whose bucket is on its way. Each bucket has a subclass of its own.
+
+    Attributes:
+        gathers, bucket: what to wait for. `gathers` is None while no parameter is of this class.
+    """
+
+    gathers: ClassVar[Gathers | None] = None
+    bucket: ClassVar[int]
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        return nn.Parameter(data, requires_grad)  # copy.deepcopy makes one of the class that it has found
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        assert cls.gathers is not None
+        cls.gathers.finish(cls.bucket)  # after which the bucket's parameters have their own class again
+        return function(*args, **(kwargs or {}))
+
+
+def arriving_class(bucket: int) -> type[ArrivingParameter]:
+    """The class of the parameters of one bucket while they are on their way."""
+    return type("ArrivingParameter", (ArrivingParameter,), {"bucket": bucket})
+
+
+class _ReadOnly(Tensor):
+    """A parameter whose values another rank loads."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.copy_ and isinstance(args[0], cls):
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+@cache
+def _read_only_class(cls: type[Tensor]) -> type[Tensor]:
+    return type(f"ReadOnly{cls.__name__}", (_ReadOnly, cls), {"__slots__": ()})
+
+
+@contextmanager
+def read_only(params: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it, `copy_` into a parameter does nothing: another rank writes the memory that they share."""
+    classes = [param.__class__ for param in params]
+    for param in params:
+        param.__class__ = _read_only_class(param.__class__)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for param, cls in zip(params, classes, strict=True):
+            param.__class__ = cls
+
+
+class ForwardHook:
+    """Waits for the buckets of a module's own parameters: some modules hand them to compiled code, past `__torch_function__`.
+
+    Attributes:
+        params: of the module, that lie in buckets.
+        buckets: in which, by index.
+    """
+
+    def __init__(self, gathers: weakref.ref[Gathers], params: list[nn.Parameter]) -> None:
+        self._gathers = gathers
+        self.params = params
+        self.buckets: list[int] = []
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        gathers = self._gathers()
+        if gathers is None or not gathers.pending:
+            return
+        for bucket in self.buckets:
+            if bucket in gathers.pending:
+                gathers.finish(bucket)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _take_idle_hook, ()  # a copy of the model has parameters of its own
+
+
+def _take_idle_hook() -> Callable[[nn.Module, Any], None]:
+    return _idle_hook
+
+
+def _idle_hook(module: nn.Module, args: Any) -> None:
+    """The hook of a copied model."""
+
+
+def remove_idle_hooks(model: nn.Module) -> nn.Module:
+    """Take the hooks that wait for nothing out of a copied model, and return the model."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _idle_hook]:
+            del module._forward_pre_hooks[key]
+    return model
