@@ -55,6 +55,7 @@ def wrap(
     average_group: dist.ProcessGroup | None = None,
     features: Sequence[Feature] = (),
     wire: Wire | None = None,
+    state_device: torch.device | str | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -122,6 +123,9 @@ def wrap(
             `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
         wire: instead of `reduce_dtype`, another form in which gradients travel, and another way to sum them: an object of a
             subclass of `zeroopt.collectives.Wire`, alike on all ranks.
+        state_device: "cpu" keeps optimizer state and masters of a model on a GPU in the memory of its host, and steps there what
+            this rank steps: sums of its slices travel there, new parameters back. It takes a copy of both there. None: the
+            device of the parameters.
 
     Returns:
         The model and the optimizer to train with.
@@ -157,6 +161,7 @@ def wrap(
             max_grad_norm=max_grad_norm,
             cast_inputs=cast_inputs,
             average_every=average_every,
+            state_device=state_device,
             norm_group=norm_group,
             average_group=average_group,
         )

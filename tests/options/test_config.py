@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -54,6 +54,15 @@ class OtherWire(Wire):
         ({"max_grad_norm": float("nan")}, "expected max_grad_norm to be a positive number or None, got nan"),
         ({"max_grad_norm": True}, "expected max_grad_norm to be a positive number or None, got True"),
         ({"max_grad_norm": torch.tensor(1.0)}, "expected max_grad_norm to be a positive number or None, got tensor"),
+        (
+            {"state_device": "cuda"},
+            "expected state_device to be 'cpu', or None for the device of the parameters, got 'cuda'",
+        ),
+        (
+            {"state_device": "disk"},
+            "expected state_device to be 'cpu', or None for the device of the parameters, got 'disk'",
+        ),
+        ({"state_device": 1.5}, "expected state_device to be 'cpu', or None for the device of the parameters, got 1.5"),
         ({"share_parameters": True, "stage": 0}, "share_parameters=True needs stage 1 or 2"),
         ({"cast_inputs": True}, "cast_inputs=True casts to param_dtype, which is not given"),
         ({"average_group": lone_group()}, "average_group needs average_every"),
@@ -91,6 +100,13 @@ def test_good_options(options: dict[str, Any]) -> None:
     assert config.placement is PLACEMENTS[config.stage]
     with pytest.raises(FrozenInstanceError):
         config.stage = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("stage", PLACEMENTS)
+def test_state_may_be_kept_elsewhere(stage: int) -> None:
+    config = config_with(stage=stage, state_device="cpu")
+    assert config.placement == replace(PLACEMENTS[stage], home=torch.device("cpu"))
+    assert config == config_with(stage=stage, state_device=torch.device("cpu"))
 
 
 def test_numbers_read_alike_whatever_their_type() -> None:

@@ -6,9 +6,6 @@ own. `pytest -m cuda` keeps state of a model on a GPU in the memory of the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ from training import batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.options.placement import PLACEMENTS
 from zeroopt.storage.own_shard import OwnShard
 
 BF16, F16, INT8 = torch.bfloat16, torch.float16, torch.int8
@@ -33,17 +29,6 @@ TIERS: dict[str, dict[str, Any]] = {
     "remainder": {"param_dtype": BF16, "master_weights": "remainder"},
     "no master, int8": {"param_dtype": BF16, "master_weights": "none", "state_dtype": INT8},
 }
-
-
-@contextmanager
-def state_at(home: torch.device | None) -> Iterator[None]:
-    """What is wrapped within it keeps what a rank steps on that device."""
-    before = dict(PLACEMENTS)
-    PLACEMENTS.update({stage: replace(placement, home=home) for stage, placement in before.items()})
-    try:
-        yield
-    finally:
-        PLACEMENTS.update(before)
 
 
 def check_where(optimizer: zeroopt.ZeroOptimizer, home: torch.device | None) -> None:
@@ -63,26 +48,27 @@ def train(
 ) -> tuple[list[list[Tensor]], dict[str, Any], list[Tensor]]:
     """Parameters after each of some steps, between which they are also written and loaded; whole state; exact parameters."""
     history = []
-    with state_at(home):
-        net = build(model_name).to(device)
-        model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net, groups=2), bucket_mb=0.001, **options)
-        for step in range(5):
-            loss_of(model(batch(model_name, step).to(device))).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append(snapshot(net))
-            check_where(optimizer, home)
-            if step == 1:
-                with torch.no_grad(), model.write_parameters():
-                    for param in net.parameters():
-                        param.mul_(1.5)
-            elif step == 2:
-                optimizer.load_state_dict(optimizer.state_dict())
-            elif step == 3:
-                model.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
-        optimizer.consolidate_state_dict()
-        whole = optimizer.full_state_dict() if optimizer.replica.control.rank == 0 else {}
-        return history, whole, [optimizer.full_parameter(param) for param in net.parameters()]
+    net = build(model_name).to(device)
+    model, optimizer = zeroopt.wrap(
+        net, optimizer_for("adamw", net, groups=2), bucket_mb=0.001, state_device=home, **options
+    )
+    for step in range(5):
+        loss_of(model(batch(model_name, step).to(device))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(snapshot(net))
+        check_where(optimizer, home)
+        if step == 1:
+            with torch.no_grad(), model.write_parameters():
+                for param in net.parameters():
+                    param.mul_(1.5)
+        elif step == 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+        elif step == 3:
+            model.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    optimizer.consolidate_state_dict()
+    whole = optimizer.full_state_dict() if optimizer.replica.control.rank == 0 else {}
+    return history, whole, [optimizer.full_parameter(param) for param in net.parameters()]
 
 
 def train_in_both_places(options: dict[str, Any]) -> list[tuple[list[list[Tensor]], dict[str, Any], list[Tensor]]]:
@@ -121,15 +107,14 @@ def test_averages_are_the_same(run_on_ranks: RunOnRanks) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("tier", ["own step", "kernel", "remainder"])
 def test_state_of_a_model_on_a_gpu_lies_in_host_memory(tier: str) -> None:
-    with state_at(torch.device("cpu")):
-        net = build("mlp").to("cuda")
-        model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net), stage=2, **TIERS[tier])
-        for step in range(3):
-            loss_of(model(torch.randn(4, 7, device="cuda") + step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        arrays = [value for entry in optimizer.state.values() for value in entry.values()]
-        assert arrays and {array.device.type for array in arrays} == {"cpu"}
-        assert all(param.is_cuda and param.isfinite().all() for param in net.parameters())
-        for bucket in optimizer.replica.buckets:
-            assert torch.equal(bucket.own_param.cpu(), bucket.master.param)
+    net = build("mlp").to("cuda")
+    model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net), stage=2, state_device="cpu", **TIERS[tier])
+    for step in range(3):
+        loss_of(model(torch.randn(4, 7, device="cuda") + step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    arrays = [value for entry in optimizer.state.values() for value in entry.values()]
+    assert arrays and {array.device.type for array in arrays} == {"cpu"}
+    assert all(param.is_cuda and param.isfinite().all() for param in net.parameters())
+    for bucket in optimizer.replica.buckets:
+        assert torch.equal(bucket.own_param.cpu(), bucket.master.param)

@@ -71,6 +71,7 @@ def config_with(**options: Any) -> Config:
         "max_grad_norm": None,
         "cast_inputs": False,
         "average_every": None,
+        "state_device": None,
         "norm_group": None,
         "average_group": None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -49,6 +49,7 @@ class Config:
     max_grad_norm: float | None
     cast_inputs: bool
     average_every: int | None
+    state_device: torch.device | str | None
     norm_group: dist.ProcessGroup | None = field(compare=False)
     average_group: dist.ProcessGroup | None = field(compare=False)
 
@@ -69,6 +70,7 @@ class Config:
                 raise NotSupportedError("wire is supported in stages 1 and 2; leave it at None in stage 0")
             _check_reduce_dtype("wire.dtype", self.wire.dtype, self.stage)
         _check_max_grad_norm(self.max_grad_norm)
+        _check_state_device(self.state_device)
         if self.share_parameters and self.stage == 0:
             raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
         if self.cast_inputs and self.precision.param_dtype is None:
@@ -79,10 +81,13 @@ class Config:
         object.__setattr__(self, "bucket_mb", float(self.bucket_mb))
         if self.max_grad_norm is not None:
             object.__setattr__(self, "max_grad_norm", float(self.max_grad_norm))
+        if self.state_device is not None:
+            object.__setattr__(self, "state_device", torch.device(self.state_device))
 
     @property
     def placement(self) -> Placement:
-        return PLACEMENTS[self.stage]
+        placement = PLACEMENTS[self.stage]
+        return placement if self.state_device is None else replace(placement, home=torch.device(self.state_device))
 
     @property
     def bucket_bytes(self) -> int:
@@ -147,6 +152,17 @@ def _check_reduce_dtype(name: str, reduce_dtype: torch.dtype | None, stage: int)
     check_one_of(name, reduce_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     if reduce_dtype is not None and stage == 0:
         raise NotSupportedError("reduce_dtype is supported in stages 1 and 2; leave it at None in stage 0")
+
+
+def _check_state_device(state_device: torch.device | str | None) -> None:
+    try:
+        is_cpu = state_device is None or torch.device(state_device).type == "cpu"
+    except (RuntimeError, TypeError):
+        is_cpu = False
+    if not is_cpu:
+        raise ConfigError(
+            f"expected state_device to be 'cpu', or None for the device of the parameters, got {state_device!r}"
+        )
 
 
 def _check_max_grad_norm(max_grad_norm: float | None) -> None:
