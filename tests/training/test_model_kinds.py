@@ -11,7 +11,7 @@ from training import loss_of
 from worker_pool import RunOnRanks
 
 import zeroopt
-from tests.parameters.test_gathers import delay_the_last_gather
+from tests.parameters.test_arriving import delay_the_last_gather
 
 
 class OfAllKinds(nn.Module):
