@@ -40,7 +40,7 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 test: $(READY) ## Run the tests
 	$(VENV)/bin/python -m pytest tests --numprocesses=$(TEST_PROCESSES) --dist=loadfile --timeout=$(TEST_TIMEOUT) --durations=5
 
-test-quick: $(READY) ## Run the tests that take one process and little time (about a minute)
+test-quick: $(READY) ## Run the tests that take one process and little time (about a minute and a half)
 	$(VENV)/bin/python -m pytest tests -m "not ranks and not slow" --timeout=$(TEST_TIMEOUT) --quiet
 
 lint: $(READY) ## Check style and types

@@ -308,5 +308,5 @@ def _agree_on_seed(groups: Sequence[ControlGroup], device: torch.device) -> int:
     """
     seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
     for group in groups:
-        group.broadcast([seed], 0, _SYNCING)
+        group.broadcast([seed], 0, "agreeing on a seed")
     return int(seed.item())

@@ -151,6 +151,7 @@ def peak_of_export(path: Path) -> float:
     return peak
 
 
+@pytest.mark.slow
 def test_tensors_go_through_memory_one_after_the_other(tmp_path: Path) -> None:
     [peak] = run_fresh(1, peak_of_export, tmp_path)
     assert peak < 2.3  # as it was saved, and as it is exported

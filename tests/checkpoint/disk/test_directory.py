@@ -157,6 +157,7 @@ def test_a_checkpoint_is_removed_under_another_name(tmp_path: Path, monkeypatch:
     assert is_aside(left)
 
 
+@pytest.mark.slow
 def test_importing_zeroopt_does_not_import_dcp() -> None:
     code = "import sys, zeroopt; assert 'torch.distributed.checkpoint' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

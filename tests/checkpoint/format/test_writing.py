@@ -255,5 +255,6 @@ def peak_in_copies(part: int) -> Iterator[list[float]]:
     peak.append((peak_rss_bytes() - before) / (part * 4))
 
 
+@pytest.mark.slow
 def test_one_tensor_is_copied_at_a_time(tmp_path: Path) -> None:
     assert max(run_fresh(2, peak_of_save, tmp_path / "a")) < 1.3
