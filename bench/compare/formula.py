@@ -7,10 +7,20 @@ methods that use autocast keep float32 parameters, and a bfloat16 copy of them f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from bench.compare.setting import Setting
+
+class Setting(Protocol):
+    """What formulas ask of a setting. `precision`: "float32" or "bfloat16"."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def precision(self) -> str: ...
+
 
 Formula = Callable[[Setting], float]
 
@@ -23,6 +33,11 @@ MOMENT_BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.int8: 1 + 4 / 256
 def cast_copy(setting: Setting) -> float:
     """What autocast keeps of a parameter."""
     return 2 if setting.precision == "bfloat16" else 0
+
+
+def without_state(setting: Setting) -> float:
+    """Plain SGD, no communication: parameters and gradients, both in the precision."""
+    return 4 if setting.precision == "bfloat16" else 8
 
 
 def replicated(setting: Setting) -> float:

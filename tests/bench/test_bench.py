@@ -66,7 +66,7 @@ def report_of(run_bench: RunBench, tmp_path: Path, module: str, *options: str, *
     outcome = run_bench(module, *options, f"--out={path}", **environment)
     assert outcome.returncode == 0, outcome.stderr
     report = json.loads(path.read_text())
-    assert report["command"].startswith(f"python -m bench.{module} --")
+    assert report["command"].startswith(f"python -m bench.{module.removesuffix('.__main__')} --")
     assert report["machine"]["torch"]
     return report
 
@@ -91,15 +91,32 @@ def test_collectives(run_bench: RunBench, tmp_path: Path) -> None:
 
 
 def test_memory(run_bench: RunBench, tmp_path: Path) -> None:
-    method = "stage 2, share_parameters"
-    report = report_of(run_bench, tmp_path, "memory", *TINY_MODEL, "--steps=1", "--methods", method)
-    assert report["world_size"] == 2
-    assert report["results"].keys() == {method}
-    peak = report["results"][method]
-    assert peak["parameters"] > 1e6
-    assert peak["samples"] > 1
-    assert 0 < peak["together"] <= sum(peak["of_rank"])
-    assert peak["bytes_a_parameter"] == peak["together"] / 2 / peak["parameters"]
+    options = ("--models=gpt-tiny", "--steps=2", "--methods", "SGD alone", "stage 2, shared")
+    alone, shared = report_of(run_bench, tmp_path, "memory.__main__", *options)["rows"]
+    assert (alone["case"]["method"], alone["case"]["world_size"]) == ("SGD alone", 1)
+    assert (shared["case"]["method"], shared["case"]["world_size"]) == ("stage 2, shared", 2)
+    for row in (alone, shared):
+        assert row["problem"] is None
+        assert row["parameters"] == 2 * 1024 * 64 + 16 * 64 + 12 * 64**2 + 13 * 64 + 2 * 64
+        assert row["samples"] > 1
+        assert row["peak"] == row["peaks"][row["peak_phase"]]
+        assert 0 < row["held"] <= row["peak"]
+    assert (alone["formula"], shared["formula"]) == (8, 8)
+
+
+def test_memory_says_what_is_missing(run_bench: RunBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = importlib.import_module("bench.memory.models")
+    monkeypatch.setattr(models, "find_spec", lambda module: None)
+    outcome = run_bench("memory.__main__", "--models=gpt2-82m", "--methods=DDP")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "not installed: transformers" in outcome.stdout
+
+
+def test_memory_by_phase() -> None:
+    measure = importlib.import_module("bench.memory.measure")
+    moments = [(1.0, [5, 5]), (2.0, [10, 7]), (3.0, [30, 5]), (4.0, [20, 25]), (5.0, [6, 7])]
+    phases = [(1.5, "build"), (2.5, "wrap"), (4.5, "later steps")]
+    assert measure.most_by_phase(moments, phases) == {"build": 3.5, "wrap": 17.5, "later steps": 1.5}
 
 
 def test_checkpoint(run_bench: RunBench, tmp_path: Path) -> None:
@@ -160,7 +177,7 @@ def test_memory_counts_a_shared_page_once() -> None:
 
 
 def test_a_failing_rank_ends_the_command() -> None:
-    outcome = run_command("memory", "--width=32", "--methods=DDP")  # no heads
+    outcome = run_command("steps", "--width=32", "--methods=DDP")  # no heads
     assert outcome.returncode != 0
     assert "ZeroDivisionError" in outcome.stderr
 
@@ -222,7 +239,7 @@ def runs(pid: int) -> bool:
 
 
 def test_ranks_end_with_who_has_started_them() -> None:
-    options = ("--layers=8", "--steps=100000", "--methods", "SGD alone")
+    options = ("--models=gpt-34m", "--steps=100000", "--methods", "DDP")
     command = [sys.executable, "-m", "bench.memory", *options]
     with Popen(command, cwd=ROOT, start_new_session=True) as parent:
         ranks: list[int] = []
