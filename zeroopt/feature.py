@@ -29,6 +29,8 @@ class Step:
         active: uint8 [number of parameters of the model], 1 where there is a gradient to step with; from `on_gradients` on.
         is_skipped: nothing is stepped; set in `on_gradients`, on all ranks alike.
         changes_all: parameters change that have no gradient, too; set in `on_gradients`.
+        is_done: its buckets were stepped while backward ran; set in `before_step`, and `active` with it. `on_gradients` and
+            `stepped` are not called then.
     """
 
     optimizer: int
@@ -42,6 +44,7 @@ class Step:
     active: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
     is_skipped: bool = False
     changes_all: bool = False
+    is_done: bool = False
 
     def sum_gradients(self) -> Tensor:
         """Have all gradients summed, and see what `param.grad` says; returns `active`. Collective."""
@@ -60,7 +63,8 @@ class Feature:
         """A synchronised backward begins on this rank. Collective."""
 
     def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
-        """A bucket has all its gradients of this rank, and is about to travel. Not collective.
+        """A bucket has all its gradients of this rank, and is about to travel, in an order that is the same on all ranks.
+        Collective.
 
         Args:
             full: [padded_numel], divided by the number of ranks already.

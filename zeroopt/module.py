@@ -137,6 +137,7 @@ class ZeroDataParallel(nn.Module):
         then each rank holds full local gradients, in stages 1 and 2 too. Ranks may run different numbers of backward passes
         within it, but as many outside.
         """
+        self._replica.config.check_keeps_gradients("no_sync()")
         before = self._reducer.sync
         self._reducer.sync = False
         try:

@@ -93,7 +93,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._ready = True
         self._join = features.join
         self._of_model = features.features
-        self._growth = Growth(trained, features.join.check_outside, self._follow_growth)
+        self._growth = Growth(trained, features.check_between_steps, self._follow_growth)
         self._growth.begin(params)
         self._add_features(features, average)
         self._take_over_hooks()
@@ -115,6 +115,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if average is not None:
             trained.features.add(Averaging(trained, average))
         trained.features.add(self._replanning, on=may_replan)
+        if of_model.step_in_backward is not None:
+            of_model.step_in_backward.take_up(trained, self._growth, self._check_ready)
 
     def _follow_growth(self) -> None:
         self._clipping.forget_model()
@@ -162,6 +164,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._take_part()
         scaler = scaler_in(sys._getframe(1))
+        if scaler is not None:
+            self._config.check_keeps_gradients("a GradScaler")
         skips = scaler is not None and self._scaling.begin(scaler)
         return self._averages or (not skips and self._scaling.unscale_in_step)
 
@@ -186,6 +190,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         loss = None if closure is None else _evaluate(closure)
         step = self._begin_step()
+        if step.is_done:
+            self._end_step(step)
+            return loss
         # From here on this rank reads no parameters, until it gets the new ones.
         everyone_came = self._transport.start_rendezvous("step")
         self._finish_gradients(step)
@@ -202,8 +209,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.take_up_groups()
         self._check_ready()
         self._take_part()
-        for bucket in self._trained.buckets:
-            self._gathers.finish(bucket.index)
+        if not self._config.step_in_backward:  # else those on their way are of this very step
+            for bucket in self._trained.buckets:
+                self._gathers.finish(bucket.index)
         step = self._describe_step()
         self._trained.features.switch(self._scaling, on=step.found_inf is not None)
         self._tell("before_step", step)
@@ -447,6 +455,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: `norm_type` is not positive.
             StateError: as `step`.
         """
+        self._config.check_keeps_gradients("clip_grad_norm_()")
         if not norm_type > 0:
             raise ConfigError(f"expected norm_type to be positive or inf, got {norm_type!r}")
         self.take_up_groups()
@@ -471,6 +480,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: as `step`.
         """
+        self._config.check_keeps_gradients("grad_norm")
         known = self._clipping.known_norm
         if known is not None:
             return known
@@ -492,6 +502,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ConfigError: the parameter is not one that this optimizer trains.
             StateError: as `step`.
         """
+        self._config.check_keeps_gradients("full_grad()")
         self._join.check_outside("full_grad()")
         self.take_up_groups()
         managed = self._trained.managed(param)
@@ -691,6 +702,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""
         if self._averages:
             raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
+        self._config.check_keeps_gradients("join()")
 
     def step_along(self, options: Sequence[Mapping[str, Any]], grad_scale: float | None) -> None:
         """Step as the ranks do that still train, when this one has left `join()`.

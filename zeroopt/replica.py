@@ -88,7 +88,7 @@ class Replica:
         self.optimizers: list[torch.optim.Optimizer] = []
         placement = config.placement
         self.ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=placement.shard_state)
-        sharded = ShardedView(transport, features, check_outside, self.mesh_groups) if placement.shard_state else None
+        sharded = self._make_sharded_view(features, check_outside) if placement.shard_state else None
         pool = BufferPool(config, transport) if placement.shard_gradient else None
         view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
@@ -117,6 +117,17 @@ class Replica:
         )
         self.seed = _agree_on_seed([self.control, *self.mesh_groups], next(module.parameters()).device)
         claim(self)
+
+    def _make_sharded_view(self, features: Features, check_outside: Callable[[str], None]) -> ShardedView:
+        config = self.config
+        return ShardedView(
+            self.transport,
+            features,
+            check_outside,
+            self.mesh_groups,
+            config.check_keeps_gradients,
+            keeps_sums=not config.step_in_backward,
+        )
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
         """Move further parameters into buckets of their own, and return those. Collective.

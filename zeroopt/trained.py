@@ -134,6 +134,10 @@ class Trained:
         for managed in self.params:
             if flags[managed.index]:
                 torch.autograd.graph.increment_version(managed.param)
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """From here on, other versions of parameters mean that something other than a step has written them."""
         self._versions = [managed.param._version for managed in self.params]
 
     def follow_writes(self) -> None:

@@ -17,6 +17,7 @@ from .errors import ConfigError, StateError
 from .feature import Feature
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .features.of_model import ModelFeatures
+from .features.step_in_backward import check_goes_along, check_steps_by_bucket
 from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
@@ -56,6 +57,7 @@ def wrap(
     features: Sequence[Feature] = (),
     wire: Wire | None = None,
     state_device: torch.device | str | None = None,
+    step_in_backward: bool = False,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -126,6 +128,9 @@ def wrap(
         state_device: "cpu" keeps optimizer state and masters of a model on a GPU in the memory of its host, and steps there what
             this rank steps: sums of its slices travel there, new parameters back. It takes a copy of both there. None: the
             device of the parameters.
+        step_in_backward: step each bucket as soon as its sum is there, while backward still runs, so that no gradients are kept
+            (stage 2). Needs one backward a step, and nothing that looks at all gradients first. The options of `param_groups`
+            that count are those when backward runs. `step()` remains to be called, and moves on what follows steps.
 
     Returns:
         The model and the optimizer to train with.
@@ -162,6 +167,7 @@ def wrap(
             cast_inputs=cast_inputs,
             average_every=average_every,
             state_device=state_device,
+            step_in_backward=step_in_backward,
             norm_group=norm_group,
             average_group=average_group,
         )
@@ -233,6 +239,9 @@ class _Findings:
             managed.copies = count_copies(managed, mesh)
         check_param_dtypes(config, {managed.name: managed.param.dtype for managed in self.params})
         check_fused(optimizer, self.params, config)
+        if config.step_in_backward:
+            check_steps_by_bucket(optimizer)
+            check_goes_along(features)
         check_transport(config.transport, group, self.params[0].param.device)
         self.lines = _describe(self.options, module, optimizer, self.params)
 

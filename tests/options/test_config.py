@@ -38,6 +38,8 @@ class OtherWire(Wire):
         ({"broadcast_buffers": None}, "expected broadcast_buffers to be one of True, False, got None"),
         ({"sync_module_states": 0}, "expected sync_module_states to be one of True, False, got 0"),
         ({"share_parameters": "no"}, "expected share_parameters to be one of True, False, got 'no'"),
+        ({"step_in_backward": 1}, "expected step_in_backward to be one of True, False, got 1"),
+        ({"step_in_backward": True, "stage": 1}, "step_in_backward=True needs stage 2, got stage=1"),
         ({"cast_inputs": 1}, "expected cast_inputs to be one of True, False, got 1"),
         ({"bucket_buffers": 0}, "expected bucket_buffers to be a positive number of buffers, got 0"),
         ({"bucket_buffers": 2.0}, "expected bucket_buffers to be a positive number of buffers, got 2.0"),

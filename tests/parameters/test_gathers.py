@@ -183,3 +183,33 @@ def test_hooks_can_be_removed() -> None:
     assert len(model._forward_pre_hooks) == 1
     gathers.remove_hooks()
     assert not model._forward_pre_hooks
+
+
+class Refusal(PendingCollective):
+    """Parameters may not be used until something has happened."""
+
+    is_over = False
+
+    def finish(self) -> None:
+        if not self.is_over:
+            raise RuntimeError("too early")
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_closed_bucket_refuses_readers_until_it_is_open_again(lazy: bool) -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport, lazy=lazy)
+    before, refusal = Refusal(), Refusal()
+    before.is_over = True
+    gathers.close(gathers._buckets[0], before)
+    gathers.close(gathers._buckets[0], refusal)
+    with pytest.raises(RuntimeError, match="too early"):
+        model.second.sum()
+    with pytest.raises(RuntimeError, match="too early"):
+        gathers.finish(0)
+    model.first.sum()
+    refusal.is_over = True
+    gathers.leave_to_readers()
+    assert sorted(gathers.pending) == ([0] if lazy else [])
+    model.second.sum()
+    assert not gathers.pending and classes(model) == {"Parameter"}

@@ -30,7 +30,7 @@ def test_steps_a_slice_as_the_whole(index: int, precision: Precision) -> None:
     assert len(step.buckets) > 1 and step.segments()
     for number in range(3):
         active = step.backward(number, unused={3} if number == 1 else ())
-        step_plain(step.optimizer, step.shards, active)
+        step_plain(step.optimizer, step.shards, active.tolist())
         step.twin.step()
     if precision.param_dtype is None:
         step.assert_follows(BEFORE)
@@ -42,7 +42,7 @@ def test_steps_a_slice_as_the_whole(index: int, precision: Precision) -> None:
 
 def test_whole_parameters_are_stepped_in_their_shape() -> None:
     step = made(grain=Grain.PARAMETER)
-    step_plain(step.optimizer, step.shards, step.backward(0))
+    step_plain(step.optimizer, step.shards, step.backward(0).tolist())
     step.twin.step()
     step.assert_follows(BEFORE)
     shapes = {
@@ -53,7 +53,7 @@ def test_whole_parameters_are_stepped_in_their_shape() -> None:
 
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     step = made()
-    step_plain(step.optimizer, step.shards, step.backward(0, unused={0, 1, 2, 3}))
+    step_plain(step.optimizer, step.shards, step.backward(0, unused={0, 1, 2, 3}).tolist())
     step.assert_follows(BEFORE)
     assert not step.optimizer.state
 
@@ -65,7 +65,7 @@ def test_factors_of_the_sum_are_multiplied_by() -> None:
         store.scale(torch.tensor(0.5))
     for twin in step.twins:
         twin.grad *= 0.5
-    step_plain(step.optimizer, step.shards, active)
+    step_plain(step.optimizer, step.shards, active.tolist())
     step.twin.step()
     step.assert_follows(BEFORE)
 
@@ -73,7 +73,7 @@ def test_factors_of_the_sum_are_multiplied_by() -> None:
 def test_hooks_of_a_users_step_are_not_called() -> None:
     step = made()
     step.optimizer.register_step_pre_hook(lambda *_: pytest.fail("called"))
-    step_plain(step.optimizer, step.shards, step.backward(0))
+    step_plain(step.optimizer, step.shards, step.backward(0).tolist())
 
 
 def test_leaves_take_the_place_of_parameters_for_the_call_alone() -> None:

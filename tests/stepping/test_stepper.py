@@ -72,6 +72,23 @@ def test_each_bucket_comes_as_soon_as_it_is_stepped() -> None:
     assert changed == [bucket is first for bucket in step.buckets]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bucket_alone_steps_as_among_all(fused: bool) -> None:
+    both = [LoneStep(WITH_FLOAT64 if fused else BEFORE, adamw, bucket_bytes=300) for _ in range(2)]
+    together, alone = (stepper_of(step, fused="auto" if fused else False) for step in both)
+    for number in range(2):
+        list(together.step(both[0].backward(number)))
+        flags = both[1].backward(number).tolist()
+        for bucket in both[1].buckets:
+            others = [other.own_param.clone() for other in both[1].buckets if other is not bucket]
+            alone.step_bucket(bucket, flags)
+            rest = (other.own_param for other in both[1].buckets if other is not bucket)
+            assert all(map(torch.equal, rest, others))
+    for one, other in zip(*(step.buckets for step in both), strict=True):
+        assert torch.equal(one.own_param, other.own_param)
+    assert len(both[0].buckets) > 1
+
+
 def test_some_buckets_by_the_kernel_and_others_not(kernel_steps: list[str]) -> None:
     step = LoneStep(WITH_FLOAT64, adamw)
     stepper = stepper_of(step)

@@ -8,7 +8,7 @@ from lone_slice import LoneSlice, buckets_of, config_with, params_of, values
 
 from zeroopt.options.precision import Precision
 from zeroopt.storage.bucket import Bucket
-from zeroopt.storage.buffer_pool import BufferPool, bytes_of_buffer, num_buffers
+from zeroopt.storage.buffer_pool import BufferPool, bytes_of_buffer, bytes_of_sum, num_buffers
 
 BF16 = torch.bfloat16
 
@@ -96,3 +96,19 @@ def test_all_are_given_up_lent_ones_too() -> None:
     assert set(transport.freed) == addresses and not pool.idle
     pool.fit(made)
     assert len(pool.idle) == 2, "it can be used again"
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_sums_of_buckets_that_are_stepped_at_once_lie_in_the_memory_of_the_largest(lends: bool) -> None:
+    pool = BufferPool(config_with(step_in_backward=lends), LoneSlice())
+    assert pool.lends_sums is lends
+    made = buckets(10, 500, 40, precision=Precision(BF16))
+    pool.fit(made)
+    cpu = torch.device("cpu")
+    sums = [pool.scratch(bucket.own_param, torch.float32, cpu) for bucket in made]
+    assert [len(one) for one in sums] == [len(bucket.own_param) for bucket in made]
+    assert len({one.data_ptr() for one in sums}) == 1
+    assert sums[0].untyped_storage().nbytes() == max(map(bytes_of_sum, made)) == 4 * max(map(len, sums))
+    (larger,) = buckets(2000, precision=Precision(BF16))
+    pool.fit([*made, larger])
+    assert pool.scratch(larger.own_param, torch.float32, cpu).untyped_storage().nbytes() == bytes_of_sum(larger)

@@ -72,6 +72,7 @@ def config_with(**options: Any) -> Config:
         "cast_inputs": False,
         "average_every": None,
         "state_device": None,
+        "step_in_backward": False,
         "norm_group": None,
         "average_group": None,
     }

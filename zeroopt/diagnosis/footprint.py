@@ -27,7 +27,7 @@ class Footprint:
     Attributes:
         parameters: all of them, or this rank's part where the ranks of a host share one copy.
         masters: float32 masters or remainders of this rank's slices.
-        gradients: sums, and in stages 0 and 1 the full buckets in which they lie.
+        gradients: sums, and in stages 0 and 1 the full buckets in which they lie; of one bucket where backward steps.
         buffers: full buckets of gradients that stage 2 lends.
         moments: the optimizer's arrays; None where only a first step will tell.
     """
@@ -57,7 +57,7 @@ def footprint(
     return Footprint(
         parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
         masters=sum(bucket.master.nbytes for bucket in buckets),
-        gradients=sum(map(_gradient_bytes, stores)),
+        gradients=(max if config.step_in_backward else sum)(map(_gradient_bytes, stores)),
         buffers=num_buffers(config) * bytes_of_buffer(config, borrowers),
         moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),
     )

@@ -9,5 +9,7 @@ In reading order; each imports from those above it:
     grad_scaler  steps through a GradScaler: all ranks leave out the same ones
     replanning   buckets in the order in which gradients arrive
     growth       parameters that come and go: unfrozen ones, further groups, edited groups
+    used_in_bucket     which parameters of a bucket had a gradient on any rank, told while it travels
+    step_in_backward   each bucket is stepped as soon as its sum is there
     of_model     what takes part in the steps of all optimizers of a model
 """

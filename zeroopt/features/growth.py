@@ -23,14 +23,14 @@ class Growth:
     It is asked at the beginning of every call of an optimizer, which is why it is no `Feature`: most calls are no steps.
 
     Args:
-        check_outside: raises within `join()`.
+        check_now: raises where what it is told cannot be done now, as within `join()`.
         changed: is called when parameters have come or gone.
     """
 
-    def __init__(self, trained: Trained, check_outside: Callable[[str], None], changed: Callable[[], None]) -> None:
+    def __init__(self, trained: Trained, check_now: Callable[[str], None], changed: Callable[[], None]) -> None:
         self._trained = trained
         self._replica = trained.replica
-        self._check_outside = check_outside
+        self._check_now = check_now
         self._changed = changed
         self._members = GroupMembers()
 
@@ -56,6 +56,11 @@ class Growth:
                     "forward of the model that zeroopt.wrap returned, with gradients enabled"
                 )
 
+    @property
+    def is_edited(self) -> bool:
+        """Whether `param_groups` are no longer what is trained."""
+        return self._members.differ(self._trained.inner.param_groups)
+
     def follow_groups(self, *, unfrozen: bool = False) -> None:
         """Go by `param_groups` as they are. Collective where they have been edited since the last time: every rank has to make the
         same of them.
@@ -67,8 +72,7 @@ class Growth:
             ConfigError, NotSupportedError: they cannot be trained as they are. Nothing has been changed.
             RankMismatchError: they were edited in another way on another rank; on all ranks. Nothing has been changed.
         """
-        edited = self._members.differ(self._trained.inner.param_groups)
-        if edited or (unfrozen and any(param.requires_grad for _, param in self._frozen)):
+        if self.is_edited or (unfrozen and any(param.requires_grad for _, param in self._frozen)):
             self.take_up_groups()
 
     def take_up_groups(self, problem: Exception | None = None) -> None:
@@ -78,7 +82,7 @@ class Growth:
             problem: what is wrong on this rank, if anything is.
         """
         what = "taking up param_groups"
-        self._check_outside(what)
+        self._check_now(what)
         trained, replica = self._trained, self._replica
         # Told through the transport, which notices when another rank goes on to something else.
         device = trained.params[0].param.device

@@ -12,6 +12,7 @@ from ..replica import Replica
 from .audit import Audit
 from .clipping import BucketNorms
 from .join import Join, Joining
+from .step_in_backward import StepInBackward
 
 
 class ModelFeatures:
@@ -23,6 +24,7 @@ class ModelFeatures:
         join: tells ranks that have run out of data what this one does.
         norms: of gradients, for clipping.
         audit: looks at gradients and parameters in some steps; None: in none.
+        step_in_backward: steps buckets while backward runs; None: `step()` does.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -31,6 +33,7 @@ class ModelFeatures:
         self.join = Join(transport, self.turnout)
         self.norms = BucketNorms(self.features)
         self.audit: Audit | None = None
+        self.step_in_backward: StepInBackward | None = None
         self._joining: Joining | None = None
 
     def add_all(self, replica: Replica, config: Config, further: Sequence[Feature] = ()) -> None:
@@ -44,6 +47,16 @@ class ModelFeatures:
             self.features.add(feature)
         # Behind those that may change sums, of which it keeps the norm.
         self.features.add(self.norms, on=config.max_grad_norm is not None)
+        if config.step_in_backward:
+            self.step_in_backward = StepInBackward(replica)
+            self.features.add(self.step_in_backward)
+
+    def check_between_steps(self, what: str) -> None:
+        """Raise StateError where something cannot be done now: within `join()`, or between a backward that has stepped and its
+        `step()`."""
+        self.join.check_outside(what)
+        if self.step_in_backward is not None:
+            self.step_in_backward.check_not_due(what)
 
     def follow_join(self) -> None:
         """A `join()` has been opened or closed."""

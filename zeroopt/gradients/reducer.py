@@ -153,6 +153,8 @@ class GradientReducer:
         # Stage 0 has to wait for its reduces in any case, to gather them.
         bounded = self._transport.needs_staging or self.stores[0].sum_is_spread
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
+        if self._pool is not None and self._pool.lends_sums:
+            most = 1
         self._in_flight.most = most if self._overlap else 0
         self._attach(params)
 

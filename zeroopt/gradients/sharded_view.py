@@ -35,15 +35,18 @@ class ShardedView(GradientView):
 
     Attributes:
         local: by index of the parameter, what autograd has added to the objects and no reduce has taken up yet.
+        stepped: indices of parameters that were stepped by gradients which nobody has cleared since, where each bucket is
+            stepped while backward runs.
 
     Args:
         features: hear of what a GradScaler does.
         check_outside: raises where what it is told is about to be done cannot be done by all ranks, as within `join()`.
         mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
+        check_kept: raises where what it is told needs the sums after backward, and they are gone by then.
+        keeps_sums: they are not.
     """
 
     is_plain = False
-    waits = False
 
     def __init__(
         self,
@@ -51,8 +54,14 @@ class ShardedView(GradientView):
         features: Features,
         check_outside: Callable[[str], None],
         mesh_groups: Sequence[ControlGroup],
+        check_kept: Callable[[str], None],
+        *,
+        keeps_sums: bool,
     ) -> None:
         super().__init__()
+        self.waits = not keeps_sums
+        self.stepped: set[int] = set()
+        self._check_kept = check_kept
         self._transport = transport
         self._unscaling = features.calls["unscaling"]
         self._check_outside = check_outside
@@ -90,6 +99,7 @@ class ShardedView(GradientView):
         self._shown = [self._shown[old] for old in order]
         self.local = {index_of[old]: grad for old, grad in self.local.items() if old in index_of}
         self.checked = {index_of[old] for old in self.checked if old in index_of}
+        self.stepped = {index_of[old] for old in self.stepped if old in index_of}
 
     def moved(self) -> None:
         """What shows them is the same."""
@@ -185,6 +195,7 @@ class ShardedView(GradientView):
         for bucket in buckets:
             for managed in bucket.params:
                 self.local.pop(managed.index, None)
+                self.stepped.discard(managed.index)
         self.changed()
 
     def settle(self, stores: Sequence[GradientStore]) -> None:
@@ -198,6 +209,8 @@ class ShardedView(GradientView):
         return self._assemble(managed, self.piece(managed.index), dtype)
 
     def as_under_torch(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
+        if self.waits:  # and the sums are gone
+            return {managed: None if self.is_shown(managed) else managed.param.grad for managed in params}
         shown = torch.tensor([self.is_shown(m) for m in params], dtype=torch.uint8, device=params[0].param.device)
         self._transport.control.largest(shown, "which parameters have gradients")
         grads: dict[ManagedParam, Tensor | None] = {}
@@ -230,6 +243,7 @@ class ShardedView(GradientView):
         """A parameter has no gradient any more."""
         self._shown[index] = False
         self.local.pop(index, None)
+        self.stepped.discard(index)
 
     def changed(self) -> None:
         self._norms.clear()
@@ -331,6 +345,7 @@ class ShardedView(GradientView):
         """Set gradients to zero, local ones too."""
         for index in indices:
             self.local.pop(index, None)
+            self.stepped.discard(index)
         self._change(indices, Tensor.zero_)
 
     def scale(self, indices: Sequence[int], factor: Tensor) -> None:
@@ -364,6 +379,7 @@ class ShardedView(GradientView):
 
     def _prepare(self, indices: Sequence[int]) -> None:
         """Before gradients are used: have them all reduced."""
+        self._check_kept("using param.grad")
         if tensor_operators.is_in_backward():
             raise StateError(
                 "a sharded gradient was used while backward runs; it is reduced, and may be used, when backward is through"

@@ -50,6 +50,7 @@ class Config:
     cast_inputs: bool
     average_every: int | None
     state_device: torch.device | str | None
+    step_in_backward: bool
     norm_group: dist.ProcessGroup | None = field(compare=False)
     average_group: dist.ProcessGroup | None = field(compare=False)
 
@@ -57,7 +58,10 @@ class Config:
         check_one_of("stage", self.stage, tuple(PLACEMENTS))
         check_one_of("fused", self.fused, (True, False, "auto"))
         _check_bucket_mb(self.bucket_mb)
-        for name in ("overlap", "broadcast_buffers", "sync_module_states", "share_parameters", "cast_inputs"):
+        for name in (
+            *("overlap", "broadcast_buffers", "sync_module_states", "share_parameters", "cast_inputs"),
+            "step_in_backward",
+        ):
             check_one_of(name, getattr(self, name), (True, False))
         _check_bucket_buffers(self.bucket_buffers)
         check_every_so_many_steps("check_every", self.check_every)
@@ -73,6 +77,8 @@ class Config:
         _check_state_device(self.state_device)
         if self.share_parameters and self.stage == 0:
             raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
+        if self.step_in_backward:
+            self._check_step_in_backward()
         if self.cast_inputs and self.precision.param_dtype is None:
             raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
         if self.average_group is not None and self.average_every is None:
@@ -83,6 +89,28 @@ class Config:
             object.__setattr__(self, "max_grad_norm", float(self.max_grad_norm))
         if self.state_device is not None:
             object.__setattr__(self, "state_device", torch.device(self.state_device))
+
+    def _check_step_in_backward(self) -> None:
+        if self.stage != 2:
+            raise ConfigError(
+                f"step_in_backward=True needs stage 2, got stage={self.stage}: in stages 0 and 1 gradients have memory of their "
+                "own for good, which it could not save"
+            )
+        for name in ("max_grad_norm", "check_every", "average_every"):
+            if getattr(self, name) is not None:
+                self.check_keeps_gradients(f"{name}={getattr(self, name)}")
+        if self.precision.param_dtype is torch.float16:
+            self.check_keeps_gradients(
+                "param_dtype=torch.float16, which calls for a GradScaler (torch.bfloat16 does not),"
+            )
+
+    def check_keeps_gradients(self, what: str) -> None:
+        """Raise NotSupportedError when something needs the gradients of a whole step, and none are kept."""
+        if self.step_in_backward:
+            raise NotSupportedError(
+                f"{what} needs the gradients of a whole step together, and step_in_backward=True keeps none: each bucket is "
+                "stepped as soon as its sum is there. Wrap with step_in_backward=False for it"
+            )
 
     @property
     def placement(self) -> Placement:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..collectives import PendingCollective, Transport
+from ..collectives.pending import Done
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..untraced import untraced
@@ -31,7 +32,8 @@ class ParamGathers:
     def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool) -> None:
         self._module = module
         self._transport = transport
-        self._lazy = lazy and not _runs_compiled(module)
+        self._compiled = _runs_compiled(module)
+        self._lazy = lazy and not self._compiled
         self.pending: dict[int, PendingCollective] = {}
         self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
@@ -66,21 +68,38 @@ class ParamGathers:
         """
         if readers is not None:
             readers.finish()
+        self.pending[bucket.index] = self.gather(bucket)
+
+    def gather(self, bucket: Bucket) -> PendingCollective:
+        """What `start` starts."""
         with named_range("all_gather", bucket.name):
-            self.pending[bucket.index] = self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
+            return self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
+
+    def close(self, bucket: Bucket, until: PendingCollective) -> None:
+        """Let whoever uses a parameter of a bucket from now on wait for something else, which comes before its gather."""
+        self.finish(bucket.index)
+        self.pending[bucket.index] = until
+        if self._may_mark(bucket.index):
+            self._mark(bucket.index)
 
     def leave_to_readers(self) -> None:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
         self._transport.flush()
-        lazy = self._lazy and not _has_compiled()
         for bucket in list(self.pending):
-            if not (lazy and self._markable[bucket]):
+            if self._lazy and self._may_mark(bucket):
+                self._mark(bucket)
+            else:
                 self.finish(bucket)
-                continue
-            # A strong reference: parameters may be used when the wrapped model and its optimizer are gone.
-            self._classes[bucket].gathers = self
-            for param in self._params[bucket]:
-                param.__class__ = self._classes[bucket]
+
+    def _may_mark(self, bucket: int) -> bool:
+        return self._markable[bucket] and not self._compiled and not _has_compiled()
+
+    def _mark(self, bucket: int) -> None:
+        """Have the parameters of a bucket wait when they are used."""
+        # A strong reference: parameters may be used when the wrapped model and its optimizer are gone.
+        self._classes[bucket].gathers = self
+        for param in self._params[bucket]:
+            param.__class__ = self._classes[bucket]
 
     @untraced
     def finish(self, bucket: int) -> None:
@@ -126,6 +145,10 @@ class NoGathers(ParamGathers):
 
     def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
         """Nothing travels, and nobody's parameters are written."""
+
+    def gather(self, bucket: Bucket) -> PendingCollective:
+        """Nothing travels."""
+        return Done()
 
 
 def _has_compiled() -> bool:

@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from ..probing.probe import step_without_hooks
 from ..storage.own_shard import OwnShard
 
 
-def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], active: Tensor) -> None:
+def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], flags: Sequence[int]) -> None:
     """Step the segments of the active parameters.
 
     Args:
-        active: uint8 [number of parameters], 1 where the parameter has a gradient.
+        flags: [number of parameters], 1 where the parameter has a gradient.
     """
-    flags = active.tolist()
     segments = [(shard, segment) for shard in shards for segment in shard.bucket.segments]
     for shard, segment in segments:
         if flags[segment.owner.index]:

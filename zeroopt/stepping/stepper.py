@@ -36,7 +36,7 @@ class ShardStepper:
         self._optimizer = optimizer
         self._precision = config.precision
         self._may_fuse = bool(config.fused)
-        self._kernels: list[BucketKernel] = []
+        self._kernels: dict[int, BucketKernel] = {}
         self.refusal = optimizer.register_step_pre_hook(self._refuse_direct_step)
         self.attach((), ())
 
@@ -70,19 +70,43 @@ class ShardStepper:
             yield from self._step_fused(self._rule, active)
         if self._plain:
             with named_range("step", f"{len(self._plain)} buckets by {type(self._optimizer).__name__}"):
-                step_plain(self._optimizer, self._plain, active)
+                step_plain(self._optimizer, self._plain, active.tolist())
             yield from (shard.bucket for shard in reversed(self._plain))
 
     def _step_fused(self, rule: FusedRule, active: Tensor) -> Iterator[Bucket]:
-        if not self._kernels:
-            self._kernels = [BucketKernel(shard, storage, rule, self._optimizer) for shard, storage in self._fused]
-        groups = torch.tensor([rule.hyper_row(g) for g in self._optimizer.param_groups], dtype=torch.float64)
-        control = ops.StepControl(seed=self.seed)
-        flags = active.tolist()
-        for kernel in reversed(self._kernels):
-            with named_range("step", kernel.bucket.name):
-                kernel.step_params(flags, groups, control)
+        groups, flags = self._hyper_table(rule), active.tolist()
+        for kernel in reversed(self._make_kernels(rule).values()):
+            self._step_kernel(kernel, flags, groups)
             yield kernel.bucket
+
+    def step_bucket(self, bucket: Bucket, flags: Sequence[int]) -> None:
+        """Step the active parameters of one bucket, as `step` does those of all.
+
+        Args:
+            flags: [number of parameters], 1 where the parameter has a gradient.
+        """
+        kernel = None if self._rule is None else self._make_kernels(self._rule).get(bucket.index)
+        if kernel is not None and self._rule is not None:
+            self._step_kernel(kernel, flags, self._hyper_table(self._rule))
+            return
+        with named_range("step", f"{bucket.name} by {type(self._optimizer).__name__}"):
+            step_plain(self._optimizer, [shard for shard in self._plain if shard.bucket is bucket], flags)
+
+    def _make_kernels(self, rule: FusedRule) -> dict[int, BucketKernel]:
+        """Those of the buckets that have one, by their index."""
+        if not self._kernels:
+            self._kernels = {
+                shard.bucket.index: BucketKernel(shard, storage, rule, self._optimizer)
+                for shard, storage in self._fused
+            }
+        return self._kernels
+
+    def _hyper_table(self, rule: FusedRule) -> Tensor:
+        return torch.tensor([rule.hyper_row(group) for group in self._optimizer.param_groups], dtype=torch.float64)
+
+    def _step_kernel(self, kernel: BucketKernel, flags: Sequence[int], groups: Tensor) -> None:
+        with named_range("step", kernel.bucket.name):
+            kernel.step_params(flags, groups, ops.StepControl(seed=self.seed))
 
     def apply(self, method: Callable[[torch.optim.Optimizer], object]) -> None:
         """Call a method of the optimizer that writes parameters, with this rank's segments in their place."""

@@ -23,11 +23,19 @@ class BufferPool:
         self._config = config
         self._transport = transport
         self._num_bytes = 0
+        self._sum_bytes = 0
         self.idle: list[Tensor] = []
         self._by_address: dict[int, Tensor] = {}
+        self._scratch: dict[torch.device, Tensor] = {}
+
+    @property
+    def lends_sums(self) -> bool:
+        """Whether the sum of a bucket lies in memory that the next one's takes, too."""
+        return self._config.step_in_backward
 
     def fit(self, buckets: Sequence[Bucket]) -> None:
         """Make buffers in which each of these buckets fits. Collective. None may be lent."""
+        self._sum_bytes = max(map(bytes_of_sum, buckets), default=0)
         num_bytes = bytes_of_buffer(self._config, buckets)
         if num_bytes > self._num_bytes:
             self.free()
@@ -42,6 +50,18 @@ class BufferPool:
         bucket.zero_gaps(full)
         return full
 
+    def scratch(self, own: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for the sum of one bucket at a time, on the device where it is summed or on that where it is stepped. Where `fit`
+        has heard of larger buckets since, those that had some before keep it.
+
+        Args:
+            own: [own range], a bucket's parameters.
+        """
+        raw = self._scratch.get(device)
+        if raw is None or raw.numel() < self._sum_bytes:
+            raw = self._scratch[device] = torch.zeros(self._sum_bytes, dtype=torch.uint8, device=device)
+        return raw[: own.numel() * dtype.itemsize].view(dtype)
+
     def give_back(self, full: Tensor) -> None:
         # At the front: of buffers that are used in turn, more would be resident.
         self.idle.insert(0, self._by_address[full.data_ptr()])
@@ -51,8 +71,14 @@ class BufferPool:
         for raw in self._by_address.values():
             self._transport.free(raw)
         self._num_bytes = 0
+        self._scratch.clear()
         self._by_address.clear()
         self.idle.clear()
+
+
+def bytes_of_sum(bucket: Bucket) -> int:
+    """Of a bucket's own range, summed over slices."""
+    return bucket.own_param.numel() * bucket.precision.sum_dtype(bucket.dtype, by_slices=True).itemsize
 
 
 def num_buffers(config: Config) -> int:

@@ -2,7 +2,8 @@
 
 stage 0   one full buffer a bucket, for good; after the all-reduce `param.grad` is its part of it
 stage 1   one full buffer a bucket, for good; the own slice of it holds the sum after the reduce-scatter
-stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice
+stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice,
+          which is the same for all buckets where each is stepped before the next one is summed (`step_in_backward`)
 
 Full buffers have the dtype of what travels (`Wire.dtype`), sums that of the parameters, or float32 for parameters with a
 master. Where the two differ, or what travels is no plain sum, stage 1 keeps its sum apart as stage 2 does.
@@ -76,10 +77,17 @@ class GradientStore:
                 self._shown = {m: with_own_storage(m.view_in(self.full)) for m in bucket.params}
         self.reduced: Tensor
         if self._sums_apart:
-            self.reduced = torch.zeros_like(bucket.own_param, dtype=sum_dtype)
+            self.reduced = self.allocate_sum(sum_dtype, bucket.device)
         else:
             assert self.full is not None
             self.reduced = bucket.within_own_range(self.full)
+
+    def allocate_sum(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[own range], memory for the sum, there or where it is stepped."""
+        own = self._bucket.own_param
+        if self._pool is not None and self._pool.lends_sums:
+            return self._pool.scratch(own, dtype, device)
+        return torch.zeros_like(own, dtype=dtype, device=device)
 
     @property
     def borrows(self) -> bool:

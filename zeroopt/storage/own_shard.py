@@ -44,7 +44,7 @@ class OwnShard:
         if not self._is_away:
             return self._store.reduced
         if self._fetched is None:
-            self._fetched = torch.zeros_like(self._store.reduced, device=self.device)
+            self._fetched = self._store.allocate_sum(self.grad_dtype, self.device)
         return self._fetched
 
     @property
