@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, cast
 
+from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
 
 _P = ParamSpec("_P")
@@ -23,3 +24,15 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     first call, before which torch's optimizers have done so.
     """
     return cast(Callable[_P, _R], _disable_dynamo(function))
+
+
+def untraced_hook(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The same, at no cost a call, for what autograd calls: compiled code must not call the function itself.
+
+    Torch 2.7 and later let the interpreter know by the function's code what is not to be traced, so there is nothing around it.
+    """
+    if not hasattr(eval_frame, "set_code_exec_strategy"):
+        return untraced(function)
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..untraced import untraced
+from ..untraced import untraced_hook
 
 
 class Taker(Protocol):
@@ -44,7 +44,7 @@ class GradientHook:
         self.index = index
         self._handle = param.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
 
-    @untraced
+    @untraced_hook
     def __call__(self, param: Tensor) -> None:
         taker = self._taker()
         if taker is None:

@@ -24,7 +24,7 @@ from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import BufferPool
 from ..storage.gradient_store import GradientStore
-from ..untraced import untraced
+from ..untraced import untraced_hook
 from .filling import Filling
 from .hooks import GradientHook
 from .in_flight import InFlight
@@ -417,7 +417,7 @@ class GradientReducer:
         if self._in_flight.most == 0:
             self._in_flight.finish_oldest()
 
-    @untraced
+    @untraced_hook
     def _end(self) -> None:
         """Autograd calls this when backward is through."""
         for index in self._later:
