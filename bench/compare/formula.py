@@ -82,6 +82,7 @@ def zero(
     share_parameters: bool = False,
     master_weights: str = "float32",
     state_dtype: torch.dtype = torch.float32,
+    step_in_backward: bool = False,
 ) -> Formula:
     """zeroopt's own, as its README has them."""
 
@@ -90,7 +91,8 @@ def zero(
         held = 2 if half else 4
         parameters = held / min(world_size, HOST_RANKS) if share_parameters else held
         full = held if stage < 2 else 0
-        sums = 4 / world_size if stage == 2 or (stage == 1 and half) else 0
+        keeps_sums = (stage == 2 and not step_in_backward) or (stage == 1 and half)
+        sums = 4 / world_size if keeps_sums else 0
         master = MASTER_BYTES[master_weights] if half else 0
         return parameters + full + sums + (master + 2 * MOMENT_BYTES[state_dtype]) / (world_size if stage else 1)
 

@@ -58,6 +58,37 @@ def with_state(name: str, **tier: Any) -> Method:
     )
 
 
+def in_backward() -> Method:
+    """Without gradients."""
+    return Method(
+        "zeroopt stage 2, step in backward",
+        partial(prepare, stage=2, step_in_backward=True),
+        formula.zero(2, step_in_backward=True),
+        obstacle=needs_one_backward,
+    )
+
+
+def everything() -> Method:
+    """All that saves memory together."""
+    options: dict[str, Any] = {
+        "share_parameters": True,
+        "master_weights": "remainder",
+        "state_dtype": torch.int8,
+        "step_in_backward": True,
+    }
+    return Method(
+        "zeroopt stage 2, everything",
+        partial(prepare, stage=2, **options),
+        formula.zero(2, **options),
+        obstacle=lambda setting: needs_cpu(setting) or needs_bfloat16(setting) or needs_one_backward(setting),
+        rounds_state=True,
+    )
+
+
+def needs_one_backward(setting: Setting) -> str | None:
+    return None if setting.accumulation == 1 else "needs one micro-batch a step"
+
+
 def needs_bfloat16(setting: Setting) -> str | None:
     return None if setting.precision == "bfloat16" else "needs --precision bfloat16"
 
@@ -71,4 +102,6 @@ METHODS = (
     with_state("8-bit moments", state_dtype=torch.int8),
     with_state("remainders", master_weights="remainder"),
     with_state("no masters", master_weights="none"),
+    in_backward(),
+    everything(),
 )
