@@ -71,12 +71,13 @@ def alone(dtype: torch.dtype) -> Method:
 
 def zero(**options: Any) -> Method:
     precision = "bfloat16" if options.get("param_dtype") == torch.bfloat16 else "float32"
-    counted = ("stage", "share_parameters", "master_weights", "state_dtype")
+    counted = ("stage", "share_parameters", "master_weights", "state_dtype", "step_in_backward")
     held = formula.zero(**{name: options[name] for name in counted if name in options})
     return Method(partial(prepare_zero, **options), held, precision, options=options)
 
 
-BF16 = {"param_dtype": torch.bfloat16}
+BF16: dict[str, Any] = {"param_dtype": torch.bfloat16}
+LEAST: dict[str, Any] = {**BF16, "master_weights": "remainder", "state_dtype": torch.int8}
 
 METHODS: dict[str, Method] = {
     "SGD alone": alone(torch.float32),
@@ -97,10 +98,11 @@ METHODS: dict[str, Method] = {
     "bfloat16, stage 0": zero(stage=0, **BF16),
     "bfloat16, stage 1": zero(stage=1, **BF16),
     "bfloat16, remainder": zero(stage=2, master_weights="remainder", **BF16),
-    "bfloat16, remainder, 8-bit moments": zero(stage=2, master_weights="remainder", state_dtype=torch.int8, **BF16),
+    "bfloat16, remainder, 8-bit moments": zero(stage=2, **LEAST),
     "bfloat16, no masters": zero(stage=2, master_weights="none", **BF16),
     "bfloat16, no masters, bfloat16 moments": zero(stage=2, master_weights="none", state_dtype=torch.bfloat16, **BF16),
-    "bfloat16, remainder, 8-bit moments, shared": zero(
-        stage=2, master_weights="remainder", state_dtype=torch.int8, share_parameters=True, **BF16
-    ),
+    "bfloat16, remainder, 8-bit moments, shared": zero(stage=2, share_parameters=True, **LEAST),
+    "step in backward": zero(stage=2, step_in_backward=True),
+    "step in backward, shared": zero(stage=2, step_in_backward=True, share_parameters=True),
+    "everything": zero(stage=2, step_in_backward=True, share_parameters=True, **LEAST),
 }
