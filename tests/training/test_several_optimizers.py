@@ -214,13 +214,14 @@ def run_scripts(scripts: list[str], variants: list[Options]) -> dict[str, list[l
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_loops_with_two_optimizers(run_on_ranks: RunOnRanks, world_size: int) -> None:
+    """Two ranks and three take turns in the variants, so that each stage and each transport is seen by both."""
     variants = [
         {"stage": stage, "fused": fused, "bucket_mb": bucket_mb, "transport": transport}
         for stage in STAGES
         for fused, bucket_mb, transport in ((False, 0.001, "shm"), (True, 25.0, "shm"), (True, 0.001, "pairwise"))
     ]
     variants += [{"bucket_mb": 0.001, "share_parameters": True}, {"bucket_mb": 0.001, "overlap": False}]
-    for rank in run_on_ranks(world_size, run_scripts, list(SCRIPTS), [None, *variants]):
+    for rank in run_on_ranks(world_size, run_scripts, list(SCRIPTS), [None, *variants[world_size % 2 :: 2]]):
         for ddp, *wrapped in rank.values():
             for values in wrapped:
                 check_close(values, ddp)

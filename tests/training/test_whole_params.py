@@ -213,8 +213,9 @@ def resume_all(name: str, variants: list[dict[str, Any]]) -> list[tuple[list[Ten
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_save_and_resume_exactly(run_on_ranks: RunOnRanks, name: str) -> None:
-    variants: list[dict[str, Any]] = [{"stage": stage, "bucket_mb": 0.003} for stage in STAGES]
-    variants.append({"param_dtype": BF16})
+    # State is kept alike in stages 1 and 2, so that one of them may show how masters are resumed.
+    variants: list[dict[str, Any]] = [{"stage": stage, "bucket_mb": 0.003} for stage in (0, 2)]
+    variants.append({"stage": 1, "param_dtype": BF16})
     if name == "lamb":
         variants.append({"param_dtype": BF16, "master_weights": "remainder", "state_dtype": torch.int8})
     for rank in run_on_ranks(3, resume_all, name, variants):

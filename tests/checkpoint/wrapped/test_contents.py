@@ -20,6 +20,7 @@ from checkpoints import (
     wrap_all,
     wrapped,
 )
+from remembered import remembered_grains
 from torch import Tensor, nn
 from training import loss_of
 from whole_optimizers import OPTIMIZERS as WHOLE_OPTIMIZERS
@@ -262,7 +263,8 @@ KINDS: dict[str, Recipe] = {
 
 
 def make_kind(kind: str, options: dict[str, Any]) -> Wrapped:
-    model, optimizers = wrap_all(KINDS[kind], **options)
+    with remembered_grains("kinds", kind):
+        model, optimizers = wrap_all(KINDS[kind], **options)
     if kind == "later":
         rest = [*model.module.inner.parameters(), *model.module.notes.parameters(), model.module.scale]
         optimizers[0].add_param_group({"params": rest, "lr": 0.02})
