@@ -15,6 +15,7 @@ import zeroopt
 from zeroopt.feature import Feature, Features, Step
 from zeroopt.storage.bucket import Bucket
 from zeroopt.storage.gradient_store import GradientStore
+from zeroopt.storage.stripe import Stripe
 
 
 class Witness(zeroopt.Feature):
@@ -26,7 +27,7 @@ class Witness(zeroopt.Feature):
     def backward_begins(self) -> None:
         self.heard.append("begin")
 
-    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
+    def bucket_filled(self, bucket: Bucket, stripe: Stripe, full: Tensor) -> None:
         self.heard.append(f"filled {bucket.index}")
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:

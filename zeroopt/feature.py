@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .storage.bucket import Bucket
 from .storage.gradient_store import GradientStore
+from .storage.stripe import Stripe
 
 
 @dataclass
@@ -62,12 +63,13 @@ class Feature:
     def backward_begins(self) -> None:
         """A synchronised backward begins on this rank. Collective."""
 
-    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
-        """A bucket has all its gradients of this rank, and is about to travel, in an order that is the same on all ranks.
-        Collective.
+    def bucket_filled(self, bucket: Bucket, stripe: Stripe, full: Tensor) -> None:
+        """A bucket has all its gradients of this rank, and is about to travel, or a stripe of it is, in an order that is the same on all
+        ranks. Collective.
 
         Args:
-            full: [padded_numel], divided by the number of ranks already.
+            stripe: says what of the bucket lies where in `full`.
+            full: [stripe.numel], divided by the number of ranks already.
         """
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
@@ -117,7 +119,7 @@ class Features:
     """The features that are on, in a fixed order. Whoever calls them goes through those alone that override the call.
 
         for look in features.calls["bucket_filled"]:
-            look(bucket, full)
+            look(bucket, stripe, full)
 
     Attributes:
         calls: by the name of a call, the methods of the features that are on and override it.

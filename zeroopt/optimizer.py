@@ -99,7 +99,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_over_hooks()
         self._take_over_methods()
         replica.optimizers.append(self)
-        log_wrapped(trained.buckets, trained.stores, optimizer, config, self._transport, replica.control)
+        log_wrapped(
+            trained.buckets, trained.stores, optimizer, config, self._transport, replica.bucket_bytes, replica.control
+        )
 
     def _add_features(self, of_model: ModelFeatures, average: ParameterAverage | None) -> None:
         """In the order in which they take part in a step, behind those of the model."""

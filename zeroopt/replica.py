@@ -24,7 +24,7 @@ from .options.config import Config
 from .options.precision import Precision
 from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
-from .plan.buckets import make_plan
+from .plan.buckets import choose_bucket_bytes, make_plan
 from .plan.claims import claim, claimed_params
 from .plan.dtensors import count_copies, find_mesh, local_of, mesh_groups
 from .plan.ownership import Ownership
@@ -50,6 +50,7 @@ class Replica:
         buckets: by their index.
         ownership: which elements of the buckets this rank steps.
         group: it was wrapped with, and what its ranks tell each other. Where each of them trains alone, `transport` has one rank.
+        bucket_bytes: the size of a bucket.
         mesh: of the model's DTensors, and its groups of more than one rank.
         norm_groups: over which the norm of the gradients is that of the whole model.
         seed: of stochastic rounding, the same on all ranks.
@@ -89,7 +90,8 @@ class Replica:
         placement = config.placement
         self.ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=placement.shard_state)
         sharded = self._make_sharded_view(features, check_outside) if placement.shard_state else None
-        pool = BufferPool(config, transport) if placement.shard_gradient else None
+        self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, _bytes_on_the_way(module, config))
+        pool = BufferPool(config, self.bucket_bytes, transport) if placement.shard_gradient else None
         view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
             module,
@@ -157,7 +159,7 @@ class Replica:
 
     def make_plan(self, params: Sequence[ManagedParam], precision: Precision) -> Plan:
         """Plan buckets for these parameters, in this order."""
-        return make_plan(params, self.ownership, self.config.bucket_bytes, precision)
+        return make_plan(params, self.ownership, self.bucket_bytes, precision, self.config.wire_dtype)
 
     def rebuild(self, plan: Plan, ordered: Sequence[ManagedParam], precision: Precision, state: BySegments) -> None:
         """Move all parameters into the buckets of another plan, and with them whatever lies by their segments. Collective.
@@ -310,6 +312,15 @@ def cast_frozen(params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
         is_free = not param.requires_grad and param not in trained
         if dtype is not None and is_free and param.dtype is torch.float32:
             param.data = param.data.to(dtype)
+
+
+def _bytes_on_the_way(module: nn.Module, config: Config) -> int:
+    """Of gradients of all parameters as they travel."""
+    return sum(
+        local_of(param).numel() * (config.wire_dtype or config.precision.stored_dtype(param.dtype)).itemsize
+        for param in module.parameters()
+        if param.requires_grad
+    )
 
 
 def _agree_on_seed(groups: Sequence[ControlGroup], device: torch.device) -> int:

@@ -35,7 +35,7 @@ def wrap(
     optimizer: torch.optim.Optimizer,
     stage: int = 2,
     process_group: dist.ProcessGroup | None = None,
-    bucket_mb: float = 25.0,
+    bucket_mb: float | None = None,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     master_weights: str = "float32",
@@ -83,7 +83,8 @@ def wrap(
         stage: 0 averages gradients (as DistributedDataParallel does), 1 also shards the optimizer's state, 2 also shards
             the gradients.
         process_group: the ranks to train with; the default group when None, or this process alone where there is none.
-        bucket_mb: size of a bucket in MiB. A larger parameter has a bucket of its own.
+        bucket_mb: size in MiB of a bucket and of every buffer. A larger parameter has a bucket of its own, whose gradient travels
+            in stripes of this size. None: a twentieth of the model, at least 1 and at most 25.
         param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, frozen ones too, and what rounding takes away is kept as
             `master_weights` says. None leaves parameters as they are.
         master_weights: with `param_dtype`. "float32": each rank keeps a float32 copy of the parameters it steps; "remainder":

@@ -17,12 +17,13 @@ from zeroopt.features.join import Joining
 from zeroopt.features.of_model import ModelFeatures
 from zeroopt.storage.bucket import Bucket
 from zeroopt.storage.gradient_store import GradientStore
+from zeroopt.storage.stripe import Stripe
 
 
 class Own(Feature):
     """A user's."""
 
-    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
+    def bucket_filled(self, bucket: Bucket, stripe: Stripe, full: Tensor) -> None:
         pass
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from zeroopt.collectives import PendingCollective
 from zeroopt.feature import Feature, Features
 from zeroopt.gradients.in_flight import InFlight
+from zeroopt.storage.stripe import Stripe
 
 
 class Log(Feature):
@@ -63,12 +64,14 @@ class Store:
         self.full: Tensor | None = torch.zeros(1) if pool is None else None
         self._log, self._pool = log, pool
         self.fails = False
+        self.holds_sum = True
+        self.stripe = Stripe(0, 1, 1, 1)
 
     def open(self) -> Tensor:
         self._log.lines.append(f"open {self.label}")
         if self._pool is not None:
             if self.full is not None:
-                self.reclaim()
+                self.reclaim_next()
             self.full = self._pool.idle.pop()
         assert self.full is not None
         return self.full
@@ -76,12 +79,12 @@ class Store:
     def start_reduce(self, transport: object) -> None:
         self._log.lines.append(f"start {self.label}")
 
-    def finish(self) -> None:
+    def finish_next(self) -> None:
         if self.fails:
             raise RuntimeError(f"{self.label} is lost")
         self._log.lines.append(f"sum {self.label}")
 
-    def reclaim(self) -> None:
+    def reclaim_next(self) -> None:
         self._log.lines.append(f"reclaim {self.label}")
         if self._pool is not None:
             assert self.full is not None

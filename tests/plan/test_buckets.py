@@ -14,7 +14,14 @@ from torch import nn
 
 from zeroopt.collectives import lone_control
 from zeroopt.options.precision import Precision
-from zeroopt.plan.buckets import PLANNING_ANEW, agree_on_order, in_order, is_grouped_alike, make_plan
+from zeroopt.plan.buckets import (
+    PLANNING_ANEW,
+    agree_on_order,
+    choose_bucket_bytes,
+    in_order,
+    is_grouped_alike,
+    make_plan,
+)
 from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import Grain, ManagedParam
 
@@ -130,3 +137,28 @@ def test_groups_are_compared_whatever_the_order_within_them() -> None:
     assert not is_grouped_alike([{0, 1}, {2, 3}], plan, ordered), "buckets travel in this order"
     assert not is_grouped_alike([{2, 3}, {1}, {0}], plan, ordered)
     assert not is_grouped_alike([{2, 1}, {0, 3}], plan, ordered)
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("bucket_mb", "param_bytes", "expected"),
+    [
+        (25, 0, 25 * MIB),
+        (0.5, 0, MIB // 2),
+        (1e-9, 10**12, 1),
+        (None, 1000, MIB),
+        (None, 100 * MIB, 5 * MIB),
+        (None, 10**12, 25 * MIB),
+    ],
+)
+def test_bytes_of_a_bucket(bucket_mb: float | None, param_bytes: int, expected: int) -> None:
+    assert choose_bucket_bytes(bucket_mb, param_bytes) == expected
+
+
+def test_buckets_are_no_larger_in_what_their_gradients_travel_in() -> None:
+    params = of_sizes(*[100] * 8)
+    narrow = make_plan(params, ownership(), 1600, Precision(BF16))
+    wide = make_plan(params, ownership(), 1600, Precision(BF16), F32)
+    assert (len(narrow.buckets), len(wide.buckets)) == (2, 3)

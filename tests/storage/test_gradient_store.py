@@ -24,13 +24,20 @@ class Store:
     """A store of one bucket, on one of two ranks, and what it works with."""
 
     def __init__(
-        self, stage: int, dtype: torch.dtype = F32, precision: Precision | None = None, wire: Wire | None = None
+        self,
+        stage: int,
+        dtype: torch.dtype = F32,
+        precision: Precision | None = None,
+        wire: Wire | None = None,
+        bucket_bytes: int = 1 << 20,
     ) -> None:
         self.transport = LoneSlice(2, 1)
         self.params = params_of(*(values(shape, seed, dtype) for seed, shape in enumerate(SHAPES)))
         options: dict[str, Any] = {"precision": precision} if precision else {}
         (self.bucket,) = buckets_of(self.params, self.transport, by_slices=stage > 0, **options)
-        self.pool = BufferPool(config_with(wire=wire, bucket_buffers=1), self.transport) if stage == 2 else None
+        self.pool = (
+            BufferPool(config_with(wire=wire, bucket_buffers=1), bucket_bytes, self.transport) if stage == 2 else None
+        )
         if self.pool is not None:
             self.pool.fit([self.bucket])
         ownership = Ownership(2, 1, by_slices=stage > 0)
@@ -272,7 +279,32 @@ def test_buffers_are_given_up(stage: int) -> None:
     made = Store(stage)
     made.backward(1, wait=False)
     made.store.finish()
-    full = made.store.full
+    addresses = [] if made.store.full is None else [made.store.full.data_ptr()]
     made.store.free(made.transport)
-    assert made.store.full is None and full is not None
-    assert made.transport.freed == ([] if stage == 2 else [full.data_ptr()]), "a pool frees its own"
+    assert made.store.full is None and len(addresses) == (stage < 2)
+    assert made.transport.freed == addresses, "a pool frees its own"
+
+
+def test_stripes_make_up_the_sum() -> None:
+    made = Store(2, bucket_bytes=300)
+    store = made.store
+    assert store.is_striped and len(store.stripes) > 2
+    expected = torch.zeros_like(store.reduced)
+    for seed in (1, 2):
+        whole = torch.zeros(made.bucket.padded_numel)
+        for managed in made.bucket.params:
+            managed.view_in(whole).copy_(values(managed.shape, 100 * seed + managed.index))
+        expected += made.bucket.within_own_range(whole)
+        for stripe in store.stripes:
+            assert not store.is_reducing and store.stripe is stripe
+            full = store.open()
+            assert full.numel() == stripe.numel and full.nbytes <= 300 + 2 * made.bucket.precision.alignment * 4
+            for begin, end, offset in stripe.ranges():
+                full[offset : offset + end - begin] = whole[begin:end]
+            store.start_reduce(made.transport)
+            assert store.full is None and not store.holds_sum
+            store.finish_next()
+            assert store.holds_sum is (stripe is store.stripes[-1])
+            store.reclaim_next()
+        torch.testing.assert_close(store.reduced, expected, rtol=0, atol=0)
+    assert store.base is None

@@ -49,6 +49,7 @@ def footprint(
     optimizer: torch.optim.Optimizer,
     config: Config,
     transport: Transport,
+    bucket_bytes: int,
 ) -> Footprint:
     """Count before the first step what a rank will hold. Not collective."""
     sharing = transport.control.size // len(transport.writers) if config.share_parameters else 1
@@ -58,7 +59,7 @@ def footprint(
         parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
         masters=sum(bucket.master.nbytes for bucket in buckets),
         gradients=(max if config.step_in_backward else sum)(map(_gradient_bytes, stores)),
-        buffers=num_buffers(config) * bytes_of_buffer(config, borrowers),
+        buffers=num_buffers(config) * bytes_of_buffer(config, bucket_bytes, borrowers, transport.num_slices),
         moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),
     )
 
@@ -97,12 +98,13 @@ def log_wrapped(
     optimizer: torch.optim.Optimizer,
     config: Config,
     transport: Transport,
+    bucket_bytes: int,
     control: ControlGroup,
 ) -> None:
     """Say on rank 0 what has been made of a model: one line, and with level DEBUG one for each bucket."""
     if control.rank != 0 or not _log.isEnabledFor(logging.INFO):
         return
-    held = footprint(buckets, stores, optimizer, config, transport)
+    held = footprint(buckets, stores, optimizer, config, transport, bucket_bytes)
     num_params = sum(len(bucket.params) for bucket in buckets)
     numel = sum(managed.numel for bucket in buckets for managed in bucket.params)
     name = type(optimizer).__name__

@@ -20,6 +20,7 @@ from ..plan.params import ManagedParam
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
+from ..storage.stripe import Stripe
 
 _WHAT = "exchange of check_every"  # for messages
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -59,15 +60,15 @@ class Audit(Feature):
         """Whether the step that comes next is one to look at."""
         return (self._num_steps + 1) % self._every == 0
 
-    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
+    def bucket_filled(self, bucket: Bucket, stripe: Stripe, full: Tensor) -> None:
         """Note which of this rank's gradients are not finite."""
         if not self._is_due:
             return
-        self._num_backwards += bucket.index == 0
+        self._num_backwards += bucket.index == 0 and stripe.is_first
         if not full.isfinite().all():
-            for managed in bucket.params:
-                if not full[managed.offset : managed.offset + managed.numel].isfinite().all():
-                    self._found.setdefault(managed.index, self._num_backwards)
+            for owner, _, offset, numel in stripe.pieces(bucket.params):
+                if not full[offset : offset + numel].isfinite().all():
+                    self._found.setdefault(owner.index, self._num_backwards)
 
     def gradients_cleared(self) -> None:
         """Nothing that was found is there any more."""

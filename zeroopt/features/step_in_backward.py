@@ -35,6 +35,7 @@ from ..replica import Replica
 from ..stepping.rules import rule_for
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
+from ..storage.stripe import Stripe
 from ..trained import Trained
 from .growth import Growth
 from .used_in_bucket import UsedInBucket
@@ -128,8 +129,10 @@ class StepInBackward(Feature):
             )
         each.check_ready()
 
-    def bucket_filled(self, bucket: Bucket, full: Tensor) -> None:
+    def bucket_filled(self, bucket: Bucket, stripe: Stripe, full: Tensor) -> None:
         """From now on other ranks may write its parameters. Collective."""
+        if not stripe.is_first:
+            return
         shown = [self._view.is_shown(managed) for managed in bucket.params]
         for managed, is_shown in zip(bucket.params, shown, strict=True):
             if is_shown:  # of those without a gradient, backward needs none any more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..errors import StateError
 from ..plan.params import ManagedParam
 from ..profiling import named_range
 from ..storage.bucket import Bucket
+from ..storage.stripe import Stripe
 from .view import GradientView
 
 
@@ -112,6 +113,24 @@ class Filling:
             if not self.packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
 
+    def take(self, bucket: Bucket) -> dict[ManagedParam, Tensor]:
+        """Those gradients of a bucket that there are, as they lie in memory, 1-D. They count as packed; none has been before."""
+        grads = {managed: self._view.take_local(managed) for managed in bucket.params if self._view.has_local(managed)}
+        self._note_packed(grads)
+        return {managed: managed.flatten(grad) for managed, grad in grads.items() if grad is not None}
+
+    def pack_stripe(self, stripe: Stripe, bucket: Bucket, grads: Mapping[ManagedParam, Tensor], full: Tensor) -> None:
+        """Copy what a stripe has of these gradients into its buffer; zeros for the rest."""
+        end = 0
+        for owner, start, offset, numel in stripe.pieces(bucket.params):
+            full[end:offset].zero_()
+            end = offset + numel
+            if owner in grads:
+                ops.pack(grads[owner][start : start + numel], full[offset:end], scale=self.scale)
+            else:
+                full[offset:end].zero_()
+        full[end:].zero_()
+
     def _pack_together(self, waiting: Sequence[ManagedParam], full: Tensor) -> None:
         """In one call for each dtype, which is one unless a user has set others."""
         taken = {managed.index: self._view.take_local(managed) for managed in waiting}
@@ -120,6 +139,9 @@ class Filling:
             alike = [managed for managed in waiting if grads[managed.index].dtype is dtype]
             sources = [grads[managed.index] for managed in alike]
             ops.pack_segments(sources, [managed.view_in(full) for managed in alike], scale=self.scale)
-        for managed in waiting:
+        self._note_packed(waiting)
+
+    def _note_packed(self, taken: Iterable[ManagedParam]) -> None:
+        for managed in taken:
             self._view.packed(managed)
             self.packed[managed.index] = 1

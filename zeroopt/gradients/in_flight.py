@@ -20,6 +20,8 @@ class InFlight:
         start ──▶ travelling ──▶ summed ──▶ lent: other ranks may still read the full buffer ──▶ back in the pool
                                     └─ stage 0: gathered, for every rank steps all of it
 
+    A bucket that travels in stripes is here once for each.
+
     Attributes:
         most: buckets that travel while another one fills.
 
@@ -51,13 +53,14 @@ class InFlight:
             self.finish_oldest()
 
     def finish_oldest(self) -> None:
-        """Wait for the sum of the bucket that was started first."""
+        """Wait for the sum of the bucket, or stripe, that was started first."""
         bucket, store = self._travelling[0]
         with named_range("wait_for_reduce", store.label):
-            store.finish()  # when it fails, it is still the oldest
+            store.finish_next()  # when it fails, it is still the oldest
         self._travelling.popleft()
-        for reduced in self._reduced:
-            reduced(bucket, store)
+        if store.holds_sum:
+            for reduced in self._reduced:
+                reduced(bucket, store)
         if store.sum_is_spread:  # an all-reduce is a reduce-scatter and an all-gather
             assert store.full is not None
             with named_range("all_gather", store.label):
@@ -80,8 +83,8 @@ class InFlight:
         self._gathers.clear()
 
     def open(self, store: GradientStore) -> Tensor:
-        """The full buffer of a bucket, free or lent to itself, to be filled."""
-        if store in self._lent:  # of the backward before; opening reclaims it
+        """The full buffer of a bucket or of its next stripe, free or lent to itself, to be filled."""
+        while store.stripe.is_first and store in self._lent:  # of the backward before; opening reclaims it
             self._lent.remove(store)
         return store.open()
 
@@ -93,7 +96,7 @@ class InFlight:
                 self.finish_oldest()
             store = self._lent.popleft()
             with named_range("wait_until_read", store.label):
-                store.reclaim()
+                store.reclaim_next()
 
     def forget_lent(self) -> None:
         """Those that are lent have been reclaimed."""

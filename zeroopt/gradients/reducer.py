@@ -382,6 +382,8 @@ class GradientReducer:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn."""
         if self._pool is None:
             return self.stores[bucket].open()
+        if self.stores[bucket].is_striped:
+            return None
         place = self._place[bucket]
         if place == self._next:
             if not self._pool.idle:
@@ -405,15 +407,33 @@ class GradientReducer:
         """Let the next bucket travel, once it is full: with what has not been packed so far, and zeros for the rest."""
         number = self._sequence[self._next]
         bucket, store = self._buckets[number], self.stores[number]
-        full = store.full if store.is_open else self._open(number)
-        assert full is not None
-        if self._filling.unpacked[number]:
-            self._filling.pack_rest(bucket, full)
+        if store.is_striped:
+            self._start_stripes(bucket, store)
+        else:
+            full = store.full if store.is_open else self._open(number)
+            assert full is not None
+            if self._filling.unpacked[number]:
+                self._filling.pack_rest(bucket, full)
+            self._start_full(bucket, store, full)
+        self._next += 1
+
+    def _start_stripes(self, bucket: Bucket, store: GradientStore) -> None:
+        """Let one stripe after the other travel: as many at a time as there are buffers."""
+        assert self._pool is not None
+        grads = self._filling.take(bucket)
+        for stripe in store.stripes:
+            if not self._pool.idle:
+                self._in_flight.free_buffer()
+            full = self._in_flight.open(store)
+            with named_range("pack", store.label):
+                self._filling.pack_stripe(stripe, bucket, grads, full)
+            self._start_full(bucket, store, full)
+
+    def _start_full(self, bucket: Bucket, store: GradientStore, full: Tensor) -> None:
         self._in_flight.make_way()
         for bucket_filled in self._events["bucket_filled"]:
-            bucket_filled(bucket, full)
+            bucket_filled(bucket, store.stripe, full)
         self._in_flight.start(bucket, store)
-        self._next += 1
         if self._in_flight.most == 0:
             self._in_flight.finish_oldest()
 

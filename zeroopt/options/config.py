@@ -34,7 +34,7 @@ class Config:
     """
 
     stage: int
-    bucket_mb: float
+    bucket_mb: float | None
     fused: Fused
     transport: str | TransportFactory
     overlap: bool
@@ -84,7 +84,8 @@ class Config:
         if self.average_group is not None and self.average_every is None:
             raise ConfigError("average_group needs average_every, the number of steps between two averages")
         # 25 and 25.0 are the same option, and read alike wherever ranks compare them.
-        object.__setattr__(self, "bucket_mb", float(self.bucket_mb))
+        if self.bucket_mb is not None:
+            object.__setattr__(self, "bucket_mb", float(self.bucket_mb))
         if self.max_grad_norm is not None:
             object.__setattr__(self, "max_grad_norm", float(self.max_grad_norm))
         if self.state_device is not None:
@@ -116,10 +117,6 @@ class Config:
     def placement(self) -> Placement:
         placement = PLACEMENTS[self.stage]
         return placement if self.state_device is None else replace(placement, home=torch.device(self.state_device))
-
-    @property
-    def bucket_bytes(self) -> int:
-        return max(1, int(self.bucket_mb * 2**20))
 
     def check_shares(self, first: Config) -> None:
         """Raise ConfigError when these options of a second optimizer of a model do not go with those of its first."""
@@ -166,9 +163,11 @@ def _check_fits(name: str, reduce_dtype: torch.dtype | None, stored: torch.dtype
         raise ConfigError(f"{name}={reduce_dtype} does not fit parameters of {stored}: leave it at None")
 
 
-def _check_bucket_mb(bucket_mb: float) -> None:
+def _check_bucket_mb(bucket_mb: float | None) -> None:
+    if bucket_mb is None:
+        return
     if not isinstance(bucket_mb, (int, float)) or isinstance(bucket_mb, bool) or not 0 < bucket_mb < float("inf"):
-        raise ConfigError(f"expected bucket_mb to be a positive number of MiB, got {bucket_mb!r}")
+        raise ConfigError(f"expected bucket_mb to be a positive number of MiB, or None, got {bucket_mb!r}")
 
 
 def _check_bucket_buffers(bucket_buffers: int) -> None:

@@ -15,10 +15,38 @@ from .params import ManagedParam
 PLANNING_ANEW = "planning the buckets anew, after the first step"  # for messages
 
 
-def make_plan(params: Sequence[ManagedParam], ownership: Ownership, bucket_bytes: int, precision: Precision) -> Plan:
+_MIB = 2**20
+_LARGEST = 25 * _MIB  # what DistributedDataParallel takes: beyond it, a bucket costs no less for its size
+_SMALLEST = _MIB  # below it, what a bucket costs whatever its size shows in the time of a step
+_BUCKETS = 20  # so that two buffers of the size of a bucket are a tenth of the parameters' bytes
+
+
+def choose_bucket_bytes(bucket_mb: float | None, param_bytes: int) -> int:
+    """The size of a bucket: what was asked for; else a small part of the model, so that buffers of that size are.
+
+    Args:
+        bucket_mb: in MiB; None where nothing was asked for.
+        param_bytes: of the model's parameters, as gradients travel.
+    """
+    if bucket_mb is not None:
+        return max(1, int(bucket_mb * _MIB))
+    return min(_LARGEST, max(_SMALLEST, param_bytes // _BUCKETS))
+
+
+def make_plan(
+    params: Sequence[ManagedParam],
+    ownership: Ownership,
+    bucket_bytes: int,
+    precision: Precision,
+    wire_dtype: torch.dtype | None = None,
+) -> Plan:
     """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
 
     Where ranks step slices, whole parameters lie in one slice each.
+
+    Args:
+        bucket_bytes: what neither a bucket nor its gradients on their way exceed, unless one parameter alone does.
+        wire_dtype: in which gradients travel; None: in the parameters'.
     """
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
     kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
@@ -26,7 +54,7 @@ def make_plan(params: Sequence[ManagedParam], ownership: Ownership, bucket_bytes
     return Plan(
         [p.numel for p in params],
         kind_of,
-        [dtype.itemsize for dtype in dtypes],
+        [max(dtype.itemsize, 0 if wire_dtype is None else wire_dtype.itemsize) for dtype in dtypes],
         ownership.num_slices,
         precision.alignment,
         bucket_bytes,

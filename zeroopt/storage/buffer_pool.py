@@ -10,17 +10,22 @@ from torch import Tensor
 from ..collectives import Transport
 from ..options.config import Config
 from .bucket import Bucket
+from .stripe import Stripe, cut_in_stripes
 
 
 class BufferPool:
-    """Some buffers in which any bucket fits, and never more.
+    """Some buffers, never more, of the size of a bucket. Larger buckets travel in stripes.
+
+    Args:
+        bucket_bytes: the size of a bucket.
 
     Attributes:
         idle: those that nobody has borrowed.
     """
 
-    def __init__(self, config: Config, transport: Transport) -> None:
+    def __init__(self, config: Config, bucket_bytes: int, transport: Transport) -> None:
         self._config = config
+        self._bucket_bytes = bucket_bytes
         self._transport = transport
         self._num_bytes = 0
         self._sum_bytes = 0
@@ -34,9 +39,9 @@ class BufferPool:
         return self._config.step_in_backward
 
     def fit(self, buckets: Sequence[Bucket]) -> None:
-        """Make buffers in which each of these buckets fits. Collective. None may be lent."""
+        """Make buffers in which each of these buckets, or each of its stripes, fits. Collective. None may be lent."""
         self._sum_bytes = max(map(bytes_of_sum, buckets), default=0)
-        num_bytes = bytes_of_buffer(self._config, buckets)
+        num_bytes = bytes_of_buffer(self._config, self._bucket_bytes, buckets, self._transport.num_slices)
         if num_bytes > self._num_bytes:
             self.free()
             self._num_bytes = num_bytes
@@ -44,11 +49,13 @@ class BufferPool:
             self.idle = [self._transport.allocate(num_bytes, torch.uint8, device) for _ in range(count)]
             self._by_address = {raw.data_ptr(): raw for raw in self.idle}
 
-    def borrow(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        """A buffer of the bucket's size, zero wherever no parameter lies."""
-        full = self.idle.pop(0)[: bucket.padded_numel * dtype.itemsize].view(dtype)
-        bucket.zero_gaps(full)
-        return full
+    def stripes(self, bucket: Bucket) -> list[Stripe]:
+        """The parts in which a bucket travels: one where it fits into a buffer."""
+        return stripes_of(bucket, self._config, self._bucket_bytes, self._transport.num_slices)
+
+    def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A buffer of this size, with whatever there is in it."""
+        return self.idle.pop(0)[: numel * dtype.itemsize].view(dtype)
 
     def scratch(self, own: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the sum of one bucket at a time, on the device where it is summed or on that where it is stepped. Where `fit`
@@ -86,6 +93,20 @@ def num_buffers(config: Config) -> int:
     return config.bucket_buffers if config.overlap else 1
 
 
-def bytes_of_buffer(config: Config, buckets: Sequence[Bucket]) -> int:
+def stripes_of(bucket: Bucket, config: Config, bucket_bytes: int, num_slices: int) -> list[Stripe]:
+    """The parts in which the gradients of a bucket travel, each at most as large as a bucket that is planned: `bucket_bytes`, and
+    what makes its slices equal."""
+    unit = num_slices * bucket.precision.alignment
+    wanted = bucket_bytes // (config.wire_dtype or bucket.dtype).itemsize
+    return cut_in_stripes(bucket.padded_numel, num_slices, max(1, -(-wanted // unit)) * unit)
+
+
+def bytes_of_buffer(config: Config, bucket_bytes: int, buckets: Sequence[Bucket], num_slices: int) -> int:
     """The size of a buffer in which the gradients of each of these buckets can travel."""
-    return max((bucket.padded_numel * (config.wire_dtype or bucket.dtype).itemsize for bucket in buckets), default=0)
+    return max(
+        (
+            stripes_of(bucket, config, bucket_bytes, num_slices)[0].numel * (config.wire_dtype or bucket.dtype).itemsize
+            for bucket in buckets
+        ),
+        default=0,
+    )

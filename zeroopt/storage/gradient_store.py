@@ -5,11 +5,16 @@ stage 1   one full buffer a bucket, for good; the own slice of it holds the sum 
 stage 2   a full buffer borrowed from a pool until its reduce-scatter has been read; the sum goes to a buffer of one slice,
           which is the same for all buckets where each is stepped before the next one is summed (`step_in_backward`)
 
+In stage 2, a bucket that is larger than the pool's buffers (one huge parameter) travels in stripes: each is a part of every
+slice, and its sum the same part of the sum.
+
 Full buffers have the dtype of what travels (`Wire.dtype`), sums that of the parameters, or float32 for parameters with a
 master. Where the two differ, or what travels is no plain sum, stage 1 keeps its sum apart as stage 2 does.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -22,6 +27,7 @@ from ..plan.params import ManagedParam, ParamState
 from .bucket import Bucket
 from .buffer_pool import BufferPool
 from .segment import Segment
+from .stripe import Stripe, cut_in_stripes
 
 _SUM = "sum"  # its name among what moves with a segment
 
@@ -30,7 +36,7 @@ class GradientStore:
     """The gradients of one bucket on this rank.
 
     Attributes:
-        full: [padded_numel] while backward fills it and while it travels; None when stage 2 has handed it back.
+        full: [padded_numel], or one stripe, for good; in stage 2 while backward fills it, else None.
         reduced: [own range], the sum over ranks, valid while `holds_sum`.
         base: sum of the earlier backward passes of this step, to which the next reduce adds; None for the first.
         label: how messages call the bucket.
@@ -40,7 +46,8 @@ class GradientStore:
         norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `gradients.norms`.
         is_open: backward fills it.
         sum_is_spread: stage 0: every rank is to have the sum of all slices.
-        is_reducing: its reduce has started, and nobody has waited for it yet.
+        is_reducing: a reduce of it has started, and nobody has waited for it yet.
+        stripes: the parts in which it travels, one after the other; mostly one.
     """
 
     def __init__(
@@ -60,7 +67,12 @@ class GradientStore:
         sum_dtype = bucket.precision.sum_dtype(bucket.dtype, by_slices=ownership.by_slices)
         self._sums_apart = pool is not None or self._dtype is not sum_dtype or not wire.backend_sums
         self.sum_is_spread = not ownership.by_slices
-        self._pending: PendingCollective | None = None
+        numel = bucket.padded_numel
+        self.stripes = cut_in_stripes(numel, transport.num_slices, numel) if pool is None else pool.stripes(bucket)
+        self._next_stripe = 0  # that is opened next
+        # Reduces in the order of their start, with their full buffers, until those have been read; the first so many are through.
+        self._pending: deque[tuple[PendingCollective, Tensor]] = deque()
+        self._num_finished = 0
         self.holds_sum = False
         self.is_open = False
         self.is_reducing = False
@@ -94,58 +106,91 @@ class GradientStore:
         """Whether its full buffer is one of a pool's."""
         return self._pool is not None
 
+    @property
+    def is_striped(self) -> bool:
+        """Whether it travels in several stripes."""
+        return len(self.stripes) > 1
+
     def open(self) -> Tensor:
-        """The full buffer for the gradients of one backward pass. What was summed before is kept aside as `base`."""
+        """The full buffer for the gradients of one backward pass, or for the next stripe of them: zero in gaps of a bucket that
+        travels at once, undefined elsewhere. What was summed before is kept aside as `base`."""
         if not self.is_open:
-            if self._pending is not None:
+            if self._next_stripe == 0:
                 self.finish()
                 self.reclaim()
+                self._begin()
             self.is_open = True
             if self._pool is not None:
-                self.full = self._pool.borrow(self._bucket, self._dtype)
-            # In stage 0, autograd itself adds to param.grad, a view of `full`.
-            if self.holds_sum and not self.sum_is_spread:
-                self.settle()
-                self.base = self.reduced if self._sums_apart else self.reduced.clone()
+                self.full = self._pool.borrow(self.stripe.numel, self._dtype)
+                if not self.is_striped:
+                    self._bucket.zero_gaps(self.full)
         assert self.full is not None
         return self.full
+
+    @property
+    def stripe(self) -> Stripe:
+        """The one that is open, or is opened next."""
+        return self.stripes[self._next_stripe]
+
+    def _begin(self) -> None:
+        # In stage 0, autograd itself adds to param.grad, a view of `full`.
+        if self.holds_sum and not self.sum_is_spread:
+            self.settle()
+            self.base = self.reduced if self._sums_apart else self.reduced.clone()
 
     def start_reduce(self, transport: Transport) -> None:
         """Let the full buffer travel."""
         assert self.full is not None
-        out = self.reduced if self._sums_apart else transport.own_slice(self.full)
+        out, base = self.reduced if self._sums_apart else transport.own_slice(self.full), self.base
+        if self.is_striped:
+            own = slice(self.stripe.begin, self.stripe.end)
+            out, base = out[own], None if base is None else base[own]
         encoded = self._wire.encode(self.full, transport.num_slices)
-        self._pending = transport.start_reduce_scatter(encoded, out, self.base, wire=self._wire, label=self.label)
+        pending = transport.start_reduce_scatter(encoded, out, base, wire=self._wire, label=self.label)
+        self._pending.append((pending, self.full))
+        self._next_stripe = (self._next_stripe + 1) % len(self.stripes)
+        if self._pool is not None:
+            self.full = None
         self.is_open = False
         self.is_reducing = True
         self.holds_sum = False
         self.norm = None
         self.factor = None
 
+    def finish_next(self) -> None:
+        """Wait for the reduce that was started first; with the last one, `reduced` holds the sum."""
+        self._pending[self._num_finished][0].finish()
+        self._num_finished += 1
+        if self._num_finished == len(self._pending):
+            self.is_reducing = False
+            if self._next_stripe == 0:
+                self.base = None
+                self.holds_sum = True
+
     def finish(self) -> None:
         """Wait until `reduced` holds the sum."""
-        if self.is_reducing:
-            assert self._pending is not None
-            self._pending.finish()
-            self.is_reducing = False
-            self.base = None
-            self.holds_sum = True
+        while self.is_reducing:
+            self.finish_next()
 
     def gradient_of(self, managed: ManagedParam) -> Tensor:
         """Stage 0: a parameter's gradient in the full buffer, as `param.grad` shows it; an object of its own each time, whose version
         counts what is done to it from here on."""
         return self._shown[managed].data
 
-    def reclaim(self) -> None:
-        """After `finish`: wait until no rank reads the full buffer any more; a borrowed one goes back."""
-        if self._pending is None:
-            return
-        self._pending.wait_until_read()
-        self._pending = None
+    def reclaim_next(self) -> None:
+        """Wait until no rank reads the full buffer any more whose reduce was finished first; a borrowed one goes back."""
+        assert self._num_finished
+        pending, full = self._pending[0]
+        pending.wait_until_read()
+        self._pending.popleft()
+        self._num_finished -= 1
         if self._pool is not None:
-            assert self.full is not None
-            self._pool.give_back(self.full)
-            self.full = None
+            self._pool.give_back(full)
+
+    def reclaim(self) -> None:
+        """After `finish`: likewise for all of them."""
+        while self._pending:
+            self.reclaim_next()
 
     def free(self, transport: Transport) -> None:
         """Give up the full buffer of stages 0 and 1."""
