@@ -28,7 +28,8 @@ class Witness(zeroopt.Feature):
         self.heard.append("begin")
 
     def bucket_filled(self, bucket: Bucket, stripe: Stripe, full: Tensor) -> None:
-        self.heard.append(f"filled {bucket.index}")
+        if stripe.is_first:
+            self.heard.append(f"filled {bucket.index}")
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
         self.heard.append(f"reduced {bucket.index}")

@@ -37,6 +37,7 @@ def counted(variants: list[dict[str, Any]]) -> list[tuple[Footprint, int]]:
             optimizer._inner,
             optimizer._config,
             optimizer._transport,
+            model.replica.bucket_bytes,
         )
         model(torch.randn(2, WIDTH, dtype=options.get("param_dtype"))).float().sum().backward()
         optimizer.step()

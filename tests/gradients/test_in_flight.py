@@ -212,7 +212,7 @@ def test_what_has_been_reclaimed_is_forgotten() -> None:
     scene = Scene(buffers=1)
     scene.fill_and_start(0)
     scene.flight.finish()
-    scene.stores[0].reclaim()
+    scene.stores[0].reclaim_next()
     scene.flight.forget_lent()
     scene.fill_and_start(1)
     scene.log.take()

@@ -410,3 +410,41 @@ def models_twice() -> bool:
 
 def test_several_wrapped_models(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, models_twice) == [True, True]
+
+
+def trained_in_stripes(options: dict[str, Any]) -> tuple[list[Tensor], list[int], int]:
+    """Parameters after steps with accumulation and a parameter that one rank does not use, and the stripes of each bucket."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(300, 24), nn.Linear(24, 40), nn.Linear(40, 40), nn.Linear(40, 3))
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=0.01), **options)
+    rank = dist.get_rank()
+    for step in range(4):
+        for part in range(2):
+            torch.manual_seed(100 * step + 10 * part + rank)
+            tokens = torch.randint(300, (6,))
+            out = model(tokens) if step % 2 or rank else net[3](net[2](torch.randn(6, 40)))
+            out.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    reducer = model.replica.reducer
+    largest = max((raw.nbytes for raw in reducer._pool.idle), default=0) if reducer._pool else 0
+    return [param.detach().clone() for param in net.parameters()], [len(s.stripes) for s in reducer.stores], largest
+
+
+# A buffer is smaller than one parameter, and holds several others.
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_parameter_larger_than_a_buffer_travels_in_stripes(run_on_ranks: RunOnRanks, world_size: int) -> None:
+    variants: list[dict[str, Any]] = [
+        {"bucket_buffers": 3},
+        {"overlap": False},
+        {"transport": "pairwise"},
+        {"check_every": 2},
+        {"reduce_dtype": torch.float32},
+    ]
+    whole = run_on_ranks(world_size, trained_in_stripes, {"bucket_mb": 25})[0][0]
+    for options in ({}, *variants):
+        for params, stripes, largest in run_on_ranks(world_size, trained_in_stripes, {"bucket_mb": 0.002, **options}):
+            assert 1 in stripes and max(stripes) > 5
+            assert largest <= 0.002 * 2**20 + world_size * 32 * 4
+            for one, other in zip(params, whole, strict=True):
+                assert torch.equal(one, other)

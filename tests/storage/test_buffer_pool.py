@@ -116,7 +116,7 @@ def test_all_are_given_up_lent_ones_too() -> None:
 
 @pytest.mark.parametrize("lends", [True, False])
 def test_sums_of_buckets_that_are_stepped_at_once_lie_in_the_memory_of_the_largest(lends: bool) -> None:
-    pool = BufferPool(config_with(step_in_backward=lends), LoneSlice())
+    pool = BufferPool(config_with(step_in_backward=lends), BIG, LoneSlice())
     assert pool.lends_sums is lends
     made = buckets(10, 500, 40, precision=Precision(BF16))
     pool.fit(made)

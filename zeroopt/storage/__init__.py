@@ -6,6 +6,7 @@ In reading order; each imports from those above it:
     masters         `Master`: the exact values of what this rank steps, whatever the model has of them
     bucket          `Bucket`: parameters side by side in one flat buffer
     assembling      a whole tensor from the pieces that ranks have
+    stripe          `Stripe`: a part of a bucket that travels by itself
     buffer_pool     `BufferPool`: full gradient buffers that buckets borrow
     gradient_store  `GradientStore`: the gradients of a bucket
     own_shard       `OwnShard`: what a step works on
