@@ -85,6 +85,7 @@ def prepare(model: Model, method: Method, checkpoint: Path | None, phases: list[
     mark(phases, "build")
     torch.manual_seed(0)
     net = model.make()
+    dist.barrier()  # so that none wraps while another one still builds
     mark(phases, "wrap")
     trained = method.prepare(net)
     if checkpoint is not None:
