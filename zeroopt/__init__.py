@@ -22,6 +22,7 @@ In reading order; each imports from those above it:
     state             what a rank's state is to others
     optim             the fused kernels as ordinary optimizers
     admission         what may be wrapped
+    building          a model on the meta device gets its values
     replica           a wrapped model on this rank: its buckets, and what carries them
     trained           what one optimizer trains of it
     features          what a user may switch on
@@ -48,6 +49,7 @@ check_kernels()  # before anything asks for them
 
 from . import ops, optim
 from ._C import build_info
+from .building.functions import reset_parameters
 from .errors import (
     CheckpointError,
     CollectiveError,
@@ -98,6 +100,7 @@ __all__ = [
     "checkpoint",
     "ops",
     "optim",
+    "reset_parameters",
     "unwrap",
     "wrap",
 ]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._C import Plan
+from .building.building import Building
 from .collectives import ControlGroup, Transport, Wire
 from .collectives.turnout import Turnout
 from .errors import StateError
@@ -61,6 +62,7 @@ class Replica:
         features: what takes part in every backward.
         turnout: which ranks still train.
         check_outside: raises where what it is told is about to be done cannot be done by all ranks.
+        building: what gives the module its values, when its first parameters are in buckets.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Replica:
         features: Features,
         turnout: Turnout,
         check_outside: Callable[[str], None],
+        building: Building | None = None,
     ) -> None:
         self.module = module
+        self._building = building
         self.config = config
         self.transport = transport
         self.group = group
@@ -145,6 +149,9 @@ class Replica:
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
         buckets = self._make_buckets(plan, params, precision, first_index=len(self.buckets))
+        if self._building is not None:
+            self._building.run(buckets, self.transport, config)
+            self._building = None
         if config.sync_module_states:
             self._sync_buckets(buckets)
         self._await_writers(buckets)
@@ -259,7 +266,7 @@ class Replica:
             managed.copies = count_copies(managed, self.mesh)
 
     def _sync_params(self, params: Sequence[ManagedParam]) -> None:
-        for managed in params:  # one by one: no second copy of the model
+        for managed in (one for one in params if one.has_memory):  # one by one: no second copy of the model
             self.transport.control.broadcast([managed.local], 0, _SYNCING)
 
     def _sync_buckets(self, buckets: Sequence[Bucket]) -> None:

@@ -10,10 +10,12 @@ from torch import nn
 
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
+from .building.building import Building, prepare
+from .building.functions import Init
 from .collectives import ControlGroup, Transport, TransportFactory, Wire, check_transport, connect_transport
 from .collectives.lone import default_group, lone_group
 from .collectives.single import SingleTransport
-from .errors import ConfigError, StateError
+from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Feature
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .features.of_model import ModelFeatures
@@ -58,6 +60,8 @@ def wrap(
     wire: Wire | None = None,
     state_device: torch.device | str | None = None,
     step_in_backward: bool = False,
+    init: Init | Sequence[Init] | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
 
@@ -66,6 +70,9 @@ def wrap(
 
     The model's parameters stay the same objects; their data moves into flat buckets, one bucket at a time. Cast and move
     the model first, and build the optimizer on its parameters.
+
+    A model, or a part of it, may be on the meta device. It is made straight in the buckets then, module by module; the model, and the
+    optimizer, keep their objects.
 
     A model may be one part of a larger one: a pipeline stage, or one whose parameters are DTensors (tensor parallelism).
     Then `process_group` holds the ranks that have the same part; with DTensors, the ranks of their mesh must call it too.
@@ -129,6 +136,11 @@ def wrap(
         state_device: "cpu" keeps optimizer state and masters of a model on a GPU in the memory of its host, and steps there what
             this rank steps: sums of its slices travel there, new parameters back. It takes a copy of both there. None: the
             device of the parameters.
+        init: how parameters and buffers on the meta device get their values; others stay as they are. A function that writes
+            what a module itself holds, in place (or replaces its buffers), or several in a list: each goes over all modules,
+            before the next, parts of a module before the module, as in `model.apply`. None: `zeroopt.reset_parameters`, which
+            calls the modules' own. Every function is first tried on the meta device, where it must not read elements.
+        device: where they are made; None: where the model's other parameters are, or on torch's default device.
         step_in_backward: step each bucket as soon as its sum is there, while backward still runs, so that no gradients are kept
             (stage 2). Needs one backward a step, and nothing that looks at all gradients first. The options of `param_groups`
             that count are those when backward runs. `step()` remains to be called, and moves on what follows steps.
@@ -175,13 +187,21 @@ def wrap(
 
     found = _Findings()
     try:
-        found.look_into(model, optimizer, given_group, make_config(), features)
+        config = make_config()
+        if first is None and isinstance(model, nn.Module):
+            found.look_at_meta(model, config, init, device)
+        found.look_into(model, optimizer, given_group, config, features)
     # Whatever it is, the other ranks have to hear of it, or they would wait for this one.
     except Exception as error:  # noqa: BLE001
         found.problem = error
-    with agreed_across(average_group, group, found.lines):
-        found.agree(group)
-        connected = _connect(found, group) if first is None else None
+    try:
+        with agreed_across(average_group, group, found.lines):
+            found.agree(group)
+            connected = _connect(found, group) if first is None else None
+    except BaseException:
+        if found.building is not None:
+            found.building.undo()
+        raise
     if found.average is not None and found.config.sync_module_states:
         found.average.sync_states(model if first is None else first.module, group)
     if isinstance(model, ZeroDataParallel):
@@ -200,6 +220,7 @@ class _Findings:
         options: of it, what those with other parts of the parameters have to have in common too.
         beyond: the latter.
         average: where groups of ranks average their parameters.
+        building: what gives values to what of the model is on the meta device.
         problem: what is wrong.
     """
 
@@ -211,7 +232,19 @@ class _Findings:
         self.options: list[str] = []
         self.beyond: list[ControlGroup] = []
         self.average: ParameterAverage | None = None
+        self.building: Building | None = None
         self.problem: Exception | None = None
+
+    def look_at_meta(
+        self, model: nn.Module, config: Config, init: Init | Sequence[Init] | None, device: torch.device | str | None
+    ) -> None:
+        """Prepare building what of the model is on the meta device. From then on it seems to be on its device."""
+        self.building = prepare(model, init, device)
+        if self.building is not None and config.average_every is not None and config.sync_module_states:
+            raise NotSupportedError(
+                "a model on the meta device cannot be taken over from another rank's before its parameters are averaged: pass "
+                "sync_module_states=False where all ranks use the same seed, or give the model values first (to_empty)"
+            )
 
     def look_into(
         self,
@@ -245,6 +278,8 @@ class _Findings:
             check_goes_along(features)
         check_transport(config.transport, group, self.params[0].param.device)
         self.lines = _describe(self.options, module, optimizer, self.params)
+        if self.building is not None:
+            self.lines += self.building.describe()
 
     def agree(self, group: dist.ProcessGroup) -> None:
         """Raise on all ranks what is wrong on one of them, or between them. Collective."""
@@ -269,6 +304,7 @@ def _wrap_model(
         of_model.features,
         of_model.turnout,
         of_model.join.check_outside,
+        found.building,
     )
     of_model.add_all(replica, found.config, features)
     wrapped = ZeroDataParallel(replica, of_model)

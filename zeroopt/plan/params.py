@@ -62,6 +62,11 @@ class ManagedParam:
         """The parameter's elements on this rank, a tensor without gradient."""
         return self.param.data
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether it has elements to be read; one that was on the meta device gets them in its bucket."""
+        return self.numel == 0 or self.local.untyped_storage().nbytes() > 0
+
     def set_local(self, view: Tensor) -> None:
         """Let the parameter's elements be those of `view`, which may be of another dtype."""
         self.param.data = with_own_storage(view)

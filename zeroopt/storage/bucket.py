@@ -67,17 +67,25 @@ class Bucket:
         self.segments: list[Segment] = []
 
     def _take_in(self, managed: ManagedParam, *, writes: bool) -> None:
-        """Move a parameter into the bucket, and what that rounds away into the master where this rank steps it."""
-        values = managed.local
-        view = managed.view_in(self.flat_param)
+        """Move a parameter into the bucket."""
+        if managed.has_memory:
+            self.set_exact(managed, managed.local, writes=writes)
+        managed.set_local(managed.view_in(self.flat_param))
+
+    def set_exact(self, managed: ManagedParam, values: Tensor, *, writes: bool) -> None:
+        """Give a parameter exact values: what rounding them takes away goes into the master where this rank steps it.
+
+        Args:
+            values: of the parameter's shape.
+            writes: whether this rank writes the bucket's parameters; one of a host does where they are shared.
+        """
         if writes:
-            view.copy_(self.master.round(values))
+            managed.view_in(self.flat_param).copy_(self.master.round(values))
         begin, end = self.own_range
         first, last = max(managed.offset, begin), min(managed.offset + managed.numel, end)
         if first < last:
             own = managed.flatten(values)[first - managed.offset : last - managed.offset]
             self.master.keep(first - begin, last - begin, own)
-        managed.set_local(view)
 
     def cut_segments(self, pieces: Sequence[PlannedSegment], params: Sequence[ManagedParam]) -> None:
         """Make the segments of the own range, as planned."""

@@ -1,0 +1,9 @@
+"""A model on the meta device gets its values where they will lie: in buckets, one module after the other.
+
+In reading order:
+
+    unmade     what of a model is on the meta device, and how it becomes tensors without memory
+    functions  what gives modules their values, and in which order
+    trial      the functions run on the meta device: which of them makes what
+    building   the functions run for good
+"""

@@ -1,0 +1,178 @@
+"""The functions run for good: a model on the meta device gets values, module by module.
+
+                        a parameter in a bucket, kept as it is      one that is rounded, or shared and written by another rank
+    first call with it  writes into the bucket                      gets memory of its own, in its own dtype
+    last call with it                                               that goes into the bucket, and is let go
+
+Memory beside the buckets is thus that of one module; of several where one function writes the parts of a module again, as
+`nn.Transformer` does, and needs what was there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import Transport
+from ..options.config import Config
+from ..plan.agreement import agree
+from ..plan.params import ManagedParam
+from ..storage.bucket import Bucket
+from .functions import Init, as_functions
+from .trial import Call, try_out
+from .unmade import Hollowing, Unmade, device_for, find_unmade
+
+_BUILDING = "building the model"
+
+
+def prepare(model: nn.Module, init: Init | Sequence[Init] | None, device: torch.device | str | None) -> Building | None:
+    """Find out how a model on the meta device is made, and let what is there be without memory on its device. Not collective.
+
+    Returns:
+        What makes it; None where nothing of the model is on the meta device.
+
+    Raises:
+        ConfigError, NotSupportedError: it cannot be made. Nothing has been changed.
+    """
+    functions = as_functions(init)
+    unmade = find_unmade(model)
+    if not unmade:
+        return None
+    chosen = device_for(model, device)
+    return Building(unmade, try_out(model, functions, unmade, chosen), chosen)
+
+
+class Building:
+    """Makes what of a model is on the meta device.
+
+    Args:
+        calls: what gives it values, in this order.
+        device: where it will lie. From now on it seems to lie there, but has no memory.
+    """
+
+    def __init__(self, unmade: Mapping[Tensor, Unmade], calls: Sequence[Call], device: torch.device) -> None:
+        self._unmade, self._calls, self._device = unmade, calls, device
+        self._dtypes = {tensor: tensor.dtype for tensor in unmade}
+        self._next = _next_overwrites(calls)
+        self._hollowing = Hollowing(list(unmade.values()), device)
+
+    def undo(self) -> None:
+        """Let everything be on the meta device again, before `run`."""
+        self._hollowing.undo()
+
+    def describe(self) -> list[str]:
+        """What all ranks have to have in common."""
+        return [f"{one.kind} {one.name!r} on the meta device" for one in self._unmade.values()]
+
+    def run(self, buckets: Iterable[Bucket], transport: Transport, config: Config) -> None:
+        """Give everything its values. Collective. Parameters that were in no optimizer get memory of their own.
+
+        All ranks call all functions, as they would all construct the model, and so draw the same random numbers. Of what is rounded,
+        they take the values of rank 0 here, with `sync_module_states`; everything else is yet to be taken over.
+
+        Raises:
+            RankMismatchError: a function fails on some rank that did not when it was tried. On all ranks; the model is
+                of no use then.
+        """
+        places = _Places(buckets, transport, config, self._dtypes, self._device)
+        problem: Exception | None = None
+        for number, call in enumerate(self._calls):
+            places.open(call.overwrites)
+            with places.discarding(call.discarded):
+                try:
+                    if problem is None:
+                        call()
+                except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
+                    problem = error
+            for tensor in call.overwrites:
+                overwritten = self._next[number, tensor]
+                if overwritten is None:
+                    places.close(tensor)
+                elif overwritten:
+                    places.drop(tensor)
+        agree([(transport.control, [])], problem, _BUILDING)
+
+
+def _next_overwrites(calls: Sequence[Call]) -> dict[tuple[int, Tensor], bool | None]:
+    """By the number of a call and a tensor that it reads or writes: whether the next call with that tensor begins with writing all
+    of it, so that what is there need not be kept. None where there is no such call."""
+    found: dict[tuple[int, Tensor], bool | None] = {}
+    following: dict[Tensor, bool] = {}
+    for number, call in reversed(list(enumerate(calls))):
+        for tensor, overwrites in call.overwrites.items():
+            found[number, tensor] = following.get(tensor)
+            following[tensor] = overwrites
+    return found
+
+
+class _Places:
+    """Where tensors lie while functions write them, and where they go afterwards."""
+
+    def __init__(
+        self,
+        buckets: Iterable[Bucket],
+        transport: Transport,
+        config: Config,
+        dtypes: Mapping[Tensor, torch.dtype],
+        device: torch.device,
+    ) -> None:
+        self._transport, self._config, self._dtypes, self._device = transport, config, dtypes, device
+        self._writes = transport.writes_parameters or not config.share_parameters
+        self._in_buckets: dict[Tensor, tuple[Bucket, ManagedParam]] = {
+            managed.param: (bucket, managed) for bucket in buckets for managed in bucket.params
+        }
+        self._open: set[Tensor] = set()
+
+    def open(self, tensors: Iterable[Tensor]) -> None:
+        """Let the tensors have memory, to be written."""
+        for tensor in tensors:
+            if tensor not in self._open and not self._is_written_in_place(tensor):
+                self._open.add(tensor)
+                tensor.data = self._memory_for(tensor)
+
+    @contextmanager
+    def discarding(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Within it, what is written to the tensors goes elsewhere, and is forgotten."""
+        kept = {tensor: tensor.data for tensor in tensors}
+        for tensor in kept:
+            tensor.data = self._memory_for(tensor)
+        yield
+        for tensor, values in kept.items():
+            tensor.data = values
+
+    def drop(self, tensor: Tensor) -> None:
+        """What was written is overwritten before anybody reads it."""
+        if tensor in self._in_buckets and tensor in self._open:
+            self._open.remove(tensor)
+            bucket, managed = self._in_buckets[tensor]
+            managed.set_local(managed.view_in(bucket.flat_param))
+
+    def close(self, tensor: Tensor) -> None:
+        """The values are final: let them go where they belong. Collective where they are rounded."""
+        if tensor not in self._open:
+            return
+        if tensor in self._in_buckets:
+            bucket, managed = self._in_buckets[tensor]
+            if self._config.sync_module_states and bucket.precision.param_dtype is not None:
+                self._transport.control.broadcast([managed.local], 0, _BUILDING)  # or masters would differ
+            bucket.set_exact(managed, managed.local, writes=self._writes)
+        elif isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            self._round_frozen(tensor)
+        self.drop(tensor)
+
+    def _round_frozen(self, param: nn.Parameter) -> None:
+        dtype = self._config.precision.param_dtype
+        if dtype is not None and param.dtype is torch.float32:
+            param.data = param.data.to(dtype)
+
+    def _memory_for(self, tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=self._dtypes[tensor], device=self._device)
+
+    def _is_written_in_place(self, tensor: Tensor) -> bool:
+        if tensor not in self._in_buckets or not self._writes:
+            return False
+        bucket, _ = self._in_buckets[tensor]
+        return bucket.dtype is self._dtypes[tensor] and not bucket.master.completes
