@@ -41,6 +41,7 @@ def wrap_case(case: str) -> str:
         model.requires_grad_(False)
     elif case == "meta":
         model = nn.Linear(3, 3, device="meta")
+        model.register_buffer("table", torch.ones(3, device="meta"))
         optimizer = torch.optim.SGD(model.parameters())
     elif case == "lazy":
         model = nn.Sequential(nn.LazyLinear(3))
@@ -118,7 +119,7 @@ class GloballyNormalisedSgd(torch.optim.Optimizer):
         ("foreign parameters", "ConfigError: parameter 0 of the optimizer (group 0, shape [8, 4]) is not a parameter"),
         ("empty", "ConfigError: the optimizer has no parameters"),
         ("frozen", "ConfigError: no parameter of the optimizer requires gradients"),
-        ("meta", "ConfigError: parameter 'weight' is on the meta device"),
+        ("meta", "ConfigError: buffer 'table' of the Linear is on the meta device, and nothing gives it values"),
         ("lazy", "ConfigError: parameter '0.weight' is not initialised yet"),
         ("sparse", "NotSupportedError: module '0' yields sparse gradients"),
         ("complex", "NotSupportedError: parameter 'extra' is torch.strided torch.complex64"),

@@ -110,6 +110,47 @@ def test_trains_as_one_that_was_built_as_usual(
             assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(usual, meta, strict=True)), options
 
 
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: nn.Linear(4, 3),
+    "Bilinear": lambda: nn.Bilinear(4, 3, 2),
+    "Conv1d": lambda: nn.Conv1d(4, 3, 2),
+    "Conv2d": lambda: nn.Conv2d(4, 3, 2),
+    "ConvTranspose3d": lambda: nn.ConvTranspose3d(4, 3, 2),
+    "Embedding": lambda: nn.Embedding(4, 3, padding_idx=1),
+    "EmbeddingBag": lambda: nn.EmbeddingBag(4, 3),
+    "LSTM": lambda: nn.LSTM(4, 3, 2, bidirectional=True, proj_size=2),
+    "GRUCell": lambda: nn.GRUCell(4, 3),
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "RMSNorm": lambda: nn.RMSNorm(4),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "BatchNorm2d": lambda: nn.BatchNorm2d(4),
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+    "no elements": lambda: nn.Linear(4, 0),
+    "PReLU": lambda: nn.PReLU(3),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_bias_kv=True),
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(4, 2, 8),
+    "TransformerDecoderLayer": lambda: nn.TransformerDecoderLayer(4, 2, 8),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_torch_get_the_values_of_their_constructors(layer: str) -> None:
+    model = make(LAYERS[layer], "meta")
+    zeroopt.wrap(model, torch.optim.SGD(model.parameters()))
+    state = torch.get_rng_state()
+    usual = make(LAYERS[layer], "cpu")
+    assert torch.equal(state, torch.get_rng_state())
+    for built, expected in zip(model.state_dict().values(), usual.state_dict().values(), strict=True):
+        assert torch.equal(built, expected)
+
+
+def test_layers_that_torch_copies_draw_values_of_their_own() -> None:
+    model = make(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 2), "meta")
+    zeroopt.wrap(model, torch.optim.SGD(model.parameters()))
+    first, second = (layer.linear1.weight for layer in model.layers)  # type: ignore[union-attr]
+    assert not torch.equal(first, second)
+
+
 def start_from_own_seeds(options: dict[str, Any]) -> list[list[Tensor]]:
     seen = []
     for device in ("cpu", "meta"):

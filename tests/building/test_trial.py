@@ -48,7 +48,7 @@ class Custom(nn.Module):
 
 
 def test_what_reset_parameters_leaves_out_is_named() -> None:
-    with pytest.raises(zeroopt.ConfigError, match=r"parameter 'shift' of the Custom, is on the meta device"):
+    with pytest.raises(zeroopt.ConfigError, match=r"parameter 'shift' of the Custom is on the meta device"):
         calls_of(on_meta(Custom))
 
 

@@ -183,7 +183,7 @@ def _keep_first(calls: Sequence[Call], unmade: Mapping[Tensor, Unmade]) -> None:
 
 def _check_all_made(calls: Sequence[Call], unmade: Mapping[Tensor, Unmade], replaced: set[Tensor]) -> None:
     made = replaced.union(*(call.written for call in calls))
-    left = [one for tensor, one in unmade.items() if tensor not in made]
+    left = [one for tensor, one in unmade.items() if tensor.numel() and tensor not in made]
     if left:
         more = f" (and {len(left) - 1} more: {', '.join(repr(one.name) for one in left[1:5])})" if len(left) > 1 else ""
         raise ConfigError(

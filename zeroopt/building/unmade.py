@@ -30,8 +30,8 @@ class Unmade:
 
     def __str__(self) -> str:
         path, _, _ = self.name.rpartition(".")
-        holder = f"module {path!r}, a {type(self.module).__name__}" if path else f"the {type(self.module).__name__}"
-        return f"{self.kind} {self.name!r} of {holder},"
+        holder = f"module {path!r}, a {type(self.module).__name__}," if path else f"the {type(self.module).__name__}"
+        return f"{self.kind} {self.name!r} of {holder}"
 
 
 def find_unmade(model: nn.Module) -> dict[Tensor, Unmade]:
