@@ -126,3 +126,12 @@ def test_buffers_are_bounded_whatever_the_number_of_ranks(num_ranks: int, option
     print(f"{left / BUCKET_BYTES:.3f} buckets, {transport.most / BUCKET_BYTES:.3f} at most")
     assert num_buckets * BUCKET_BYTES <= left <= parameters + pool * padded_bytes + SLACK_BYTES
     assert transport.most <= parameters + (pool + MOVING) * padded_bytes + SLACK_BYTES
+
+
+def test_a_large_parameter_makes_no_buffer_larger() -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4 * BUCKET_BYTES // (4 * WIDTH), bias=False))
+    transport = asked_for(net, torch.randn(2, WIDTH), 8)
+    parameters = sum(param.numel() * 4 for param in net.parameters())
+    padding = 4 * PADDING * 8 * len(transport.held)
+    print(f"{parameters / BUCKET_BYTES:.3f} buckets of parameters, {transport.most / BUCKET_BYTES:.3f} at most")
+    assert transport.most <= parameters + padding + (POOL + MOVING) * BUCKET_BYTES + SLACK_BYTES
