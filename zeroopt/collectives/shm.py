@@ -74,18 +74,21 @@ class SharedBuffer:
         return self.of_rank[rank][: tensor.nbytes].view(tensor.dtype)
 
 
-class Labels:
-    """What collectives are about, as a number on their tickets: ranks that mean different buckets have diverged, and can say
-    which. All ranks call the same thing by the same label."""
+class Labels(dict[str, int]):
+    """What collectives are about, as numbers: ranks that mean different buckets have diverged, and can say which. All ranks call
+    the same thing by the same label.
+
+    `labels[label] << 8 | kind`, positive in 64 bits, stands on a ticket.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self._label_of: dict[int, str] = {}
 
-    def join(self, kind: Kind, label: str) -> int:
-        """The number that stands for both, positive in 64 bits."""
-        digest = zlib.crc32(label.encode())
+    def __missing__(self, label: str) -> int:
+        self[label] = digest = zlib.crc32(label.encode())
         self._label_of[digest] = label
-        return digest << 8 | kind
+        return digest
 
     def describe(self, number: int) -> str:
         """A number of any rank's, in words. A label that this rank has not used so far is not known to it."""
@@ -246,7 +249,7 @@ class ShmTransport(Transport):
         buffer, num_bytes = (-1, 0) if tensor is None else (self._buffer_of(tensor).number, tensor.nbytes)
         if self._posted - _C.ShmBoard.CAPACITY >= self._read_by_all:
             self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
-        number = self._board.post(_C.Ticket(self._labels.join(kind, label), num_bytes, buffer))
+        number = self._board.post(_C.Ticket(self._labels[label] << 8 | kind, num_bytes, buffer))
         self._posted = number + 1
         if kind is Kind.ALL_GATHER and not self._unread:
             self._board.mark_read(self._posted)  # there is nothing to read for it
