@@ -48,6 +48,7 @@ class GradientStore:
         sum_is_spread: stage 0: every rank is to have the sum of all slices.
         is_reducing: a reduce of it has started, and nobody has waited for it yet.
         stripes: the parts in which it travels, one after the other; mostly one.
+        is_striped: there are several.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class GradientStore:
         self.sum_is_spread = not ownership.by_slices
         numel = bucket.padded_numel
         self.stripes = cut_in_stripes(numel, transport.num_slices, numel) if pool is None else pool.stripes(bucket)
+        self.is_striped = len(self.stripes) > 1
         self._next_stripe = 0  # that is opened next
         # Reduces in the order of their start, with their full buffers, until those have been read; the first so many are through.
         self._pending: deque[tuple[PendingCollective, Tensor]] = deque()
@@ -105,11 +107,6 @@ class GradientStore:
     def borrows(self) -> bool:
         """Whether its full buffer is one of a pool's."""
         return self._pool is not None
-
-    @property
-    def is_striped(self) -> bool:
-        """Whether it travels in several stripes."""
-        return len(self.stripes) > 1
 
     def open(self) -> Tensor:
         """The full buffer for the gradients of one backward pass, or for the next stripe of them: zero in gaps of a bucket that
