@@ -33,6 +33,7 @@ In reading order; each imports from those above it:
     module            what `wrap` returns: the model
     wrap              `wrap`
     unwrap            `unwrap`
+    planner           what a training will hold, before there is one
     checkpoint        directories of checkpoints
     __main__          the command line
 
@@ -69,16 +70,20 @@ from .wrap import wrap
 
 if TYPE_CHECKING:
     from . import checkpoint
+    from .planner import estimate_memory
 
 __version__: str = build_info()["version"]
 
 
 def __getattr__(name: str) -> Any:
-    """Find `zeroopt.checkpoint` when it is first used: importing it takes long, for it imports DCP."""
-    if name == "checkpoint":
-        from importlib import import_module
+    """Find `zeroopt.checkpoint` and `zeroopt.estimate_memory` when they are first used: importing them takes long, for they import
+    DCP, and what traces models."""
+    from importlib import import_module
 
+    if name == "checkpoint":
         return import_module("zeroopt.checkpoint")
+    if name == "estimate_memory":
+        return import_module("zeroopt.planner").estimate_memory
     raise AttributeError(f"module 'zeroopt' has no attribute {name!r}")
 
 
@@ -98,6 +103,7 @@ __all__ = [
     "__version__",
     "build_info",
     "checkpoint",
+    "estimate_memory",
     "ops",
     "optim",
     "reset_parameters",

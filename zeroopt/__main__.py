@@ -1,4 +1,4 @@
-"""The command line: ``python -m zeroopt env`` and ``python -m zeroopt checkpoint inspect|export``."""
+"""The command line: ``python -m zeroopt env``, ``estimate`` and ``checkpoint inspect|export``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="print versions, the build of the kernels and the machine")
     env.set_defaults(run=_env)
 
+    _add_estimate(commands.add_parser("estimate", help="tell what training will hold, and when most"))
+
     checkpoint = commands.add_parser("checkpoint", help="look into checkpoints, and convert them")
     of_checkpoint = checkpoint.add_subparsers(metavar="command", required=True)
     inspect = of_checkpoint.add_parser("inspect", help="print what is in a checkpoint, and whether it is whole")
@@ -38,6 +40,53 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="FILE", help="the file to write; must not exist yet")
     export.set_defaults(run=_export)
     return parser
+
+
+def _add_estimate(estimate: argparse.ArgumentParser) -> None:
+    estimate.description = (
+        "Tell what each rank will hold of a model, phase by phase, and what every stage and tier of precision would hold. Nothing is "
+        "computed, and no other rank is needed. The exit code is 1 where it does not fit into --memory."
+    )
+    model = estimate.add_argument_group("the model, of one's own or a transformer of some size")
+    model.add_argument(
+        "--model", metavar="MODULE:FUNCTION", help="returns a module, or a module and what it is called with"
+    )
+    model.add_argument("--params", metavar="N", help="about so many parameters: 17e9, 1.5B")
+    model.add_argument("--layers", type=int)
+    model.add_argument("--width", type=int)
+    model.add_argument("--vocabulary", type=int, default=50_304)
+    model.add_argument("--checkpointing", action="store_true", help="activation checkpointing of each block")
+    training = estimate.add_argument_group("its training")
+    training.add_argument("--optimizer", default="AdamW", metavar="CLASS", help="or MODULE:FUNCTION that makes one")
+    training.add_argument("--world-size", type=int, required=True, metavar="RANKS")
+    training.add_argument("--host-ranks", type=int, metavar="RANKS", help="on each host; up to 8 by default")
+    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    training.add_argument(
+        "--tokens", type=int, help="of a sequence, a rank and micro-batch; without, activations are not counted"
+    )
+    training.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of zeroopt.wrap, such as stage=1; several times",
+    )
+    training.add_argument(
+        "--built-by-wrap", action="store_true", help="the model is on the meta device when it is wrapped"
+    )
+    wanted = estimate.add_argument_group("what to tell")
+    wanted.add_argument("--memory", metavar="SIZE", help="of a rank, such as 80GB: what makes it fit?")
+    wanted.add_argument(
+        "--alone", action="store_true", help="these options alone, not all stages and tiers beside them"
+    )
+    wanted.add_argument("--json", action="store_true", help="print JSON")
+    estimate.set_defaults(run=_estimate)
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from .planner.command import estimate  # imports what traces models, which takes long
+
+    return estimate(arguments)
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ when their parameters move out of them, on the stream on which they were made.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -22,6 +23,8 @@ def with_own_storage(part: Tensor) -> Tensor:
     Args:
         part: dense, its dimensions in whatever order, as parameters are.
     """
+    if part.is_meta:  # there is no memory, and DLPack knows no such device
+        return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
     # In one dimension, for DLPack does not keep the strides of dimensions of size 1.
     flat = part.detach().as_strided((part.numel(),), (1,))
     return from_dlpack(flat).as_strided(part.shape, part.stride()).detach()

@@ -121,7 +121,7 @@ class Replica:
             if self.ownership.has_all
             else ParamGathers(module, transport, lazy=config.overlap)
         )
-        self.seed = _agree_on_seed([self.control, *self.mesh_groups], next(module.parameters()).device)
+        self.seed = _agree_on_seed([self.control, *self.mesh_groups])
         claim(self)
 
     def _make_sharded_view(self, features: Features, check_outside: Callable[[str], None]) -> ShardedView:
@@ -330,12 +330,12 @@ def _bytes_on_the_way(module: nn.Module, config: Config) -> int:
     )
 
 
-def _agree_on_seed(groups: Sequence[ControlGroup], device: torch.device) -> int:
+def _agree_on_seed(groups: Sequence[ControlGroup]) -> int:
     """Rank 0's seed of torch, for stochastic rounding: what depends on the parameter alone, not on the rank that steps it.
 
     Collective in each of the groups; together they hold all ranks that have copies of a parameter, which must stay equal.
     """
-    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=device)
+    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=groups[0].device)
     for group in groups:
         group.broadcast([seed], 0, "agreeing on a seed")
     return int(seed.item())

@@ -63,6 +63,16 @@ class Transport(ABC):
         """
         return cls(site.group)
 
+    @classmethod
+    def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
+        """Memory that a reduce-scatter of a plain bucket takes beside the bucket while it travels, in bytes.
+
+        Args:
+            num_bytes, item_bytes: of the bucket, and of an element of it.
+            num_hosts: on which the ranks of the slices are, as many on each.
+        """
+        return 0
+
     @property
     def writes_parameters(self) -> bool:
         """Whether this rank is one of the `writers`."""

@@ -78,6 +78,11 @@ class HybridTransport(Transport):
             raise SharedMemoryError(f"hosts have different numbers of ranks, {sizes}")
         return cls(site.group, site.hosts)
 
+    @classmethod
+    def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
+        block = num_bytes // (num_slices // num_hosts)
+        return block + PairwiseTransport.staging_bytes(block, item_bytes, num_hosts, num_hosts)
+
     @property
     def sent_bytes(self) -> int:
         return self._between_hosts.sent_bytes + self._gathers_between_hosts.sent_bytes

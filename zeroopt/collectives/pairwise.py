@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,12 @@ class PairwiseTransport(Transport):
         self.staging = StagingPool()
         # Starting with the next rank spreads the first messages over all peers.
         self.peers = [(self.slice_index + i) % self.num_slices for i in range(1, self.num_slices)]
+
+    @classmethod
+    def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
+        slice_numel = num_bytes // item_bytes // num_slices
+        parts = _Parts.of_slice(slice_numel, num_slices - 1, item_bytes)
+        return parts.num_slots * parts.slot_bytes
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
@@ -144,12 +151,9 @@ class _PairwiseReduce(PendingCollective):
         num_peers, item_bytes = len(transport.peers), full.element_size()
         self._slice_numel = full.numel() // transport.num_slices
         self._comes_in_parts = self._slice_numel == out.numel()  # else the wire knows nothing of parts
-        self._part_numel = (
-            _part_numel(out.numel(), num_peers, item_bytes) if self._comes_in_parts else self._slice_numel
-        )
-        self._num_parts = -(-self._slice_numel // self._part_numel)
-        self._slot_bytes = num_peers * self._part_numel * item_bytes
-        self._num_slots = min(self._num_parts, max(1, STAGING_BYTES // max(1, self._slot_bytes)))
+        parts = _Parts.of_slice(self._slice_numel, num_peers, item_bytes, cut=self._comes_in_parts)
+        self._part_numel, self._num_parts = parts.numel, parts.count
+        self._slot_bytes, self._num_slots = parts.slot_bytes, parts.num_slots
         self._next_part = 0
         self._staging: Tensor | None = transport.staging.take(self._num_slots * self._slot_bytes)
         self._tag = transport.take_tags(self._num_parts, _REDUCE, full.nbytes)
@@ -202,6 +206,31 @@ class _PairwiseReduce(PendingCollective):
 
     def _part_of(self, tensor: Tensor, part: int) -> Tensor:
         return tensor[part * self._part_numel : (part + 1) * self._part_numel]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How a slice travels.
+
+    Attributes:
+        numel: of a part, in elements; of the last one there may be fewer.
+        count: of parts.
+        slot_bytes: for one part of every peer.
+        num_slots: that exist at once.
+    """
+
+    numel: int
+    count: int
+    slot_bytes: int
+    num_slots: int
+
+    @classmethod
+    def of_slice(cls, slice_numel: int, num_peers: int, item_bytes: int, *, cut: bool = True) -> _Parts:
+        """Of a slice of so many elements, in one piece where it must not be cut."""
+        numel = _part_numel(slice_numel, num_peers, item_bytes) if cut else slice_numel
+        count = -(-slice_numel // numel)
+        slot_bytes = num_peers * numel * item_bytes
+        return cls(numel, count, slot_bytes, min(count, max(1, STAGING_BYTES // max(1, slot_bytes))))
 
 
 def _part_numel(slice_numel: int, num_peers: int, item_bytes: int) -> int:

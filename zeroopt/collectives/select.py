@@ -81,7 +81,7 @@ def connect_transport(
     if callable(choice):
         return _made_by(choice, group, device, share_parameters=share_parameters)
     site = Site(group, device)
-    kind = _kind_for(choice, site, nests=nests)
+    kind = kind_for(choice, site, nests=nests)
     if share_parameters and not kind.shares_parameters and (choice != "auto" or not site.has_gloo_on_cpu):
         raise ConfigError(f"share_parameters=True needs ranks that share memory; transport={choice!r} does not")
     try:
@@ -98,7 +98,12 @@ def connect_transport(
     return PairwiseTransport.connect(site)
 
 
-def _kind_for(choice: str, site: Site, *, nests: bool) -> type[Transport]:
+def kind_for(choice: str, site: Site, *, nests: bool) -> type[Transport]:
+    """The class of the transport of that name. Collective as far as `site` is.
+
+    Args:
+        nests: as for `connect_transport`.
+    """
     if choice == "auto" or site.group.size() == 1:
         return next(kind for kind in _IN_TURN if kind.serves(site) and (nests or not kind.sums_twice))
     return TRANSPORTS[choice]  # which says itself why it cannot, if it cannot

@@ -43,6 +43,10 @@ class TorchTransport(Transport):
     def connect(cls, site: Site) -> Transport:
         return cls(site.group, site.device)
 
+    @classmethod
+    def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
+        return num_bytes // num_slices  # a sum that has yet to be added to another one, or widened
+
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:

@@ -11,11 +11,11 @@ import torch
 from .. import ops
 from ..collectives import ControlGroup, Transport
 from ..options.config import Config
-from ..stepping.rules import FusedRule, rule_for
+from ..probing.state_size import StateSize
+from ..stepping.rules import rule_for
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import bytes_of_buffer, num_buffers
 from ..storage.gradient_store import GradientStore
-from ..storage.segment import Segment
 
 _log = logging.getLogger("zeroopt")
 
@@ -29,18 +29,18 @@ class Footprint:
         masters: float32 masters or remainders of this rank's slices.
         gradients: sums, and in stages 0 and 1 the full buckets in which they lie; of one bucket where backward steps.
         buffers: full buckets of gradients that stage 2 lends.
-        moments: the optimizer's arrays; None where only a first step will tell.
+        moments: the optimizer's arrays.
     """
 
     parameters: int
     masters: int
     gradients: int
     buffers: int
-    moments: int | None
+    moments: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.masters + self.gradients + self.buffers + (self.moments or 0)
+        return self.parameters + self.masters + self.gradients + self.buffers + self.moments
 
 
 def footprint(
@@ -52,44 +52,57 @@ def footprint(
     bucket_bytes: int,
 ) -> Footprint:
     """Count before the first step what a rank will hold. Not collective."""
-    sharing = transport.control.size // len(transport.writers) if config.share_parameters else 1
+    sharing = transport.num_slices // len(transport.writers) if config.share_parameters else 1
     borrowers = [bucket for bucket, store in zip(buckets, stores, strict=True) if store.borrows]
-    rule = rule_for(optimizer)
     return Footprint(
         parameters=sum(bucket.flat_param.nbytes for bucket in buckets) // sharing,
         masters=sum(bucket.master.nbytes for bucket in buckets),
         gradients=(max if config.step_in_backward else sum)(map(_gradient_bytes, stores)),
         buffers=num_buffers(config) * bytes_of_buffer(config, bucket_bytes, borrowers, transport.num_slices),
-        moments=None if rule is None else _moment_bytes(buckets, stores, optimizer, config, rule),
+        moments=_moment_bytes(buckets, stores, optimizer, config),
     )
 
 
 def _gradient_bytes(store: GradientStore) -> int:
     if store.full is None:
         return store.reduced.nbytes
-    apart = store.reduced.untyped_storage().data_ptr() != store.full.untyped_storage().data_ptr()
+    # By the storages themselves: on the meta device, none has an address.
+    apart = store.reduced.untyped_storage()._cdata != store.full.untyped_storage()._cdata
     return store.full.nbytes + (store.reduced.nbytes if apart else 0)
 
 
 def _moment_bytes(
-    buckets: Sequence[Bucket],
-    stores: Sequence[GradientStore],
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    rule: FusedRule,
+    buckets: Sequence[Bucket], stores: Sequence[GradientStore], optimizer: torch.optim.Optimizer, config: Config
 ) -> int:
+    rule = rule_for(optimizer)
+    groups = optimizer.param_groups
+    names = [() if rule is None else rule.names_in_use(group) for group in groups]
+    sizes = [StateSize(optimizer, number) for number in range(len(groups))]
     total = 0
     for bucket, store in zip(buckets, stores, strict=True):
-        fused = config.fused and config.precision.storage(bucket.dtype, store.reduced.dtype) is not None
+        if (
+            rule is not None
+            and config.fused
+            and config.precision.storage(bucket.dtype, store.reduced.dtype) is not None
+        ):
+            used = {name for segment in bucket.segments for name in names[segment.owner.group]}
+            total += len(used) * _array_bytes(bucket.own_param.numel(), config.precision.state_dtype)
+            continue
         for segment in bucket.segments:
-            names = rule.names_in_use(optimizer.param_groups[segment.owner.group])
-            total += len(names) * _state_bytes(segment, config.precision.state_dtype if fused else segment.state_dtype)
+            group, shard = segment.owner.group, segment.shard
+            if rule is not None:
+                total += len(names[group]) * _array_bytes(segment.numel, segment.state_dtype)
+            elif segment.owner.is_whole:
+                total += sizes[group].of_tensor(shard.shape, shard.dtype)
+            else:
+                total += sizes[group].of_elements(segment.numel, shard.dtype)
     return total
 
 
-def _state_bytes(segment: Segment, dtype: torch.dtype) -> int:
-    scales = 4 * ops.num_blocks(segment.numel) if dtype is torch.int8 else 0
-    return segment.numel * dtype.itemsize + scales
+def _array_bytes(numel: int, dtype: torch.dtype) -> int:
+    """Of an array of state, with its scales."""
+    scales = 4 * ops.num_blocks(numel) if dtype is torch.int8 else 0
+    return numel * dtype.itemsize + scales
 
 
 def log_wrapped(
@@ -107,11 +120,9 @@ def log_wrapped(
     held = footprint(buckets, stores, optimizer, config, transport, bucket_bytes)
     num_params = sum(len(bucket.params) for bucket in buckets)
     numel = sum(managed.numel for bucket in buckets for managed in bucket.params)
-    name = type(optimizer).__name__
-    moments = f"{_in_mb(held.moments)} MB" if held.moments is not None else f"what {name} keeps for its slices"
     _log.info(
         "stage %d over %d ranks, transport %s: %d parameters (%d elements) in %d buckets. A rank will hold %s MB: parameters "
-        "%s MB, masters %s MB, gradients %s MB in sums and %s MB in buffers, optimizer state %s",
+        "%s MB, masters %s MB, gradients %s MB in sums and %s MB in buffers, optimizer state %s MB",
         config.stage,
         transport.control.size,
         transport.name,
@@ -119,8 +130,7 @@ def log_wrapped(
         numel,
         len(buckets),
         _in_mb(held.total),
-        *map(_in_mb, (held.parameters, held.masters, held.gradients, held.buffers)),
-        moments,
+        *map(_in_mb, (held.parameters, held.masters, held.gradients, held.buffers, held.moments)),
     )
     for bucket in buckets:
         begin, end = bucket.own_range

@@ -83,6 +83,8 @@ def round_master(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def split_master(values: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 parameters and the int16 remainders that together are float32 values."""
+    if values.is_meta:  # where torch works out what each operation below would give, which takes it milliseconds
+        return torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
     values = values.float().contiguous()
     bits = torch.where(values.isnan(), 0x7FC00000, values.view(torch.int32))
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.int16)

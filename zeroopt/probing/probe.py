@@ -107,7 +107,7 @@ def _try_out(
 ) -> Trial:
     params = [[nn.Parameter(start.clone()) for start in starts] for starts in groups]
     reads: set[str] = set()
-    probe = _copy_with(optimizer, group, params, reads, with_state=with_state)
+    probe = copy_with(optimizer, group, params, reads, with_state=with_state)
     trial = Trial([], probe, [param for part in params for param in part], reads, with_state)
     communication = _NoCommunication() if watched else nullcontext()  # type: ignore[no-untyped-call]
     with _own_random_numbers(seed), communication:
@@ -309,7 +309,7 @@ class _NotedOptions(dict[str, Any]):
         return dict, (self.copy(),)
 
 
-def _copy_with(
+def copy_with(
     optimizer: torch.optim.Optimizer,
     group: int,
     params: Sequence[list[nn.Parameter]],

@@ -1,0 +1,150 @@
+"""The phases of a training, against formulas computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zeroopt import estimate_memory
+from zeroopt.planner.estimator import Variant
+from zeroopt.planner.phases import PARTS
+from zeroopt.planner.runtime import runtime_bytes
+
+WIDTH, LAYERS = 256, 8
+LAYER = WIDTH * WIDTH
+NUMEL = LAYERS * LAYER  # each layer fills a bucket, and nothing is padded
+OPTIONS: dict[str, Any] = {"bucket_mb": LAYER * 4 / 2**20}
+
+
+def make_model() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+
+
+def asked(world_size: int, *, device: str = "cpu", sample: bool = False, **options: Any) -> Variant:
+    return estimate_memory(
+        make_model(),
+        torch.optim.AdamW,
+        world_size=world_size,
+        device=device,
+        sample=torch.empty(32, WIDTH, device="meta") if sample else None,
+        compare=False,
+        **{**OPTIONS, **options},
+    ).asked
+
+
+def parts(variant: Variant, phase: str) -> dict[str, int]:
+    return {name: size for name, size in variant.phase(phase).parts.items() if name != "runtime"}
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_each_stage_holds_what_its_formula_says(world_size: int) -> None:
+    own = NUMEL // world_size
+    for stage, gradients, state, buffers in ((0, NUMEL, NUMEL, 0), (1, NUMEL, own, 0), (2, own, own, 2 * LAYER)):
+        expected = {"parameters": 4 * NUMEL, "gradients": 4 * gradients, "state": 8 * state, "buffers": 4 * buffers}
+        held = parts(asked(world_size, stage=stage), "first step")
+        assert held == {name: size for name, size in expected.items() if size}, stage
+
+
+def test_tiers_and_sharing_hold_what_their_formulas_say() -> None:
+    own = NUMEL // 8
+    tier = {"param_dtype": torch.bfloat16, "master_weights": "remainder", "state_dtype": torch.int8}
+    held = parts(asked(8, share_parameters=True, **tier), "first step")
+    assert held == {
+        "parameters": 2 * own,
+        "masters": 2 * own,
+        "gradients": 4 * own,
+        "state": 2 * own + 2 * own // 256 * 4,
+        "buffers": 2 * 4 * LAYER,  # a bucket has as many bytes in any dtype
+    }
+    assert "gradients" in parts(asked(8), "first step")
+    stepping = parts(asked(8, step_in_backward=True), "first step")
+    assert stepping["gradients"] == 4 * LAYER // 8  # the sum of one bucket at a time
+
+
+def test_wrapping_holds_one_bucket_twice() -> None:
+    assert parts(asked(2), "wrapping") == {"parameters": 4 * (NUMEL + LAYER)} or sum(
+        parts(asked(2), "wrapping").values()
+    ) == 4 * (NUMEL + NUMEL // 2)
+    # With half as many bytes, it is the beginning: the model as it was built, and the first bucket.
+    half = parts(asked(8, param_dtype=torch.bfloat16, bucket_mb=LAYER * 2 / 2**20), "wrapping")
+    assert half == {"parameters": 4 * NUMEL + 2 * LAYER, "masters": 4 * LAYER // 8}
+
+
+def test_a_model_that_wrap_builds_is_nowhere_else() -> None:
+    estimate = estimate_memory(
+        make_model(),
+        torch.optim.AdamW,
+        world_size=8,
+        built_by_wrap=True,
+        share_parameters=True,
+        compare=False,
+        **OPTIONS,
+    )
+    assert "building" not in [phase.name for phase in estimate.asked.phases]
+    held = parts(estimate.asked, "wrapping")
+    assert held in (
+        {"parameters": 4 * NUMEL // 8, "scratch": 4 * LAYER},
+        {"parameters": 4 * NUMEL // 8, "gradients": 4 * NUMEL // 8},
+    )
+
+
+def test_buffers_are_touched_as_they_are_used_on_a_cpu_and_there_from_the_first_on_a_gpu() -> None:
+    assert "buffers" not in parts(asked(8), "wrapping")
+    assert parts(asked(8, device="cuda"), "wrapping")["buffers"] == 2 * 4 * LAYER
+
+
+def test_activations_are_counted_in_forward_and_backward_alone() -> None:
+    variant = asked(8, sample=True)
+    row = 32 * WIDTH * 4
+    for phase in variant.phases:
+        has = "activations" in phase.parts
+        assert has == (phase.name in ("first backward", "forward and backward"))
+        assert list(phase.parts) == [part for part in PARTS if part in phase.parts]
+        assert phase.total == sum(phase.parts.values())
+    activations = variant.phase("forward and backward").parts["activations"]
+    assert LAYERS * row <= activations <= (LAYERS + 2) * row + 4 * LAYER + 4096
+
+
+def test_moving_takes_one_bucket_and_loading_what_is_read() -> None:
+    own = NUMEL // 2
+    variant = asked(2)
+    assert parts(variant, "moving") == {"parameters": 4 * NUMEL, "gradients": 4 * own, "scratch": 4 * LAYER}
+    assert parts(variant, "saving")["scratch"] == 4 * LAYER // 2
+    assert parts(variant, "saving in the background")["scratch"] == 12 * own
+    assert parts(variant, "loading")["scratch"] == 12 * own
+    # In stage 0 all ranks have the same, of which each writes a share and reads all.
+    replicated = asked(2, stage=0)
+    assert parts(replicated, "saving in the background")["scratch"] == 12 * own
+    assert parts(replicated, "loading")["scratch"] == 12 * NUMEL
+
+
+def test_messages_take_staging_as_their_transport_says() -> None:
+    assert "staging" not in parts(asked(8), "first step")
+    own = 4 * LAYER // 8
+    assert parts(asked(8, transport="pairwise"), "first step")["staging"] == 7 * own
+    hosts = estimate_memory(
+        make_model(), torch.optim.AdamW, world_size=16, host_ranks=4, compare=False, **OPTIONS
+    ).asked
+    assert hosts.transport == "hybrid"
+    # The block of a local rank, and the slices of it from three other hosts.
+    assert parts(hosts, "first step")["staging"] == 4 * LAYER // 4 + 3 * 4 * LAYER // 16
+
+
+def test_what_is_not_trained_counts_too() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(10, 10, bias=False))
+    net[2].requires_grad_(False)
+    estimate = estimate_memory(net, torch.optim.SGD, world_size=1, compare=False)
+    assert estimate.parameters == 16 + 8
+    buffers = 4 + 4 + 4 + 4 + 8  # mean, variance, and a count of 64 bits
+    assert parts(estimate.asked, "step")["rest"] == 400 + sum(b.nbytes for b in net.buffers())
+    assert buffers - 8 < sum(b.nbytes for b in net.buffers())
+
+
+def test_libraries_and_allocators_take_more_beside_more_activations() -> None:
+    assert runtime_bytes("cpu", 0) > 0
+    assert runtime_bytes("cpu", 10**9) > runtime_bytes("cpu", 0) + 10**7
+    assert runtime_bytes("cuda", 10**9) == 0

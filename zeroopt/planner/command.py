@@ -1,0 +1,134 @@
+"""`python -m zeroopt estimate`: its arguments, and what they come to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import optim
+from ..errors import ConfigError
+from .estimate import MemoryEstimate, estimate_memory
+from .tiers import Options
+from .transformer import transformer_of
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    """Print what the arguments ask for; returns the exit code, 1 where it does not fit into the memory that was given.
+
+    Raises:
+        ConfigError: arguments that make no sense.
+    """
+    sys.path.insert(0, str(Path.cwd()))  # where --model is looked for, as scripts are
+    model, sample = _model(arguments)
+    result = estimate_memory(
+        model,
+        _optimizer(arguments.optimizer),
+        world_size=arguments.world_size,
+        host_ranks=arguments.host_ranks,
+        device=arguments.device,
+        tokens=arguments.tokens if sample is None else None,
+        sample=sample,
+        memory=None if arguments.memory is None else _size(arguments.memory),
+        built_by_wrap=arguments.built_by_wrap,
+        compare=not arguments.alone,
+        **_options(arguments.option),
+    )
+    print(json.dumps(result.as_json(), indent=1) if arguments.json else result)
+    return _code(result)
+
+
+def _code(result: MemoryEstimate) -> int:
+    return int(result.advice is not None and (result.advice.variant is None or bool(result.advice.changes)))
+
+
+def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The model, and what it is called with where its function says so."""
+    if arguments.model is None:
+        if arguments.params is None and (arguments.layers is None or arguments.width is None):
+            raise ConfigError("expected --model, --params, or --layers and --width: there is no model to estimate")
+        parameters = 0.0 if arguments.params is None else _number(arguments.params)
+        model = transformer_of(
+            parameters,
+            arguments.layers,
+            arguments.width,
+            arguments.vocabulary,
+            checkpointed=arguments.checkpointing,
+        )
+        return model, None
+    with torch.device("meta"):
+        made = _find("--model", arguments.model)()
+    model, sample = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected {arguments.model} to return a torch.nn.Module, got {type(model).__name__}")
+    return model, sample
+
+
+def _optimizer(name: str) -> Any:
+    """A class of torch.optim or zeroopt.optim, or a function as `module:function`."""
+    if ":" in name:
+        return _find("--optimizer", name)
+    for module in (torch.optim, optim):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ConfigError(
+        f"expected --optimizer to be a class of torch.optim or zeroopt.optim, or module:function, got {name!r}"
+    )
+
+
+def _find(option: str, name: str) -> Any:
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise ConfigError(f"expected {option} to be module:function, got {name!r}")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{option} {name}: {error}") from error
+
+
+def _options(given: list[str]) -> Options:
+    """Options of `zeroopt.wrap` from texts such as "stage=1" and "state_dtype=int8"."""
+    options: Options = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"expected an option as name=value, got {text!r}")
+        options[name] = _value(name, value)
+    return options
+
+
+def _value(name: str, text: str) -> Any:
+    if name.endswith("dtype"):
+        if text.removeprefix("torch.") not in _DTYPES:
+            raise ConfigError(f"expected {name} to be one of {', '.join(_DTYPES)}, got {text!r}")
+        return _DTYPES[text.removeprefix("torch.")]
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else "null" if text == "None" else text)
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> float:
+    """Such as 17e9, 1.5B or 350M."""
+    factor = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}.get(text[-1:].upper())
+    try:
+        return float(text) if factor is None else float(text[:-1]) * factor
+    except ValueError:
+        raise ConfigError(f"expected a number such as 17e9, 1.5B or 350M, got {text!r}") from None
+
+
+def _size(text: str) -> float:
+    """Bytes, such as 80GB, 24GiB or 8e10."""
+    units = {"GIB": 2**30, "MIB": 2**20, "GB": 1e9, "MB": 1e6}
+    for unit, factor in units.items():
+        if text.upper().endswith(unit):
+            return _number(text[: -len(unit)]) * factor
+    return _number(text)
