@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -330,6 +331,38 @@ def train_checkpointed_both(more: dict[str, Any]) -> list[list[Tensor]]:
 @pytest.mark.parametrize("options", [{}, {"share_parameters": True}], ids=str)
 def test_activations_that_are_computed_again(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
     assert_same_on_ranks(run_on_ranks(3, train_checkpointed_both, options))
+
+
+def train_with_slow_ranks(options: dict[str, Any]) -> list[list[Tensor]]:
+    """One rank after the other is slow in the middle of backward, and in forward."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)))
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=0.05), **{**SMALL, **options})
+    history = []
+    for step in range(4):
+        pause = 0.02 * (step % dist.get_world_size() == dist.get_rank())
+        handles = [
+            net[3].register_full_backward_hook(lambda *_, pause=pause: time.sleep(pause)),
+            net[1].register_forward_hook(lambda *_, pause=pause: time.sleep(pause)),
+        ]
+        x = torch.randn(4, 24, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        model(x.requires_grad_()).square().mean().backward()
+        time.sleep(pause)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(snapshot(net))
+        for handle in handles:
+            handle.remove()
+    return history
+
+
+def train_with_slow_ranks_both(more: dict[str, Any]) -> list[list[list[Tensor]]]:
+    return [train_with_slow_ranks({**more, **options}) for options in ({}, SIB)]
+
+
+@pytest.mark.parametrize("options", [{}, {"share_parameters": True}, {"transport": "pairwise"}], ids=str)
+def test_nobody_writes_what_a_slow_rank_still_reads(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
+    assert_same_on_ranks(run_on_ranks(3, train_with_slow_ranks_both, options))
 
 
 # What a step still does, and when.

@@ -27,6 +27,7 @@ class UsedInBucket:
         self._turns: deque[tuple[Tensor, PendingCollective]] = deque()
         self._pending: PendingCollective = Done()
         self._heard = torch.zeros(0, dtype=torch.uint8)
+        self._has_all = False
 
     def fit(self, count: int, device: torch.device) -> None:
         """Make room for buckets of so many parameters. Nothing may be on its way. Collective."""
@@ -49,10 +50,13 @@ class UsedInBucket:
         said = buffer[: len(used)]
         said.copy_(torch.frombuffer(used, dtype=torch.uint8))
         self._heard = torch.empty_like(said)
+        self._has_all = all(used)
         self._pending = self._transport.start_max(said, self._heard, label=f"used parameters of {label}")
         self._turns.append((buffer, self._pending))
 
     def hear(self) -> list[int]:
         """1 for each parameter of that bucket that has a gradient on any rank."""
         self._pending.finish()
+        if self._has_all:  # then others add nothing, and the host need not wait for a device
+            return [1] * len(self._heard)
         return list(self._heard.tolist())
