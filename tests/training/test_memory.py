@@ -51,6 +51,8 @@ def formula_bytes(options: dict[str, Any], world_size: int) -> float:
     param_bytes = options.get("param_dtype", torch.float32).itemsize
     parameters = param_bytes / world_size if options.get("share_parameters") else param_bytes
     gradient = 4 if stage < 2 else 4 / world_size  # sums are float32, whatever the parameters are
+    if options.get("step_in_backward"):
+        gradient = 0
     master_bytes = {"float32": 4, "remainder": 2, "none": 0}[options.get("master_weights", "float32")]
     masters = master_bytes / world_size if "param_dtype" in options else 0
     moment_bytes = {torch.float32: 4, torch.bfloat16: 2, torch.int8: 1 + 4 / 256}
@@ -85,6 +87,7 @@ def sampled_bytes_without_heap_holes(options: dict[str, Any]) -> Samples:
         ({"stage": 2, "param_dtype": torch.bfloat16}, 2),
         ({"stage": 2, "param_dtype": torch.bfloat16, "master_weights": "remainder", "state_dtype": torch.int8}, 2),
         ({"stage": 2, "param_dtype": torch.bfloat16, "master_weights": "none", "state_dtype": torch.bfloat16}, 4),
+        ({"stage": 2, "step_in_backward": True}, 2),
     ],
 )
 def test_peak_memory_follows_the_formula(options: dict[str, Any], world_size: int) -> None:
