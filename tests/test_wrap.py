@@ -138,7 +138,7 @@ class GloballyNormalisedSgd(torch.optim.Optimizer):
         ),
         ("stage=3", "ConfigError: expected stage to be one of 0, 1, 2, got 3"),
         ("stage=True", "ConfigError: expected stage"),
-        ("bucket_mb=0", "ConfigError: expected bucket_mb to be a positive number of MiB, got 0"),
+        ("bucket_mb=0", "ConfigError: expected bucket_mb to be a positive number of MiB, or None, got 0"),
         ("transport='tcp'", "ConfigError: expected transport"),
         ("fused='yes'", "ConfigError: expected fused"),
         ("overlap=1", "ConfigError: expected overlap"),
