@@ -30,6 +30,7 @@ class Method:
         precision: "float32" or "bfloat16", of the parameters.
         communicates: whether it needs the other ranks.
         options: of `zeroopt.wrap`, where it is that.
+        on_meta: the model is built on the meta device, and gets its values in `prepare`.
     """
 
     prepare: Callable[[nn.Module], Trained]
@@ -37,6 +38,7 @@ class Method:
     precision: str = "float32"
     communicates: bool = True
     options: dict[str, Any] | None = None
+    on_meta: bool = False
 
     def why_not(self) -> str | None:
         """What its row says instead of figures; None where it can run."""
@@ -69,11 +71,11 @@ def alone(dtype: torch.dtype) -> Method:
     return Method(partial(prepare_alone, dtype=dtype), formula.without_state, precision, communicates=False)
 
 
-def zero(**options: Any) -> Method:
+def zero(*, on_meta: bool = False, **options: Any) -> Method:
     precision = "bfloat16" if options.get("param_dtype") == torch.bfloat16 else "float32"
     counted = ("stage", "share_parameters", "master_weights", "state_dtype", "step_in_backward")
     held = formula.zero(**{name: options[name] for name in counted if name in options})
-    return Method(partial(prepare_zero, **options), held, precision, options=options)
+    return Method(partial(prepare_zero, **options), held, precision, options=options, on_meta=on_meta)
 
 
 BF16: dict[str, Any] = {"param_dtype": torch.bfloat16}
@@ -105,4 +107,7 @@ METHODS: dict[str, Method] = {
     "step in backward": zero(stage=2, step_in_backward=True),
     "step in backward, shared": zero(stage=2, step_in_backward=True, share_parameters=True),
     "everything": zero(stage=2, step_in_backward=True, share_parameters=True, **LEAST),
+    "everything, from the meta device": zero(
+        on_meta=True, stage=2, step_in_backward=True, share_parameters=True, **LEAST
+    ),
 }

@@ -7,6 +7,7 @@ and has joined its group, and then runs a user's script.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def work(case: Case, checkpoint: Path | None, watch: Watch) -> Told:
 def prepare(model: Model, method: Method, checkpoint: Path | None, phases: list[tuple[float, str]]) -> Any:
     mark(phases, "build")
     torch.manual_seed(0)
-    net = model.make()
+    with torch.device("meta") if method.on_meta else nullcontext():
+        net = model.make()
     dist.barrier()  # so that none wraps while another one still builds
     mark(phases, "wrap")
     trained = method.prepare(net)
