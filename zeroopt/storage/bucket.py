@@ -17,6 +17,9 @@ from ..plan.params import ManagedParam
 from .masters import make_master
 from .segment import Segment, view_of
 
+# Elements that are rounded at once: what that takes besides, about 16 bytes each, is then small beside a bucket.
+_SET_AT_ONCE = 1 << 19
+
 
 class Bucket:
     """Parameters of one dtype side by side in one flat buffer, cut into one slice a rank.
@@ -79,13 +82,18 @@ class Bucket:
             values: of the parameter's shape.
             writes: whether this rank writes the bucket's parameters; one of a host does where they are shared.
         """
+        flat = managed.flatten(values)
+        for start in range(0, managed.numel, _SET_AT_ONCE):
+            self._set_piece(managed.offset + start, flat[start : start + _SET_AT_ONCE], writes=writes)
+
+    def _set_piece(self, first: int, values: Tensor, *, writes: bool) -> None:
+        last = first + values.numel()
         if writes:
-            managed.view_in(self.flat_param).copy_(self.master.round(values))
-        begin, end = self.own_range
-        first, last = max(managed.offset, begin), min(managed.offset + managed.numel, end)
-        if first < last:
-            own = managed.flatten(values)[first - managed.offset : last - managed.offset]
-            self.master.keep(first - begin, last - begin, own)
+            self.flat_param[first:last].copy_(self.master.round(values))
+        begin, end = max(first, self.own_range[0]), min(last, self.own_range[1])
+        if begin < end:
+            within = self.own_range[0]
+            self.master.keep(begin - within, end - within, values[begin - first : end - first])
 
     def cut_segments(self, pieces: Sequence[PlannedSegment], params: Sequence[ManagedParam]) -> None:
         """Make the segments of the own range, as planned."""
