@@ -109,10 +109,40 @@ def test_activations_are_counted_in_forward_and_backward_alone() -> None:
     assert LAYERS * row <= activations <= (LAYERS + 2) * row + 4 * LAYER + 4096
 
 
-def test_moving_takes_one_bucket_and_loading_what_is_read() -> None:
+def test_what_lies_by_slices_is_moved_before_there_is_state() -> None:
+    own = NUMEL // 8
+    held = parts(asked(8, param_dtype=torch.bfloat16), "moving")
+    full = 2 * 2 * LAYER  # a bucket of as many bytes has twice the elements
+    assert held == {"parameters": 2 * NUMEL, "masters": 4 * own, "gradients": 4 * own, "scratch": 8 * own + full}
+    stepping = parts(asked(8, step_in_backward=True), "moving")
+    assert stepping["state"] == 8 * own and stepping["scratch"] == 8 * own + 4 * LAYER
+
+
+def test_nothing_is_moved_where_gradients_come_as_was_guessed() -> None:
+    assert "moving" not in [phase.name for phase in asked(8, sample=True).phases]
+    shuffled = nn.Sequential(*reversed(list(make_model())))
+    net = nn.ModuleList(list(shuffled))
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in reversed(self.layers):
+                x = layer(x)
+            return x
+
+    sample = torch.empty(4, WIDTH, device="meta")
+    estimate = estimate_memory(
+        Backwards(), torch.optim.AdamW, world_size=8, device="cpu", sample=sample, compare=False, **OPTIONS
+    )
+    assert "moving" in [phase.name for phase in estimate.asked.phases]
+
+
+def test_saving_and_loading_take_what_is_written_and_read() -> None:
     own = NUMEL // 2
     variant = asked(2)
-    assert parts(variant, "moving") == {"parameters": 4 * NUMEL, "gradients": 4 * own, "scratch": 4 * LAYER}
     assert parts(variant, "saving")["scratch"] == 4 * LAYER // 2
     assert parts(variant, "saving in the background")["scratch"] == 12 * own
     assert parts(variant, "loading")["scratch"] == 12 * own

@@ -119,8 +119,9 @@ class _Course:
             yield self._phase("building", {"parameters": self.setting.built - self.setting.frozen, "rest": self.rest})
         yield self._wrapping()
         yield self._first_backward()
-        if len(self.setting.trainees) > 1:
-            yield self._phase("moving", {**kept, "scratch": self._largest_bucket()})
+        if self.activations is None or self._moves():
+            moving = {**kept, **state} if self.config.step_in_backward else kept
+            yield self._phase("moving", {**moving, "scratch": self._moved()})
         yield self._phase("first step", {**kept, **state, **on_the_way})
         yield self._phase("forward and backward", {**kept, **state, **on_the_way, "activations": peak})
         yield self._phase("step", {**kept, **state, **on_the_way, "scratch": own_step})
@@ -202,6 +203,18 @@ class _Course:
 
     def _travels_in(self, bucket: Bucket) -> torch.dtype:
         return self.config.wire_dtype or bucket.dtype
+
+    def _moves(self) -> bool:
+        """Whether parameters change buckets when the order of gradients is known."""
+        before, after = ([{m.name for m in b.params} for b in r.buckets] for r in (self.guessed, self.rehearsal))
+        return before != after
+
+    def _moved(self) -> int:
+        """What lies by slices exists twice, and what of it is moved at a time a third time, in a buffer of one bucket's size."""
+        own = sum(store.reduced.nbytes for store in self.rehearsal.stores)
+        if self.config.step_in_backward:
+            own = self.held.moments
+        return self.held.masters + own + self._largest_bucket()
 
     def _largest_bucket(self) -> int:
         most = max(bucket.flat_param.nbytes for bucket in self.rehearsal.buckets)
