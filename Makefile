@@ -32,7 +32,8 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(COMPARE_SMOKE)/largest.json --budget-mb 2 --methods "DDP, bucket views, fused AdamW" "zeroopt stage 2"
 	$(VENV)/bin/python -m bench.report runs/smoke/results.json
 	$(VENV)/bin/python -m bench.steps --layers 1 --width 64 --tokens 16 --rounds 1 --steps 1
-	$(VENV)/bin/python -m bench.memory --models gpt-tiny --steps 1 --methods DDP "stage 2"
+	$(VENV)/bin/python -m bench.memory --models gpt-tiny --steps 1 --methods DDP "stage 2" --out runs/smoke/memory.json
+	$(VENV)/bin/python -m bench.planner runs/smoke/memory.json
 	$(VENV)/bin/python -m bench.checkpoint --layers 1 --width 64 --tokens 16 --rounds 1 --methods "(the files alone)" "stage 2"
 	$(VENV)/bin/python -m bench.collectives --mb 1 --turns 1
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
