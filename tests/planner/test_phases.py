@@ -174,7 +174,8 @@ def test_what_is_not_trained_counts_too() -> None:
     assert buffers - 8 < sum(b.nbytes for b in net.buffers())
 
 
-def test_libraries_and_allocators_take_more_beside_more_activations() -> None:
-    assert runtime_bytes("cpu", 0) > 0
-    assert runtime_bytes("cpu", 10**9) > runtime_bytes("cpu", 0) + 10**7
-    assert runtime_bytes("cuda", 10**9) == 0
+def test_libraries_and_allocators_take_more_beside_more_parameters_and_activations() -> None:
+    small, large = (runtime_bytes("cpu", parameters, 0) for parameters in (10**6, 10**9))
+    assert 0 < small < large == runtime_bytes("cpu", 10**12, 0)
+    assert runtime_bytes("cpu", 10**9, 10**9) > large + 10**7
+    assert runtime_bytes("cuda", 10**9, 10**9) == 0

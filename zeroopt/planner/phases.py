@@ -131,7 +131,7 @@ class _Course:
 
     def _phase(self, name: str, parts: dict[str, int]) -> Phase:
         parts = {"rest": self.rest, **parts}
-        parts["runtime"] = runtime_bytes(self.setting.cluster.device, parts.get("activations", 0))
+        parts["runtime"] = runtime_bytes(self.setting.cluster.device, self.setting.built, parts.get("activations", 0))
         return Phase(name, {part: parts[part] for part in PARTS if parts.get(part)})
 
     def _wrapping(self) -> Phase:
