@@ -23,6 +23,7 @@ from .gradients.view import GradientView
 from .gradients.whole_view import WholeView
 from .options.config import Config
 from .options.precision import Precision
+from .pages import trim_heap
 from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
 from .plan.buckets import choose_bucket_bytes, make_plan
@@ -155,6 +156,7 @@ class Replica:
         if config.sync_module_states:
             self._sync_buckets(buckets)
         self._await_writers(buckets)
+        trim_heap()  # of where the parameters were
         self.params += params
         self.buckets += buckets
         self.reducer.extend(params, buckets)
@@ -178,14 +180,14 @@ class Replica:
         self.gathers.finish_all()
         self.reducer.finish()
         states, masters, sums = (
-            move_arrays(sources, self.buckets, plan, ordered, self.ownership, self.transport)
+            move_arrays(sources, self.buckets, plan, ordered, self.ownership, self.transport, self.bucket_bytes)
             for sources in ([state] * len(self.buckets), self._masters(), self.reducer.stores)
         )
         # Before others are made, which never lie beside all of these.
         self.reducer.free_buffers()
         for bucket in self.buckets:
             bucket.free(self.transport)
-        self.buckets[:] = self._make_buckets(plan, ordered, precision, first_index=0)
+        self.buckets[:] = self._make_buckets(plan, ordered, precision, first_index=0, moves=True)
         hand_out(states, self.buckets, [state] * len(self.buckets))
         hand_out(masters, self.buckets, self._masters())
         self._await_writers(self.buckets)
@@ -193,6 +195,7 @@ class Replica:
         hand_out(sums, self.buckets, self.reducer.stores)
         self.reducer.view.moved()
         self.gathers.attach(self.buckets)
+        trim_heap()
 
     def _masters(self) -> list[Master]:
         return [bucket.master for bucket in self.buckets]
@@ -215,7 +218,13 @@ class Replica:
         self.reducer.untrained.fit({managed.param for managed in self.params})
 
     def _make_buckets(
-        self, plan: Plan, params: Sequence[ManagedParam], precision: Precision, *, first_index: int
+        self,
+        plan: Plan,
+        params: Sequence[ManagedParam],
+        precision: Precision,
+        *,
+        first_index: int,
+        moves: bool = False,
     ) -> list[Bucket]:
         config = self.config
         return make_buckets(
@@ -227,6 +236,7 @@ class Replica:
             home=config.placement.home,
             shared=config.share_parameters,
             first_index=first_index,
+            moves=moves,
         )
 
     def _await_writers(self, buckets: Sequence[Bucket]) -> None:

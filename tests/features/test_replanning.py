@@ -1,4 +1,4 @@
-"""Buckets are planned once more after the first step, in the order in which gradients arrived on rank 0, and never again."""
+"""Buckets are planned once more before the first step, in the order in which gradients arrived on rank 0, and never again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.feature import Step
 from zeroopt.features.replanning import Replanning
 from zeroopt.state.layout import ShardLayout
 
@@ -44,10 +43,8 @@ class Scene(Lone):
             x = self.net[layer](x)
         x.square().mean().backward()
 
-    def after_step(self, *, is_skipped: bool = False) -> None:
-        active = self.optimizer._trained.finish_reduces()
-        step: Any = Step(0, 1, [], [], [], lambda: active, active=active, is_skipped=is_skipped)
-        self.replanning.after_step(step)
+    def begin_step(self) -> None:
+        self.replanning.step_begins()
 
     def layers(self) -> list[str]:
         """In the order in which their buckets travel."""
@@ -67,7 +64,7 @@ def test_buckets_follow_the_order_of_gradients_and_keep_what_is_in_them(stage: i
     grads = [scene.optimizer.full_grad(param) for param in scene.net.parameters()]
     state = str(scene.whole_state())
     assert scene.layers() == PLANNED
-    scene.after_step()
+    scene.begin_step()
     assert scene.layers() == ["1", "3", "0", "2"]
     assert scene.optimizer._trained.buckets == scene.replica.buckets
     assert scene.optimizer._trained.generations == [[3, 2, 7, 6, 1, 0, 5, 4]]
@@ -80,30 +77,28 @@ def test_buckets_follow_the_order_of_gradients_and_keep_what_is_in_them(stage: i
 def test_it_happens_once_and_again_when_parameters_have_come_or_gone() -> None:
     scene = Scene()
     scene.backward_in([1, 3, 0, 2])
-    scene.after_step()
+    scene.begin_step()
     scene.backward_in([0, 1, 2, 3])
-    scene.after_step()
+    scene.begin_step()
     assert scene.layers() == ["1", "3", "0", "2"]
     scene.replanning.expect_new_order()
-    scene.after_step()
+    scene.begin_step()
     assert scene.layers() == ["1", "3", "0", "2"], "no backward since"
     scene.backward_in([0, 1, 2, 3])
-    scene.after_step()
+    scene.begin_step()
     assert scene.layers() == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("why", ["not allowed", "no backward", "skipped", "no gradients"])
+@pytest.mark.parametrize("why", ["not allowed", "no backward"])
 def test_what_says_nothing_of_the_order_is_not_gone_by(why: str) -> None:
     scene = Scene(allowed=why != "not allowed")
     if why != "no backward":
         scene.backward_in([1, 3, 0, 2])
-    if why == "no gradients":
-        scene.optimizer.zero_grad()
-    scene.after_step(is_skipped=why == "skipped")
+    scene.begin_step()
     assert scene.layers() == PLANNED
     if why != "not allowed":
         scene.backward_in([1, 3, 0, 2])
-        scene.after_step()
+        scene.begin_step()
         assert scene.layers() == ["1", "3", "0", "2"], "but the next step is"
 
 
@@ -111,14 +106,14 @@ def test_an_order_that_was_right_moves_nothing() -> None:
     scene = Scene()
     buckets = list(scene.replica.buckets)
     scene.backward_in([3, 2, 1, 0])
-    scene.after_step()
+    scene.begin_step()
     assert scene.replica.buckets == buckets
 
 
 def test_what_did_not_come_comes_last() -> None:
     scene = Scene()
     scene.backward_in([0, 2])
-    scene.after_step()
+    scene.begin_step()
     assert scene.layers() == ["0", "2", "3", "1"]
 
 
@@ -126,7 +121,7 @@ def test_a_new_plan_is_told(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
     with caplog.at_level(logging.DEBUG, "zeroopt"):
         scene.backward_in([1, 3, 0, 2])
-        scene.after_step()
+        scene.begin_step()
     (line,) = (line for line in caplog.messages if "planned anew" in line)
     assert "bucket 0 was of 3." in line and "and will be of 1." in line
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..pages import paged_zeros
 from .control import ControlGroup
 from .pending import Done, PendingCollective
 from .site import Site
@@ -90,11 +90,7 @@ class Transport(ABC):
             shared: the ranks of one host get the same memory. Only where `shares_parameters` is true.
         """
         assert not shared or self.shares_parameters
-        if device.type != "cpu":
-            return torch.zeros(numel, dtype=dtype, device=device)
-        # Pages of their own, which take memory only when they are first used; torch.zeros writes them.
-        pages = mmap(-1, max(1, numel) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        return torch.frombuffer(pages, dtype=dtype)[:numel]
+        return paged_zeros(numel, dtype, device)
 
     def free(self, buffer: Tensor) -> None:
         """Forget a buffer from `allocate` that no collective uses any more; its memory goes with its last reference. Not

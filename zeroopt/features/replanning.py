@@ -1,8 +1,9 @@
-"""Buckets in the order in which gradients arrive: planned once more, after the first step, as DistributedDataParallel does.
+"""Buckets in the order in which gradients arrive: planned once more, before the first step, as DistributedDataParallel does.
 
 The first plan takes the parameters in reverse order, which is only a guess at the order in which backward yields their
 gradients. Where it was wrong, a bucket waits for a gradient that comes late, and those behind it wait with it. What the
-ranks own changes with the plan, so their state moves.
+ranks own changes with the plan, so what they have moves: before the first step, when the optimizer has no state yet. What is
+moved takes no more than the state that comes then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _log = logging.getLogger("zeroopt")
 
 
 class Replanning(Feature):
-    """Plans the buckets of one optimizer anew, after its first step, and before state is loaded that was saved with another plan.
+    """Plans the buckets of one optimizer anew, before its first step, and before state is loaded that was saved with another plan.
 
     Args:
         allowed: whether a step may do so.
@@ -43,14 +44,23 @@ class Replanning(Feature):
         self._is_due = self._allowed
         self._after = self._replica.reducer.num_backwards
 
+    def step_begins(self) -> None:
+        """Before the first step with these parameters: go by the order in which their gradients arrived."""
+        if not self._trained.config.step_in_backward:
+            self._follow_arrivals()
+
     def after_step(self, step: Step) -> None:
-        """After the first step with these parameters: go by the order in which their gradients arrived."""
+        """Where backward itself steps, when it has been."""
+        if step.is_done:
+            self._follow_arrivals()
+
+    def _follow_arrivals(self) -> None:
         reducer = self._replica.reducer
-        seen = reducer.num_backwards > self._after
-        if not self._is_due or not seen or step.is_skipped or not bool(step.active.any()):
+        if not self._is_due or reducer.num_backwards == self._after:
             return
         self._is_due = False
         with named_range("replan"):
+            self._trained.finish_reduces()  # what users have made of gradients is to move with them
             order = agree_on_order(reducer.arrivals, self._replica.params, self._replica.transport.control)
             if self._is_alone():
                 self._replan(order)

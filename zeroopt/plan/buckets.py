@@ -12,7 +12,7 @@ from ..options.precision import Precision
 from .ownership import Ownership
 from .params import ManagedParam
 
-PLANNING_ANEW = "planning the buckets anew, after the first step"  # for messages
+PLANNING_ANEW = "planning the buckets anew, before the first step"  # for messages
 
 
 _MIB = 2**20

@@ -1,5 +1,5 @@
-"""Arrays from the segments of one plan to those of another: bucket by bucket, gathered in one scratch buffer from which each
-rank takes what is its own from now on.
+"""Arrays from the segments of one plan to those of another: bucket by bucket, and of a large bucket stripe by stripe, gathered in
+one scratch buffer from which each rank takes what is its own from now on.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from .._C import Plan
+from .._C import Segment as PlannedSegment
 from ..collectives import ControlGroup, Transport
+from ..pages import paged_zeros
 from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from ..storage.bucket import Bucket
 from ..storage.segment import BySegments, Segment
+from ..storage.stripe import Stripe, cut_in_stripes
 from .entries import Path, block_of, is_array, map_leaves
 
 
@@ -29,6 +32,7 @@ def move_arrays(
     ordered: Sequence[ManagedParam],
     ownership: Ownership,
     transport: Transport,
+    scratch_bytes: int,
 ) -> dict[int, ParamState]:
     """Have every source forget what lies by the buckets' segments, and return what this rank's segments of `plan` get instead, by
     index of the parameter. Collective.
@@ -36,14 +40,14 @@ def move_arrays(
     Args:
         sources: that of each bucket.
         ordered: the parameters that the plan is for, in its order.
+        scratch_bytes: about how much memory it may take besides.
     """
     known = _describe_together(sources, buckets, transport.control)
     if not known:
         return {}
     wanted = {ordered[piece.param].index: piece for piece in ownership.segments(plan)}
     moved: dict[int, dict[Path, Tensor]] = {index: {} for index in wanted if index in known}
-    scratch_bytes = max(bucket.padded_numel for bucket in buckets) * torch.float64.itemsize
-    scratch = transport.allocate(scratch_bytes, torch.uint8, buckets[0].device)
+    scratch = _Scratch(scratch_bytes, buckets, ownership, transport)
     for source, bucket in zip(sources, buckets, strict=True):
         held = {segment: _leaves(source.arrays(segment)) for segment in bucket.segments}
         for segment in bucket.segments:
@@ -51,16 +55,85 @@ def move_arrays(
         leaves = {managed: _leaves(known.get(managed.index, {})) for managed in bucket.params}
         arrays = {path: leaf for one in leaves.values() for path, leaf in one.items() if isinstance(leaf, _Array)}
         for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
-            full = scratch[: array.size(bucket.padded_numel) * array.dtype.itemsize].view(array.dtype)
-            _gather_array(held, path, bucket, full, array, transport if ownership.by_slices else None)
+            mine = {managed.index: wanted[managed.index] for managed in bucket.params if managed.index in wanted}
             for managed in bucket.params:
-                if isinstance(leaves[managed].get(path), _Array) and managed.index in wanted:
-                    piece = wanted[managed.index]
-                    begin = array.position(managed.offset + piece.start)
-                    part = full[begin : begin + array.size(piece.numel)]
-                    moved[managed.index][path] = part.to(bucket.master.home, copy=True)
-    transport.free(scratch)
+                if managed.index in mine and isinstance(leaves[managed].get(path), _Array):
+                    size, home = array.size(mine[managed.index].numel), bucket.master.home
+                    moved[managed.index][path] = paged_zeros(size, array.dtype, home)
+            for stripe in scratch.stripes(bucket):
+                full = scratch.gather(held, path, array, bucket, stripe)
+                for owner, start, offset, numel in stripe.pieces(bucket.params):
+                    if owner.index in mine and path in moved[owner.index]:
+                        _take_over(moved[owner.index][path], mine[owner.index], full, array, start, offset, numel)
+            for part in held.values():
+                part.pop(path, None)
+    scratch.free()
     return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
+
+
+def _take_over(
+    target: Tensor, wanted: PlannedSegment, full: Tensor, array: _Array, start: int, offset: int, numel: int
+) -> None:
+    """Copy what a segment gets of elements [start, start + numel) of its parameter, which lie in `full` from `offset` on."""
+    first, last = max(start, wanted.start), min(start + numel, wanted.start + wanted.numel)
+    if first < last:
+        source, to, count = (
+            array.position(offset + first - start),
+            array.position(first - wanted.start),
+            array.size(last - first),
+        )
+        target[to : to + count].copy_(full[source : source + count])
+
+
+class _Scratch:
+    """A buffer in which the ranks put together a bucket of an array, stripe by stripe."""
+
+    def __init__(self, num_bytes: int, buckets: Sequence[Bucket], ownership: Ownership, transport: Transport) -> None:
+        self._ownership = ownership
+        self._transport = transport
+        self._num_slices = ownership.num_slices if ownership.by_slices else 1
+        unit = self._num_slices * max(bucket.precision.alignment for bucket in buckets)
+        widest = torch.float64.itemsize
+        self._most = max(1, num_bytes // widest // unit) * unit
+        largest = max(min(bucket.padded_numel, self._most) for bucket in buckets)
+        self._buffer = transport.allocate(largest * widest, torch.uint8, buckets[0].device)
+
+    def stripes(self, bucket: Bucket) -> list[Stripe]:
+        """The parts of a bucket that fit."""
+        return cut_in_stripes(bucket.padded_numel, self._num_slices, self._most)
+
+    def gather(
+        self, held: Mapping[Segment, dict[Path, Any]], path: Path, array: _Array, bucket: Bucket, stripe: Stripe
+    ) -> Tensor:
+        """One stripe of one array of a bucket's state. Collective.
+
+        Args:
+            held: what this rank has of it.
+        """
+        full = self._buffer[: array.size(stripe.numel) * array.dtype.itemsize].view(array.dtype)
+        length = stripe.end - stripe.begin
+        place = self._ownership.slice_index * length if self._ownership.by_slices else 0
+        for segment, leaves in held.items():
+            values = leaves.get(path)
+            first, last = max(stripe.begin, segment.offset), min(stripe.end, segment.offset + segment.numel)
+            if first < last and isinstance(values, Tensor) and is_array(path[0], values, segment):
+                to, source, count = (
+                    array.position(place + first - stripe.begin),
+                    array.position(first - segment.offset),
+                    array.size(last - first),
+                )
+                full[to : to + count].copy_(segment.flatten(values)[source : source + count])
+        if self._ownership.by_slices:
+            self._transport.start_rendezvous("moving state").finish()  # all are through with the stripe before
+            # As bytes: not every backend knows 16-bit integers.
+            gather = self._transport.start_all_gather(full.view(torch.uint8), label=f"state of {bucket.name}")
+            self._transport.flush()
+            gather.finish()
+        return full
+
+    def free(self) -> None:
+        """Give the buffer up."""
+        self._transport.free(self._buffer)
 
 
 def hand_out(moved: dict[int, ParamState], buckets: Sequence[Bucket], sources: Sequence[BySegments]) -> None:
@@ -117,26 +190,3 @@ def _describe(segment: Segment, path: Path, value: Any) -> Any:
     if is_array(path[0], value, segment):
         return _Array(value.dtype, block_of(path[0]))
     return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
-
-
-def _gather_array(
-    held: Mapping[Segment, dict[Path, Any]],
-    path: Path,
-    bucket: Bucket,
-    full: Tensor,
-    array: _Array,
-    transport: Transport | None,
-) -> None:
-    """Fill `full` with one array of a bucket's state, and take it out of `held`. No transport: this rank has all of it."""
-    begin, end = (array.position(element) for element in bucket.own_range)
-    own = full[begin:end]
-    for segment, leaves in held.items():
-        if is_array(path[0], leaves.get(path), segment):
-            first = array.position(segment.offset)
-            own[first : first + array.size(segment.numel)].copy_(leaves.pop(path))
-    if transport is not None:
-        transport.start_rendezvous("moving state").finish()  # all are through with the array before
-        # As bytes: not every backend knows 16-bit integers.
-        gather = transport.start_all_gather(full.view(torch.uint8), label=f"state of {bucket.name}")
-        transport.flush()
-        gather.finish()

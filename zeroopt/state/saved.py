@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
+from ..pages import paged_zeros
 from ..plan.dtensors import is_distributed
 from ..plan.params import ManagedParam, ParamState
 from ..probing.probe import is_per_element
@@ -168,7 +169,7 @@ class SavedState:
             if self._keeps and _is_just(piece, start, numel, dtype, device):
                 self._arrays[key] = _Array(piece[1], start)
             else:
-                self._arrays[key] = _Array(torch.empty(numel, dtype=dtype, device=device), start)
+                self._arrays[key] = _Array(paged_zeros(numel, dtype, device), start)
         array = self._arrays[key]
         array.fill(*piece)
         return array.values if not owner.is_whole else array.values.as_strided(owner.shape, owner.stride)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..own_storage import with_own_storage
+from ..pages import paged_zeros, paged_zeros_like
 from ..storage.own_shard import OwnShard
 from .rules import FusedRule
 from .segments import FusedSegments, StateArray
@@ -67,9 +68,9 @@ class BucketKernel(FusedSegments):
         return segment.part_of(array), part
 
     def _make_state(self, i: int, name: str, dtype: torch.dtype) -> StateArray:
-        array = torch.zeros_like(self._shard.master.param, dtype=dtype)
+        array = paged_zeros_like(self._shard.master.param, dtype)
         scales = (
-            torch.zeros(ops.num_blocks(array.numel()), dtype=torch.float32, device=array.device)
+            paged_zeros(ops.num_blocks(array.numel()), torch.float32, array.device)
             if self._storage.has_scales
             else None
         )

@@ -12,6 +12,7 @@ from .._C import Segment as PlannedSegment
 from ..collectives import Transport
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
+from ..pages import release
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
 from .masters import make_master
@@ -49,6 +50,7 @@ class Bucket:
         *,
         home: torch.device | None,
         shared: bool,
+        moves: bool,
     ) -> None:
         self.index = index
         self.precision = precision
@@ -66,14 +68,21 @@ class Bucket:
         self._state_dtype = precision.sum_dtype(self.dtype, by_slices=True)
         self.master = make_master(self.own_param, precision, home)
         for managed in self.params:
-            self._take_in(managed, writes=transport.writes_parameters or not shared)
+            self._take_in(managed, writes=transport.writes_parameters or not shared, leaves=moves)
         self.segments: list[Segment] = []
 
-    def _take_in(self, managed: ManagedParam, *, writes: bool) -> None:
-        """Move a parameter into the bucket."""
+    def _take_in(self, managed: ManagedParam, *, writes: bool, leaves: bool) -> None:
+        """Move a parameter into the bucket.
+
+        Args:
+            leaves: another bucket, whose pages may go.
+        """
+        values = managed.local
         if managed.has_memory:
-            self.set_exact(managed, managed.local, writes=writes)
+            self.set_exact(managed, values, writes=writes)
         managed.set_local(managed.view_in(self.flat_param))
+        if leaves and writes:
+            release(managed.flatten(values))
 
     def set_exact(self, managed: ManagedParam, values: Tensor, *, writes: bool) -> None:
         """Give a parameter exact values: what rounding them takes away goes into the master where this rank steps it.
@@ -143,6 +152,7 @@ def make_buckets(
     home: torch.device | None,
     shared: bool,
     first_index: int = 0,
+    moves: bool = False,
 ) -> list[Bucket]:
     """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
 
@@ -153,11 +163,14 @@ def make_buckets(
         params: those that the plan is for, in its order.
         home: where this rank steps what is its own; None: where the parameters are.
         first_index: index of the first of the buckets, which come behind others of the model.
+        moves: the parameters come from other buckets, and on the CPU their pages go back as they leave them.
     """
     buckets = []
     for number, layout in enumerate(plan.buckets):
         begin_end = ownership.stepped(layout.padded_numel)
-        bucket = Bucket(first_index + number, layout, params, begin_end, transport, precision, home=home, shared=shared)
+        bucket = Bucket(
+            first_index + number, layout, params, begin_end, transport, precision, home=home, shared=shared, moves=moves
+        )
         bucket.cut_segments(plan.segments(number, *begin_end), params)
         buckets.append(bucket)
     return buckets

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..options.config import Config
+from ..pages import paged_zeros
 from .bucket import Bucket
 from .stripe import Stripe, cut_in_stripes
 
@@ -66,7 +67,7 @@ class BufferPool:
         """
         raw = self._scratch.get(device)
         if raw is None or raw.numel() < self._sum_bytes:
-            raw = self._scratch[device] = torch.zeros(self._sum_bytes, dtype=torch.uint8, device=device)
+            raw = self._scratch[device] = paged_zeros(self._sum_bytes, torch.uint8, device)
         return raw[: own.numel() * dtype.itemsize].view(dtype)
 
     def give_back(self, full: Tensor) -> None:

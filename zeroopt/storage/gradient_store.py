@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import ops
 from ..collectives import PendingCollective, Transport, Wire
 from ..own_storage import with_own_storage
+from ..pages import paged_zeros_like
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from .bucket import Bucket
@@ -101,7 +102,7 @@ class GradientStore:
         own = self._bucket.own_param
         if self._pool is not None and self._pool.lends_sums:
             return self._pool.scratch(own, dtype, device)
-        return torch.zeros_like(own, dtype=dtype, device=device)
+        return paged_zeros_like(own, dtype, device)
 
     @property
     def borrows(self) -> bool:

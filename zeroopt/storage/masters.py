@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..options.precision import Precision, join_master, round_master, split_master
 from ..own_storage import with_own_storage
+from ..pages import paged_zeros_like
 from ..plan.params import ParamState
 from .segment import Segment
 
@@ -46,8 +47,8 @@ class Master(ABC):
 
     def __init__(self, in_bucket: Tensor, home: torch.device, dtype: torch.dtype | None = None) -> None:
         self._in_bucket = in_bucket
-        self.param = in_bucket if home == in_bucket.device else torch.zeros_like(in_bucket, device=home)
-        self.array = None if dtype is None else torch.zeros_like(self.param, dtype=dtype)
+        self.param = in_bucket if home == in_bucket.device else paged_zeros_like(in_bucket, device=home)
+        self.array = None if dtype is None else paged_zeros_like(self.param, dtype)
         self.is_away = self.param is not in_bucket
 
     @property

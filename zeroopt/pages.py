@@ -1,0 +1,65 @@
+"""Memory in pages of its own, which go back to the system when it is dropped, whatever else the process allocates.
+
+What the C allocator hands out in between lies in its heap, and leaves holes there when it is freed: they belong to the process
+for as long as anything behind them is in use. So what a training keeps for long does not come from there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+
+import torch
+from torch import Tensor
+
+_WORTH_A_PAGE = 16 * PAGESIZE  # bytes: below, what the last page leaves unused is more than a heap would lose
+_MADV_DONTNEED, _MADV_REMOVE = 4, 9  # of Linux, for memory of this process and for memory that processes share
+
+
+def paged_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, 1-D. On the CPU, in pages of their own (but for little ones), which take memory only when they are first written."""
+    num_bytes = numel * dtype.itemsize
+    if device.type != "cpu" or num_bytes < _WORTH_A_PAGE:
+        return torch.zeros(numel, dtype=dtype, device=device)
+    return torch.frombuffer(mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS), dtype=dtype)
+
+
+def paged_zeros_like(own: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Likewise, as many as another 1-D tensor has elements."""
+    return paged_zeros(own.numel(), dtype or own.dtype, own.device if device is None else device)
+
+
+def release(part: Tensor) -> None:
+    """Give back the whole pages within a part of a tensor whose values nobody needs any more, before the tensor is dropped. They read
+    as zeros from now on. On other devices than the CPU, nothing happens.
+
+    Args:
+        part: 1-D, contiguous, in pages of this process's own or in those that it shares.
+    """
+    if not part.is_cpu or part.numel() == 0:
+        return
+    begin = -(-part.data_ptr() // PAGESIZE) * PAGESIZE
+    end = (part.data_ptr() + part.nbytes) // PAGESIZE * PAGESIZE
+    advise = _c_function("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    # It is memory of one kind or the other; where the system knows neither, pages go when the tensor does.
+    if begin < end and advise is not None and advise(begin, end - begin, _MADV_REMOVE) != 0:
+        advise(begin, end - begin, _MADV_DONTNEED)
+
+
+def trim_heap() -> None:
+    """Have the C allocator give back what it holds and nobody uses, where it is one that can."""
+    trim = _c_function("malloc_trim", ctypes.c_size_t)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _c_function(name: str, *arguments: type) -> Callable[..., int] | None:
+    """A function of the C library that returns an int; None where there is none of this name."""
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function.argtypes = arguments
+        function.restype = ctypes.c_int
+    return function
