@@ -16,6 +16,7 @@ import zeroopt
 from zeroopt.profiling import named_range
 
 LAYERS = 6
+BUCKET_MB = 40 * 40 * 4 / 2**20  # a layer
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def trace(options: dict[str, Any], backwards: bool = False) -> tuple[list[Range]
     buckets of the second step."""
     torch.manual_seed(0)
     net = Layers(backwards=backwards)
-    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.001, **options)
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=BUCKET_MB, **options)
     x = torch.randn(3, 40)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(2):

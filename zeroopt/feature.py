@@ -94,11 +94,11 @@ class Feature:
     def gradients_cleared(self) -> None:
         """Gradients were set to None or to zero. Not collective."""
 
-    def step_begins(self) -> None:
-        """Before anything of a step is looked at: what lies where may change, values may not. Collective."""
-
     def before_step(self, step: Step) -> None:
         """A step begins; nothing has been changed, and what raises on all ranks leaves it so. Collective."""
+
+    def may_move(self, step: Step) -> None:
+        """Nobody has refused the step: what lies where may change now, values may not. Collective."""
 
     def on_gradients(self, step: Step) -> None:
         """All gradients of the step are summed. Collective."""

@@ -214,11 +214,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not self._config.step_in_backward:  # else those on their way are of this very step
             for bucket in self._trained.buckets:
                 self._gathers.finish(bucket.index)
-        for step_begins in self._calls("step_begins"):
-            step_begins()
         step = self._describe_step()
         self._trained.features.switch(self._scaling, on=step.found_inf is not None)
         self._tell("before_step", step)
+        self._tell("may_move", step)
         return step
 
     def _describe_step(self) -> Step:

@@ -44,10 +44,11 @@ class Replanning(Feature):
         self._is_due = self._allowed
         self._after = self._replica.reducer.num_backwards
 
-    def step_begins(self) -> None:
+    def may_move(self, step: Step) -> None:
         """Before the first step with these parameters: go by the order in which their gradients arrived."""
-        if not self._trained.config.step_in_backward:
+        if not step.is_done:
             self._follow_arrivals()
+            step.stores = self._trained.stores
 
     def after_step(self, step: Step) -> None:
         """Where backward itself steps, when it has been."""

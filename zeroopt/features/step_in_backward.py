@@ -246,7 +246,7 @@ def check_steps_by_bucket(optimizer: torch.optim.Optimizer) -> None:
 def check_goes_along(features: Sequence[Feature]) -> None:
     """Raise NotSupportedError when a feature takes part in what no longer happens."""
     for feature in features:
-        for name in ("before_step", "on_gradients", "stepped", "unscaling"):
+        for name in ("before_step", "may_move", "on_gradients", "stepped", "unscaling"):
             if getattr(type(feature), name) is not getattr(Feature, name):
                 raise NotSupportedError(
                     f"{type(feature).__name__}.{name}() comes when all gradients are there and nothing is stepped, and with "
