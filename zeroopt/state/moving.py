@@ -63,7 +63,7 @@ def move_arrays(
             for stripe in scratch.stripes(bucket):
                 full = scratch.gather(held, path, array, bucket, stripe)
                 for owner, start, offset, numel in stripe.pieces(bucket.params):
-                    if owner.index in mine and path in moved[owner.index]:
+                    if owner.index in mine and path in moved.get(owner.index, {}):
                         _take_over(moved[owner.index][path], mine[owner.index], full, array, start, offset, numel)
             for part in held.values():
                 part.pop(path, None)
