@@ -71,6 +71,7 @@ def count_descriptors() -> list[int]:
     """Of this rank, before and after it has allocated buffers, and while a model of many buckets is trained."""
     train_a_little()  # opens what stays open: connections, for example
     transport = connect("shm")
+    gc.collect()  # models of before, which hold the descriptors of their boards
     counts = [len(os.listdir("/proc/self/fd"))]
     buffers = [transport.allocate(10, torch.float32, CPU, shared=i % 2 == 0) for i in range(100)]
     counts.append(len(os.listdir("/proc/self/fd")))

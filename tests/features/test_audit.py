@@ -19,7 +19,8 @@ from transports import hosts
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.features import audit, replanning
+from zeroopt.features import audit
+from zeroopt.gradients.reducer import GradientReducer
 from zeroopt.state.shard_tensor import ShardTensor
 
 ODD_RANK = 1
@@ -120,15 +121,15 @@ def corrupt(net: nn.Module) -> None:
 def step_corrupted(moment: str, options: dict[str, Any], num_steps: int) -> str:
     """A parameter changes on one rank alone; the error of the steps, or nothing."""
     net, model, optimizer = wrapped(**options)
-    agree_on_order = replanning.agree_on_order
+    note_step = GradientReducer.note_step
 
-    def agree_and_corrupt(*args: Any) -> list[int]:
+    def note_and_corrupt(reducer: GradientReducer) -> None:
         if moment == "at the end of the step":
             corrupt(net)
-        return agree_on_order(*args)
+        note_step(reducer)
 
     try:
-        with patch.object(replanning, "agree_on_order", agree_and_corrupt):
+        with patch.object(GradientReducer, "note_step", note_and_corrupt):
             for step in range(num_steps):
                 if step == 0 and moment == "before forward":
                     corrupt(net)
