@@ -7,6 +7,7 @@ for as long as anything behind them is in use. So what a training keeps for long
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 _WORTH_A_PAGE = 16 * PAGESIZE  # bytes: below, what the last page leaves unused is more than a heap would lose
-_MADV_DONTNEED, _MADV_REMOVE = 4, 9  # of Linux, for memory of this process and for memory that processes share
+_MADV_DONTNEED, _MADV_REMOVE = 4, 9  # for memory of this process and for memory that processes share
 
 
 def paged_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -33,17 +34,18 @@ def paged_zeros_like(own: Tensor, dtype: torch.dtype | None = None, device: torc
 
 def release(part: Tensor) -> None:
     """Give back the whole pages within a part of a tensor whose values nobody needs any more, before the tensor is dropped. They read
-    as zeros from now on. On other devices than the CPU, nothing happens.
+    as zeros from now on. On other devices than the CPU and other systems than
+    Linux, nothing happens.
 
     Args:
         part: 1-D, contiguous, in pages of this process's own or in those that it shares.
     """
-    if not part.is_cpu or part.numel() == 0:
+    if not part.is_cpu or part.numel() == 0 or sys.platform != "linux":
         return
     begin = -(-part.data_ptr() // PAGESIZE) * PAGESIZE
     end = (part.data_ptr() + part.nbytes) // PAGESIZE * PAGESIZE
     advise = _c_function("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # It is memory of one kind or the other; where the system knows neither, pages go when the tensor does.
+    # It is memory of one kind or the other.
     if begin < end and advise is not None and advise(begin, end - begin, _MADV_REMOVE) != 0:
         advise(begin, end - begin, _MADV_DONTNEED)
 

@@ -26,16 +26,16 @@ class Model:
     Attributes:
         make: float32, with random weights.
         inputs: of one micro-batch, keyword arguments of its forward, which gives the loss, or an object with a `loss`.
-        library: a module without which it cannot be made.
+        package: one without which it cannot be made.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[Generator], Inputs]
-    library: str | None = None
+    package: str | None = None
 
     def why_not(self) -> str | None:
         """What its row says instead of figures; None where it can be made."""
-        return None if self.library is None or find_spec(self.library) else f"not installed: {self.library}"
+        return None if self.package is None or find_spec(self.package) else f"not installed: {self.package}"
 
 
 def count_parameters(model: Model) -> int:

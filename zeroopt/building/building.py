@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives import Transport
 from ..options.config import Config
+from ..pages import paged_zeros
 from ..plan.agreement import agree
 from ..plan.params import ManagedParam
 from ..storage.bucket import Bucket
@@ -171,11 +171,10 @@ class _Places:
 
     def _memory_for(self, tensor: Tensor) -> Tensor:
         dtype = self._dtypes[tensor]
-        if tensor not in self._in_buckets or self._device.type != "cpu" or not tensor.numel():
+        if tensor not in self._in_buckets:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=self._device)
-        # Pages of their own, which go back as soon as the values are in a bucket; the C heap would keep them.
-        pages = mmap(-1, tensor.numel() * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        return torch.frombuffer(pages, dtype=dtype).as_strided(tensor.shape, tensor.stride())
+        # They go back as soon as the values are in a bucket; the C heap would keep them.
+        return paged_zeros(tensor.numel(), dtype, self._device).as_strided(tensor.shape, tensor.stride())
 
     def _is_written_in_place(self, tensor: Tensor) -> bool:
         if tensor not in self._in_buckets or not self._writes:

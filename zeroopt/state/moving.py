@@ -54,17 +54,16 @@ def move_arrays(
             source.forget(segment)
         leaves = {managed: _leaves(known.get(managed.index, {})) for managed in bucket.params}
         arrays = {path: leaf for one in leaves.values() for path, leaf in one.items() if isinstance(leaf, _Array)}
+        mine = {managed: wanted[managed.index] for managed in bucket.params if managed.index in moved}
         for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
-            mine = {managed.index: wanted[managed.index] for managed in bucket.params if managed.index in wanted}
-            for managed in bucket.params:
-                if managed.index in mine and isinstance(leaves[managed].get(path), _Array):
-                    size, home = array.size(mine[managed.index].numel), bucket.master.home
-                    moved[managed.index][path] = paged_zeros(size, array.dtype, home)
+            for managed, piece in mine.items():
+                if isinstance(leaves[managed].get(path), _Array):
+                    moved[managed.index][path] = paged_zeros(array.size(piece.numel), array.dtype, bucket.master.home)
             for stripe in scratch.stripes(bucket):
                 full = scratch.gather(held, path, array, bucket, stripe)
                 for owner, start, offset, numel in stripe.pieces(bucket.params):
-                    if owner.index in mine and path in moved.get(owner.index, {}):
-                        _take_over(moved[owner.index][path], mine[owner.index], full, array, start, offset, numel)
+                    if owner in mine and path in moved[owner.index]:
+                        _take_over(moved[owner.index][path], mine[owner], full, array, start, offset, numel)
             for part in held.values():
                 part.pop(path, None)
     scratch.free()
