@@ -172,8 +172,17 @@ def test_a_freed_bucket_has_nothing_and_its_parameters_their_values() -> None:
 
 def test_gaps_of_a_used_buffer_are_cleared_and_nothing_else() -> None:
     bucket = only(buckets_of(params_of(*tensors()), LoneSlice(3)))
-    full = torch.ones(bucket.padded_numel + 5)
+    full = torch.ones(bucket.padded_numel)
     bucket.zero_gaps(full)
-    assert torch.equal(full[: bucket.padded_numel].bool(), covered(bucket))
-    assert not full[bucket.padded_numel :].any(), "behind the bucket, too"
-    assert not covered(bucket).all(), "there are gaps"
+    assert torch.equal(full.bool(), covered(bucket))
+    assert not covered(bucket).all() and bucket.gaps, "there are gaps"
+
+
+def test_what_a_parameter_leaves_is_a_gap() -> None:
+    bucket = only(buckets_of(params_of(*tensors()), LoneSlice(3)))
+    first = bucket.params[0]
+    bucket.release({first})
+    full = torch.ones(bucket.padded_numel)
+    bucket.zero_gaps(full)
+    assert not full[first.offset : first.offset + first.numel].any()
+    assert torch.equal(full.bool(), covered(bucket))

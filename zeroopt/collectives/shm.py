@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import repeat
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -101,6 +103,9 @@ class ShmTransport(Transport):
 
     Making one is collective over the whole group, and so is `allocate`; everything else is among the members.
 
+    Attributes:
+        read_by_all: how many tickets all members have read, as far as this rank has looked.
+
     Args:
         members: the ranks of the group that are on this host. Buckets have a slice for each of them.
 
@@ -133,7 +138,7 @@ class ShmTransport(Transport):
         self._board = _C.ShmBoard(memory.data_ptr(), self.slice_index, self.num_slices)
         weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
         self._posted = 0
-        self._read_by_all = 0  # tickets, as far as this rank has looked
+        self.read_by_all = 0
         self._labels = Labels()
         self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
@@ -168,12 +173,11 @@ class ShmTransport(Transport):
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingRead:
         numel = full.numel() // self.num_slices
-        begin, end = self.slice_index * numel, (self.slice_index + 1) * numel
+        own_part = itemgetter(slice(self.slice_index * numel, (self.slice_index + 1) * numel))
 
         def add_slices(buckets: list[Tensor]) -> None:
-            slices = [bucket[begin:end] for bucket in buckets]
             with named_range("sum", label):
-                wire.combine(slices, out, base)
+                wire.combine(list(map(own_part, buckets)), out, base)
 
         return self._start_reading(Kind.REDUCE_SCATTER, full, add_slices, label)
 
@@ -236,7 +240,7 @@ class ShmTransport(Transport):
             next_posted = self._unread[0].number + 1 if self._unread else _C.ShmBoard.NEVER
             self._wait(next_posted, number + 1, kind, label)
             self.progress()
-        self._read_by_all = read
+        self.read_by_all = read
 
     def _start_reading(
         self, kind: Kind, tensor: Tensor | None, read: Callable[[list[Tensor]], None], label: str
@@ -247,7 +251,7 @@ class ShmTransport(Transport):
 
     def _post(self, kind: Kind, tensor: Tensor | None, label: str) -> int:
         buffer, num_bytes = (-1, 0) if tensor is None else (self._buffer_of(tensor).number, tensor.nbytes)
-        if self._posted - _C.ShmBoard.CAPACITY >= self._read_by_all:
+        if self._posted - _C.ShmBoard.CAPACITY >= self.read_by_all:
             self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
         number = self._board.post(_C.Ticket(self._labels[label] << 8 | kind, num_bytes, buffer))
         self._posted = number + 1
@@ -257,7 +261,7 @@ class ShmTransport(Transport):
 
     def _read_first(self) -> None:
         first = self._unread[0]
-        tickets = [self._board.ticket(rank, first.number) for rank in range(self.num_slices)]
+        tickets = list(map(self._board.ticket, range(self.num_slices), repeat(first.number)))
         self._check_alike(tickets)
         if first.tensor is None:
             first.read([])
@@ -373,7 +377,8 @@ class PendingRead(PendingCollective):
         self._transport.read_through(self.number)
 
     def wait_until_read(self) -> None:
-        self._transport.wait_until_read(self.number, self.kind, self.label)
+        if self.number >= self._transport.read_by_all:
+            self._transport.wait_until_read(self.number, self.kind, self.label)
 
 
 class _Arrival(PendingCollective):

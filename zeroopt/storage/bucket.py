@@ -36,6 +36,7 @@ class Bucket:
         own_param: view of `flat_param` over the own range.
         master: the exact values of the own range.
         segments: the pieces of parameters in the own range.
+        gaps: first and last element, plus one, of what lies between and behind the parameters.
         norm_weight: what its gradients count for in a sum over all ranks that hold parts of the model.
     """
 
@@ -61,6 +62,7 @@ class Bucket:
         self.norm_weight = 1.0 / self.params[0].copies
         for managed, offset in zip(self.params, layout.offsets, strict=True):
             managed.offset = offset
+        self.gaps = self._find_gaps()
         self.name = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
         self.flat_param = transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared)
         self.own_range = own_range
@@ -118,6 +120,7 @@ class Bucket:
             if managed in gone:
                 managed.set_local(torch.empty_like(managed.local).copy_(managed.local))
         self.params = [managed for managed in self.params if managed not in gone]
+        self.gaps = self._find_gaps()
         self.segments = [segment for segment in self.segments if segment.owner not in gone]
 
     def free(self, transport: Transport) -> None:
@@ -133,13 +136,14 @@ class Bucket:
 
     def zero_gaps(self, full: Tensor) -> None:
         """Clear what lies between and behind the parameters in a buffer that has been used for another bucket."""
-        end = 0
-        for managed in self.params:
-            if managed.offset > end:
-                full[end : managed.offset].zero_()
-            end = managed.offset + managed.numel
-        if end < full.numel():
-            full[end:].zero_()
+        for begin, end in self.gaps:
+            full[begin:end].zero_()
+
+    def _find_gaps(self) -> list[tuple[int, int]]:
+        begins = [managed.offset for managed in self.params]
+        ends = [managed.offset + managed.numel for managed in self.params]
+        borders = zip([0, *ends], [*begins, self.padded_numel], strict=True)
+        return [(end, begin) for end, begin in borders if begin > end]
 
 
 def make_buckets(

@@ -15,6 +15,7 @@ master. Where the two differ, or what travels is no plain sum, stage 1 keeps its
 from __future__ import annotations
 
 from collections import deque
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from ..plan.params import ManagedParam, ParamState
 from .bucket import Bucket
 from .buffer_pool import BufferPool
 from .segment import Segment
-from .stripe import Stripe, cut_in_stripes
+from .stripe import cut_in_stripes
 
 _SUM = "sum"  # its name among what moves with a segment
 
@@ -49,6 +50,7 @@ class GradientStore:
         sum_is_spread: stage 0: every rank is to have the sum of all slices.
         is_reducing: a reduce of it has started, and nobody has waited for it yet.
         stripes: the parts in which it travels, one after the other; mostly one.
+        stripe: the one that is open, or is opened next.
         is_striped: there are several.
     """
 
@@ -72,7 +74,8 @@ class GradientStore:
         numel = bucket.padded_numel
         self.stripes = cut_in_stripes(numel, transport.num_slices, numel) if pool is None else pool.stripes(bucket)
         self.is_striped = len(self.stripes) > 1
-        self._next_stripe = 0  # that is opened next
+        self._turns = cycle(self.stripes)
+        self.stripe = next(self._turns)
         # Reduces in the order of their start, with their full buffers, until those have been read; the first so many are through.
         self._pending: deque[tuple[PendingCollective, Tensor]] = deque()
         self._num_finished = 0
@@ -113,28 +116,24 @@ class GradientStore:
         """The full buffer for the gradients of one backward pass, or for the next stripe of them: zero in gaps of a bucket that
         travels at once, undefined elsewhere. What was summed before is kept aside as `base`."""
         if not self.is_open:
-            if self._next_stripe == 0:
-                self.finish()
-                self.reclaim()
-                self._begin()
+            if self.stripe.is_first:
+                if self._pending:
+                    self.finish()
+                    self.reclaim()
+                # In stage 0, autograd itself adds to param.grad, a view of `full`.
+                if self.holds_sum and not self.sum_is_spread:
+                    self._keep_base()
             self.is_open = True
             if self._pool is not None:
                 self.full = self._pool.borrow(self.stripe.numel, self._dtype)
-                if not self.is_striped:
+                if self._bucket.gaps and not self.is_striped:
                     self._bucket.zero_gaps(self.full)
         assert self.full is not None
         return self.full
 
-    @property
-    def stripe(self) -> Stripe:
-        """The one that is open, or is opened next."""
-        return self.stripes[self._next_stripe]
-
-    def _begin(self) -> None:
-        # In stage 0, autograd itself adds to param.grad, a view of `full`.
-        if self.holds_sum and not self.sum_is_spread:
-            self.settle()
-            self.base = self.reduced if self._sums_apart else self.reduced.clone()
+    def _keep_base(self) -> None:
+        self.settle()
+        self.base = self.reduced if self._sums_apart else self.reduced.clone()
 
     def start_reduce(self, transport: Transport) -> None:
         """Let the full buffer travel."""
@@ -146,7 +145,7 @@ class GradientStore:
         encoded = self._wire.encode(self.full, transport.num_slices)
         pending = transport.start_reduce_scatter(encoded, out, base, wire=self._wire, label=self.label)
         self._pending.append((pending, self.full))
-        self._next_stripe = (self._next_stripe + 1) % len(self.stripes)
+        self.stripe = next(self._turns)
         if self._pool is not None:
             self.full = None
         self.is_open = False
@@ -161,7 +160,7 @@ class GradientStore:
         self._num_finished += 1
         if self._num_finished == len(self._pending):
             self.is_reducing = False
-            if self._next_stripe == 0:
+            if self.stripe.is_first:
                 self.base = None
                 self.holds_sum = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from ..plan.params import ManagedParam
@@ -43,12 +44,12 @@ class Stripe:
     slice_numel: int
     num_slices: int
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Of a buffer for it."""
         return self.num_slices * (self.end - self.begin)
 
-    @property
+    @cached_property
     def is_first(self) -> bool:
         """Whether it starts before the others of its bucket."""
         return self.begin == 0
