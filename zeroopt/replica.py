@@ -156,7 +156,6 @@ class Replica:
         if config.sync_module_states:
             self._sync_buckets(buckets)
         self._await_writers(buckets)
-        trim_heap()  # of where the parameters were
         self.params += params
         self.buckets += buckets
         self.reducer.extend(params, buckets)

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
@@ -40,6 +41,23 @@ def meet_late() -> tuple[float, float, bool]:
     reduce = transport.start_reduce_scatter(bucket, total)
     transport.start_rendezvous("test").finish()
     return came, time.monotonic(), transport.has_read(reduce.number)
+
+
+def sum_beside_a_base() -> tuple[list[float], bool]:
+    """The sum, and whether the base is still held when that is there."""
+    transport = connect_shm()
+    full, out, base = transport.allocate(4, torch.float32, CPU).fill_(1.0), torch.zeros(2), torch.ones(2)
+    kept = weakref.ref(base)
+    reduce = transport.start_reduce_scatter(full, out, base)
+    del base
+    reduce.finish()
+    is_held = kept() is not None
+    reduce.wait_until_read()
+    return out.tolist(), is_held
+
+
+def test_what_was_read_is_let_go(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, sum_beside_a_base) == [([3.0, 3.0], False)] * 2
 
 
 def test_rendezvous(run_on_ranks: RunOnRanks) -> None:

@@ -108,6 +108,34 @@ def test_stage_1_keeps_its_sum_in_the_buffer_and_sets_it_aside_for_the_next() ->
     assert made.store.base is not None and torch.equal(made.store.base, kept)
 
 
+def test_zeros_in_stage_1_are_added_without_being_set_aside() -> None:
+    made = Store(1)
+    made.backward(1)
+    made.store.zero()
+    full = made.store.open()
+    assert made.store.base is None
+    full.fill_(-0.0)
+    made.store.start_reduce(made.transport)
+    made.store.finish()
+    assert not made.store.reduced.signbit().any(), "0 + -0 is 0"
+
+
+@pytest.mark.parametrize("how", ["an edit", "a factor"])
+def test_zeros_that_somebody_has_changed_are_set_aside(how: str) -> None:
+    made = Store(1)
+    made.backward(1)
+    made.store.zero()
+    segment = made.bucket.segments[0]
+    if how == "an edit":
+        made.store.part(segment).fill_(3.0)
+    else:
+        made.store.scale(torch.tensor(torch.inf))  # of which nothing is left but NaN
+    filled = made.backward(2)
+    changed = made.store.reduced - filled
+    piece = changed[segment.offset : segment.offset + segment.numel]
+    assert torch.allclose(piece, torch.full_like(piece, 3.0)) if how == "an edit" else piece.isnan().all()
+
+
 def test_stage_2_borrows_its_buffer_until_it_has_been_read() -> None:
     made = Store(2)
     assert made.pool is not None and made.store.borrows and made.store.full is None

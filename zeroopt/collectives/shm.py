@@ -263,6 +263,7 @@ class ShmTransport(Transport):
         first = self._unread[0]
         tickets = list(map(self._board.ticket, range(self.num_slices), repeat(first.number)))
         self._check_alike(tickets)
+        assert first.read is not None
         if first.tensor is None:
             first.read([])
         else:
@@ -270,6 +271,7 @@ class ShmTransport(Transport):
             num_bytes, dtype = first.tensor.nbytes, first.tensor.dtype
             buffers = self._buffers
             first.read([buffers[t.buffer].of_rank[rank][:num_bytes].view(dtype) for rank, t in enumerate(tickets)])
+        first.read = None  # it holds what was read and where that went
         # Off the queue before peers are told, for the count that they are told is that of the first ticket in it.
         self._unread.popleft()
         self._board.mark_read(self._unread[0].number if self._unread else self._posted)
@@ -358,7 +360,7 @@ class PendingRead(PendingCollective):
         number: int,
         kind: Kind,
         tensor: Tensor | None,
-        read: Callable[[list[Tensor]], None],
+        read: Callable[[list[Tensor]], None] | None,
         label: str,
     ) -> None:
         self._transport = transport

@@ -12,7 +12,7 @@ from .._C import Segment as PlannedSegment
 from ..collectives import Transport
 from ..options.precision import Precision
 from ..own_storage import with_own_storage
-from ..pages import release
+from ..pages import release, trim_heap
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
 from .masters import make_master
@@ -177,4 +177,6 @@ def make_buckets(
         )
         bucket.cut_segments(plan.segments(number, *begin_end), params)
         buckets.append(bucket)
+        if not moves:
+            trim_heap()  # of where the parameters were
     return buckets

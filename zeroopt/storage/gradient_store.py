@@ -80,6 +80,8 @@ class GradientStore:
         self._pending: deque[tuple[PendingCollective, Tensor]] = deque()
         self._num_finished = 0
         self.holds_sum = False
+        self._is_zero = False  # and nobody has been given parts of it to change since
+        self._adds_zero = False  # the next reduce does
         self.is_open = False
         self.is_reducing = False
         self.norm: tuple[float, Tensor] | None = None
@@ -133,7 +135,12 @@ class GradientStore:
 
     def _keep_base(self) -> None:
         self.settle()
-        self.base = self.reduced if self._sums_apart else self.reduced.clone()
+        if self._sums_apart:
+            self.base = self.reduced
+        elif self._is_zero:
+            self._adds_zero = True
+        else:
+            self.base = self.reduced.clone()
 
     def start_reduce(self, transport: Transport) -> None:
         """Let the full buffer travel."""
@@ -151,6 +158,7 @@ class GradientStore:
         self.is_open = False
         self.is_reducing = True
         self.holds_sum = False
+        self._is_zero = False
         self.norm = None
         self.factor = None
 
@@ -163,6 +171,9 @@ class GradientStore:
             if self.stripe.is_first:
                 self.base = None
                 self.holds_sum = True
+                if self._adds_zero:
+                    self._adds_zero = False
+                    self.reduced.add_(0.0)  # -0 becomes 0, as it would beside a base of zeros
 
     def finish(self) -> None:
         """Wait until `reduced` holds the sum."""
@@ -206,6 +217,7 @@ class GradientStore:
     def zero(self) -> None:
         """Set the sum to zero."""
         self.reduced.zero_()
+        self._is_zero = True
         self.norm = None
         self.factor = None
 
@@ -231,6 +243,7 @@ class GradientStore:
             self.reduced.mul_(self.factor)  # not in the dtype of `reduced`, which may have few digits
             self.factor = None
             self.norm = None
+            self._is_zero = False
 
     def square_sum(self) -> Tensor:
         """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
@@ -257,6 +270,7 @@ class GradientStore:
         """The sum for one segment of the own range, to be read or changed in place."""
         self.settle()
         self.norm = None
+        self._is_zero = False
         return self.reduced[segment.offset : segment.offset + segment.numel]
 
     def arrays(self, segment: Segment) -> ParamState:
