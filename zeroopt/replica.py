@@ -178,6 +178,7 @@ class Replica:
         """
         self.gathers.finish_all()
         self.reducer.finish()
+        trim_heap()  # of gradients that had to wait for their bucket in the first backward
         states, masters, sums = (
             move_arrays(sources, self.buckets, plan, ordered, self.ownership, self.transport, self.bucket_bytes)
             for sources in ([state] * len(self.buckets), self._masters(), self.reducer.stores)

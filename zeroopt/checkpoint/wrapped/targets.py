@@ -17,6 +17,7 @@ from ... import ops
 from ...errors import CheckpointError
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
+from ...pages import paged_zeros
 from ...plan.dtensors import local_of
 from ...plan.regions import FlatLayout
 from ...state.entries import block_of
@@ -149,7 +150,7 @@ def _shown(keys: Sequence[str]) -> str:
 
 def _target_param(target: Target, key: str, bucket: Bucket, segment: Segment) -> None:
     """A trained parameter: this rank's part, as exact as it is kept."""
-    values = torch.empty(segment.numel, dtype=bucket.master.dtype, device=bucket.master.home)
+    values = paged_zeros(segment.numel, bucket.master.dtype, bucket.master.home)
     target.entries[key] = ShardTensor(segment.owner.flat_layout, segment.start, values)
 
     def commit(read: Mapping[str, Any]) -> None:
@@ -237,10 +238,10 @@ def _state_memory(name: str, saved: TensorStorageMetadata | None, segment: Segme
         return torch.empty(saved.size, dtype=dtype, device=device if saved.size else "cpu")
     if block_of(last) > 1:
         first, end = segment.start // ops.QUANT_BLOCK, ops.num_blocks(segment.start + segment.numel)
-        values = torch.empty(end - first, dtype=dtype, device=device)
+        values = paged_zeros(end - first, dtype, device)
         return ShardTensor(FlatLayout.of(saved.size, [1]), first, values)
     if tuple(saved.size) == layout.full_shape:
-        return ShardTensor(layout, segment.start, torch.empty(segment.numel, dtype=dtype, device=device))
+        return ShardTensor(layout, segment.start, paged_zeros(segment.numel, dtype, device))
     return torch.empty(saved.size, dtype=dtype, device=device if saved.size else "cpu")
 
 
