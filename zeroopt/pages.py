@@ -32,13 +32,25 @@ def paged_zeros_like(own: Tensor, dtype: torch.dtype | None = None, device: torc
     return paged_zeros(own.numel(), dtype or own.dtype, own.device if device is None else device)
 
 
+def move_to_pages(tensor: Tensor) -> None:
+    """Let a tensor on the CPU have its values in pages of its own, as `paged_zeros` makes them. It stays the same object. One that
+    is not all of its storage stays where it is.
+    """
+    storage_bytes, numel = tensor.untyped_storage().nbytes(), tensor.numel()
+    if not tensor.is_cpu or tensor.nbytes < _WORTH_A_PAGE or tensor.nbytes != storage_bytes:
+        return
+    before = tensor.detach().as_strided((numel,), (1,))
+    paged = paged_zeros(numel, tensor.dtype, tensor.device).copy_(before)
+    tensor.data = paged.as_strided(tensor.shape, tensor.stride())
+    release(before)
+
+
 def release(part: Tensor) -> None:
     """Give back the whole pages within a part of a tensor whose values nobody needs any more, before the tensor is dropped. They read
-    as zeros from now on. On other devices than the CPU and other systems than
-    Linux, nothing happens.
+    as zeros from now on. On other devices than the CPU and other systems than Linux, nothing happens.
 
     Args:
-        part: 1-D, contiguous, in pages of this process's own or in those that it shares.
+        part: 1-D, contiguous, in memory of this process's own, of its C heap too, or in what it shares.
     """
     if not part.is_cpu or part.numel() == 0 or sys.platform != "linux":
         return

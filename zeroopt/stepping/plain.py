@@ -9,6 +9,7 @@ import torch
 
 from ..probing.probe import step_without_hooks
 from ..storage.own_shard import OwnShard
+from .paged_state import new_state_in_pages
 
 
 def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], flags: Sequence[int]) -> None:
@@ -21,7 +22,8 @@ def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], fla
     for shard, segment in segments:
         if flags[segment.owner.index]:
             segment.shard.grad = shard.grad_of(segment)
-    call_on_leaves(optimizer, step_without_hooks, shards)
+    with new_state_in_pages(optimizer, [segment.shard for _, segment in segments]):
+        call_on_leaves(optimizer, step_without_hooks, shards)
     for _, segment in segments:
         segment.shard.grad = None
 
