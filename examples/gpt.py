@@ -5,6 +5,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def draw_weights(module: nn.Module) -> None:
+    """Give the matrices of one module, not of its parts, their values at the beginning."""
+    for parameter in module.parameters(recurse=False):
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -42,11 +49,9 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.final_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
+        self.apply(draw_weights)
         if tied:
             self.head.weight = self.token_embedding.weight
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -62,6 +62,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
             tokens=tokens,
             accumulation=args.accumulation,
             precision=args.precision,
+            checkpointing=args.checkpointing,
             bucket_mb=bucket_mb,
             world_size=world_size,
             threads=args.threads,
@@ -93,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2], metavar="N")
     parser.add_argument("--bucket-mb", type=float, nargs="+", help="MiB of a bucket, for all methods that have some")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, block by block, for all methods")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
     parser.add_argument("--methods", nargs="+", default=[""], metavar="TEXT", help="a name, or what it contains")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from bench.compare.bandwidth import Bandwidth, measure_bandwidth
@@ -143,11 +143,18 @@ def device_of(setting: Setting) -> torch.device:
 
 
 def prepare(method: Method, setting: Setting, device: torch.device) -> Training:
-    return method.prepare(setting.make_model().to(device), setting)
+    return method.prepare(build(method, setting, device), setting)
+
+
+def build(method: Method, setting: Setting, device: torch.device) -> nn.Module:
+    if method.on_meta:
+        with torch.device("meta"):
+            return setting.make_model()
+    return setting.make_model().to(device)
 
 
 def measure(job: Job, method: Method, device: torch.device, peak: Peak, watch: Watch) -> Figures:
-    net = job.setting.make_model().to(device)
+    net = build(method, job.setting, device)
     dist.barrier()
     wrapping = CpuClock()
     wrapping.mark()

@@ -25,6 +25,7 @@ class Setting:
         bucket_mb: MiB of a bucket, for every method that has buckets; None leaves each at its default.
         threads: CPU threads a rank.
         device: "cpu" or "cuda".
+        checkpointing: activations are computed once more in backward, block by block, rather than kept.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Setting:
     world_size: int
     threads: int
     device: str
+    checkpointing: bool = False
     seed: int = 0
     lr: float = 1e-4
 
@@ -52,7 +54,9 @@ class Setting:
     def make_model(self) -> nn.Module:
         """Float32, on the default device; the same on all ranks."""
         torch.manual_seed(self.seed)
-        model: nn.Module = make_model(self.vocabulary, self.tokens, self.layers, self.width)
+        model: nn.Module = make_model(
+            self.vocabulary, self.tokens, self.layers, self.width, checkpointing=self.checkpointing
+        )
         return model
 
     def tiny(self) -> Setting:

@@ -55,12 +55,13 @@ class Method:
     """A row of the comparison.
 
     Attributes:
-        prepare: wraps a float32 model on its device. Every rank calls it.
+        prepare: wraps a float32 model. Every rank calls it.
         formula: bytes a parameter that a rank should hold.
         needs: modules without which it cannot run.
         obstacle: why it cannot run in a setting; None where it can.
         rounds_state: its optimizer keeps state in less than float32, so losses may differ a little more.
         communicates: all but the bound do.
+        on_meta: the model that it is given is on the meta device, and gets its values in `prepare`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Method:
     obstacle: Obstacle = lambda setting: None
     rounds_state: bool = False
     communicates: bool = True
+    on_meta: bool = False
 
     def why_not(self, setting: Setting) -> str | None:
         """What its row says instead of figures; None where it can run."""

@@ -12,6 +12,7 @@ import zeroopt
 from bench.compare import formula
 from bench.compare.methods.method import Method, Training, adamw, needs_cpu
 from bench.compare.setting import Setting
+from bench.model import INIT
 
 
 def prepare(net: nn.Module, setting: Setting, **options: Any) -> Training:
@@ -69,7 +70,7 @@ def in_backward() -> Method:
 
 
 def everything() -> Method:
-    """All that saves memory together."""
+    """All that saves memory together, the building of the model included."""
     options: dict[str, Any] = {
         "share_parameters": True,
         "master_weights": "remainder",
@@ -78,10 +79,11 @@ def everything() -> Method:
     }
     return Method(
         "zeroopt stage 2, everything",
-        partial(prepare, stage=2, **options),
+        partial(prepare, stage=2, init=INIT, **options),
         formula.zero(2, **options),
         obstacle=lambda setting: needs_cpu(setting) or needs_bfloat16(setting) or needs_one_backward(setting),
         rounds_state=True,
+        on_meta=True,
     )
 
 
