@@ -1,8 +1,8 @@
-"""The largest model that trains in so many bytes a rank, found by bisection over the number of layers."""
+"""The largest model that trains in so many bytes a rank, found by trying numbers of layers, each guessed from those before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -86,7 +86,7 @@ def measured_bytes(method: str, setting: Setting, interval_s: float, timeout_s: 
 
 
 def find_largest(method: str, setting: Setting, budget: float, measure: Callable[[str, Setting], float]) -> Largest:
-    """By bisection over `setting.layers`, up to four times as many as the formula lets expect.
+    """By trying `setting.layers`, up to four times as many as the formula lets expect.
 
     Args:
         measure: bytes a rank; raises `NoFigures`.
@@ -94,12 +94,12 @@ def find_largest(method: str, setting: Setting, budget: float, measure: Callable
     formula = {n: METHODS[method].formula(replace(setting, world_size=n)) for n in (setting.world_size, *MANY_RANKS)}
     tried: dict[int, float] = {}
 
-    def fits(layers: int) -> bool:
+    def held(layers: int) -> float:
         tried[layers] = measure(method, replace(setting, layers=layers))
-        return tried[layers] <= budget
+        return tried[layers]
 
     try:
-        layers = last_that(fits, expected_layers(setting, budget / formula[setting.world_size]))
+        layers = largest_within(budget, held, expected_layers(setting, budget / formula[setting.world_size]))
     except NoFigures as failure:
         return Largest(method, str(failure), 0, 0, tried, formula)
     parameters = replace(setting, layers=layers).parameters if layers else 0
@@ -112,14 +112,28 @@ def expected_layers(setting: Setting, parameters: float) -> int:
     return max(1, int((parameters - one) / (two - one)) + 1)
 
 
-def last_that(fits: Callable[[int], bool], expected: int) -> int:
-    """The largest number from 1 to four times the expected one that fits, if all below it do; 0 where none does."""
+def largest_within(budget: float, held: Callable[[int], float], expected: int) -> int:
+    """The largest number from 1 to four times the expected one with which no more is held, if more is held with more; 0 where that
+    is so with none.
+
+    What is held grows by about as much with each, so the line through what was tried tells what to try next.
+    """
     low, high = 0, 4 * expected + 1  # low fits, high does not
+    tried: dict[int, float] = {}
     probe = expected
     while high - low > 1:
-        if fits(probe):
+        tried[probe] = held(probe)
+        if tried[probe] <= budget:
             low = probe
         else:
             high = probe
-        probe = (low + high) // 2
+        probe = min(max(_last_on_line(tried, budget), low + 1), high - 1)
     return low
+
+
+def _last_on_line(tried: Mapping[int, float], budget: float) -> int:
+    """The largest number that fits by the line through the two tried ones that came nearest; through 0 where there is but one."""
+    first, *others = sorted(tried, key=lambda number: abs(tried[number] - budget))
+    second = others[0] if others else 0
+    slope = (tried[first] - tried.get(second, 0.0)) / (first - second)
+    return first if slope <= 0 else int(first + (budget - tried[first]) / slope)

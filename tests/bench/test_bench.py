@@ -384,10 +384,30 @@ def test_compare_fits_shapes(compare_modules: dict[str, Any], model: str, parame
     assert whole.parameters == pytest.approx(parameters, rel=0.15)
 
 
-def test_largest_by_bisection(compare_modules: dict[str, Any]) -> None:
-    last_that = compare_modules["budget"].last_that
+@pytest.mark.parametrize("fixed", [0.0, 7.0, -1.5])
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5, 0.0])
+def test_largest_by_lines(compare_modules: dict[str, Any], fixed: float, power: float) -> None:
     for largest in range(13):
-        assert last_that(lambda layers, largest=largest: layers <= largest, 3) == min(largest, 12)
+        tried: list[int] = []
+
+        def held(layers: int, largest: int = largest, tried: list[int] = tried) -> float:
+            tried.append(layers)
+            return float(fixed + layers**power + (layers > largest) * 1e3)
+
+        budget = fixed + max(largest, 1) ** power if largest else -100.0
+        assert compare_modules["budget"].largest_within(budget, held, 3) == min(largest, 12)
+        assert len(set(tried)) == len(tried), "each is tried once"
+
+
+def test_few_are_tried_where_each_takes_as_much(compare_modules: dict[str, Any]) -> None:
+    tried: list[int] = []
+
+    def held(layers: int) -> float:
+        tried.append(layers)
+        return 20.0 + 3.0 * layers
+
+    assert compare_modules["budget"].largest_within(200.0, held, 100) == 60
+    assert len(tried) <= 4
 
 
 def test_largest_in_a_budget(run_bench: RunBench, tmp_path: Path) -> None:
