@@ -32,10 +32,10 @@ In reading order; each imports from those above it:
     optimizer         what `wrap` returns: the optimizer
     ddp_around        DistributedDataParallel put around it
     module            what `wrap` returns: the model
+    checkpoint        directories of checkpoints
     wrap              `wrap`
     unwrap            `unwrap`
     planner           what a training will hold, before there is one
-    checkpoint        directories of checkpoints
     __main__          the command line
 
 A folder lists its files likewise. CONTRIBUTING.md says what goes where.

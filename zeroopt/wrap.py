@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
 from .building.building import Building, prepare
 from .building.functions import Init
+from .building.saved import Saved
 from .collectives import ControlGroup, Transport, TransportFactory, Wire, check_transport, connect_transport
 from .collectives.lone import default_group, lone_group
 from .collectives.single import SingleTransport
@@ -30,6 +33,9 @@ from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
 from .plan.params import ManagedParam
 from .replica import Replica, cast_frozen
 from .stepping.stepper import check_fused
+
+InitOrPath: TypeAlias = Init | str | os.PathLike[str]
+"""What gives values to a model on the meta device: a function of a module, or the path of a checkpoint."""
 
 
 def wrap(
@@ -60,7 +66,7 @@ def wrap(
     wire: Wire | None = None,
     state_device: torch.device | str | None = None,
     step_in_backward: bool = False,
-    init: Init | Sequence[Init] | None = None,
+    init: InitOrPath | Sequence[InitOrPath] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
     """Make a model and its optimizer train data-parallel, with the training state split over the ranks.
@@ -140,6 +146,10 @@ def wrap(
             what a module itself holds, in place (or replaces its buffers), or several in a list: each goes over all modules,
             before the next, parts of a module before the module, as in `model.apply`. None: `zeroopt.reset_parameters`, which
             calls the modules' own. Every function is first tried on the meta device, where it must not read elements.
+            Or the path of a checkpoint (of `zeroopt.checkpoint` or torch.distributed.checkpoint, of any number of ranks, that all
+            ranks see) or of a file of torch.save with a state dict: what the model's state dict has is read, each tensor into
+            where it will lie. It has to have the same names and shapes; in a list, functions make what was not saved. The
+            optimizer starts anew; `zeroopt.checkpoint.load` reads its state, too.
         device: where they are made; None: where the model's other parameters are, or on torch's default device.
         step_in_backward: step each bucket as soon as its sum is there, while backward still runs, so that no gradients are kept
             (stage 2). Needs one backward a step, and nothing that looks at all gradients first. The options of `param_groups`
@@ -151,6 +161,8 @@ def wrap(
     Raises:
         ConfigError: bad options, or a model and an optimizer that do not fit together. Nothing has been changed.
         NotSupportedError: options, parameters or optimizers that this release cannot train. Nothing has been changed.
+        CheckpointError: `init` is a path where no checkpoint is, or a damaged one, or that of another model. Nothing has been
+            changed.
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
             been changed.
         StateError: there is no process group, though several processes were started, or this rank is not in it.
@@ -197,6 +209,8 @@ def wrap(
     try:
         with agreed_across(average_group, group, found.lines):
             found.agree(group)
+            if found.building is not None:
+                found.building.verify(group)
             connected = _connect(found, group) if first is None else None
     except BaseException:
         if found.building is not None:
@@ -236,10 +250,14 @@ class _Findings:
         self.problem: Exception | None = None
 
     def look_at_meta(
-        self, model: nn.Module, config: Config, init: Init | Sequence[Init] | None, device: torch.device | str | None
+        self,
+        model: nn.Module,
+        config: Config,
+        init: InitOrPath | Sequence[InitOrPath] | None,
+        device: torch.device | str | None,
     ) -> None:
         """Prepare building what of the model is on the meta device. From then on it seems to be on its device."""
-        self.building = prepare(model, init, device)
+        self.building = prepare(model, _open_paths(init, model), device)
         if self.building is not None and config.average_every is not None and config.sync_module_states:
             raise NotSupportedError(
                 "a model on the meta device cannot be taken over from another rank's before its parameters are averaged: pass "
@@ -285,6 +303,20 @@ class _Findings:
         """Raise on all ranks what is wrong on one of them, or between them. Collective."""
         here = [*self.lines, *describe_place(self.average)]
         agree([(ControlGroup(group), here), *((other, self.options) for other in self.beyond)], self.problem)
+
+
+def _open_paths(init: InitOrPath | Sequence[InitOrPath] | None, model: nn.Module) -> list[Init | Saved] | None:
+    """What `init` says, with what is there in the place of paths."""
+    if init is None:
+        return None
+    given = init if isinstance(init, list | tuple) else (init,)
+    return [_open_saved(one, model) if isinstance(one, str | os.PathLike) else one for one in given]
+
+
+def _open_saved(path: str | os.PathLike[str], model: nn.Module) -> Saved:
+    from .checkpoint.saved_model import open_saved  # imports torch.distributed.checkpoint, which takes seconds
+
+    return open_saved(path, model)
 
 
 def _wrap_model(

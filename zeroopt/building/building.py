@@ -4,6 +4,9 @@
     first call with it  writes into the bucket                      gets memory of its own, in its own dtype
     last call with it                                               that goes into the bucket, and is let go
 
+What was saved is read likewise, tensor by tensor: all of it by the ranks whose values the others take over or share, and by the
+others what they alone keep, that which completes their own range.
+
 Memory beside the buckets is thus that of one module; of several where one function writes the parts of a module again, as
 `nn.Transformer` does, and needs what was there before.
 """
@@ -12,24 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..collectives import Transport
+from ..errors import ConfigError
 from ..options.config import Config
 from ..pages import paged_zeros
 from ..plan.agreement import agree
 from ..plan.params import ManagedParam
 from ..storage.bucket import Bucket
+from .call import Call
 from .functions import Init, as_functions
-from .trial import Call, try_out
+from .saved import Saved
+from .trial import try_out
 from .unmade import Hollowing, Unmade, device_for, find_unmade
 
 _BUILDING = "building the model"
 
 
-def prepare(model: nn.Module, init: Init | Sequence[Init] | None, device: torch.device | str | None) -> Building | None:
+def prepare(
+    model: nn.Module, init: Init | Saved | Sequence[Init | Saved] | None, device: torch.device | str | None
+) -> Building | None:
     """Find out how a model on the meta device is made, and let what is there be without memory on its device. Not collective.
 
     Returns:
@@ -37,13 +47,20 @@ def prepare(model: nn.Module, init: Init | Sequence[Init] | None, device: torch.
 
     Raises:
         ConfigError, NotSupportedError: it cannot be made. Nothing has been changed.
+        CheckpointError: what was saved is not of this model. Nothing has been changed.
     """
     functions = as_functions(init)
+    saved = [one for one in functions if isinstance(one, Saved)]
     unmade = find_unmade(model)
     if not unmade:
+        if saved:
+            raise ConfigError(
+                f"init gives {saved[0].place}, from which a model on the meta device gets its values, and nothing of this one is "
+                "there; wrap it without, and load the checkpoint (zeroopt.checkpoint.load)"
+            )
         return None
     chosen = device_for(model, device)
-    return Building(unmade, try_out(model, functions, unmade, chosen), chosen)
+    return Building(unmade, try_out(model, functions, unmade, chosen), saved, chosen)
 
 
 class Building:
@@ -51,11 +68,14 @@ class Building:
 
     Args:
         calls: what gives it values, in this order.
+        saved: what they read.
         device: where it will lie. From now on it seems to lie there, but has no memory.
     """
 
-    def __init__(self, unmade: Mapping[Tensor, Unmade], calls: Sequence[Call], device: torch.device) -> None:
-        self._unmade, self._calls, self._device = unmade, calls, device
+    def __init__(
+        self, unmade: Mapping[Tensor, Unmade], calls: Sequence[Call], saved: Sequence[Saved], device: torch.device
+    ) -> None:
+        self._unmade, self._calls, self._saved, self._device = unmade, calls, saved, device
         self._dtypes = {tensor: tensor.dtype for tensor in unmade}
         self._next = _next_overwrites(calls)
         self._hollowing = Hollowing(list(unmade.values()), device)
@@ -66,7 +86,17 @@ class Building:
 
     def describe(self) -> list[str]:
         """What all ranks have to have in common."""
-        return [f"{one.kind} {one.name!r} on the meta device" for one in self._unmade.values()]
+        on_meta = [f"{one.kind} {one.name!r} on the meta device" for one in self._unmade.values()]
+        return on_meta + [f"values from {saved.describe()}" for saved in self._saved]
+
+    def verify(self, group: dist.ProcessGroup) -> None:
+        """Look whether what is to be read is whole. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, with what is damaged. Nothing has been changed.
+        """
+        for saved in self._saved:
+            saved.verify(group)
 
     def run(self, buckets: Iterable[Bucket], transport: Transport, config: Config) -> None:
         """Give everything its values. Collective. Parameters that were in no optimizer get memory of their own.
@@ -85,16 +115,20 @@ class Building:
             with places.discarding(call.discarded):
                 try:
                     if problem is None:
-                        call()
+                        call(partial(self._needed, number, places))
                 except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
                     problem = error
             for tensor in call.overwrites:
                 overwritten = self._next[number, tensor]
                 if overwritten is None:
-                    places.close(tensor)
+                    places.close(tensor, is_alike=call.is_alike)
                 elif overwritten:
                     places.drop(tensor)
         agree([(transport.control, [])], problem, _BUILDING)
+
+    def _needed(self, number: int, places: _Places, tensor: Tensor) -> tuple[int, int]:
+        """What of a tensor has to be written by a call: all of it where a later one reads it."""
+        return places.needed(tensor) if self._next[number, tensor] is None else (0, tensor.numel())
 
 
 def _next_overwrites(calls: Sequence[Call]) -> dict[tuple[int, Tensor], bool | None]:
@@ -122,6 +156,8 @@ class _Places:
     ) -> None:
         self._transport, self._config, self._dtypes, self._device = transport, config, dtypes, device
         self._writes = transport.writes_parameters or not config.share_parameters
+        # Whose parameters are the model's: others get them from there.
+        self._gives = transport.control.rank == 0 if config.sync_module_states else self._writes
         self._in_buckets: dict[Tensor, tuple[Bucket, ManagedParam]] = {
             managed.param: (bucket, managed) for bucket in buckets for managed in bucket.params
         }
@@ -151,13 +187,27 @@ class _Places:
             bucket, managed = self._in_buckets[tensor]
             managed.set_local(managed.view_in(bucket.flat_param))
 
-    def close(self, tensor: Tensor) -> None:
-        """The values are final: let them go where they belong. Collective where they are rounded."""
+    def needed(self, tensor: Tensor) -> tuple[int, int]:
+        """Of which elements this rank has to know final values, that all ranks know alike."""
+        if tensor not in self._in_buckets or self._gives:
+            return 0, tensor.numel()
+        bucket, managed = self._in_buckets[tensor]
+        if not bucket.master.completes:
+            return 0, 0
+        begin, end = (place - managed.offset for place in bucket.own_range)
+        return max(0, begin), min(managed.numel, end)
+
+    def close(self, tensor: Tensor, *, is_alike: bool) -> None:
+        """The values are final: let them go where they belong. Collective where they are rounded.
+
+        Args:
+            is_alike: all ranks know the same.
+        """
         if tensor not in self._open:
             return
         if tensor in self._in_buckets:
             bucket, managed = self._in_buckets[tensor]
-            if self._config.sync_module_states and bucket.precision.param_dtype is not None:
+            if self._config.sync_module_states and bucket.precision.param_dtype is not None and not is_alike:
                 self._transport.control.broadcast([managed.local], 0, _BUILDING)  # or masters would differ
             bucket.set_exact(managed, managed.local, writes=self._writes)
         elif isinstance(tensor, nn.Parameter) and not tensor.requires_grad:

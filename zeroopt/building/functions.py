@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .saved import Saved
 
 Init: TypeAlias = Callable[[nn.Module], object]
 """Gives values to the parameters and buffers of a module, in place. What it returns is of no interest."""
@@ -20,8 +21,8 @@ def reset_parameters(module: nn.Module) -> None:
         reset()
 
 
-def as_functions(init: Init | Sequence[Init] | None) -> tuple[Init, ...]:
-    """The functions that each go over all modules, one after the other.
+def as_functions(init: Init | Saved | Sequence[Init | Saved] | None) -> tuple[Init | Saved, ...]:
+    """The functions that each go over all modules, one after the other, and what is read in between.
 
     Raises:
         ConfigError: they are no functions.
@@ -30,7 +31,7 @@ def as_functions(init: Init | Sequence[Init] | None) -> tuple[Init, ...]:
         return (reset_parameters,)
     functions = tuple(init) if isinstance(init, list | tuple) else (init,)
     for function in functions:
-        if not callable(function):
+        if not (callable(function) or isinstance(function, Saved)):
             raise ConfigError(
                 f"expected init to be a function of a module, or several, got a {type(function).__name__}: {function!r}"
             )

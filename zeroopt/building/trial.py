@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError
+from .call import Call, Needed
 from .functions import Init, in_order_of_construction, reset_parameters
+from .saved import Saved, readings
 from .unmade import Unmade, meta_attributes
 
 # In-place operators that read nothing of the tensor that they write.
@@ -22,24 +24,16 @@ _OVERWRITING = frozenset(
 )
 
 
-@dataclass(eq=False)
-class Call:
-    """One function called with one module.
-
-    Attributes:
-        overwrites: by the tensors that it reads or writes, whether it begins with writing all of it.
-        written: those of them that it writes.
-        discarded: those that it writes, but that keep the values that another module has made; see `_keep_first`.
-    """
+@dataclass(eq=False, kw_only=True)
+class FunctionCall(Call):
+    """One function called with one module. What it discards, another module has made; see `_keep_first`."""
 
     function: Init
     module: nn.Module
     path: str
-    overwrites: dict[Tensor, bool] = field(default_factory=dict)
-    written: set[Tensor] = field(default_factory=set)
-    discarded: set[Tensor] = field(default_factory=set)
 
-    def __call__(self) -> None:
+    def __call__(self, needed: Needed | None = None) -> None:
+        """Call it."""
         with torch.no_grad():
             self.function(self.module)
 
@@ -49,22 +43,26 @@ class Call:
 
 
 def try_out(
-    model: nn.Module, functions: Sequence[Init], unmade: Mapping[Tensor, Unmade], device: torch.device
+    model: nn.Module, functions: Sequence[Init | Saved], unmade: Mapping[Tensor, Unmade], device: torch.device
 ) -> list[Call]:
-    """Call each function with each module that has something on the meta device, and see what it writes. Changes nothing: what
-    is replaced is put back, and so are the states of random generators.
+    """Call each function with each module that has something on the meta device, and see what it writes; see what is read.
+    Changes nothing: what is replaced is put back, and so are the states of random generators.
 
     Raises:
         ConfigError: a function fails, replaces a parameter, or writes what is not on the meta device; or something is left
             that none of them writes.
+        CheckpointError: what was saved is not of this model.
     """
     paths = {module: path for path, module in model.named_modules()}
     attributes = [(module, path, *found) for module, path in paths.items() for found in meta_attributes(module)]
-    calls = []
+    calls: list[Call] = []
     with _as_before(model, device):
         for function in functions:
+            if isinstance(function, Saved):
+                calls += readings(function, model, unmade, is_all=len(functions) == 1)
+                continue
             for module in in_order_of_construction(model, dict(unmade)):
-                call = Call(function, module, paths[module])
+                call = FunctionCall(function=function, module=module, path=paths[module])
                 _watch(call, model, unmade)
                 calls.append(call)
         replaced = {one.tensor for one in unmade.values() if _is_replaced(one)}
@@ -79,7 +77,7 @@ def _is_replaced(one: Unmade) -> bool:
     return one.kind == "buffer" and one.module._buffers.get(one.name.rpartition(".")[2]) is not one.tensor
 
 
-def _watch(call: Call, model: nn.Module, unmade: Mapping[Tensor, Unmade]) -> None:
+def _watch(call: FunctionCall, model: nn.Module, unmade: Mapping[Tensor, Unmade]) -> None:
     before = dict(call.module.named_parameters())
     watch = _Watch(call, model, unmade)
     try:
@@ -103,7 +101,7 @@ def _watch(call: Call, model: nn.Module, unmade: Mapping[Tensor, Unmade]) -> Non
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which tensors of the model operators read and write. Views of them count as the tensors."""
 
-    def __init__(self, call: Call, model: nn.Module, unmade: Mapping[Tensor, Unmade]) -> None:
+    def __init__(self, call: FunctionCall, model: nn.Module, unmade: Mapping[Tensor, Unmade]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._call = call
         self._unmade = {_memory(tensor): tensor for tensor in unmade}
@@ -171,9 +169,9 @@ def _keep_first(calls: Sequence[Call], unmade: Mapping[Tensor, Unmade]) -> None:
     later module lets go of its own parameter for that of the first; the later ones draw their random numbers all the same."""
     made: set[Tensor] = set()
     for call in calls:
-        own = set(call.module.parameters(recurse=False))
-        if call.function is not reset_parameters:
+        if not isinstance(call, FunctionCall) or call.function is not reset_parameters:
             continue
+        own = set(call.module.parameters(recurse=False))
         call.discarded = call.written & own & made
         for tensor in call.discarded:
             del call.overwrites[tensor]

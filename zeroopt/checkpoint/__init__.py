@@ -4,12 +4,13 @@
 
 In reading order; each imports from those above it:
 
-    disk        directories and files
-    format      how values are laid out in them
-    wrapped     saving and loading a wrapped model
-    foreign     checkpoints of other libraries
-    inspection  what is in a checkpoint, for people
-    exporting   a checkpoint as one file of torch.save
+    disk         directories and files
+    format       how values are laid out in them
+    saved_model  values for a model on the meta device
+    wrapped      saving and loading a wrapped model
+    foreign      checkpoints of other libraries
+    inspection   what is in a checkpoint, for people
+    exporting    a checkpoint as one file of torch.save
 """
 
 from ..errors import CheckpointError

@@ -82,9 +82,13 @@ class MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load_plain(stream: Any, name: str | Path) -> Any:
-    """torch.load(weights_only=True), to the CPU. Raises CheckpointError."""
+def load_plain(stream: Any, name: str | Path, *, mapped: bool = False) -> Any:
+    """torch.load(weights_only=True), to the CPU. Raises CheckpointError.
+
+    Args:
+        mapped: tensors are the file's pages, which are read when they are needed; then `stream` has to be a path.
+    """
     try:
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        return torch.load(stream, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise CheckpointError(f"cannot load {name}: {error}") from error
