@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zeroopt.pages import paged_zeros, paged_zeros_like, release, trim_heap
+from zeroopt.pages import folded, paged_zeros, paged_zeros_like, release, trim_heap
 
 CPU = torch.device("cpu")
 PAGES = 64
@@ -73,3 +73,24 @@ def test_a_heap_without_anything_to_give_back_is_left_alone() -> None:
     trim_heap()
     trim_heap()
     assert torch.equal(before, torch.arange(1000))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_folded_memory_is_as_large_as_a_period() -> None:
+    period = 16 * PAGESIZE // 4
+    values = folded(20 * period + 1000, period, torch.float32, CPU)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    numbers = torch.arange(period, dtype=torch.float32)
+    values[3 * period : 4 * period] = numbers
+    assert torch.equal(values[: 20 * period].view(20, period), numbers.expand(20, period))
+    assert torch.equal(values[20 * period :], numbers[:1000])
+    mappings = Path("/proc/self/maps").read_text().count("memfd:zeroopt")
+    del values
+    assert mappings - Path("/proc/self/maps").read_text().count("memfd:zeroopt") == 21, "it goes with the tensor"
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_period_or_less_is_not_folded() -> None:
+    for numel in (0, 10, PAGESIZE):
+        values = folded(numel, PAGESIZE, torch.float32, CPU)
+        assert values.shape == (numel,) and not values.any()

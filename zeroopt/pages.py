@@ -7,15 +7,17 @@ for as long as anything behind them is in use. So what a training keeps for long
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGESIZE, PROT_READ, PROT_WRITE, mmap
 
 import torch
 from torch import Tensor
 
 _WORTH_A_PAGE = 16 * PAGESIZE  # bytes: below, what the last page leaves unused is more than a heap would lose
+_MAP_FIXED = 0x10
 _MADV_DONTNEED, _MADV_REMOVE = 4, 9  # for memory of this process and for memory that processes share
 
 
@@ -30,6 +32,36 @@ def paged_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def paged_zeros_like(own: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
     """Likewise, as many as another 1-D tensor has elements."""
     return paged_zeros(own.numel(), dtype or own.dtype, own.device if device is None else device)
+
+
+def folded(numel: int, period: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for values that nobody needs, 1-D, that takes no more than `period` elements: what is written to one of them is written
+    to all that are a multiple of the period away from it. On Linux, on the CPU and where there are several periods; else zeros.
+
+        period     ├────┼────┼────┼──┤        numel
+        memory     │    │◀───┘◀───┘◀─┘
+
+    Args:
+        period: its bytes are a multiple of a page's.
+    """
+    num_bytes, fold_bytes = numel * dtype.itemsize, period * dtype.itemsize
+    assert fold_bytes % PAGESIZE == 0
+    made = paged_zeros(numel, dtype, device)
+    if device.type != "cpu" or num_bytes <= fold_bytes or sys.platform != "linux":
+        return made
+    arguments = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    map_at = _c_function("mmap", *arguments)
+    descriptor = os.memfd_create("zeroopt", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, fold_bytes)
+        for begin in range(0, num_bytes, fold_bytes):  # in the place of the pages that are there
+            size = min(fold_bytes, num_bytes - begin)
+            how = PROT_READ | PROT_WRITE, MAP_SHARED | _MAP_FIXED
+            if map_at is None or map_at(made.data_ptr() + begin, size, *how, descriptor, 0) == -1:
+                break  # what is not folded is memory as any other
+    finally:
+        os.close(descriptor)
+    return made
 
 
 def move_to_pages(tensor: Tensor) -> None:

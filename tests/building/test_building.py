@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from measure import run_fresh, sampled_pss
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
@@ -279,3 +280,53 @@ def meta_on_one_rank() -> str:
 def test_ranks_that_differ_hear_of_it(run_on_ranks: RunOnRanks) -> None:
     first, second = run_on_ranks(2, meta_on_one_rank)
     assert "meta device" in first and first.endswith("False") and second.endswith("True")
+
+
+def in_16_bits(device: str, options: dict[str, Any]) -> list[Tensor]:
+    net = make(lambda: nn.Linear(8, 8).bfloat16(), device)
+    zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), **options)
+    return [param.detach().clone() for param in net.parameters()]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_not_rounded_is_taken_over_with_its_bucket(run_on_ranks: RunOnRanks, shared: bool) -> None:
+    options = {**ROUNDED, "master_weights": "none", "share_parameters": shared}
+    usual, *_ = run_on_ranks(2, in_16_bits, "cpu", options)
+    for values in run_on_ranks(2, in_16_bits, "meta", options):
+        assert all(torch.equal(a, b) for a, b in zip(usual, values, strict=True))
+
+
+def large(device: str, options: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
+    """Parameters that travel in several pieces, as exact as they are kept; each rank has a seed of its own."""
+    torch.manual_seed(dist.get_rank())
+    with torch.device(device):
+        net = nn.Sequential(nn.Linear(1030, 1100), nn.Linear(1100, 700, bias=False))
+    _, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), **options)
+    return [optimizer.full_parameter(param) for param in net.parameters()], torch.rand(1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ROUNDED, {**ROUNDED, "share_parameters": True, "master_weights": "remainder"}, {"share_parameters": True}],
+)
+def test_large_parameters_that_are_taken_over(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
+    usual = run_on_ranks(3, large, "cpu", options)
+    for (values, number), (expected, usual_number) in zip(run_on_ranks(3, large, "meta", options), usual, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+        assert torch.equal(number, usual_number), "of its own generator"
+
+
+def held_while_built(numel: int) -> float:
+    """Bytes a parameter, at the most, of a model that is made of one large parameter."""
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(numel // 4096, 4096, bias=False), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(net.parameters())
+    with sampled_pss() as samples:
+        zeroopt.wrap(net, optimizer, share_parameters=True, param_dtype=torch.bfloat16, master_weights="none")
+    return max(held for _, held in samples) / numel
+
+
+def test_ranks_that_take_parameters_over_hold_no_copy_of_them() -> None:
+    first, *others = run_fresh(3, held_while_built, 1 << 25)
+    assert first > 4, "float32 beside the bucket"
+    assert all(held < 1.5 for held in others), others

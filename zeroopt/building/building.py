@@ -7,8 +7,11 @@
 What was saved is read likewise, tensor by tensor: all of it by the ranks whose values the others take over or share, and by the
 others what they alone keep, that which completes their own range.
 
-Memory beside the buckets is thus that of one module; of several where one function writes the parts of a module again, as
-`nn.Transformer` does, and needs what was there before.
+Where the values of rank 0 replace those of this one, the memory is folded: it takes little, and keeps nothing; functions cannot tell,
+for they cannot look at values on the meta device either, where they were tried.
+
+Memory beside the buckets is thus that of one module, on one rank, or on each where they keep their own; of several where one
+function writes the parts of a module again, as `nn.Transformer` does, and needs what was there before.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from torch import Tensor, nn
 from ..collectives import Transport
 from ..errors import ConfigError
 from ..options.config import Config
-from ..pages import paged_zeros
+from ..pages import folded, paged_zeros
 from ..plan.agreement import agree
 from ..plan.params import ManagedParam
-from ..storage.bucket import Bucket
+from ..storage.bucket import SET_AT_ONCE, Bucket, pieces_of
 from .call import Call
 from .functions import Init, as_functions
 from .saved import Saved
@@ -111,7 +114,7 @@ class Building:
         places = _Places(buckets, transport, config, self._dtypes, self._device)
         problem: Exception | None = None
         for number, call in enumerate(self._calls):
-            places.open(call.overwrites)
+            places.open(call.overwrites, is_alike=call.is_alike)
             with places.discarding(call.discarded):
                 try:
                     if problem is None:
@@ -163,12 +166,18 @@ class _Places:
         }
         self._open: set[Tensor] = set()
 
-    def open(self, tensors: Iterable[Tensor]) -> None:
-        """Let the tensors have memory, to be written."""
+    def open(self, tensors: Iterable[Tensor], *, is_alike: bool) -> None:
+        """Let the tensors have memory, to be written.
+
+        Args:
+            is_alike: all ranks write the same.
+        """
+        takes_over = self._config.sync_module_states and not self._gives and not is_alike
         for tensor in tensors:
             if tensor not in self._open and not self._is_written_in_place(tensor):
                 self._open.add(tensor)
-                tensor.data = self._memory_for(tensor)
+                # Of values that those of rank 0 replace, all that counts is which random numbers they take.
+                tensor.data = self._memory_for(tensor, is_needed=tensor not in self._in_buckets or not takes_over)
 
     @contextmanager
     def discarding(self, tensors: Iterable[Tensor]) -> Iterator[None]:
@@ -207,9 +216,11 @@ class _Places:
             return
         if tensor in self._in_buckets:
             bucket, managed = self._in_buckets[tensor]
-            if self._config.sync_module_states and bucket.precision.param_dtype is not None and not is_alike:
-                self._transport.control.broadcast([managed.local], 0, _BUILDING)  # or masters would differ
-            bucket.set_exact(managed, managed.local, writes=self._writes)
+            takes_over = self._config.sync_module_states and self._is_rounded(tensor) and not is_alike
+            for first, piece in pieces_of(managed, managed.local):
+                if takes_over:
+                    self._transport.control.broadcast([piece], 0, _BUILDING)  # or masters would differ
+                bucket.set_piece(first, piece, writes=self._writes)
         elif isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             self._round_frozen(tensor)
         self.drop(tensor)
@@ -219,15 +230,18 @@ class _Places:
         if dtype is not None and param.dtype is torch.float32:
             param.data = param.data.to(dtype)
 
-    def _memory_for(self, tensor: Tensor) -> Tensor:
-        dtype = self._dtypes[tensor]
+    def _memory_for(self, tensor: Tensor, *, is_needed: bool = True) -> Tensor:
+        dtype, numel = self._dtypes[tensor], tensor.numel()
         if tensor not in self._in_buckets:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=self._device)
         # They go back as soon as the values are in a bucket; the C heap would keep them.
-        return paged_zeros(tensor.numel(), dtype, self._device).as_strided(tensor.shape, tensor.stride())
+        flat = paged_zeros(numel, dtype, self._device) if is_needed else folded(numel, SET_AT_ONCE, dtype, self._device)
+        return flat.as_strided(tensor.shape, tensor.stride())
 
     def _is_written_in_place(self, tensor: Tensor) -> bool:
-        if tensor not in self._in_buckets or not self._writes:
-            return False
+        return tensor in self._in_buckets and self._writes and not self._is_rounded(tensor)
+
+    def _is_rounded(self, tensor: Tensor) -> bool:
+        """Whether the bucket has less than a parameter's exact values. Alike on all ranks."""
         bucket, _ = self._in_buckets[tensor]
-        return bucket.dtype is self._dtypes[tensor] and not bucket.master.completes
+        return bucket.dtype is not self._dtypes[tensor] or bucket.master.completes

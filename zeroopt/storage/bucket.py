@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .masters import make_master
 from .segment import Segment, view_of
 
 # Elements that are rounded at once: what that takes besides, about 16 bytes each, is then small beside a bucket.
-_SET_AT_ONCE = 1 << 19
+SET_AT_ONCE = 1 << 19
 
 
 class Bucket:
@@ -93,11 +93,11 @@ class Bucket:
             values: of the parameter's shape.
             writes: whether this rank writes the bucket's parameters; one of a host does where they are shared.
         """
-        flat = managed.flatten(values)
-        for start in range(0, managed.numel, _SET_AT_ONCE):
-            self._set_piece(managed.offset + start, flat[start : start + _SET_AT_ONCE], writes=writes)
+        for first, piece in pieces_of(managed, values):
+            self.set_piece(first, piece, writes=writes)
 
-    def _set_piece(self, first: int, values: Tensor, *, writes: bool) -> None:
+    def set_piece(self, first: int, values: Tensor, *, writes: bool) -> None:
+        """Likewise for elements of the bucket from `first` on, 1-D."""
         last = first + values.numel()
         if writes:
             self.flat_param[first:last].copy_(self.master.round(values))
@@ -144,6 +144,13 @@ class Bucket:
         ends = [managed.offset + managed.numel for managed in self.params]
         borders = zip([0, *ends], [*begins, self.padded_numel], strict=True)
         return [(end, begin) for end, begin in borders if begin > end]
+
+
+def pieces_of(managed: ManagedParam, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The values of a parameter, a view, and where in its bucket they begin: at most `SET_AT_ONCE` elements at a time."""
+    flat = managed.flatten(values)
+    for start in range(0, managed.numel, SET_AT_ONCE):
+        yield managed.offset + start, flat[start : start + SET_AT_ONCE]
 
 
 def make_buckets(
