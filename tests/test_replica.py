@@ -106,7 +106,8 @@ def test_parameters_and_sums_move_to_the_buckets_of_another_plan(stage: int) -> 
         for bucket in replica.buckets
         for segment in bucket.segments
     }
-    replica.rebuild(replica.make_plan(ordered, Precision()), ordered, Precision(), InnerState(state))
+    buckets = replica.lay_out(replica.make_plan(ordered, Precision()), ordered, Precision())
+    replica.rebuild(buckets, InnerState(state))
     check_places(replica)
     held = [m.index for bucket in replica.buckets for m in bucket.params]
     assert held == [4, 6, 2, 1, 5, 7, 0, 3], "in the order of the plan, from the last one on"

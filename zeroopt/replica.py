@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -30,13 +30,13 @@ from .plan.buckets import choose_bucket_bytes, make_plan
 from .plan.claims import claim, claimed_params
 from .plan.dtensors import count_copies, find_mesh, local_of, mesh_groups
 from .plan.ownership import Ownership
-from .plan.params import ManagedParam
-from .state.moving import hand_out, move_arrays
-from .storage.bucket import Bucket, make_buckets
+from .plan.params import ManagedParam, ParamState
+from .state.moving import Extent, hand_out, move_arrays
+from .storage.bucket import Bucket, lay_out_buckets, make_buckets
 from .storage.buffer_pool import BufferPool
 from .storage.gradient_store import GradientStore
 from .storage.masters import Master
-from .storage.segment import BySegments
+from .storage.segment import BySegments, Segment
 
 # What is going on, for messages.
 _TAKING_IN = "averaging the gradients of parameters that are taken in"
@@ -145,6 +145,7 @@ class Replica:
             params: in the model's order; their indices go on from those of `params`.
         """
         config = self.config
+        self.rejoin_gradients()
         self._average_gradients(params)
         plan = self.make_plan(params, precision)
         if config.sync_module_states and precision.param_dtype is not None:
@@ -170,33 +171,68 @@ class Replica:
         """Plan buckets for these parameters, in this order."""
         return make_plan(params, self.ownership, self.bucket_bytes, precision, self.config.wire_dtype)
 
-    def rebuild(self, plan: Plan, ordered: Sequence[ManagedParam], precision: Precision, state: BySegments) -> None:
-        """Move all parameters into the buckets of another plan, and with them whatever lies by their segments. Collective.
+    def lay_out(self, plan: Plan, ordered: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
+        """Buckets for all parameters, in the order in which the plan takes them, as layouts alone."""
+        return lay_out_buckets(plan, ordered, self.ownership, precision, home=self.config.placement.home)
+
+    def rebuild(self, buckets: Sequence[Bucket], state: BySegments) -> None:
+        """Move all parameters into other buckets, layouts so far, and with them whatever lies by their segments. Collective.
 
         Args:
-            ordered: all parameters, in the order in which the plan takes them.
+            buckets: may be those in which gradients are already.
             state: the optimizer's.
         """
         self.gathers.finish_all()
         self.reducer.finish()
         trim_heap()  # of gradients that had to wait for their bucket in the first backward
-        states, masters, sums = (
-            move_arrays(sources, self.buckets, plan, ordered, self.ownership, self.transport, self.bucket_bytes)
-            for sources in ([state] * len(self.buckets), self._masters(), self.reducer.stores)
+        wanted = _extents(buckets)
+        follows = self.reducer.buckets is buckets
+        sums = {} if follows else self._move(self.reducer.stores, self.reducer.buckets, wanted)
+        for bucket in self.buckets:
+            bucket.place_params()
+        states, masters = (
+            self._move(sources, self.buckets, wanted) for sources in ([state] * len(self.buckets), self._masters())
         )
         # Before others are made, which never lie beside all of these.
-        self.reducer.free_buffers()
+        self.reducer.free_buffers(keep_sums=follows)
         for bucket in self.buckets:
             bucket.free(self.transport)
-        self.buckets[:] = self._make_buckets(plan, ordered, precision, first_index=0, moves=True)
+        self.buckets[:] = buckets
+        for bucket in self.buckets:
+            bucket.hold_params(self.transport, shared=self.config.share_parameters, leave=True)
         hand_out(states, self.buckets, [state] * len(self.buckets))
         hand_out(masters, self.buckets, self._masters())
         self._await_writers(self.buckets)
-        self.reducer.rebuild(self.buckets)
-        hand_out(sums, self.buckets, self.reducer.stores)
+        if follows:
+            self.reducer.settle()
+        else:
+            self.reducer.rebuild(self.buckets)
+            hand_out(sums, self.buckets, self.reducer.stores)
         self.reducer.view.moved()
         self.gathers.attach(self.buckets)
         trim_heap()
+
+    def lead_gradients(self, ahead: Sequence[Bucket]) -> None:
+        """Put gradients together in other buckets of all parameters, layouts to which the parameters have yet to move, until `rebuild` or
+        `rejoin_gradients`. Collective."""
+        self._regroup_gradients(ahead, self.reducer.lead)
+
+    def rejoin_gradients(self) -> None:
+        """Let gradients lie where their parameters do, if they do not. Collective then."""
+        if self.reducer.is_ahead:
+            self._regroup_gradients(self.buckets, lambda buckets: self.reducer.rejoin())
+
+    def _regroup_gradients(self, buckets: Sequence[Bucket], go: Callable[[Sequence[Bucket]], None]) -> None:
+        self.reducer.finish()
+        sums = self._move(self.reducer.stores, self.reducer.buckets, _extents(buckets))
+        go(buckets)
+        hand_out(sums, buckets, self.reducer.stores)
+        self.reducer.view.moved()
+
+    def _move(
+        self, sources: Sequence[BySegments], buckets: Sequence[Bucket], wanted: Mapping[int, Extent]
+    ) -> dict[int, ParamState]:
+        return move_arrays(sources, buckets, wanted, self.ownership, self.transport, self.bucket_bytes)
 
     def _masters(self) -> list[Master]:
         return [bucket.master for bucket in self.buckets]
@@ -207,6 +243,7 @@ class Replica:
         The others get new indices. Gradients of those that leave are dropped.
         """
         self.gathers.finish_all()
+        self.rejoin_gradients()
         self.reducer.clear(gone)
         for bucket in self.buckets:
             bucket.release(gone)
@@ -225,7 +262,6 @@ class Replica:
         precision: Precision,
         *,
         first_index: int,
-        moves: bool = False,
     ) -> list[Bucket]:
         config = self.config
         return make_buckets(
@@ -237,7 +273,6 @@ class Replica:
             home=config.placement.home,
             shared=config.share_parameters,
             first_index=first_index,
-            moves=moves,
         )
 
     def _await_writers(self, buckets: Sequence[Bucket]) -> None:
@@ -330,6 +365,11 @@ def cast_frozen(params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
         is_free = not param.requires_grad and param not in trained
         if dtype is not None and is_free and param.dtype is torch.float32:
             param.data = param.data.to(dtype)
+
+
+def _extents(buckets: Iterable[Bucket]) -> dict[int, Segment]:
+    """What this rank has of each parameter in these buckets, by the parameter's index."""
+    return {segment.owner.index: segment for bucket in buckets for segment in bucket.segments}
 
 
 def _bytes_on_the_way(module: nn.Module, config: Config) -> int:

@@ -88,8 +88,8 @@ class Trained:
 
     @property
     def stores(self) -> list[GradientStore]:
-        """The gradients of its buckets."""
-        return [self.replica.reducer.stores[bucket.index] for bucket in self.buckets]
+        """The gradients of its buckets, where `finish_reduces` has been called since the last backward."""
+        return [self.replica.reducer.stores_of_params[bucket.index] for bucket in self.buckets]
 
     def segments(self) -> Iterator[Segment]:
         """What this rank steps."""
@@ -115,7 +115,14 @@ class Trained:
         return self.replica.transport.gather_scalar(value, label=label)
 
     def finish_reduces(self) -> Tensor:
-        """Have all gradients summed. Returns uint8 [number of parameters], 1 where there is a gradient to step with. Collective."""
+        """Have all gradients summed, where their parameters lie. Returns uint8 [number of parameters], 1 where there is a gradient to
+        step with. Collective."""
+        active = self.sum_gradients()
+        self.replica.rejoin_gradients()
+        return active
+
+    def sum_gradients(self) -> Tensor:
+        """Likewise, wherever they lie."""
         self.replica.reducer.finish()
         active = self.replica.reducer.view.take()
         if not active.all():

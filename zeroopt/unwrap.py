@@ -69,6 +69,8 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
     states = [_state_on_all_ranks(one) for one in given]
     replica.reducer.remove_hooks()
     replica.gathers.remove_hooks()
+    if model.features.foresight is not None:
+        model.features.foresight.forget()
     for param, value in values.items():
         param.grad = None
         param.data = value

@@ -35,7 +35,7 @@ class Scene(Lone):
 
     def __init__(self, stage: int = 1, *, allowed: bool = True) -> None:
         super().__init__(stage, lambda params, lr: torch.optim.SGD(params, lr, momentum=0.5))
-        self.replanning = Replanning(self.optimizer._trained, allowed=allowed)
+        self.replanning = Replanning(self.optimizer._trained, None, allowed=allowed)
 
     def backward_in(self, order: list[int]) -> None:
         """Gradients of layers come in this order."""

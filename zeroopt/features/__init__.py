@@ -7,7 +7,8 @@ In reading order; each imports from those above it:
     averaging    `average_every`: ranks that train alone, and average
     clipping     by the norm of all gradients
     grad_scaler  steps through a GradScaler: all ranks leave out the same ones
-    replanning   buckets in the order in which gradients arrive
+    foresight    the order in which gradients will arrive, as the first forward tells it
+    replanning   buckets in that order, and in the one in which they have arrived
     growth       parameters that come and go: unfrozen ones, further groups, edited groups
     used_in_bucket     which parameters of a bucket had a gradient on any rank, told while it travels
     step_in_backward   each bucket is stepped as soon as its sum is there

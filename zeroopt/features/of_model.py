@@ -11,6 +11,7 @@ from ..options.config import Config
 from ..replica import Replica
 from .audit import Audit
 from .clipping import BucketNorms
+from .foresight import Foresight
 from .join import Join, Joining
 from .step_in_backward import StepInBackward
 
@@ -23,6 +24,7 @@ class ModelFeatures:
         turnout: which ranks still train.
         join: tells ranks that have run out of data what this one does.
         norms: of gradients, for clipping.
+        foresight: of the order of gradients; None where nobody could follow it.
         audit: looks at gradients and parameters in some steps; None: in none.
         step_in_backward: steps buckets while backward runs; None: `step()` does.
     """
@@ -32,6 +34,7 @@ class ModelFeatures:
         self.turnout = Turnout(transport.control.size)
         self.join = Join(transport, self.turnout)
         self.norms = BucketNorms(self.features)
+        self.foresight: Foresight | None = None
         self.audit: Audit | None = None
         self.step_in_backward: StepInBackward | None = None
         self._joining: Joining | None = None
@@ -40,6 +43,10 @@ class ModelFeatures:
         """Take up the features that the options ask for, and what a user brings."""
         self._joining = Joining(self.join, replica.reducer.view, self.turnout)
         self.features.add(self._joining, on=False)
+        # A user's features may look for the parameters of a bucket, and a step in backward has to.
+        if config.placement.shard_gradient and not config.step_in_backward and not further:
+            self.foresight = Foresight(replica.module)
+            self.features.add(self.foresight)
         if config.check_every is not None:
             self.audit = Audit(config.check_every, replica.params, replica.transport, replica.gathers.finish_all)
             self.features.add(self.audit)

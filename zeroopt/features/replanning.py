@@ -4,6 +4,11 @@ The first plan takes the parameters in reverse order, which is only a guess at t
 gradients. Where it was wrong, a bucket waits for a gradient that comes late, and those behind it wait with it. What the
 ranks own changes with the plan, so what they have moves: before the first step, when the optimizer has no state yet. What is
 moved takes no more than the state that comes then.
+
+    first forward     `Foresight` sees in which order modules are used
+    first backward    in stage 2, gradients go into buckets that are planned by it, which are layouts alone: graphs that were
+                      recorded refer to the parameters where they are
+    first step        parameters move there, or, where gradients arrived in yet another order, all moves by that
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Sequence
+
+from torch import nn
 
 from .._C import Plan
 from ..collectives import Transport
@@ -22,6 +29,7 @@ from ..state.inner_state import InnerState
 from ..state.layout import ShardLayout
 from ..storage.bucket import Bucket
 from ..trained import Trained
+from .foresight import Foresight
 
 _log = logging.getLogger("zeroopt")
 
@@ -30,19 +38,36 @@ class Replanning(Feature):
     """Plans the buckets of one optimizer anew, before its first step, and before state is loaded that was saved with another plan.
 
     Args:
+        foresight: tells in which order gradients will come; None where nothing does.
         allowed: whether a step may do so.
     """
 
-    def __init__(self, trained: Trained, *, allowed: bool) -> None:
+    def __init__(self, trained: Trained, foresight: Foresight | None, *, allowed: bool) -> None:
         self._trained = trained
         self._replica = trained.replica
+        self._foresight = foresight if allowed else None
         self._allowed = allowed
+        self._led: list[int] = []  # by which the gradients that are ahead of their parameters were planned
         self.expect_new_order()
 
     def expect_new_order(self) -> None:
         """Parameters have come or gone: go by the order of their gradients once more."""
         self._is_due = self._allowed
         self._after = self._replica.reducer.num_backwards
+        if self._foresight is not None:
+            self._foresight.watch(self._lead)
+
+    def _lead(self, params: Sequence[nn.Parameter]) -> None:
+        """The first backward begins: let gradients go by the order in which they are expected. Collective."""
+        if not self._is_due or not self._is_alone():
+            return
+        with named_range("replan"):
+            index_of = {managed.param: managed.index for managed in self._replica.params}
+            expected = [index_of[param] for param in params if param in index_of]
+            order = agree_on_order(expected, self._replica.params, self._replica.transport.control)
+            if not self._makes(order, self._trained.buckets):
+                self._replica.lead_gradients(self._lay_out(order))
+                self._led = order
 
     def may_move(self, step: Step) -> None:
         """Before the first step with these parameters: go by the order in which their gradients arrived."""
@@ -61,10 +86,11 @@ class Replanning(Feature):
             return
         self._is_due = False
         with named_range("replan"):
-            self._trained.finish_reduces()  # what users have made of gradients is to move with them
+            self._trained.sum_gradients()  # what users have made of gradients is to move with them
             order = agree_on_order(reducer.arrivals, self._replica.params, self._replica.transport.control)
             if self._is_alone():
-                self._replan(order)
+                is_foreseen = reducer.is_ahead and self._makes(order, reducer.buckets)
+                self._replan(self._led if is_foreseen else order)
             else:
                 reducer.start_in_order(order)
 
@@ -80,8 +106,7 @@ class Replanning(Feature):
         plan: Plan | None = None
         ordered: list[ManagedParam] = []
         if len(order) == 1 and sorted(order[0]) == list(range(len(trained.params))) and self._is_alone():
-            ordered = in_order(trained.params, order[0])
-            plan = self._replica.make_plan(ordered, trained.config.precision)
+            plan, ordered = self._plan(order[0])
         fits_now = layout is None or trained.state_dicts.matches(layout)
         would_fit = layout is not None and plan is not None and trained.state_dicts.would_match(layout, plan, ordered)
         # Of 53 bits, which float64 keeps, those above two say which order it is.
@@ -104,27 +129,40 @@ class Replanning(Feature):
     def _replan(self, order: Sequence[int]) -> None:
         """Move parameters, gradients and state into buckets for another order. Collective."""
         trained, replica = self._trained, self._replica
-        ordered = in_order(trained.params, order)
-        plan = replica.make_plan(ordered, trained.config.precision)
-        grouped = [{managed.index for managed in bucket.params} for bucket in trained.buckets]
-        if is_grouped_alike(grouped, plan, ordered):
+        if self._makes(order, trained.buckets):
             return
-        _log_new_plan(trained.buckets, plan, ordered, replica.transport)
+        is_led = replica.reducer.is_ahead and order == self._led
+        buckets = replica.reducer.buckets if is_led else self._lay_out(order)
+        _log_new_plan(trained.buckets, buckets, replica.transport)
         trained.stepper.attach((), ())  # which gives up what it knows of the state, and holds no gradients
-        replica.rebuild(plan, ordered, trained.config.precision, InnerState(trained.inner.state))
+        replica.rebuild(buckets, InnerState(trained.inner.state))
         trained.buckets[:] = replica.buckets
         trained.stepper.attach(trained.buckets, trained.stores)
         trained.generations = [list(order)]
 
+    def _plan(self, order: Sequence[int]) -> tuple[Plan, list[ManagedParam]]:
+        """A plan for an order, and the parameters as it takes them."""
+        ordered = in_order(self._trained.params, order)
+        return self._replica.make_plan(ordered, self._trained.config.precision), ordered
 
-def _log_new_plan(buckets: Sequence[Bucket], plan: Plan, ordered: Sequence[ManagedParam], transport: Transport) -> None:
+    def _makes(self, order: Sequence[int], buckets: Sequence[Bucket]) -> bool:
+        """Whether a plan for an order groups parameters as these buckets do."""
+        return is_grouped_alike(
+            [{managed.index for managed in bucket.params} for bucket in buckets], *self._plan(order)
+        )
+
+    def _lay_out(self, order: Sequence[int]) -> list[Bucket]:
+        return self._replica.lay_out(*self._plan(order), self._trained.config.precision)
+
+
+def _log_new_plan(before: Sequence[Bucket], after: Sequence[Bucket], transport: Transport) -> None:
     """Say on rank 0, with level DEBUG, what changes."""
     if transport.control.rank == 0:
-        first = [ordered[i].name for i in plan.buckets[0].params]
+        was, is_to_be = before[0].params, after[0].params
         _log.debug(
             "%d buckets are planned anew, as %d, in the order in which gradients arrive: bucket 0 was of %s … %s, and will be of "
             "%s … %s",
-            len(buckets),
-            len(plan.buckets),
-            *(buckets[0].params[0].name, buckets[0].params[-1].name, first[0], first[-1]),
+            len(before),
+            len(after),
+            *(was[0].name, was[-1].name, is_to_be[0].name, is_to_be[-1].name),
         )

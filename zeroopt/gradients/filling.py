@@ -33,7 +33,6 @@ class Filling:
 
     def __init__(self, view: GradientView) -> None:
         self._view = view
-        self.params: list[ManagedParam] = []
         self.order: list[int] = []
         self.scale = 1.0
         self.attach((), ())
@@ -41,15 +40,21 @@ class Filling:
     def attach(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
         """Go by these from now on. No backward may be running."""
         self.params = list(params)
-        self.bucket_of = [0] * len(params)
         self._addresses = [0] * len(params)
         for bucket in buckets:
             for managed in bucket.params:
-                self.bucket_of[managed.index] = bucket.index
                 self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
         self._address_of: list[Callable[[], int]] = [managed.address for managed in params]
-        self._sizes = [len(bucket.params) for bucket in buckets]
         self.order.clear()
+        self.regroup(buckets)
+
+    def regroup(self, buckets: Sequence[Bucket]) -> None:
+        """Gradients come together in other buckets from now on; parameters stay where they lie. No backward may be running."""
+        self.bucket_of = [0] * len(self.params)
+        for bucket in buckets:
+            for managed in bucket.params:
+                self.bucket_of[managed.index] = bucket.index
+        self._sizes = [len(bucket.params) for bucket in buckets]
         self.reset()
 
     def begin(self, scale: float) -> None:

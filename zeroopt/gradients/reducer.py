@@ -83,6 +83,9 @@ class GradientReducer:
         self._bucket_buffers = bucket_buffers
         self._hooks: list[GradientHook] = []
         self._buckets: list[Bucket] = []
+        self._left_behind: tuple[list[Bucket], list[GradientStore]] | None = (
+            None  # where parameters lie, while `is_ahead`
+        )
         self._filling = Filling(view)
         self._in_flight = InFlight(transport, features, pool)
         self._used = UsedParams(transport)
@@ -145,24 +148,65 @@ class GradientReducer:
         self._buckets.clear()
         self._add_buckets(self._filling.params, buckets)
 
+    def lead(self, ahead: Sequence[Bucket]) -> None:
+        """Put gradients together in other buckets, which are layouts alone. Collective. Nothing may be on its way; sums that there are
+        have to be moved.
+
+        It ends with `rejoin`; with `settle`, when parameters have moved into these buckets; or with `rebuild`.
+        """
+        assert self._left_behind is None and self._pool is not None
+        self._reclaim_all()
+        for store in self.stores:
+            store.discard()
+        self._left_behind = self._buckets, self.stores
+        self._pool.fit(ahead)
+        self._regroup(list(ahead), list(map(self._make_store, ahead)))
+
+    def rejoin(self) -> None:
+        """Put them together where their parameters still lie. Collective, likewise."""
+        assert self._left_behind is not None
+        self._reclaim_all()
+        before, self._left_behind = self._left_behind, None
+        self._regroup(*before)
+
+    def settle(self) -> None:
+        """Parameters have moved into the buckets of their gradients. Collective. After `free_buffers`."""
+        assert self._pool is not None
+        self._left_behind = None
+        self._pool.fit(self._buckets)
+        for store in self.stores:
+            store.norm = None  # which was computed without the kernel
+        self._attach(self._filling.params)
+
+    def _regroup(self, buckets: list[Bucket], stores: list[GradientStore]) -> None:
+        assert not self._in_flight and not self._running
+        self._buckets, self.stores = buckets, stores
+        for bucket in buckets:
+            bucket.place_params()
+        self._filling.regroup(buckets)
+        self._follow_buckets()
+
     def _add_buckets(self, params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> None:
         self._buckets += buckets
         if self._pool is not None:
             self._pool.fit(self._buckets)
         self.stores += map(self._make_store, buckets)
+        self._attach(params)
+
+    def _attach(self, params: Sequence[ManagedParam]) -> None:
+        """Note where in the buckets each parameter lies."""
+        self._filling.attach(params, self._buckets)
+        self._follow_buckets()
+
+    def _follow_buckets(self) -> None:
         # Stage 0 has to wait for its reduces in any case, to gather them.
         bounded = self._transport.needs_staging or self.stores[0].sum_is_spread
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         if self._pool is not None and self._pool.lends_sums:
             most = 1
         self._in_flight.most = most if self._overlap else 0
-        self._attach(params)
-
-    def _attach(self, params: Sequence[ManagedParam]) -> None:
-        """Note where in the buckets each parameter lies."""
-        self._filling.attach(params, self._buckets)
         self._used.first_bucket = self._buckets[0].name
-        self.view.attach(params, self._buckets, self.stores)
+        self.view.attach(self._filling.params, self._buckets, self.stores)
         self._set_sequence(range(len(self._buckets)))
 
     def start_in_order(self, order: Sequence[int]) -> None:
@@ -181,15 +225,37 @@ class GradientReducer:
         self._place = {bucket: place for place, bucket in enumerate(sequence)}
         self._next = 0  # place of the bucket that starts next
 
-    def free_buffers(self) -> None:
-        """Give up the gradients and their memory, before buckets are rebuilt."""
-        for store in self.stores:
-            store.free(self._transport)
+    def free_buffers(self, *, keep_sums: bool) -> None:
+        """Give up the memory of gradients, before parameters move.
+
+        Args:
+            keep_sums: they are where they will be; before `settle`. Else before `rebuild`.
+        """
+        self._reclaim_all()
         if self._pool is not None:
             self._pool.free()
-        self.stores.clear()
+        if not keep_sums:
+            for store in self.stores:
+                store.free(self._transport)
+            self.stores.clear()
+            self._left_behind = None
 
     # What there is.
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """In which gradients are put together, with `stores`: where the parameters lie, or, while `is_ahead`, are to lie."""
+        return self._buckets
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the buckets of gradients do not hold the parameters yet; they are all buckets of the model then."""
+        return self._left_behind is not None
+
+    @property
+    def stores_of_params(self) -> list[GradientStore]:
+        """The gradients of the buckets in which the parameters lie; while `is_ahead`, there are none in them."""
+        return self.stores if self._left_behind is None else self._left_behind[1]
 
     @property
     def arrivals(self) -> Sequence[int]:
@@ -260,7 +326,7 @@ class GradientReducer:
     def discard(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Forget the gradients, reduced and local, of some buckets or of all."""
         self.finish()
-        chosen = self._buckets if buckets is None else buckets
+        chosen = self._where(buckets)
         for bucket in chosen:
             self.stores[bucket.index].discard()
         self._used.forget([managed.index for bucket in chosen for managed in bucket.params])
@@ -272,7 +338,7 @@ class GradientReducer:
     def zero(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Set the reduced gradients of some buckets, or of all, to zero; parameters that had one count as having one still."""
         self.finish()
-        chosen = self._buckets if buckets is None else buckets
+        chosen = self._where(buckets)
         for bucket in chosen:
             self.stores[bucket.index].zero()
         self.view.zeroed(chosen)
@@ -280,6 +346,10 @@ class GradientReducer:
             self.is_zeroed = True
             self._left_local = False
         self._note_cleared()
+
+    def _where(self, buckets: Sequence[Bucket] | None) -> Sequence[Bucket]:
+        """In which buckets the gradients of these are put together now. Only those of all are ever ahead."""
+        return self._buckets if buckets is None or self.is_ahead else buckets
 
     def _note_cleared(self) -> None:
         for gradients_cleared in self._events["gradients_cleared"]:

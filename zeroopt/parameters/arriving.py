@@ -131,10 +131,11 @@ class ForwardHook:
                 gathers.finish(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _take_idle_hook, ()  # a copy of the model has parameters of its own
+        return take_idle_hook, ()  # a copy of the model has parameters of its own
 
 
-def _take_idle_hook() -> Callable[[nn.Module, Any], None]:
+def take_idle_hook() -> Callable[[nn.Module, Any], None]:
+    """What copies of our hooks are, until `remove_idle_hooks`."""
     return _idle_hook
 
 

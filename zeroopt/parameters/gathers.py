@@ -32,7 +32,7 @@ class ParamGathers:
     def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool) -> None:
         self._module = module
         self._transport = transport
-        self._compiled = _runs_compiled(module)
+        self._compiled = runs_compiled(module)
         self._lazy = lazy and not self._compiled
         self.pending: dict[int, PendingCollective] = {}
         self._hooks: list[ForwardHook] = []
@@ -157,7 +157,7 @@ def _has_compiled() -> bool:
     return dynamo is not None and bool(dynamo.utils.counters["stats"].get("unique_graphs"))
 
 
-def _runs_compiled(module: nn.Module) -> bool:
+def runs_compiled(module: nn.Module) -> bool:
     """Whether some part of the model runs without Python's seeing its parameters."""
     compiled: tuple[type, ...] = (torch.jit.ScriptModule,)
     if "torch._dynamo" in sys.modules:  # importing it takes seconds, and 70 MB

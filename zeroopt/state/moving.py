@@ -7,45 +7,55 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .._C import Plan
-from .._C import Segment as PlannedSegment
 from ..collectives import ControlGroup, Transport
 from ..pages import paged_zeros
 from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership
-from ..plan.params import ManagedParam, ParamState
+from ..plan.params import ParamState
 from ..storage.bucket import Bucket
 from ..storage.segment import BySegments, Segment
 from ..storage.stripe import Stripe, cut_in_stripes
 from .entries import Path, block_of, is_array, map_leaves
 
 
+class Extent(Protocol):
+    """Some elements of a parameter, side by side.
+
+    Attributes:
+        start: the first of them.
+    """
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def numel(self) -> int: ...
+
+
 def move_arrays(
     sources: Sequence[BySegments],
     buckets: Sequence[Bucket],
-    plan: Plan,
-    ordered: Sequence[ManagedParam],
+    wanted: Mapping[int, Extent],
     ownership: Ownership,
     transport: Transport,
     scratch_bytes: int,
 ) -> dict[int, ParamState]:
-    """Have every source forget what lies by the buckets' segments, and return what this rank's segments of `plan` get instead, by
-    index of the parameter. Collective.
+    """Have every source forget what lies by the buckets' segments, and return what this rank gets instead, by index of the
+    parameter. Collective.
 
     Args:
         sources: that of each bucket.
-        ordered: the parameters that the plan is for, in its order.
+        wanted: the segments that this rank is to have, by index of the parameter.
         scratch_bytes: about how much memory it may take besides.
     """
     known = _describe_together(sources, buckets, transport.control)
     if not known:
         return {}
-    wanted = {ordered[piece.param].index: piece for piece in ownership.segments(plan)}
     moved: dict[int, dict[Path, Tensor]] = {index: {} for index in wanted if index in known}
     scratch = _Scratch(scratch_bytes, buckets, ownership, transport)
     for source, bucket in zip(sources, buckets, strict=True):
@@ -58,7 +68,7 @@ def move_arrays(
         for path, array in sorted(arrays.items(), key=lambda item: str(item[0])):
             for managed, piece in mine.items():
                 if isinstance(leaves[managed].get(path), _Array):
-                    moved[managed.index][path] = paged_zeros(array.size(piece.numel), array.dtype, bucket.master.home)
+                    moved[managed.index][path] = paged_zeros(array.size(piece.numel), array.dtype, bucket.home)
             for stripe in scratch.stripes(bucket):
                 full = scratch.gather(held, path, array, bucket, stripe)
                 for owner, start, offset, numel in stripe.pieces(bucket.params):
@@ -71,7 +81,7 @@ def move_arrays(
 
 
 def _take_over(
-    target: Tensor, wanted: PlannedSegment, full: Tensor, array: _Array, start: int, offset: int, numel: int
+    target: Tensor, wanted: Extent, full: Tensor, array: _Array, start: int, offset: int, numel: int
 ) -> None:
     """Copy what a segment gets of elements [start, start + numel) of its parameter, which lie in `full` from `offset` on."""
     first, last = max(start, wanted.start), min(start + numel, wanted.start + wanted.numel)

@@ -1,4 +1,7 @@
-"""Flat storage: the parameters of a bucket are parts of one buffer, and so are the pieces of them that this rank owns."""
+"""Flat storage: the parameters of a bucket are parts of one buffer, and so are the pieces of them that this rank owns.
+
+A bucket may be a layout alone: gradients can be put together by it before the parameters move into it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ SET_AT_ONCE = 1 << 19
 class Bucket:
     """Parameters of one dtype side by side in one flat buffer, cut into one slice a rank.
 
-    Making one moves the parameters into it: `param.data` becomes a part of it. The values stay, or are rounded to `dtype`; what
-    rounding takes from the own range, the master keeps.
+    At first it is a layout alone: its buffer, and what is as large, are on the meta device, and the parameters are somewhere else.
+    Gradients can be put together by it. `hold_params` gives it memory and moves the parameters there: `param.data` becomes a part
+    of it. The values stay, or are rounded to `dtype`; what rounding takes from the own range, the master keeps.
 
     Attributes:
         name: how messages call the bucket.
@@ -34,6 +38,7 @@ class Bucket:
         flat_param: [padded_numel], all parameters; the gaps between them are zero.
         own_range: the elements of the bucket that this rank steps; its slice, or all of the bucket in stage 0.
         own_param: view of `flat_param` over the own range.
+        home: the device where the own range is stepped.
         master: the exact values of the own range.
         segments: the pieces of parameters in the own range.
         gaps: first and last element, plus one, of what lies between and behind the parameters.
@@ -44,14 +49,12 @@ class Bucket:
         self,
         index: int,
         layout: BucketPlan,
+        pieces: Sequence[PlannedSegment],
         params: Sequence[ManagedParam],
         own_range: tuple[int, int],
-        transport: Transport,
         precision: Precision,
         *,
         home: torch.device | None,
-        shared: bool,
-        moves: bool,
     ) -> None:
         self.index = index
         self.precision = precision
@@ -59,19 +62,46 @@ class Bucket:
         self.params = [params[i] for i in layout.params]
         self.dtype = precision.stored_dtype(self.params[0].param.dtype)
         self.device = self.params[0].param.device
+        self.home = self.device if home is None else home
         self.norm_weight = 1.0 / self.params[0].copies
-        for managed, offset in zip(self.params, layout.offsets, strict=True):
-            managed.offset = offset
+        self._offset_of = dict(zip(self.params, layout.offsets, strict=True))
         self.gaps = self._find_gaps()
         self.name = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
-        self.flat_param = transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared)
         self.own_range = own_range
-        self.own_param = self.within_own_range(self.flat_param)
+        self._pieces = [(params[piece.param], piece) for piece in pieces]
         self._state_dtype = precision.sum_dtype(self.dtype, by_slices=True)
-        self.master = make_master(self.own_param, precision, home)
+        self._lie_in(torch.empty(self.padded_numel, dtype=self.dtype, device="meta"), home=None)
+
+    def _lie_in(self, flat_param: Tensor, home: torch.device | None) -> None:
+        self.flat_param = flat_param
+        self.own_param = self.within_own_range(flat_param)
+        self.master = make_master(self.own_param, self.precision, home)
+        self.segments = [
+            Segment(owner, piece.start, piece.offset, piece.numel, self._shard_of(owner, piece), self._state_dtype)
+            for owner, piece in self._pieces
+        ]
+
+    def _shard_of(self, owner: ManagedParam, piece: PlannedSegment) -> nn.Parameter:
+        assert not owner.is_whole or piece.numel == owner.numel
+        return nn.Parameter(with_own_storage(view_of(self.master.stepped, owner, piece.offset, piece.numel)))
+
+    def place_params(self) -> None:
+        """Let the parameters' offsets be those in this bucket, where they, or their gradients, are to lie."""
         for managed in self.params:
-            self._take_in(managed, writes=transport.writes_parameters or not shared, leaves=moves)
-        self.segments: list[Segment] = []
+            managed.offset = self._offset_of[managed]
+
+    def hold_params(self, transport: Transport, *, shared: bool, leave: bool = False) -> None:
+        """Get memory, and move the parameters into it. Collective.
+
+        Args:
+            shared: the ranks of a host get the same bucket, with the values of the first of them.
+            leave: the parameters come from other buckets, and on the CPU their pages go back as they leave them.
+        """
+        self._lie_in(transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared), self.home)
+        self.place_params()
+        writes = transport.writes_parameters or not shared
+        for managed in self.params:
+            self._take_in(managed, writes=writes, leaves=leave)
 
     def _take_in(self, managed: ManagedParam, *, writes: bool, leaves: bool) -> None:
         """Move a parameter into the bucket.
@@ -106,14 +136,6 @@ class Bucket:
             within = self.own_range[0]
             self.master.keep(begin - within, end - within, values[begin - first : end - first])
 
-    def cut_segments(self, pieces: Sequence[PlannedSegment], params: Sequence[ManagedParam]) -> None:
-        """Make the segments of the own range, as planned."""
-        for piece in pieces:
-            owner = params[piece.param]
-            assert not owner.is_whole or piece.numel == owner.numel
-            shard = nn.Parameter(with_own_storage(view_of(self.master.stepped, owner, piece.offset, piece.numel)))
-            self.segments.append(Segment(owner, piece.start, piece.offset, piece.numel, shard, self._state_dtype))
-
     def release(self, gone: Collection[ManagedParam]) -> None:
         """Let parameters have memory of their own again. They leave gaps, of whatever values, that nobody steps."""
         for managed in self.params:
@@ -140,8 +162,8 @@ class Bucket:
             full[begin:end].zero_()
 
     def _find_gaps(self) -> list[tuple[int, int]]:
-        begins = [managed.offset for managed in self.params]
-        ends = [managed.offset + managed.numel for managed in self.params]
+        begins = [self._offset_of[managed] for managed in self.params]
+        ends = [begin + managed.numel for begin, managed in zip(begins, self.params, strict=True)]
         borders = zip([0, *ends], [*begins, self.padded_numel], strict=True)
         return [(end, begin) for end, begin in borders if begin > end]
 
@@ -151,6 +173,30 @@ def pieces_of(managed: ManagedParam, values: Tensor) -> Iterator[tuple[int, Tens
     flat = managed.flatten(values)
     for start in range(0, managed.numel, SET_AT_ONCE):
         yield managed.offset + start, flat[start : start + SET_AT_ONCE]
+
+
+def lay_out_buckets(
+    plan: Plan,
+    params: Sequence[ManagedParam],
+    ownership: Ownership,
+    precision: Precision,
+    *,
+    home: torch.device | None,
+    first_index: int = 0,
+) -> list[Bucket]:
+    """The buckets of a plan, as layouts alone.
+
+    Args:
+        params: those that the plan is for, in its order.
+        home: where this rank steps what is its own; None: where the parameters are.
+        first_index: index of the first of the buckets, which come behind others of the model.
+    """
+    buckets = []
+    for number, layout in enumerate(plan.buckets):
+        begin_end = ownership.stepped(layout.padded_numel)
+        pieces = plan.segments(number, *begin_end)
+        buckets.append(Bucket(first_index + number, layout, pieces, params, begin_end, precision, home=home))
+    return buckets
 
 
 def make_buckets(
@@ -163,7 +209,6 @@ def make_buckets(
     home: torch.device | None,
     shared: bool,
     first_index: int = 0,
-    moves: bool = False,
 ) -> list[Bucket]:
     """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
 
@@ -171,19 +216,10 @@ def make_buckets(
     there, masters have to `fetch` them.
 
     Args:
-        params: those that the plan is for, in its order.
-        home: where this rank steps what is its own; None: where the parameters are.
-        first_index: index of the first of the buckets, which come behind others of the model.
-        moves: the parameters come from other buckets, and on the CPU their pages go back as they leave them.
+        params, home, first_index: as for `lay_out_buckets`.
     """
-    buckets = []
-    for number, layout in enumerate(plan.buckets):
-        begin_end = ownership.stepped(layout.padded_numel)
-        bucket = Bucket(
-            first_index + number, layout, params, begin_end, transport, precision, home=home, shared=shared, moves=moves
-        )
-        bucket.cut_segments(plan.segments(number, *begin_end), params)
-        buckets.append(bucket)
-        if not moves:
-            trim_heap()  # of where the parameters were
+    buckets = lay_out_buckets(plan, params, ownership, precision, home=home, first_index=first_index)
+    for bucket in buckets:
+        bucket.hold_params(transport, shared=shared)
+        trim_heap()  # of where the parameters were
     return buckets

@@ -247,11 +247,13 @@ class GradientStore:
 
     def square_sum(self) -> Tensor:
         """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
-        if self._storage is None or self._bucket.master.is_away:  # for which the kernel has no table
+        bucket = self._bucket
+        # For which the kernel has no table.
+        if self._storage is None or bucket.master.is_away or bucket.own_param.is_meta:
             norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
             return norm.square()
         if self._table is None:
-            arrays = ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master.array)
+            arrays = ops.SegmentArrays(bucket.own_param, self.reduced, bucket.master.array)
             self._table = ops.SegmentTable(self._storage, [arrays])
         active = torch.ones(1, dtype=torch.uint8, device=self.reduced.device)
         found_inf = torch.zeros(1, dtype=torch.float32, device=self.reduced.device)
@@ -282,5 +284,7 @@ class GradientStore:
 
     def take(self, segment: Segment, arrays: ParamState) -> None:
         """Let what another store has held be the sum for one segment."""
+        if not self.holds_sum:
+            self.zero()  # what else lies there is of an earlier step
+            self.holds_sum = True
         self.part(segment).copy_(arrays[_SUM])
-        self.holds_sum = True
