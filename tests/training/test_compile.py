@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training import build, loss_of
 from worker_pool import RunOnRanks, forget_compiled_code
 
+import zeroopt
 from zeroopt.parameters.arriving import ArrivingParameter
 
 TIMEOUT_S = 180.0  # a worker's first use of the compiler imports half of torch
@@ -141,6 +142,40 @@ def test_compiled_models_follow_ddp(
     run_on_ranks: RunOnRanks, scenario: Callable[[Prepare], list[Tensor]], world_size: int
 ) -> None:
     run_on_ranks(world_size, follow_compiled, scenario, timeout=TIMEOUT_S)
+
+
+def compiled_graphs(how: str, foresight: bool) -> int:
+    """How often a compiler is asked, in three steps of stage 2."""
+    from torch._dynamo.utils import counters
+
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, sgd(net))
+    assert model.features.foresight is not None
+    if not foresight:
+        model.features.foresight.forget()
+    before = counters["stats"]["unique_graphs"]
+    runs: nn.Module = model
+    if how == "in parts":
+        for layer in net.layers[::2]:
+            layer.compile(backend=BACKEND, fullgraph=True)
+    else:
+        runs = torch.compile(model if how == "around" else net, backend=BACKEND)  # type: ignore[assignment]
+    train(runs, optimizer, range(3))
+    assert not model.replica.reducer.is_ahead
+    return counters["stats"]["unique_graphs"] - before
+
+
+@no_trace_of_compilation()
+def compare_numbers_of_graphs(how: str) -> None:
+    forget_compiled_code()
+    expected = compiled_graphs(how, foresight=False)
+    forget_compiled_code()
+    assert compiled_graphs(how, foresight=True) == expected > 0
+
+
+@pytest.mark.parametrize("how", ["around", "within", "in parts"])
+def test_what_watches_the_first_forward_has_nothing_compiled_again(run_on_ranks: RunOnRanks, how: str) -> None:
+    run_on_ranks(2, compare_numbers_of_graphs, how, timeout=TIMEOUT_S)
 
 
 def follow_machine_code(cache: str) -> None:

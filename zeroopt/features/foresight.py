@@ -9,6 +9,7 @@ from torch import nn
 
 from ..feature import Feature
 from ..parameters.first_uses import FirstUses
+from ..parameters.gathers import has_compiled
 
 Follow = Callable[[Sequence[nn.Parameter]], None]
 
@@ -33,14 +34,19 @@ class Foresight(Feature):
 
     def forget(self) -> None:
         """Watch no more."""
+        self._follow = None
         if self._uses is not None:
             self._uses.stop()
-        self._uses = self._follow = None
+            self._uses = None
 
     @torch.no_grad()
     def backward_begins(self) -> None:
         """The graph is there."""
         uses, follow = self._uses, self._follow
-        if uses is not None and follow is not None:
+        if uses is None or follow is None:
+            return
+        expected = uses.params()[::-1]
+        self._follow = None
+        if not has_compiled():  # code that was compiled with these hooks would be compiled again without them
             self.forget()
-            follow(uses.params()[::-1])
+        follow(expected)

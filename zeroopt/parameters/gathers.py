@@ -92,7 +92,7 @@ class ParamGathers:
                 self.finish(bucket)
 
     def _may_mark(self, bucket: int) -> bool:
-        return self._markable[bucket] and not self._compiled and not _has_compiled()
+        return self._markable[bucket] and not self._compiled and not has_compiled()
 
     def _mark(self, bucket: int) -> None:
         """Have the parameters of a bucket wait when they are used."""
@@ -151,7 +151,7 @@ class NoGathers(ParamGathers):
         return Done()
 
 
-def _has_compiled() -> bool:
+def has_compiled() -> bool:
     """Whether torch.compile has compiled anything: its code would be compiled again for each change of a parameter's class."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and bool(dynamo.utils.counters["stats"].get("unique_graphs"))
