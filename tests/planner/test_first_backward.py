@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
@@ -26,7 +27,7 @@ ORDERS = {
 
 
 class Net(nn.Module):
-    """Layers that run in another order than they are defined in."""
+    """Layers that run in another order than they are defined in, and are used past their calls, so that no forward foretells it."""
 
     def __init__(self, order: list[int]) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for number in self.order:
-            x = self.layers[number](x)
+            x = F.linear(x, self.layers[number].weight)
         return x
 
 

@@ -113,7 +113,9 @@ def test_what_lies_by_slices_is_moved_before_there_is_state() -> None:
     own = NUMEL // 8
     held = parts(asked(8, param_dtype=torch.bfloat16), "moving")
     full = 2 * 2 * LAYER  # a bucket of as many bytes has twice the elements
-    assert held == {"parameters": 2 * NUMEL, "masters": 4 * own, "gradients": 4 * own, "scratch": 8 * own + full}
+    assert held == {"parameters": 2 * NUMEL, "masters": 4 * own, "gradients": 4 * own, "scratch": 4 * own + full}
+    for options in ({"stage": 1}, {"overlap": False}):  # where sums move, too
+        assert parts(asked(8, param_dtype=torch.bfloat16, **options), "moving")["scratch"] == 8 * own + full
     stepping = parts(asked(8, step_in_backward=True), "moving")
     assert stepping["state"] == 8 * own and stepping["scratch"] == 8 * own + 4 * LAYER
 
@@ -134,10 +136,25 @@ def test_nothing_is_moved_where_gradients_come_as_was_guessed() -> None:
             return x
 
     sample = torch.empty(4, WIDTH, device="meta")
-    estimate = estimate_memory(
-        Backwards(), torch.optim.AdamW, world_size=8, device="cpu", sample=sample, compare=False, **OPTIONS
-    )
-    assert "moving" in [phase.name for phase in estimate.asked.phases]
+
+    def planned(**options: Any) -> Variant:
+        return estimate_memory(
+            Backwards(),
+            torch.optim.AdamW,
+            world_size=8,
+            device="cpu",
+            sample=sample,
+            compare=False,
+            **{**OPTIONS, **options},
+        ).asked
+
+    assert "moving" in [phase.name for phase in planned().phases]
+    waiting = [
+        parts(planned(overlap=overlap), "first backward")["activations"]
+        - parts(planned(overlap=overlap), "forward and backward")["activations"]
+        for overlap in (True, False)
+    ]
+    assert waiting[0] == 0 < LAYER < waiting[1], "the first backward is foreseen where buckets are planned anew"
 
 
 def test_saving_and_loading_take_what_is_written_and_read() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..diagnosis.footprint import footprint
 from ..options.config import Config
+from ..plan.params import Grain
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import num_buffers
 from .activations import Activations
@@ -157,7 +158,7 @@ class _Course:
         return self._phase("wrapping", max(parts, at_the_end, key=lambda part: sum(part.values())))
 
     def _first_backward(self) -> Phase:
-        """State does not exist yet, unless backward steps; but the order of gradients is not known, and some wait for their bucket."""
+        """State does not exist yet, unless backward steps; but where the order of gradients is not known, some wait for their bucket."""
         held = self.held
         parts = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
         parts |= {"buffers": self.buffers, "staging": self.staging}
@@ -165,7 +166,8 @@ class _Course:
             parts["state"] = held.moments
         if self.activations is None:
             return self._phase("first backward", parts)
-        waiting = waiting_gradients(self.guessed, self.activations, num_buffers(self.config))
+        planned = self.rehearsal if self._is_foreseen else self.guessed
+        waiting = waiting_gradients(planned, self.activations, num_buffers(self.config))
         live = [peak + waits for peak, waits in zip(self.activations.peaks, waiting, strict=True)]
         if not self.is_lazy:
             return self._phase("first backward", {**parts, "activations": max(live)})
@@ -174,6 +176,14 @@ class _Course:
             most = max(most, (held_now, filled), key=sum)
             filled = min(self.full_gradients, filled + gradient)
         return self._phase("first backward", {**parts, "gradients": self.sums + most[1], "activations": most[0]})
+
+    @property
+    def _is_foreseen(self) -> bool:
+        """Whether the first backward goes by the order of gradients already, and their sums stay where they are when parameters move."""
+        config = self.config
+        are_cut = all(trainee.grain is Grain.ELEMENT for trainee in self.setting.trainees)
+        waits_for_others = self.setting.cluster.world_size > 1 and config.average_every is None and config.overlap
+        return config.placement.shard_gradient and not config.step_in_backward and are_cut and waits_for_others
 
     @property
     def _sharing(self) -> int:
@@ -210,8 +220,8 @@ class _Course:
         return before != after
 
     def _moved(self) -> int:
-        """What lies by slices exists twice, and what of it is moved at a time a third time, in a buffer of one bucket's size."""
-        own = sum(store.reduced.nbytes for store in self.rehearsal.stores)
+        """What lies by slices and moves exists twice, and what of it is moved at a time a third time, in a buffer of one bucket's size."""
+        own = 0 if self._is_foreseen else sum(store.reduced.nbytes for store in self.rehearsal.stores)
         if self.config.step_in_backward:
             own = self.held.moments
         return self.held.masters + own + self._largest_bucket()
