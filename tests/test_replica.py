@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from zeroopt.plan.claims import claimed_params
 from zeroopt.plan.params import ManagedParam
 from zeroopt.replica import Replica, cast_frozen
 from zeroopt.state.inner_state import InnerState
+from zeroopt.storage.bucket import Bucket
 
 BF16 = torch.bfloat16
 STAGES = (0, 1, 2)
@@ -59,7 +61,11 @@ def backward(replica: Replica) -> list[Tensor]:
     """Sums of gradients, as the stores have them."""
     replica.module(torch.ones(2, 6)).square().sum().backward()
     replica.reducer.finish()
-    stores = zip(replica.buckets, replica.reducer.stores, strict=True)
+    return sums_of(replica)
+
+
+def sums_of(replica: Replica) -> list[Tensor]:
+    stores = zip(replica.reducer.buckets, replica.reducer.stores, strict=True)
     shown = {m: m.view_in(store.reduced).clone() for bucket, store in stores for m in bucket.params}
     return [shown[m] for m in replica.params]
 
@@ -121,6 +127,111 @@ def test_parameters_and_sums_move_to_the_buckets_of_another_plan(stage: int) -> 
         assert store.holds_sum
         for m in bucket.params:
             assert torch.equal(m.view_in(store.reduced), sums[m.index])
+
+
+def go_ahead(replica: Replica, order: Sequence[int] = (3, 0, 7, 5, 1, 2, 6, 4)) -> list[Bucket]:
+    """Gradients are to be put together in buckets to which the parameters have yet to move."""
+    ordered = [replica.params[i] for i in order]
+    ahead = replica.lay_out(replica.make_plan(ordered, Precision()), ordered, Precision())
+    replica.lead_gradients(ahead)
+    assert replica.reducer.is_ahead and list(replica.reducer.buckets) == ahead
+    return ahead
+
+
+def test_gradients_go_ahead_and_parameters_follow() -> None:
+    net, twin = build(), build()
+    replica, usual = replica_of(net), replica_of(twin)
+    replica.take_in(managed(net), Precision())
+    usual.take_in(managed(twin), Precision())
+    before, places = values(net), [m.param.data_ptr() for m in replica.params]
+    ahead = go_ahead(replica)
+    sums = backward(replica)
+    assert all(map(torch.equal, sums, backward(usual)))
+    assert [m.param.data_ptr() for m in replica.params] == places, "parameters stay"
+    assert all(bucket.flat_param.is_meta for bucket in ahead)
+    stores = list(replica.reducer.stores)
+    replica.rebuild(replica.reducer.buckets, InnerState({}))
+    check_places(replica)
+    assert replica.buckets == ahead and not replica.reducer.is_ahead
+    assert replica.reducer.stores == stores == replica.reducer.stores_of_params, "sums stay"
+    assert all(map(torch.equal, sums_of(replica), sums)) and all(map(torch.equal, values(net), before))
+    assert all(map(torch.equal, backward(replica), backward(usual))), "which is added"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_go_ahead_and_come_back(first: bool) -> None:
+    """With sums that there are already, and with those of a backward that has gone by the other buckets."""
+    net, twin = build(), build()
+    replica, usual = replica_of(net), replica_of(twin)
+    replica.take_in(managed(net), Precision())
+    usual.take_in(managed(twin), Precision())
+    places, stores = [m.param.data_ptr() for m in replica.params], list(replica.reducer.stores)
+    expected = backward(usual)
+    if first:
+        backward(replica)
+    go_ahead(replica)
+    assert not any(store.holds_sum for store in stores) and replica.reducer.stores_of_params == stores
+    if not first:
+        backward(replica)
+    assert all(map(torch.equal, sums_of(replica), expected))
+    replica.rejoin_gradients()
+    replica.rejoin_gradients()
+    assert not replica.reducer.is_ahead and replica.reducer.stores == stores
+    check_places(replica)
+    assert all(map(torch.equal, sums_of(replica), expected))
+    assert [m.param.data_ptr() for m in replica.params] == places
+    assert all(map(torch.equal, backward(replica), backward(usual)))
+
+
+def test_parameters_and_gradients_move_to_buckets_that_were_not_foreseen() -> None:
+    net, twin = build(), build()
+    replica, usual = replica_of(net), replica_of(twin)
+    replica.take_in(managed(net), Precision())
+    usual.take_in(managed(twin), Precision())
+    before = values(net)
+    go_ahead(replica)
+    sums = backward(replica)
+    backward(usual)
+    ordered = list(reversed(replica.params))
+    replica.rebuild(replica.lay_out(replica.make_plan(ordered, Precision()), ordered, Precision()), InnerState({}))
+    check_places(replica)
+    assert not replica.reducer.is_ahead
+    assert all(map(torch.equal, sums_of(replica), sums)) and all(map(torch.equal, values(net), before))
+    assert all(map(torch.equal, backward(replica), backward(usual)))
+
+
+@pytest.mark.parametrize("how", ["take in", "take out"])
+def test_gradients_come_back_before_parameters_come_or_go(how: str) -> None:
+    net = build()
+    replica = replica_of(net)
+    every = managed(net)
+    replica.take_in(every[:6], Precision())
+    go_ahead(replica, [3, 0, 5, 1, 2, 4])
+    sums = backward(replica)
+    for m in every[6:]:
+        m.param.grad = None
+    if how == "take in":
+        replica.take_in(every[6:], Precision())
+    else:
+        replica.take_out({replica.params[2]})
+        del sums[2]
+    check_places(replica)
+    assert not replica.reducer.is_ahead
+    assert all(map(torch.equal, sums_of(replica)[: len(sums)], sums))
+
+
+def test_gradients_are_cleared_wherever_they_are() -> None:
+    net = build()
+    replica = replica_of(net)
+    replica.take_in(managed(net), Precision())
+    go_ahead(replica)
+    backward(replica)
+    replica.reducer.zero(replica.buckets)
+    assert replica.reducer.is_zeroed and not any(store.reduced.any() for store in replica.reducer.stores)
+    assert all(store.holds_sum for store in replica.reducer.stores)
+    replica.reducer.discard(replica.buckets)
+    assert not any(store.holds_sum for store in replica.reducer.stores)
+    assert replica.reducer.is_ahead
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -12,7 +12,7 @@ In the order in which a bucket goes through them:
     wait_for_gather     until all slices are there: in the forward, where gathers are lazy
 
 and once a backward or step, `agree_on_used` (which parameters had a gradient on any rank), `wait_for_used`, `clip`,
-`check` (with `check_every`), and `replan` before the first step.
+`check` (with `check_every`), and `replan` when the first backward begins and before the first step.
 """
 
 from __future__ import annotations

@@ -150,7 +150,16 @@ class Replica:
         plan = self.make_plan(params, precision)
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
-        buckets = self._make_buckets(plan, params, precision, first_index=len(self.buckets))
+        buckets = make_buckets(
+            plan,
+            params,
+            self.ownership,
+            self.transport,
+            precision,
+            home=config.placement.home,
+            shared=config.share_parameters,
+            first_index=len(self.buckets),
+        )
         if self._building is not None:
             self._building.run(buckets, self.transport, config)
             self._building = None
@@ -189,7 +198,7 @@ class Replica:
         follows = self.reducer.buckets is buckets
         sums = {} if follows else self._move(self.reducer.stores, self.reducer.buckets, wanted)
         for bucket in self.buckets:
-            bucket.place_params()
+            bucket.place_params()  # what else there is lies where they do
         states, masters = (
             self._move(sources, self.buckets, wanted) for sources in ([state] * len(self.buckets), self._masters())
         )
@@ -254,26 +263,6 @@ class Replica:
         self.reducer.keep(order)
         self.gathers.attach(self.buckets)
         self.reducer.untrained.fit({managed.param for managed in self.params})
-
-    def _make_buckets(
-        self,
-        plan: Plan,
-        params: Sequence[ManagedParam],
-        precision: Precision,
-        *,
-        first_index: int,
-    ) -> list[Bucket]:
-        config = self.config
-        return make_buckets(
-            plan,
-            params,
-            self.ownership,
-            self.transport,
-            precision,
-            home=config.placement.home,
-            shared=config.share_parameters,
-            first_index=first_index,
-        )
 
     def _await_writers(self, buckets: Sequence[Bucket]) -> None:
         """Parameters are in their buckets when all ranks that write them are through. Collective."""

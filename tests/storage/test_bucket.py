@@ -10,8 +10,10 @@ from lone_slice import LoneSlice, buckets_of, params_of, values
 from torch import Tensor
 
 from zeroopt.options.precision import Precision, round_master
+from zeroopt.plan.buckets import make_plan
+from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import Grain, ManagedParam
-from zeroopt.storage.bucket import Bucket
+from zeroopt.storage.bucket import Bucket, lay_out_buckets
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ROUNDED = [Precision(BF16), Precision(F16), Precision(BF16, "remainder")]
@@ -186,3 +188,28 @@ def test_what_a_parameter_leaves_is_a_gap() -> None:
     bucket.zero_gaps(full)
     assert not full[first.offset : first.offset + first.numel].any()
     assert torch.equal(full.bool(), covered(bucket))
+
+
+def test_a_layout_leaves_parameters_alone_until_it_gets_memory() -> None:
+    before = tensors()
+    params, transport = params_of(*before), LoneSlice(3, 1)
+    first = only(buckets_of(params, transport))
+    offsets, places = [m.offset for m in params], [m.param.data_ptr() for m in params]
+    ordered = params[::-1]
+    ownership = Ownership(3, 1, by_slices=True)
+    plan = make_plan(ordered, ownership, 1 << 20, Precision())
+    other = only(lay_out_buckets(plan, ordered, ownership, Precision(), home=None))
+    assert other.flat_param.is_meta and other.own_param.is_meta and other.master.param.is_meta
+    assert (other.padded_numel, other.dtype, other.device) == (first.padded_numel, F32, torch.device("cpu"))
+    assert [m.param.data_ptr() for m in params] == places and [m.offset for m in params] == offsets
+    extents = [(s.owner, s.start, s.offset, s.numel) for s in other.segments]
+    other.place_params()
+    assert [m.offset for m in params] != offsets
+    first.place_params()
+    assert [m.offset for m in params] == offsets
+    other.hold_params(transport, shared=False)
+    assert [(s.owner, s.start, s.offset, s.numel) for s in other.segments] == extents
+    for value, managed in zip(before, params, strict=True):
+        assert torch.equal(managed.param, value) and is_inside(managed.param.data, other.flat_param)
+    for segment in other.segments:
+        assert is_inside(segment.shard.data, other.own_param)

@@ -302,6 +302,17 @@ def test_sums_move_to_another_store() -> None:
     assert other.store.factor is None
 
 
+def test_what_lay_there_before_does_not_count() -> None:
+    one, other = Store(2), Store(2)
+    one.backward(1)
+    other.backward(2)
+    other.store.discard()
+    first, *_ = one.bucket.segments
+    other.store.take(other.bucket.segments[0], one.store.arrays(first))
+    assert torch.equal(first.part_of(other.store.reduced), one.store.part(first))
+    assert other.store.reduced.count_nonzero() == one.store.part(first).count_nonzero()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_buffers_are_given_up(stage: int) -> None:
     made = Store(stage)
