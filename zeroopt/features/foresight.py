@@ -5,48 +5,74 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..collectives import Transport
 from ..feature import Feature
 from ..parameters.first_uses import FirstUses
 from ..parameters.gathers import has_compiled
+from ..plan.buckets import complete_order
+from ..plan.params import ManagedParam
+from ..profiling import named_range
 
-Follow = Callable[[Sequence[nn.Parameter]], None]
+Follow = Callable[[Sequence[int]], None]
 
 
 class Foresight(Feature):
-    """Watches forwards until the next backward, and has the order followed that they foretell."""
+    """Watches forwards until the next backward, and has the order followed that those of rank 0 foretell."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, transport: Transport) -> None:
         self._model = model
+        self._transport = transport
+        self._params: Sequence[ManagedParam] = ()
         self._uses: FirstUses | None = None
         self._follow: Follow | None = None
+        self._said: Tensor | None = None
 
-    def watch(self, follow: Follow) -> None:
-        """From now on, until a backward begins.
+    def watch(self, params: Sequence[ManagedParam], follow: Follow) -> None:
+        """From now on, until a backward begins. Collective.
 
         Args:
-            follow: is called then, on all ranks, with the parameters that this rank has used, in the order in which their
-                gradients are expected.
+            params: by their index; all that the model has.
+            follow: is called then, on all ranks, with their indices in the order in which gradients are expected.
         """
         self.forget()
-        self._uses, self._follow = FirstUses(self._model), follow
+        self._params, self._follow = params, follow
+        self._uses = FirstUses(self._model)
+        self._said = self._transport.allocate(len(params) * torch.int32.itemsize, torch.uint8, params[0].param.device)
 
     def forget(self) -> None:
-        """Watch no more."""
+        """Watch no more, and be told nothing. All ranks do so."""
         self._follow = None
         if self._uses is not None:
             self._uses.stop()
             self._uses = None
+        if self._said is not None:
+            self._transport.free(self._said)
+            self._said = None
 
     @torch.no_grad()
     def backward_begins(self) -> None:
         """The graph is there."""
-        uses, follow = self._uses, self._follow
-        if uses is None or follow is None:
+        follow, uses = self._follow, self._uses
+        if follow is None or uses is None:
             return
-        expected = uses.params()[::-1]
-        self._follow = None
-        if not has_compiled():  # code that was compiled with these hooks would be compiled again without them
-            self.forget()
-        follow(expected)
+        with named_range("replan"):
+            order = self._agree(uses.params()[::-1])
+            self._follow = None
+            if not has_compiled():  # code that was compiled with these hooks would be compiled again without them
+                self.forget()
+            follow(order)
+
+    def _agree(self, expected: Sequence[nn.Parameter]) -> list[int]:
+        """What rank 0 expects. Told through the transport, which notices when another rank goes on to something else."""
+        assert self._said is not None
+        index_of = {managed.param: managed.index for managed in self._params}
+        order = complete_order([index_of[param] for param in expected if param in index_of], self._params)
+        if self._transport.control.rank == 0:  # others say zeros
+            self._said.copy_(torch.tensor(order, dtype=torch.int32).view(torch.uint8))
+        agreed = torch.empty_like(self._said)
+        telling = self._transport.start_max(self._said, agreed, label="the order of gradients")
+        telling.finish()
+        telling.wait_until_read()
+        return [int(index) for index in agreed.cpu().view(torch.int32).tolist()]

@@ -45,7 +45,7 @@ class ModelFeatures:
         self.features.add(self._joining, on=False)
         # A user's features may look for the parameters of a bucket, and a step in backward has to.
         if config.placement.shard_gradient and not config.step_in_backward and not further:
-            self.foresight = Foresight(replica.module)
+            self.foresight = Foresight(replica.module, replica.transport)
             self.features.add(self.foresight)
         if config.check_every is not None:
             self.audit = Audit(config.check_every, replica.params, replica.transport, replica.gathers.finish_all)

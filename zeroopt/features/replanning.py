@@ -17,8 +17,6 @@ import logging
 import zlib
 from collections.abc import Sequence
 
-from torch import nn
-
 from .._C import Plan
 from ..collectives import Transport
 from ..feature import Feature, Step
@@ -47,7 +45,7 @@ class Replanning(Feature):
         self._replica = trained.replica
         self._foresight = foresight if allowed else None
         self._allowed = allowed
-        self._led: list[int] = []  # by which the gradients that are ahead of their parameters were planned
+        self._led: Sequence[int] = ()  # by which the gradients that are ahead of their parameters were planned
         self.expect_new_order()
 
     def expect_new_order(self) -> None:
@@ -55,19 +53,13 @@ class Replanning(Feature):
         self._is_due = self._allowed
         self._after = self._replica.reducer.num_backwards
         if self._foresight is not None:
-            self._foresight.watch(self._lead)
+            self._foresight.watch(self._replica.params, self._lead)
 
-    def _lead(self, params: Sequence[nn.Parameter]) -> None:
+    def _lead(self, order: Sequence[int]) -> None:
         """The first backward begins: let gradients go by the order in which they are expected. Collective."""
-        if not self._is_due or not self._is_alone():
-            return
-        with named_range("replan"):
-            index_of = {managed.param: managed.index for managed in self._replica.params}
-            expected = [index_of[param] for param in params if param in index_of]
-            order = agree_on_order(expected, self._replica.params, self._replica.transport.control)
-            if not self._makes(order, self._trained.buckets):
-                self._replica.lead_gradients(self._lay_out(order))
-                self._led = order
+        if self._is_due and self._is_alone() and not self._makes(order, self._trained.buckets):
+            self._replica.lead_gradients(self._lay_out(order))
+            self._led = order
 
     def may_move(self, step: Step) -> None:
         """Before the first step with these parameters: go by the order in which their gradients arrived."""
