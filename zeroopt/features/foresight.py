@@ -11,7 +11,7 @@ from ..collectives import Transport
 from ..feature import Feature
 from ..parameters.first_uses import FirstUses
 from ..parameters.gathers import has_compiled
-from ..plan.buckets import complete_order
+from ..plan.buckets import agree_on_order
 from ..plan.params import ManagedParam
 from ..profiling import named_range
 
@@ -27,7 +27,7 @@ class Foresight(Feature):
         self._params: Sequence[ManagedParam] = ()
         self._uses: FirstUses | None = None
         self._follow: Follow | None = None
-        self._said: Tensor | None = None
+        self._here: Tensor | None = None
 
     def watch(self, params: Sequence[ManagedParam], follow: Follow) -> None:
         """From now on, until a backward begins. Collective.
@@ -39,7 +39,7 @@ class Foresight(Feature):
         self.forget()
         self._params, self._follow = params, follow
         self._uses = FirstUses(self._model)
-        self._said = self._transport.allocate(len(params) * torch.int32.itemsize, torch.uint8, params[0].param.device)
+        self._here = self._transport.allocate(1, torch.uint8, params[0].param.device)
 
     def forget(self) -> None:
         """Watch no more, and be told nothing. All ranks do so."""
@@ -47,9 +47,9 @@ class Foresight(Feature):
         if self._uses is not None:
             self._uses.stop()
             self._uses = None
-        if self._said is not None:
-            self._transport.free(self._said)
-            self._said = None
+        if self._here is not None:
+            self._transport.free(self._here)
+            self._here = None
 
     @torch.no_grad()
     def backward_begins(self) -> None:
@@ -65,14 +65,14 @@ class Foresight(Feature):
             follow(order)
 
     def _agree(self, expected: Sequence[nn.Parameter]) -> list[int]:
-        """What rank 0 expects. Told through the transport, which notices when another rank goes on to something else."""
-        assert self._said is not None
+        """What rank 0 expects."""
+        assert self._here is not None
+        # Through the transport, which notices when another rank has gone on to something else.
+        everyone_came = self._transport.start_max(
+            self._here, torch.empty_like(self._here), label="the order of gradients"
+        )
+        everyone_came.finish()
+        everyone_came.wait_until_read()
         index_of = {managed.param: managed.index for managed in self._params}
-        order = complete_order([index_of[param] for param in expected if param in index_of], self._params)
-        if self._transport.control.rank == 0:  # others say zeros
-            self._said.copy_(torch.tensor(order, dtype=torch.int32).view(torch.uint8))
-        agreed = torch.empty_like(self._said)
-        telling = self._transport.start_max(self._said, agreed, label="the order of gradients")
-        telling.finish()
-        telling.wait_until_read()
-        return [int(index) for index in agreed.cpu().view(torch.int32).tolist()]
+        came = [index_of[param] for param in expected if param in index_of]
+        return agree_on_order(came, self._params, self._transport.control)

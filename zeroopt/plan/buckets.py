@@ -62,18 +62,14 @@ def make_plan(
     )
 
 
-def complete_order(arrivals: Sequence[int], params: Sequence[ManagedParam]) -> list[int]:
-    """Indices of all parameters, in an order in which gradients of some arrive: others last, in the order of the plan."""
-    came = set(arrivals)
-    return [*arrivals, *(managed.index for managed in reversed(params) if managed.index not in came)]
-
-
 def agree_on_order(arrivals: Sequence[int], params: Sequence[ManagedParam], control: ControlGroup) -> list[int]:
     """Indices of the parameters as gradients arrived on rank 0; those that did not come last, in the order of the plan.
 
     Collective.
     """
-    order = torch.tensor(complete_order(arrivals, params), dtype=torch.int64, device=params[0].param.device)
+    came = set(arrivals)
+    late = [managed.index for managed in reversed(params) if managed.index not in came]
+    order = torch.tensor([*arrivals, *late], dtype=torch.int64, device=params[0].param.device)
     control.broadcast([order], 0, PLANNING_ANEW)
     return [int(index) for index in order.tolist()]
 
