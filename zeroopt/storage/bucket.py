@@ -95,26 +95,25 @@ class Bucket:
 
         Args:
             shared: the ranks of a host get the same bucket, with the values of the first of them.
-            leave: the parameters come from other buckets, and on the CPU their pages go back as they leave them.
+            leave: the parameters come from other buckets, which on the CPU give back the pages that they leave. What completes
+                them moves by itself: see `Master.arrays`.
         """
         self._lie_in(transport.allocate(self.padded_numel, self.dtype, self.device, shared=shared), self.home)
         self.place_params()
         writes = transport.writes_parameters or not shared
         for managed in self.params:
-            self._take_in(managed, writes=writes, leaves=leave)
+            before = managed.local
+            if leave:
+                self._take_over(managed, before, writes=writes)
+            elif managed.has_memory:
+                self.set_exact(managed, before, writes=writes)
+            managed.set_local(managed.view_in(self.flat_param))
 
-    def _take_in(self, managed: ManagedParam, *, writes: bool, leaves: bool) -> None:
-        """Move a parameter into the bucket.
-
-        Args:
-            leaves: another bucket, whose pages may go.
-        """
-        values = managed.local
-        if managed.has_memory:
-            self.set_exact(managed, values, writes=writes)
-        managed.set_local(managed.view_in(self.flat_param))
-        if leaves and writes:
-            release(managed.flatten(values))
+    def _take_over(self, managed: ManagedParam, before: Tensor, *, writes: bool) -> None:
+        """Copy a parameter from where it was in another bucket, rounded already."""
+        if writes:
+            managed.view_in(self.flat_param).copy_(before)
+            release(managed.flatten(before))
 
     def set_exact(self, managed: ManagedParam, values: Tensor, *, writes: bool) -> None:
         """Give a parameter exact values: what rounding them takes away goes into the master where this rank steps it.
