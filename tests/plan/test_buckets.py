@@ -21,6 +21,7 @@ from zeroopt.plan.buckets import (
     in_order,
     is_grouped_alike,
     make_plan,
+    most_incomplete,
 )
 from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import Grain, ManagedParam
@@ -126,6 +127,24 @@ def test_rank_0_says_in_what_order() -> None:
     assert orders == [[2, 0, 1]] * 3
     told = told_on_threads(2, lambda control: agree_on_order([], of_sizes(1, 2), control))
     assert told == [PLANNING_ANEW]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ([0, 1, 2, 3, 4, 5], 1),
+        ([1, 0, 3, 2, 5, 4], 1),
+        ([0, 2, 1, 3, 4, 5], 2),
+        ([0, 2, 4, 1, 3, 5], 3),
+        ([4, 5, 0, 2, 3, 1], 2),
+    ],
+)
+def test_buckets_that_are_filled_side_by_side(order: list[int], expected: int) -> None:
+    assert most_incomplete([{0, 1}, {2, 3}, {4, 5}], order) == expected
+
+
+def test_buckets_of_one_parameter_are_complete_at_once() -> None:
+    assert most_incomplete([{0}, {1}, {2}], [2, 0, 1]) == 0
 
 
 def test_groups_are_compared_whatever_the_order_within_them() -> None:

@@ -313,6 +313,15 @@ def test_what_lay_there_before_does_not_count() -> None:
     assert other.store.reduced.count_nonzero() == one.store.part(first).count_nonzero()
 
 
+def test_a_sum_that_has_moved_takes_no_memory() -> None:
+    made = Store(2)
+    made.backward(1)
+    made.store.let_go()
+    assert not made.store.holds_sum
+    made.store.take(made.bucket.segments[0], {"sum": torch.ones(made.bucket.segments[0].numel)})
+    assert made.store.reduced.sum() == made.bucket.segments[0].numel, "nothing of the old sum is left"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_buffers_are_given_up(stage: int) -> None:
     made = Store(stage)

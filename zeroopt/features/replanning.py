@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from .._C import Plan
 from ..collectives import Transport
 from ..feature import Feature, Step
-from ..plan.buckets import agree_on_order, in_order, is_grouped_alike
+from ..plan.buckets import agree_on_order, in_order, is_grouped_alike, most_incomplete
 from ..plan.params import ManagedParam
 from ..profiling import named_range
 from ..state.inner_state import InnerState
 from ..state.layout import ShardLayout
 from ..storage.bucket import Bucket
+from ..storage.buffer_pool import num_buffers
 from ..trained import Trained
 from .foresight import Foresight
 
@@ -81,10 +82,17 @@ class Replanning(Feature):
             self._trained.sum_gradients()  # what users have made of gradients is to move with them
             order = agree_on_order(reducer.arrivals, self._replica.params, self._replica.transport.control)
             if self._is_alone():
-                is_foreseen = reducer.is_ahead and self._makes(order, reducer.buckets)
-                self._replan(self._led if is_foreseen else order)
+                self._replan(self._led if self._is_foreseen(order) else order)
             else:
                 reducer.start_in_order(order)
+
+    def _is_foreseen(self, order: Sequence[int]) -> bool:
+        """Whether no gradient waits for memory in the buckets that were planned by what the first forward told, when gradients come
+        in this order."""
+        reducer = self._replica.reducer
+        return reducer.is_ahead and most_incomplete(_groups_of(reducer.buckets), order) <= num_buffers(
+            self._trained.config
+        )
 
     def follow_order(self, layout: ShardLayout | None) -> None:
         """Plan the buckets as they were when shards were saved, where every rank has its own, which does not fit otherwise.
@@ -139,12 +147,14 @@ class Replanning(Feature):
 
     def _makes(self, order: Sequence[int], buckets: Sequence[Bucket]) -> bool:
         """Whether a plan for an order groups parameters as these buckets do."""
-        return is_grouped_alike(
-            [{managed.index for managed in bucket.params} for bucket in buckets], *self._plan(order)
-        )
+        return is_grouped_alike(_groups_of(buckets), *self._plan(order))
 
     def _lay_out(self, order: Sequence[int]) -> list[Bucket]:
         return self._replica.lay_out(*self._plan(order), self._trained.config.precision)
+
+
+def _groups_of(buckets: Sequence[Bucket]) -> list[set[int]]:
+    return [{managed.index for managed in bucket.params} for bucket in buckets]
 
 
 def _log_new_plan(before: Sequence[Bucket], after: Sequence[Bucket], transport: Transport) -> None:

@@ -79,6 +79,28 @@ def in_order(params: Sequence[ManagedParam], order: Sequence[int]) -> list[Manag
     return [params[index] for index in reversed(order)]
 
 
+def most_incomplete(groups: Sequence[set[int]], order: Sequence[int]) -> int:
+    """How many buckets have some of their gradients, but not all, at one time, when gradients come in this order.
+
+    Args:
+        groups: indices of the parameters of each bucket.
+        order: indices of all parameters.
+    """
+    bucket_of = {index: number for number, group in enumerate(groups) for index in group}
+    missing = [len(group) for group in groups]
+    incomplete: set[int] = set()
+    most = 0
+    for index in order:
+        bucket = bucket_of[index]
+        missing[bucket] -= 1
+        if missing[bucket]:
+            incomplete.add(bucket)
+        else:
+            incomplete.discard(bucket)
+        most = max(most, len(incomplete))
+    return most
+
+
 def is_grouped_alike(before: Sequence[set[int]], plan: Plan, ordered: Sequence[ManagedParam]) -> bool:
     """Whether a plan puts the same parameters into the same buckets, in whatever order within a bucket.
 

@@ -24,6 +24,9 @@ class InnerState:
         """Take the entry out."""
         self._state.pop(segment.shard, None)
 
+    def let_go(self) -> None:
+        """Entries that were taken out go by themselves."""
+
     def take(self, segment: Segment, arrays: ParamState) -> None:
         """Put an entry in."""
         self._state[segment.shard] = arrays

@@ -76,6 +76,7 @@ def move_arrays(
                         _take_over(moved[owner.index][path], mine[owner], full, array, start, offset, numel)
             for part in held.values():
                 part.pop(path, None)
+        source.let_go()
     scratch.free()
     return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import ops
 from ..collectives import PendingCollective, Transport, Wire
 from ..own_storage import with_own_storage
-from ..pages import paged_zeros_like
+from ..pages import paged_zeros_like, release
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from .bucket import Bucket
@@ -281,6 +281,12 @@ class GradientStore:
 
     def forget(self, segment: Segment) -> None:
         """It goes with the store."""
+
+    def let_go(self) -> None:
+        """The sum is zero from now on, where it has memory of its own."""
+        if self._sums_apart and not (self._pool is not None and self._pool.lends_sums):
+            release(self.reduced)
+            self.discard()
 
     def take(self, segment: Segment, arrays: ParamState) -> None:
         """Let what another store has held be the sum for one segment."""

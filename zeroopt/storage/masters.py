@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..options.precision import Precision, join_master, round_master, split_master
 from ..own_storage import with_own_storage
-from ..pages import paged_zeros_like
+from ..pages import paged_zeros_like, release
 from ..plan.params import ParamState
 from .segment import Segment
 
@@ -119,6 +119,11 @@ class Master(ABC):
 
     def forget(self, segment: Segment) -> None:
         """It goes with the bucket."""
+
+    def let_go(self) -> None:
+        """What completes the parameters reads as zeros from now on."""
+        if self.array is not None:
+            release(self.array)
 
     def take(self, segment: Segment, arrays: ParamState) -> None:
         """Take what completes a segment's parameters out of its state, where it is in that."""

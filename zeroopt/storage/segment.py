@@ -57,6 +57,9 @@ class BySegments(Protocol):
     def forget(self, segment: Segment) -> None:
         """It is being moved to where the segment will be: keep it no longer, if it has memory of its own."""
 
+    def let_go(self) -> None:
+        """All that was to be forgotten has been moved: memory that nobody else reads may go."""
+
     def take(self, segment: Segment, arrays: ParamState) -> None:
         """Let what has been moved be what there is of a segment."""
 

@@ -77,7 +77,9 @@ def everything() -> Method:
         "state_dtype": torch.int8,
         "step_in_backward": True,
     }
-    buckets = {"bucket_mb": 2}  # beside 0.75 bytes a parameter at 8 ranks, those of the default size would show
+    buckets: dict[str, Any] = {
+        "bucket_mb": 2
+    }  # beside 0.75 bytes a parameter at 8 ranks, those of the default size would show
     return Method(
         "zeroopt stage 2, everything",
         partial(prepare, stage=2, init=INIT, **buckets, **options),
