@@ -163,7 +163,6 @@ class Replica:
         if self._building is not None:
             self._building.run(buckets, self.transport, config)
             self._building = None
-            trim_heap()  # of values on their way into buckets
         if config.sync_module_states:
             self._sync_buckets(buckets)
         self._await_writers(buckets)

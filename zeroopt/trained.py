@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .feature import Features
 from .options.config import Config
+from .pages import trim_heap
 from .plan.params import ManagedParam
 from .replica import Replica
 from .state.dicts import StateDicts, StepCounter
@@ -71,6 +72,7 @@ class Trained:
         self._versions += [managed.param._version for managed in params]
         self.state_dicts.begun.update(m.position for m in params if m.param in self.inner.state)
         self.state_dicts.take_in_state()
+        trim_heap()  # of values on their way into buckets and masters
 
     def keep(self, kept: Sequence[ManagedParam]) -> None:
         """Some parameters have left their buckets, and only these of `params` are left. Not collective."""
