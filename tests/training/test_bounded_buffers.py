@@ -103,7 +103,7 @@ def asked_for(net: nn.Module, x: Tensor, num_ranks: int, **options: Any) -> Reco
 
 
 POOL = 2  # buckets' gradients that fill and travel
-MOVING = 2  # one of float64, through which state moves when buckets are planned anew
+MOVING = 1  # through which state moves when buckets are planned anew
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8, 64])
@@ -133,5 +133,4 @@ def test_a_large_parameter_makes_no_buffer_larger() -> None:
     transport = asked_for(net, torch.randn(2, WIDTH), 8)
     parameters = sum(param.numel() * 4 for param in net.parameters())
     padding = 4 * PADDING * 8 * len(transport.held)
-    print(f"{parameters / BUCKET_BYTES:.3f} buckets of parameters, {transport.most / BUCKET_BYTES:.3f} at most")
     assert transport.most <= parameters + padding + (POOL + MOVING) * BUCKET_BYTES + SLACK_BYTES

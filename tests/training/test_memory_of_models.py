@@ -32,6 +32,7 @@ Measure = Callable[[Case], Measured]
 
 INTERVAL_S = 0.04  # looking takes the time of those who are looked at
 STEPS = 3
+STEPS_ALONE = (5, 6, 7)  # of three runs: where the C heap has its holes differs from one to the next
 ALLOWED = 0.5  # bytes a parameter: the gradient pool, staging and scratch
 BUILT = 4.0  # bytes a parameter of what is wrapped, whatever it becomes
 ALONE = {"float32": "SGD alone", "bfloat16": "SGD alone, bfloat16"}
@@ -65,6 +66,10 @@ def case(model: str, method: str, world_size: int = 2, loop: str = "plain", *, a
 CASES = [
     case("bert-small", "stage 1", 4),
     case("vit-small", "stage 0"),
+    case("gpt2-small", "stage 2"),
+    case("t5-small", "stage 2"),
+    case("mixture-small", "stage 2"),
+    case("gpt-small-shuffled", "everything", 4),
 ]
 
 
@@ -72,8 +77,8 @@ CASES = [
 def test_ranks_hold_the_formula_and_little_more(measured: Measure, row: Case) -> None:
     if (problem := row.why_not()) is not None:
         pytest.skip(problem)
-    alone = measured(Case(row.model, ALONE[row.precision], 1, "gradients set to zero", steps=STEPS))
-    beyond = alone.a_parameter(alone.own_peak) - alone.formula
+    alone = [measured(Case(row.model, ALONE[row.precision], 1, "gradients set to zero", steps=n)) for n in STEPS_ALONE]
+    beyond = max(run.a_parameter(run.own_peak) - run.formula for run in alone)
     ranks = measured(row)
     formula = ranks.formula
     held = {phase: ranks.a_parameter(most) for phase, most in ranks.peaks.items()}
