@@ -33,6 +33,8 @@ PARTS = (
 """What bytes are for. buffers: full gradient buffers of stage 2. staging: what messages take beside them. rest: frozen parameters
 and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
 
+_BEFORE_TRAINING = ("building", "wrapping")  # in which libraries take nothing worth counting
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -121,8 +123,7 @@ class _Course:
         yield self._wrapping()
         yield self._first_backward()
         if self.activations is None or self._moves():
-            moving = {**kept, **state} if self.config.step_in_backward else kept
-            yield self._phase("moving", {**moving, "scratch": self._moved()})
+            yield self._moving()
         yield self._phase("first step", {**kept, **state, **on_the_way})
         yield self._phase("forward and backward", {**kept, **state, **on_the_way, "activations": peak})
         yield self._phase("step", {**kept, **state, **on_the_way, "scratch": own_step})
@@ -132,7 +133,8 @@ class _Course:
 
     def _phase(self, name: str, parts: dict[str, int]) -> Phase:
         parts = {"rest": self.rest, **parts}
-        parts["runtime"] = runtime_bytes(self.setting.cluster.device, self.setting.built, parts.get("activations", 0))
+        if name not in _BEFORE_TRAINING:
+            parts["runtime"] = runtime_bytes(self.setting.cluster.device, self.setting.built)
         return Phase(name, {part: parts[part] for part in PARTS if parts.get(part)})
 
     def _wrapping(self) -> Phase:
@@ -145,17 +147,23 @@ class _Course:
             masters += bucket.master.nbytes
             most = max(most, (old + new, masters), key=sum)
             old -= sum(size[managed.name] for managed in bucket.params)
-        held = self.held
+        kept = {"parameters": self.held.parameters, "masters": self.held.masters}
         parts = {"parameters": most[0], "masters": most[1]}
         if self.setting.module is not None:
-            parts = {"parameters": held.parameters, "masters": held.masters, "scratch": self.setting.module}
-        at_the_end = {
-            "parameters": held.parameters,
-            "masters": held.masters,
-            "gradients": self.sums if self.is_lazy else held.gradients,
-            "buffers": 0 if self.is_lazy else held.buffers,
-        }
-        return self._phase("wrapping", max(parts, at_the_end, key=lambda part: sum(part.values())))
+            parts = {**kept, "scratch": self._module_apart(self.setting.module)}
+        gradients = {} if self.is_lazy else {"gradients": self.held.gradients, "buffers": self.held.buffers}
+        return self._phase("wrapping", max(parts, {**kept, **gradients}, key=_sum_of))
+
+    def _module_apart(self, module: int) -> int:
+        """Bytes of what is not made where it will lie: what is rounded on its way there (of the rank whose values others take over: their
+        own are folded), or is there already by another rank of the host."""
+        dtypes = {trainee.name: trainee.dtype for trainee in self.setting.trainees}
+        is_rounded = any(
+            bucket.master.completes or any(bucket.dtype is not dtypes[managed.name] for managed in bucket.params)
+            for bucket in self.guessed.buckets
+        )
+        makes_for_nobody = self.config.share_parameters and not self.config.sync_module_states
+        return module if is_rounded or makes_for_nobody else 0
 
     def _first_backward(self) -> Phase:
         """State does not exist yet, unless backward steps; but where the order of gradients is not known, some wait for their bucket."""
@@ -168,14 +176,9 @@ class _Course:
             return self._phase("first backward", parts)
         planned = self.rehearsal if self._is_foreseen else self.guessed
         waiting = waiting_gradients(planned, self.activations, num_buffers(self.config))
-        live = [peak + waits for peak, waits in zip(self.activations.peaks, waiting, strict=True)]
-        if not self.is_lazy:
-            return self._phase("first backward", {**parts, "activations": max(live)})
-        filled, most = 0, (0, 0)
-        for held_now, gradient in zip(live, (*self.activations.gradients, 0), strict=True):
-            most = max(most, (held_now, filled), key=sum)
-            filled = min(self.full_gradients, filled + gradient)
-        return self._phase("first backward", {**parts, "gradients": self.sums + most[1], "activations": most[0]})
+        # Buckets take memory as gradients come, but of the activations that go meanwhile the C heap keeps most.
+        most = max(peak + waits for peak, waits in zip(self.activations.peaks, waiting, strict=True))
+        return self._phase("first backward", {**parts, "activations": most})
 
     @property
     def _is_foreseen(self) -> bool:
@@ -219,16 +222,60 @@ class _Course:
         before, after = ([{m.name for m in b.params} for b in r.buckets] for r in (self.guessed, self.rehearsal))
         return before != after
 
-    def _moved(self) -> int:
-        """What lies by slices and moves exists twice, and what of it is moved at a time a third time, in a buffer of one bucket's size."""
-        own = 0 if self._is_foreseen else sum(store.reduced.nbytes for store in self.rehearsal.stores)
-        if self.config.step_in_backward:
-            own = self.held.moments
-        return self.held.masters + own + self._largest_bucket()
+    def _moving(self) -> Phase:
+        """What lies by slices moves first, while gradients have their buffers; parameters move when these are gone."""
+        held, config = self.held, self.config
+        kept = {"parameters": held.parameters, "masters": held.masters}
+        if config.step_in_backward:
+            kept["state"] = held.moments
+        slices = {**kept, "gradients": held.gradients, "buffers": self.buffers, "staging": self.staging}
+        slices["scratch"] = self._slices_twice()
+        sums = held.gradients if self._is_foreseen or config.step_in_backward else self._own_sums
+        masters = 0 if self.is_lazy else held.masters  # their new memory is there before they are
+        parameters = {**kept, "gradients": sums, "scratch": self._parameters_twice() + masters}
+        return self._phase("moving", max(slices, parameters, key=_sum_of))
+
+    @property
+    def _own_sums(self) -> int:
+        return sum(store.reduced.nbytes for store in self.rehearsal.stores)
+
+    def _slices_twice(self) -> int:
+        """A buffer in which a bucket's slices are put together, and what of them is there twice: those of one bucket, or of all where
+        their old memory does not go bucket by bucket."""
+        buckets, stores, config = self.guessed.buckets, self.guessed.stores, self.config
+        moved = {"masters": [bucket.master.nbytes for bucket in buckets]}
+        if config.step_in_backward:
+            numel = sum(bucket.own_param.numel() for bucket in buckets)
+            moved["state"] = [self.held.moments * bucket.own_param.numel() // numel for bucket in buckets]
+        elif not self._is_foreseen:
+            moved["sums"] = [store.reduced.nbytes for store in stores]
+        if not any(map(sum, moved.values())):
+            return 0
+        goes = {"masters": self.is_lazy, "sums": self.is_lazy and self.sums > 0, "state": True}
+        at_a_time = max((max(sizes) for name, sizes in moved.items() if goes[name]), default=0)
+        return self._largest_bucket() + at_a_time + sum(sum(sizes) for name, sizes in moved.items() if not goes[name])
 
     def _largest_bucket(self) -> int:
         most = max(bucket.flat_param.nbytes for bucket in self.rehearsal.buckets)
-        return min(most, self.held.buffers // num_buffers(self.config)) if self.held.buffers else most
+        return min(most, self.rehearsal.bucket_bytes)
+
+    def _parameters_twice(self) -> int:
+        """Pages go one parameter after the other; other memory of a bucket, when the last one has left it."""
+        if self.is_lazy:
+            most = max(m.numel * bucket.dtype.itemsize for bucket in self.rehearsal.buckets for m in bucket.params)
+            return most // self._sharing
+        left_by = {m.name: bucket for bucket in self.guessed.buckets for m in bucket.params}
+        staying = {bucket.index: len(bucket.params) for bucket in self.guessed.buckets}
+        now = most = 0
+        for bucket in self.rehearsal.buckets:
+            now += bucket.flat_param.nbytes
+            most = max(most, now)
+            for managed in bucket.params:
+                left = left_by[managed.name]
+                staying[left.index] -= 1
+                if not staying[left.index]:
+                    now -= left.flat_param.nbytes
+        return most
 
     def _largest_piece(self) -> int:
         pieces = [
@@ -252,3 +299,7 @@ class _Course:
             (bucket.own_range[1] - bucket.own_range[0]) * bucket.master.dtype.itemsize
             for bucket in self.rehearsal.buckets
         )
+
+
+def _sum_of(parts: dict[str, int]) -> int:
+    return sum(parts.values())
