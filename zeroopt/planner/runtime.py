@@ -7,7 +7,7 @@ from __future__ import annotations
 _CPU_MOST = 28_000_000
 _CPU_LEAST = 1_000_000
 _CPU_OF_PARAMETERS = 1 / 4  # of their bytes, until that is the most: a small model uses less of the libraries
-_CPU_HOLES = 0.07  # of the parameters' bytes: gradients of their sizes come and go in the C heap, and leave holes there
+_CPU_HOLES = 0.07  # of the parameters' bytes: the C heap has more holes where larger gradients come and go
 
 
 def runtime_bytes(device: str, parameters: int) -> int:
