@@ -83,9 +83,8 @@ class GradientReducer:
         self._bucket_buffers = bucket_buffers
         self._hooks: list[GradientHook] = []
         self._buckets: list[Bucket] = []
-        self._left_behind: tuple[list[Bucket], list[GradientStore]] | None = (
-            None  # where parameters lie, while `is_ahead`
-        )
+        # Where parameters lie, while `is_ahead`.
+        self._left_behind: tuple[list[Bucket], list[GradientStore]] | None = None
         self._filling = Filling(view)
         self._in_flight = InFlight(transport, features, pool)
         self._used = UsedParams(transport)
