@@ -292,9 +292,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with torch._C.DisableTorchFunctionSubclass():
                 super().zero_grad()
         else:
-            super().zero_grad(
-                set_to_none=False
-            )  # one by one, so that it is not known of any bucket that all of it is zero
+            super().zero_grad(set_to_none=False)
+            # Behind it, for what is done parameter by parameter leaves unknown that all of a bucket is zero.
             self._reducer.zero(self._trained.buckets)
         if self._join.is_on:
             self._join.note(Phase.ZERO_GRAD, self.number, set_to_none)

@@ -7,7 +7,7 @@
 Every method trains the same GPT from the same seed on the same data with AdamW, in processes of its own, in turn and in several
 rounds. Options that take several values make a sweep: each combination is compared, and curves are drawn; --sweep names one
 with values that are worth looking at. With --budget-mb, the largest model is looked for that trains in so much memory: the
-width stays, the number of layers is found by bisection.
+width stays, the number of layers is found by trying.
 
 Writes the figures of all runs to --out, and report.md and pictures beside it; `python -m bench.report` makes those anew. What
 is not installed (DeepSpeed, fairscale) is a row that says so.

@@ -220,5 +220,6 @@ def make_buckets(
     buckets = lay_out_buckets(plan, params, ownership, precision, home=home, first_index=first_index)
     for bucket in buckets:
         bucket.hold_params(transport, shared=shared)
-        trim_heap()  # of where the parameters were
+        if bucket.device.type == "cpu":
+            trim_heap()  # of where the parameters were
     return buckets
