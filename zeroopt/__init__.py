@@ -8,6 +8,7 @@ In reading order; each imports from those above it:
     errors            the exceptions
     profiling         ranges for torch's profiler
     untraced          what torch.compile has to leave alone
+    streams           streams of a device
     pages             memory in pages of its own
     own_storage       parts of a tensor that look as if torch had made each by itself
     ops               typed functions over the compiled kernels

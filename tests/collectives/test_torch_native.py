@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from transports import CPU, connect
 from worker_pool import RunOnRanks
 
-from zeroopt.collectives import torch_native
+from zeroopt import CollectiveError
+from zeroopt.collectives import Transport, torch_native
+from zeroopt.collectives.site import Site
 from zeroopt.collectives.torch_native import TorchTransport
 
 
@@ -22,12 +25,13 @@ class RecordedStreams:
     """Stands in for torch.cuda: streams are names, and what happens to them is written down.
 
     Attributes:
+        current: the name of the current stream.
         log: one line each.
     """
 
     def __init__(self) -> None:
+        self.current = "main"
         self.log: list[str] = []
-        self._current = "main"
 
     def Stream(self) -> str:
         return "side"
@@ -35,17 +39,17 @@ class RecordedStreams:
     def Event(self) -> RecordedEvent:
         return RecordedEvent(self.log)
 
-    def current_stream(self) -> str:
-        return self._current
+    def current_stream(self, device: torch.device) -> str:
+        return self.current
 
     @contextmanager
     def stream(self, stream: str) -> Iterator[None]:
-        before, self._current = self._current, stream
+        before, self.current = self.current, stream
         yield
-        self._current = before
+        self.current = before
 
     def note(self, what: str) -> None:
-        self.log.append(f"{what} on {self._current}")
+        self.log.append(f"{what} on {self.current}")
 
 
 class RecordedEvent:
@@ -60,31 +64,115 @@ class RecordedEvent:
         self._log.append(f"{stream} waits for {self._after}")
 
 
-def log_streams() -> list[list[str]]:
-    """What happens between the start of a reduce-scatter with a base and its end, and for an all-gather."""
-    streams = RecordedStreams()
-    with patch("torch.get_device_module", lambda _: streams):
-        transport = TorchTransport(dist.group.WORLD, CPU)
-    add = torch.add
-    with patch("torch.add", lambda *args, **kwargs: (streams.note("add"), add(*args, **kwargs))):
-        total = torch.ones(2)
-        reduce = transport.start_reduce_scatter(torch.ones(4), total, total)
-        streams.log.append("started")
-        reduce.finish()
-        reduce.finish()
+@contextmanager
+def recorded(*, blocks_host: bool) -> Iterator[tuple[RecordedStreams, Transport]]:
+    """A transport on streams that are written down."""
+    streams, add = RecordedStreams(), torch.add
+    with (
+        patch("torch.get_device_module", lambda _: streams),
+        patch("torch.add", lambda *args, **kwargs: (streams.note("add"), add(*args, **kwargs))),
+        patch.object(Site, "blocks_host", blocks_host),
+    ):
+        yield streams, TorchTransport(dist.group.WORLD, CPU)
+
+
+def log_streams(*, blocks_host: bool) -> list[list[str]]:
+    """What happens between the start of a reduce-scatter with a base and its end, and for an all-gather and a maximum."""
+    with recorded(blocks_host=blocks_host) as (streams, transport):
+        total, flags = torch.ones(2), torch.ones(2, dtype=torch.uint8)
+        logs = []
+        for start in (
+            lambda: transport.start_reduce_scatter(torch.ones(4), total, total),
+            lambda: transport.start_all_gather(torch.ones(4)),
+            lambda: transport.start_max(flags, torch.empty_like(flags)),
+        ):
+            pending = start()
+            streams.log.append("started")
+            pending.finish()
+            pending.finish()
+            logs.append(streams.log.copy())
+            streams.log.clear()
     assert total.tolist() == [3.0, 3.0]
-    logs = [streams.log.copy()]
-    streams.log.clear()
-    gather = transport.start_all_gather(torch.ones(4))
-    streams.log.append("started")
-    gather.finish()
-    return [*logs, streams.log]
+    return logs
 
 
-def test_streams_wait_for_each_other(run_on_ranks: RunOnRanks) -> None:
-    for reduce, gather in run_on_ranks(2, log_streams):
-        assert reduce == ["side waits for main", "started", "add on side", "main waits for side"]
-        assert gather == ["side waits for main", "started", "main waits for side"]
+@pytest.mark.parametrize("blocks_host", [True, False])
+def test_streams_wait_for_each_other(run_on_ranks: RunOnRanks, blocks_host: bool) -> None:
+    """Where the host is not held up, what follows is queued at once."""
+    for reduce, *others in run_on_ranks(2, log_streams, blocks_host=blocks_host):
+        middle = ["started", "add on side"] if blocks_host else ["add on side", "started"]
+        assert reduce == ["side waits for main", *middle, "main waits for side"]
+        assert others == [["side waits for main", "started", "main waits for side"]] * 2
+
+
+def log_readers() -> list[str]:
+    """Who waits when a stream finishes what another one has started, and then others do."""
+    with recorded(blocks_host=False) as (streams, transport):
+        pending = transport.start_all_gather(torch.ones(4))
+        streams.log.clear()
+        for reader in ("average", "main", "evaluation", "average"):
+            streams.log.append(f"{reader} reads")
+            with streams.stream(reader):
+                pending.finish()
+    return streams.log
+
+
+def test_each_stream_that_finishes_a_collective_waits_and_so_does_that_which_started_it(
+    run_on_ranks: RunOnRanks,
+) -> None:
+    expected = [
+        *("average reads", "average waits for side", "main waits for side"),
+        *("main reads", "evaluation reads", "evaluation waits for side", "average reads"),
+    ]
+    assert run_on_ranks(2, log_readers) == [expected] * 2
+
+
+def log_reuse() -> list[str]:
+    """Who waits when one stream has finished a reduce, and another one writes its buffer."""
+    with recorded(blocks_host=False) as (streams, transport):
+        pending = transport.start_reduce_scatter(torch.ones(4), torch.empty(2))
+        pending.finish()
+        streams.log.clear()
+        with streams.stream("backward"):
+            pending.wait_until_read()
+    return streams.log
+
+
+def test_who_writes_a_buffer_waits_until_it_is_read(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, log_reuse) == [["backward waits for side"]] * 2
+
+
+def log_capture() -> list[list[str]]:
+    """Who waits while a graph is captured: for what was started before, and for what is part of it."""
+    with recorded(blocks_host=False) as (streams, transport):
+        before = transport.start_all_gather(torch.ones(4))
+        streams.log.clear()
+        with streams.stream("graph"), patch("zeroopt.collectives.comm_stream.is_capturing", lambda _: True):
+            before.finish()
+            logs = [streams.log.copy()]
+            streams.log.clear()
+            transport.start_all_gather(torch.ones(4)).finish()
+        return [*logs, streams.log]
+
+
+def test_a_graph_waits_for_nothing_outside_of_it(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, log_capture) == [[[], ["side waits for graph", "graph waits for side"]]] * 2
+
+
+def fail_at_once(start: str) -> str:
+    """The message when the backend refuses to start a collective."""
+    transport = connect("torch")
+    broken = patch.object(torch_native, "_all_gather", side_effect=RuntimeError("NCCL communicator was aborted"))
+    with broken, pytest.raises(CollectiveError) as raised:
+        transport.start_all_gather(torch.ones(4), label=start)
+    return str(raised.value)
+
+
+def test_a_backend_that_refuses_is_told_by_name(run_on_ranks: RunOnRanks) -> None:
+    for rank, text in enumerate(run_on_ranks(2, fail_at_once, "bucket 3")):
+        assert text == (
+            f"transport torch, all-gather of bucket 3: failed for want of rank {1 - rank}: NCCL communicator was aborted"
+        )
 
 
 def on_copies(collective: Callable[..., dist.Work]) -> Callable[..., dist.Work]:

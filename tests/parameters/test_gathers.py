@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -115,6 +116,44 @@ def test_where_gathers_are_not_lazy_the_step_waits_in_the_order_of_their_start()
     assert transport.events == [*(f"start {n}" for n in names), "flush", *(f"finish {n}" for n in names)]
     assert classes(model) == {"Parameter"}
     assert not model._forward_pre_hooks
+
+
+def test_on_a_device_each_forward_and_reader_of_all_waits_on_its_own_stream() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    gathers._device = torch.device("cuda")
+    start_all(gathers)
+    with patch("zeroopt.parameters.gathers.is_capturing", lambda _: False):
+        gathers.leave_to_readers()
+    model(torch.ones(1, 4))
+    first = transport.events.count("finish " + gathers._buckets[0].name)
+    model(torch.ones(1, 4))  # may run on another stream
+    gathers.finish_all()
+    assert transport.events.count("finish " + gathers._buckets[0].name) == first + 2
+    start_all(gathers)
+    assert not gathers.arrived
+
+
+def test_a_graph_ends_with_all_that_was_started_in_it() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    with patch("zeroopt.parameters.gathers.is_capturing", lambda _: True):
+        gathers.leave_to_readers()
+    assert not gathers.pending
+    assert classes(model) == {"Parameter"}
+
+
+def test_on_the_cpu_nobody_waits_again() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    start_all(gathers)
+    gathers.leave_to_readers()
+    model(torch.ones(1, 4))
+    waited = len(transport.events)
+    model(torch.ones(1, 4))
+    gathers.finish_all()
+    assert len(transport.events) == waited
 
 
 def test_finishing_twice_waits_once() -> None:

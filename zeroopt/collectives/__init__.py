@@ -18,6 +18,7 @@ In reading order; each imports from those above it:
     shm            one host: shared memory
     pairwise       messages between pairs, for Gloo
     hybrid         several hosts: shared memory within, messages between
+    comm_stream    the stream of a device on which collectives run
     torch_native   torch's own reduce-scatter and all-gather, for NCCL
     select         picks one of them, by name or for a group
 """

@@ -32,6 +32,11 @@ class Site:
         backends = dict(entry.split(":") for entry in config.split(",") if ":" in entry)
         return backends.get(self.device.type, str(dist.get_backend(self.group)))
 
+    @property
+    def blocks_host(self) -> bool:
+        """Whether waiting for the backend holds up the host, rather than a stream of the device alone. Not collective."""
+        return self.device.type == "cpu" or self.backend == "gloo"
+
     @cached_property
     def hosts(self) -> list[list[int]]:
         """The group's ranks, host by host. Collective when it is asked for the first time."""

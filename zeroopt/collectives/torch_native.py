@@ -1,8 +1,6 @@
 """torch.distributed's own reduce-scatter and all-gather, for backends that have real ones (NCCL).
 
-They run on a communication stream, behind an event on the stream that filled the bucket, and whoever finishes one makes its
-own stream wait for an event: the host waits for nothing. On the CPU, streams and events are empty shells, and waiting for
-the backend is what blocks.
+They run on a communication stream, see `comm_stream`. With NCCL the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import Transport
-from .failure import the_other_rank
+from .comm_stream import CommStream, StreamCollective
+from .failure import named_failures, the_other_rank
 from .pending import PendingCollective, PendingWork
 from .site import Site
 from .wire import PLAIN, Wire
@@ -35,8 +34,7 @@ class TorchTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group)
-        self._device_module = torch.get_device_module(device)
-        self._stream = self._device_module.Stream()
+        self._stream = CommStream(device, blocks_host=Site(group, device).blocks_host)
         self._missing = the_other_rank(group)  # where a collective fails
 
     @classmethod
@@ -52,54 +50,64 @@ class TorchTransport(Transport):
     ) -> PendingCollective:
         if not wire.backend_sums:
             return self._start_exchange(full, out, base, wire, label)
-        self._let_stream_wait()
-        with self._device_module.stream(self._stream):
+        self._count(full)
+        self._stream.fall_in(full, out, base)
+        with self._stream.entered():
             # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
             apart = base is not None or out.dtype is not full.dtype
             total = torch.empty_like(out, dtype=full.dtype) if apart else out
-            work = _reduce_scatter(total, full, group=self.control.group, async_op=True)
-        self._count(full)
-        pending = PendingWork(f"transport torch, reduce-scatter of {label}", [(self._missing, work)], (full, out))
-        return _StreamCollective(self, pending, partial(_add, total, base, out) if apart else None)
+        return self._start(
+            f"reduce-scatter of {label}",
+            partial(_reduce_scatter, total, full),
+            (full, out),
+            partial(_add, total, base, out) if apart else None,
+        )
 
     def _start_exchange(
         self, full: Tensor, out: Tensor, base: Tensor | None, wire: Wire, label: str
     ) -> PendingCollective:
         """Let every rank have all slices that it owns, since no backend can sum them."""
-        self._let_stream_wait()
-        with self._device_module.stream(self._stream):
-            received = torch.empty_like(full)
-            # As bytes: not every backend knows all dtypes.
-            work = dist.all_to_all_single(
-                received.view(torch.uint8), full.view(torch.uint8), group=self.control.group, async_op=True
-            )
         self._count(full)
-        pending = PendingWork(f"transport torch, exchange of {label}", [(self._missing, work)], (full, received))
+        self._stream.fall_in(full, out, base)
+        with self._stream.entered():
+            received = torch.empty_like(full)
         slices = received.view(self.num_slices, -1).unbind()
-        return _StreamCollective(self, pending, partial(wire.combine, slices, out, base))
+        return self._start(
+            f"exchange of {label}",
+            # As bytes: not every backend knows all dtypes.
+            partial(dist.all_to_all_single, received.view(torch.uint8), full.view(torch.uint8)),
+            (full, received),
+            partial(wire.combine, slices, out, base),
+        )
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
-        self._let_stream_wait()
-        with self._device_module.stream(self._stream):
-            work = _all_gather(full, self.own_slice(full), group=self.control.group, async_op=True)
         self._count(full)
-        pending = PendingWork(f"transport torch, all-gather of {label}", [(self._missing, work)], (full,))
-        return _StreamCollective(self, pending, None)
+        self._stream.fall_in(full)
+        return self._start(f"all-gather of {label}", partial(_all_gather, full, self.own_slice(full)), (full,))
 
-    def finish_on_stream(self, pending: PendingWork, follow: Callable[[], None] | None) -> None:
-        """Queue what follows a collective on the communication stream, and let the current stream wait for it."""
-        with self._device_module.stream(self._stream):
-            pending.finish()
-            if follow is not None:
-                follow()
-            done = self._device_module.Event()
-            done.record(self._stream)
-        done.wait(self._device_module.current_stream())
+    def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
+        self._stream.fall_in(flags, out)
+        with self._stream.entered():
+            out.copy_(flags)
+        return self._start(f"max of {label}", partial(dist.all_reduce, out, dist.ReduceOp.MAX), (flags, out))
 
-    def _let_stream_wait(self) -> None:
-        filled = self._device_module.Event()
-        filled.record(self._device_module.current_stream())
-        filled.wait(self._stream)
+    def _start(
+        self,
+        what: str,
+        collective: Callable[..., dist.Work],
+        keep: tuple[Tensor, ...],
+        follow: Callable[[], None] | None = None,
+    ) -> PendingCollective:
+        """Start a collective on the communication stream, which has fallen in.
+
+        Args:
+            keep: its tensors.
+            follow: what its result has yet to go through.
+        """
+        what = f"transport {self.name}, {what}"
+        with self._stream.entered(), named_failures(what, self._missing):
+            work = collective(group=self.control.group, async_op=True)
+        return StreamCollective(self._stream, PendingWork(what, [(self._missing, work)], keep), follow)
 
     def _count(self, full: Tensor) -> None:
         self.sent_bytes += full.nbytes // self.num_slices * (self.num_slices - 1)
@@ -110,19 +118,3 @@ def _add(total: Tensor, base: Tensor | None, out: Tensor) -> None:
         out.copy_(total)
     else:
         torch.add(base, total, out=out)
-
-
-class _StreamCollective(PendingCollective):
-    """Keeps its tensors until it is finished: from then on the current stream, on which their memory may be given to
-    others, waits for the communication stream."""
-
-    def __init__(self, transport: TorchTransport, pending: PendingWork, follow: Callable[[], None] | None) -> None:
-        self._transport: TorchTransport | None = transport
-        self._pending = pending
-        self._follow = follow
-
-    def finish(self) -> None:
-        if self._transport is None:
-            return
-        self._transport.finish_on_stream(self._pending, self._follow)
-        self._transport = self._follow = None

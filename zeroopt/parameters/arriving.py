@@ -23,10 +23,14 @@ class Gathers(Protocol):
 
     Attributes:
         pending: the buckets that nobody has waited for, by index.
+        arrived: those for which a stream of a device has waited, and others may still have to.
     """
 
     @property
     def pending(self) -> Collection[int]: ...
+
+    @property
+    def arrived(self) -> Collection[int]: ...
 
     def finish(self, bucket: int) -> None:
         """Wait until a bucket's parameters are all there, and let them be plain again."""
@@ -124,10 +128,10 @@ class ForwardHook:
         if torch.compiler.is_compiling():
             return
         gathers = self._gathers()
-        if gathers is None or not gathers.pending:
+        if gathers is None or not (gathers.pending or gathers.arrived):
             return
         for bucket in self.buckets:
-            if bucket in gathers.pending:
+            if bucket in gathers.pending or bucket in gathers.arrived:
                 gathers.finish(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:

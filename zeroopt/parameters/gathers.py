@@ -15,6 +15,7 @@ from ..collectives import PendingCollective, Transport
 from ..collectives.pending import Done
 from ..profiling import named_range
 from ..storage.bucket import Bucket
+from ..streams import is_capturing
 from ..untraced import untraced
 from .arriving import ForwardHook, arriving_class, read_only
 
@@ -24,6 +25,7 @@ class ParamGathers:
 
     Attributes:
         pending: by index of the bucket, those that nobody has waited for.
+        arrived: on a device, those for which some stream has waited, and others may still have to.
 
     Args:
         lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
@@ -35,6 +37,7 @@ class ParamGathers:
         self._compiled = runs_compiled(module)
         self._lazy = lazy and not self._compiled
         self.pending: dict[int, PendingCollective] = {}
+        self.arrived: dict[int, PendingCollective] = {}
         self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
         self._buckets: list[Bucket] = []
@@ -49,7 +52,9 @@ class ParamGathers:
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """Go by these buckets, in which the same parameters lie, or some of them."""
         assert not self.pending
+        self.arrived.clear()
         self._buckets = list(buckets)
+        self._device = buckets[0].device if buckets else torch.device("cpu")
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._classes = [arriving_class(bucket.index) for bucket in buckets]
         # A user's own class of parameters stays as it is. Methods of a DTensor get at its values past `__torch_function__`.
@@ -68,6 +73,7 @@ class ParamGathers:
         """
         if readers is not None:
             readers.finish()
+        self.arrived.pop(bucket.index, None)
         self.pending[bucket.index] = self.gather(bucket)
 
     def gather(self, bucket: Bucket) -> PendingCollective:
@@ -78,6 +84,7 @@ class ParamGathers:
     def close(self, bucket: Bucket, until: PendingCollective) -> None:
         """Let whoever uses a parameter of a bucket from now on wait for something else, which comes before its gather."""
         self.finish(bucket.index)
+        self.arrived.pop(bucket.index, None)
         self.pending[bucket.index] = until
         if self._may_mark(bucket.index):
             self._mark(bucket.index)
@@ -86,7 +93,8 @@ class ParamGathers:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
         self._transport.flush()
         for bucket in list(self.pending):
-            if self._lazy and self._may_mark(bucket):
+            # A CUDA graph ends with all that was started in it.
+            if self._lazy and self._may_mark(bucket) and not is_capturing(self._device):
                 self._mark(bucket)
             else:
                 self.finish(bucket)
@@ -103,13 +111,17 @@ class ParamGathers:
 
     @untraced
     def finish(self, bucket: int) -> None:
-        """Wait until a bucket's parameters are all there."""
+        """Wait until a bucket's parameters are all there: on a device, let the current stream."""
         pending = self.pending.get(bucket)
         if pending is None:
+            if bucket in self.arrived:
+                self.arrived[bucket].finish()
             return
         with named_range("wait_for_gather", self._buckets[bucket].name):
             pending.finish()
         del self.pending[bucket]
+        if self._device.type != "cpu":
+            self.arrived[bucket] = pending
         if self._classes[bucket].gathers is not None:
             for param in self._params[bucket]:
                 param.__class__ = nn.Parameter
@@ -118,7 +130,7 @@ class ParamGathers:
     @untraced
     def finish_all(self) -> None:
         """Wait until all parameters are there."""
-        for bucket in list(self.pending):
+        for bucket in [*self.pending, *self.arrived]:
             self.finish(bucket)
 
     def read_only(self) -> AbstractContextManager[None]:

@@ -1,0 +1,105 @@
+"""The stream of a device on which collectives run beside what it computes, and who waits for whom.
+
+    current stream   ──▶ fills a bucket ──┐                    ┌──▶ what uses the result
+    communication stream                  └──▶ collective ──▶ sum, cast
+                                          start              finish
+
+There is one for reduces and gathers alike, of high priority, so that what follows a collective need not wait for blocks of large
+kernels. Collectives of one process group run in the order of their start anyway: NCCL has one stream of its own for each
+communicator. For gathers to overtake reduces they would need a second communicator, that is, another set of NCCL's buffers, and on
+every rank one order of both; what would be gained is little, since gathers belong to the next forward, where no reduce is on its way.
+
+**Which streams wait.** Whoever finishes a collective makes its own stream wait, and the stream on which it was started: in plain
+torch, whoever waits for the stream of `step()` may read what it has computed. Finishing once more makes a further stream wait.
+
+On the CPU, streams and events are empty shells, and waiting for the backend is what blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..streams import current_stream, event_on, is_capturing
+from .pending import PendingCollective, PendingWork
+
+
+class CommStream:
+    """Runs collectives behind what the current stream had to do when they were started.
+
+    Args:
+        device: of their tensors.
+        blocks_host: whether the host is held up by waiting for the backend, as with Gloo. If not, a collective is waited for, by the
+            communication stream alone, as soon as it is started, and what follows it is queued right behind it.
+    """
+
+    def __init__(self, device: torch.device, *, blocks_host: bool) -> None:
+        self.blocks_host = blocks_host
+        self.device = device
+        module: Any = torch.get_device_module(device)
+        self._stream = module.Stream() if device.type == "cpu" else module.Stream(device, priority=-1)
+        self._enter: Callable[[Any], AbstractContextManager[object]] = module.stream
+
+    def entered(self) -> AbstractContextManager[object]:
+        """Within it, this is the current stream."""
+        return self._enter(self._stream)
+
+    def fall_in(self, *tensors: Tensor | None) -> None:
+        """Come behind all that the current stream has to do so far, and tell the allocator that these tensors are used here, so that
+        their memory goes to nobody else before."""
+        event_on(current_stream(self.device), self.device).wait(self._stream)
+        if self.device.type != "cpu":
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(self._stream)
+
+    def mark(self) -> Any:
+        """An event that is over when all is done that is queued here so far."""
+        return event_on(self._stream, self.device)
+
+
+class StreamCollective(PendingCollective):
+    """A collective that has been started on the communication stream.
+
+    Args:
+        work: what the backend has been told there.
+        follow: what the result has yet to go through there.
+    """
+
+    def __init__(self, stream: CommStream, work: PendingWork, follow: Callable[[], None] | None) -> None:
+        self._stream = stream
+        self._work = work
+        self._follow = follow
+        self._started_on = current_stream(stream.device)
+        self._is_captured = is_capturing(stream.device)
+        self._done: Any = None
+        self._waiting: list[Any] = []  # streams that come behind it
+        if not stream.blocks_host:
+            self._queue()
+
+    def _queue(self) -> None:
+        """Queue what follows, behind the backend. With its result, the tensors that were kept for it are let go."""
+        with self._stream.entered():
+            self._work.finish()
+            if self._follow is not None:
+                self._follow()
+            self._done = self._stream.mark()
+        self._follow = None
+
+    def finish(self) -> None:
+        if self._done is None:
+            self._queue()
+        # A graph is captured when all is over that came before; it could not be waited for in it.
+        if is_capturing(self._stream.device) and not self._is_captured:
+            return
+        for stream in (current_stream(self._stream.device), self._started_on):
+            if stream not in self._waiting:
+                self._done.wait(stream)
+                self._waiting.append(stream)
+
+    def wait_until_read(self) -> None:
+        self.finish()
