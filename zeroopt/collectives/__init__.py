@@ -5,6 +5,7 @@ In reading order; each imports from those above it:
     failure        how failed collectives are told
     group_timeout  how long ranks wait for one another
     lone           what stands for the process group of a process that trains by itself
+    backends       which backends a process group has
     pending        `PendingCollective`: what has been started and has to be finished
     flat           tensors side by side, so that they travel as one
     control        `ControlGroup`: the small things that ranks tell each other

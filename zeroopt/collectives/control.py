@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backends import backends_of
 from .failure import named_failures, the_other_rank
 from .flat import group_alike, pieces_of
-from .lone import is_lone, lone_group
+from .lone import lone_group
 from .pending import Done, PendingCollective, PendingWork, start_message
 
 T = TypeVar("T")
@@ -49,8 +50,9 @@ class ControlGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where small tensors lie that ranks compare: one that the group's backend serves."""
-        return torch.device("cuda" if not is_lone(self.group) and dist.get_backend(self.group) == "nccl" else "cpu")
+        """Where small tensors lie that ranks compare: the CPU, where a backend of the group serves it."""
+        served = backends_of(self.group)
+        return torch.device("cpu" if not served or "cpu" in served else next(iter(served)))
 
     def gather(self, tensor: Tensor, what: str) -> Tensor:
         """The tensors of all ranks, which have one shape and dtype, by rank: [size, *shape]."""

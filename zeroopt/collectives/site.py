@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
+from .backends import backends_of
 from .control import ControlGroup
 from .hosts import ranks_by_host
 
@@ -28,9 +29,7 @@ class Site:
     @property
     def backend(self) -> str:
         """Name of the backend that serves the device in this group, for example "gloo". Not collective."""
-        config = str(dist.get_backend_config(self.group))  # for example "cpu:gloo,cuda:nccl"
-        backends = dict(entry.split(":") for entry in config.split(",") if ":" in entry)
-        return backends.get(self.device.type, str(dist.get_backend(self.group)))
+        return backends_of(self.group).get(self.device.type) or str(dist.get_backend(self.group))
 
     @property
     def blocks_host(self) -> bool:
