@@ -15,6 +15,7 @@ from transports import hosts
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
+from zeroopt.features.join import pack_options, take_options
 
 STAGES = (0, 1, 2)
 # Small buckets: several travel, and buckets are planned anew after the first step.
@@ -489,3 +490,13 @@ def test_an_exception_in_the_context_does_not_make_others_wait(run_on_ranks: Run
     own, other = run_on_ranks.outcomes(2, misuse, "raise")
     assert own == RankError("KeyError", "'data'")
     assert isinstance(other, RankError) and other.type_name == "CollectiveError" and "rank 0" in other.message
+
+
+def test_options_are_taken_over_into_the_tensors_that_are_there() -> None:
+    lr, beta = torch.tensor(0.5), torch.tensor(0.9)
+    theirs = [{"params": [], "lr": torch.tensor(0.25), "betas": (torch.tensor(0.8), 0.99), "eps": 1e-8, "flag": (1, 2)}]
+    groups: list[dict[str, Any]] = [{"lr": lr, "betas": (beta, 0.9), "eps": 1e-6, "flag": None}]
+    take_options(groups, pack_options(theirs))
+    assert groups[0]["lr"] is lr and lr == torch.tensor(0.25)
+    assert groups[0]["betas"] == (beta, 0.99) and groups[0]["betas"][0] is beta and beta == torch.tensor(0.8)
+    assert groups[0]["eps"] == 1e-8 and groups[0]["flag"] == (1, 2)

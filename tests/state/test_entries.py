@@ -9,12 +9,13 @@ import pytest
 import torch
 from lone_slice import LoneSlice, buckets_of, params_of, values
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zeroopt import ops
 from zeroopt.options.precision import Precision
 from zeroopt.plan.params import Grain, ManagedParam
 from zeroopt.plan.regions import FlatLayout
-from zeroopt.state.entries import block_of, is_array, map_leaves, map_tensors, pack_state, pack_value
+from zeroopt.state.entries import block_of, is_array, map_leaves, map_tensors, on_cpu, pack_state, pack_value
 from zeroopt.state.shard_tensor import ShardTensor
 from zeroopt.storage.segment import Segment
 
@@ -50,6 +51,17 @@ def test_only_tensors_are_replaced_and_nothing_is_changed_in_place() -> None:
     mapped = map_tensors(value, lambda one: one * 2)
     assert mapped["a"][0].tolist() == [2, 2] and mapped["a"][1] is text
     assert value["a"][0] is tensor
+
+
+def test_tensors_go_to_the_cpu_out_of_plain_containers() -> None:
+    pair, here = Pair(0.9, 0.99), torch.ones(2)
+    with FakeTensorMode():
+        there = torch.ones(2, device="cuda")
+        moved = on_cpu({"lr": there, "betas": (there, 0.99), "more": [there], "text": "text"})
+    assert [one.device.type for one in (moved["lr"], moved["betas"][0], moved["more"][0])] == ["cpu"] * 3
+    assert moved["betas"][1] == 0.99 and moved["text"] == "text"
+    kept = on_cpu({"pair": pair, "here": here})
+    assert kept["pair"] is pair and kept["here"] is here
 
 
 def test_scales_have_an_element_for_each_block() -> None:

@@ -8,6 +8,7 @@ In reading order; each imports from those above it:
     backends       which backends a process group has
     pending        `PendingCollective`: what has been started and has to be finished
     flat           tensors side by side, so that they travel as one
+    pickled        what ranks send each other pickled lies on the CPU
     control        `ControlGroup`: the small things that ranks tell each other
     hosts          which ranks can share memory
     site           where a transport is to work: group, device, hosts

@@ -19,6 +19,7 @@ from .failure import named_failures, the_other_rank
 from .flat import group_alike, pieces_of
 from .lone import lone_group
 from .pending import Done, PendingCollective, PendingWork, start_message
+from .pickled import check_on_cpu
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class ControlGroup:
 
     All methods are collective, in the order of calls, unless they say who takes part. `what` is going on, for messages. All of
     them raise CollectiveError when a rank does not do its part: it died, gave up, or the group's timeout went by; those that
-    start something do so when it is finished.
+    start something do so when it is finished. In what is pickled, tensors have to be on the CPU.
 
     Args:
         group: that this process is in.
@@ -73,6 +74,7 @@ class ControlGroup:
         """What all ranks have, by rank. It is pickled."""
         if self.size == 1:
             return [value]
+        check_on_cpu(value, what)
         everyone: list[Any] = [None] * self.size
         with self._named(what):
             dist.all_gather_object(everyone, value, group=self.group)
@@ -82,6 +84,7 @@ class ControlGroup:
         """What all ranks have, by rank, on rank `to` alone; None elsewhere. It is pickled."""
         if self.size == 1:
             return [value]
+        check_on_cpu(value, what)
         everyone: list[Any] | None = [None] * self.size if self.rank == to else None
         with self._named(what):
             dist.gather_object(value, everyone, dst=self._in_job(to), group=self.group)
@@ -91,6 +94,7 @@ class ControlGroup:
         """This rank's value of those that rank `source` has, one for each rank; the others pass None. It is pickled."""
         mine: list[Any] = [None] if values is None else [values[self.rank]]
         if self.size > 1:
+            check_on_cpu(values, what)
             with self._named(what):
                 # torch's annotation asks for a list, though it takes None where there is nothing to hand out.
                 dist.scatter_object_list(mine, values, src=self._in_job(source), group=self.group)  # type: ignore[arg-type]
@@ -101,6 +105,8 @@ class ControlGroup:
         """What rank `source` has. It is pickled."""
         box: list[Any] = [value]
         if self.size > 1:
+            if self.rank == source:
+                check_on_cpu(value, what)
             with self._named(what):
                 dist.broadcast_object_list(box, self._in_job(source), group=self.group)
         told: T = box[0]

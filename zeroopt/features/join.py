@@ -26,6 +26,7 @@ from ..collectives.turnout import Turnout
 from ..errors import CollectiveError, RankMismatchError, StateError
 from ..feature import Feature, Step
 from ..gradients.view import GradientView
+from ..state.entries import on_cpu
 
 _WHAT = "what ranks in join() do next"  # for messages
 
@@ -279,11 +280,7 @@ class Joining(Feature):
 def pack_options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The options of an optimizer's groups, to be sent to another rank."""
     return [
-        {
-            name: value.cpu() if isinstance(value, Tensor) else value
-            for name, value in group.items()
-            if name not in ("params", "param_names")
-        }
+        {name: on_cpu(value) for name, value in group.items() if name not in ("params", "param_names")}
         for group in groups
     ]
 
@@ -292,11 +289,16 @@ def take_options(groups: Sequence[dict[str, Any]], packed: Sequence[Mapping[str,
     """Set the options of an optimizer's groups; tensors keep their place."""
     for group, options in zip(groups, packed, strict=True):
         for name, value in options.items():
-            mine = group.get(name)
-            if isinstance(mine, Tensor) and isinstance(value, Tensor):
-                mine.copy_(value)
-            else:
-                group[name] = value
+            group[name] = _taken(group.get(name), value)
+
+
+def _taken(mine: Any, value: Any) -> Any:
+    """A value of an option, in the tensors that it has here."""
+    if isinstance(mine, Tensor) and isinstance(value, Tensor):
+        return mine.copy_(value)
+    if type(mine) is type(value) and type(value) in (list, tuple) and len(mine) == len(value):
+        return type(value)(map(_taken, mine, value))
+    return value
 
 
 def _do_nothing() -> None:

@@ -9,6 +9,7 @@ In reading order; each imports from those above it:
     torch_releases  state dicts of older torch releases, brought up to date
     saved           what a saved state has for a piece of a parameter
     consolidate     all state on one rank
+    sent            a step count and the like on its way to other ranks
     whole_tensors   the state of single parameters, put together on every rank
     moving          arrays from the segments of one plan to those of another
     inner_state     the state of the wrapped optimizer as something that moves

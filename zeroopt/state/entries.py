@@ -33,6 +33,15 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return map_leaves(value, lambda _, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
+def on_cpu(value: Any) -> Any:
+    """A value, or plain containers of some, with all tensors on the CPU; what is there already stays the same object."""
+    if isinstance(value, Tensor):
+        return value if value.is_cpu else value.detach().cpu()
+    if type(value) is dict:
+        return {name: on_cpu(part) for name, part in value.items()}
+    return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value
+
+
 def block_of(name: str) -> int:
     """Elements of the parameter for which a state tensor of that name has one."""
     return ops.QUANT_BLOCK if name in ops.SCALES else 1

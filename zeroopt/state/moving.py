@@ -21,6 +21,7 @@ from ..storage.bucket import Bucket
 from ..storage.segment import BySegments, Segment
 from ..storage.stripe import Stripe, cut_in_stripes
 from .entries import Path, block_of, is_array, map_leaves
+from .sent import Sent
 
 
 class Extent(Protocol):
@@ -78,7 +79,8 @@ def move_arrays(
                 part.pop(path, None)
         source.let_go()
     scratch.free()
-    return {index: map_leaves(known[index], partial(_put, arrays)) for index, arrays in moved.items()}
+    home = buckets[0].home
+    return {index: map_leaves(known[index], partial(_put, arrays, home)) for index, arrays in moved.items()}
 
 
 def _take_over(
@@ -161,8 +163,8 @@ def _leaves(entry: ParamState) -> dict[Path, Any]:
     return found
 
 
-def _put(arrays: Mapping[Path, Tensor], path: Path, leaf: Any) -> Any:
-    return arrays.get(path, leaf)
+def _put(arrays: Mapping[Path, Tensor], home: torch.device, path: Path, leaf: Any) -> Any:
+    return leaf.at(home) if isinstance(leaf, Sent) else arrays.get(path, leaf)
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ class _Array:
 def _describe_together(
     sources: Sequence[BySegments], buckets: Sequence[Bucket], control: ControlGroup
 ) -> dict[int, ParamState]:
-    """What there is of each parameter, from the ranks that own a part of it. What is not an `_Array` is the value itself: step
-    counts and the like, which an element-wise optimizer has alike for all parts."""
+    """What there is of each parameter, from the ranks that own a part of it. What is not an `_Array` is the value itself, a tensor
+    as `Sent`: step counts and the like, which an element-wise optimizer has alike for all parts."""
     mine = {
         segment.owner.index: map_leaves(entry, partial(_describe, segment))
         for source, bucket in zip(sources, buckets, strict=True)
@@ -199,4 +201,4 @@ def _describe_together(
 def _describe(segment: Segment, path: Path, value: Any) -> Any:
     if is_array(path[0], value, segment):
         return _Array(value.dtype, block_of(path[0]))
-    return value.clone() if isinstance(value, Tensor) else value  # a view would be pickled with its whole storage
+    return Sent.of(value) if isinstance(value, Tensor) else value

@@ -14,6 +14,7 @@ from ..collectives import ControlGroup
 from ..plan.params import ManagedParam, ParamState
 from ..storage.segment import Segment
 from .entries import Path, is_array, map_leaves
+from .sent import Sent
 from .tiers import decoded
 
 
@@ -59,7 +60,7 @@ def _take_out(segment: Segment, path: Path, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if not is_array(str(path[0]), value, segment):
-        return value.detach().clone()
+        return Sent.of(value)
     flat = segment.owner.flatten(value) if segment.owner.is_whole else value
     return _Piece(flat.detach().reshape(-1).to("cpu", copy=True))  # a view would be pickled with its whole storage
 
@@ -71,6 +72,8 @@ def _join(managed: ManagedParam, parts: Sequence[_Part]) -> ParamState:
         map_leaves(entry, leaves[-1].__setitem__)
 
     def join(path: Path, leaf: Any) -> Any:
+        if isinstance(leaf, Sent):
+            return leaf.at(managed.param.device)
         if not isinstance(leaf, _Piece):
             return leaf
         flat = torch.cat([one[path].values for one in leaves]).to(managed.param.device)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ...errors import CheckpointError
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
+from ...state.entries import on_cpu
 from .contents import clean_name
 
 
@@ -22,7 +23,7 @@ class Part:
         first_rank: in the job, of its process group.
         names: of all that its state dict has.
         is_shared: whether other groups hold other elements of the same parameters (DTensors).
-        param_groups: of its optimizers, one after the other, with names of parameters.
+        param_groups: of its optimizers, one after the other, with names of parameters; tensors on the CPU.
         facts: for each of its optimizers.
     """
 
@@ -46,7 +47,7 @@ def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) 
         for one in optimizers
     ]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return Part(rank, names, bool(model.replica.mesh_groups), named_groups(optimizers), facts)
+    return Part(rank, names, bool(model.replica.mesh_groups), on_cpu(named_groups(optimizers)), facts)
 
 
 def named_groups(optimizers: Sequence[ZeroOptimizer]) -> list[dict[str, Any]]:
