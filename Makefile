@@ -7,7 +7,7 @@ TEST_TIMEOUT ?= 300
 TEST_PROCESSES ?= 2
 
 PYTHON_FILES := zeroopt tests bench examples
-CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
+CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 

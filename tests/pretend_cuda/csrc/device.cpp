@@ -1,0 +1,206 @@
+#include "device.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <atomic>
+
+#include "memory.h"
+#include "trace.h"
+
+namespace pretend {
+namespace {
+
+thread_local c10::DeviceIndex device = 0;
+thread_local int64_t streams[kDevices] = {};
+std::atomic<int64_t> num_streams[kDevices] = {};
+std::atomic<int64_t> num_events{0};
+std::atomic<bool> capturing[kDevices] = {};
+
+NodeId mark(Kind kind, int device, int64_t stream, const char* name, std::vector<NodeId> after) {
+  Trace& trace = Trace::get();
+  if (!trace.is_on()) return kNone;
+  Node node{kind, trace.stream_actor(device, stream), name, where(), {}, std::move(after), nullptr, {}};
+  return trace.add(std::move(node), device);
+}
+
+void host_waits(int device, NodeId after, Kind kind, const char* why) {
+  Trace& trace = Trace::get();
+  if (!trace.is_on()) return;
+  Node node{kind, trace.host_actor(device), why, where(), {}, {after}, nullptr, {}};
+  trace.add(std::move(node), device);
+}
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::DeviceType::CUDA; }
+  c10::Device exchangeDevice(c10::Device next) const override {
+    c10::Device before = getDevice();
+    device = next.index();
+    return before;
+  }
+  c10::Device getDevice() const override { return {type(), device}; }
+  void setDevice(c10::Device next) const override { device = next.index(); }
+  void uncheckedSetDevice(c10::Device next) const noexcept override { device = next.index(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
+
+  static c10::Stream stream(c10::Device of, int64_t id) { return c10::Stream(c10::Stream::UNSAFE, of, id); }
+  static c10::Device with_index(c10::Device of) { return of.has_index() ? of : c10::Device(of.type(), device); }
+  c10::Stream getStream(c10::Device of) const override {
+    of = with_index(of);
+    return stream(of, streams[of.index()]);
+  }
+  c10::Stream getDefaultStream(c10::Device of) const override { return stream(with_index(of), 0); }
+  c10::Stream getStreamFromGlobalPool(c10::Device of, bool) const override { return getNewStream(of, 0); }
+  c10::Stream getNewStream(c10::Device of, int) const override {
+    of = with_index(of);
+    return stream(of, new_stream(of.index()));
+  }
+  c10::Stream exchangeStream(c10::Stream next) const override {
+    int64_t before = streams[next.device_index()];
+    streams[next.device_index()] = next.id();
+    return stream(next.device(), before);
+  }
+
+  void record(void** event, const c10::Stream& on, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (*event == nullptr) *event = reinterpret_cast<void*>(++num_events);
+    NodeId node = mark(Kind::kMark, on.device_index(), on.id(), "event", {});
+    Trace::get().set_event(reinterpret_cast<int64_t>(*event), node);
+  }
+  void block(void* event, const c10::Stream& on) const override {
+    if (event == nullptr) return; // never recorded: nothing to wait for
+    NodeId node = Trace::get().event(reinterpret_cast<int64_t>(event));
+    if (node != kNone) mark(Kind::kWait, on.device_index(), on.id(), "wait", {node});
+  }
+  bool queryEvent(void* event) const override {
+    if (event != nullptr) {
+      host_waits(device, Trace::get().event(reinterpret_cast<int64_t>(event)), Kind::kHostQuery, "Event.query");
+    }
+    return true;
+  }
+  void synchronizeEvent(void* event) const override {
+    check_not_capturing(device, "Event.synchronize");
+    if (event != nullptr) {
+      host_waits(device, Trace::get().event(reinterpret_cast<int64_t>(event)), Kind::kHostWait, "Event.synchronize");
+    }
+  }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+  bool queryStream(const c10::Stream& of) const override {
+    Trace& trace = Trace::get();
+    host_waits(of.device_index(), trace.last(trace.stream_actor(of.device_index(), of.id())), Kind::kHostQuery,
+               "Stream.query");
+    return true;
+  }
+  void synchronizeStream(const c10::Stream& of) const override {
+    host_waits_for_stream(of.device_index(), of.id(), "Stream.synchronize");
+  }
+  bool isStreamCapturing(const c10::Stream& of) const override { return capturing[of.device_index()]; }
+  void synchronizeDevice(const c10::DeviceIndex of) const override {
+    for (int64_t id = 0; id <= num_streams[of]; ++id)
+      host_waits_for_stream(of, id, "device synchronize");
+  }
+  void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& on) const override {
+    Memory::get().record_stream(data.get(), on.id());
+  }
+};
+
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+struct DeviceAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = bytes == 0 ? nullptr : Memory::get().allocate(bytes, device, streams[device]);
+    return {memory, memory, &give_back, {c10::DeviceType::CUDA, device}};
+  }
+  static void give_back(void* memory) {
+    if (memory != nullptr) Memory::get().free(memory);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+struct PinnedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = bytes == 0 ? nullptr : Memory::get().allocate_pinned(bytes, device);
+    return {memory, memory, &give_back, {c10::DeviceType::CPU}};
+  }
+  static void give_back(void* memory) {
+    if (memory != nullptr) Memory::get().free_pinned(memory);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+DeviceAllocator device_allocator;
+PinnedAllocator pinned_allocator;
+REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &device_allocator)
+
+} // namespace
+
+int current_device() {
+  return device;
+}
+
+int64_t current_stream(int of) {
+  return streams[of];
+}
+
+void set_device(int next) {
+  TORCH_CHECK(0 <= next && next < kDevices, "no pretend device ", next);
+  device = static_cast<c10::DeviceIndex>(next);
+}
+
+void set_stream(int of, int64_t stream) {
+  streams[of] = stream;
+}
+
+int64_t new_stream(int of) {
+  return ++num_streams[of];
+}
+
+void host_waits_for_stream(int of, int64_t stream, const char* why) {
+  check_not_capturing(of, why);
+  Trace& trace = Trace::get();
+  host_waits(of, trace.last(trace.stream_actor(of, stream)), Kind::kHostWait, why);
+}
+
+void set_capturing(int of, bool is_capturing) {
+  capturing[of] = is_capturing;
+}
+
+void check_not_capturing(int of, const char* what) {
+  TORCH_CHECK(!capturing[of], "operation not permitted when stream is capturing: the host waits (", what, ")");
+}
+
+} // namespace pretend
+
+namespace at {
+
+struct PretendHooks : CUDAHooksInterface {
+  PretendHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return pretend::kDevices; }
+  int getNumGPUs() const override { return pretend::kDevices; }
+  DeviceIndex getCurrentDevice() const override { return pretend::device; }
+  DeviceIndex current_device() const override { return pretend::device; }
+  void setCurrentDevice(DeviceIndex next) const override { pretend::device = next; }
+  DeviceIndex exchangeDevice(DeviceIndex next) const override { return std::exchange(pretend::device, next); }
+  DeviceIndex maybeExchangeDevice(DeviceIndex next) const override { return exchangeDevice(next); }
+  bool isPinnedPtr(const void* data) const override { return pretend::Memory::get().is_pinned(data); }
+  Allocator* getPinnedMemoryAllocator() const override { return &pretend::pinned_allocator; }
+  Allocator* getCUDADeviceAllocator() const override { return &pretend::device_allocator; }
+  Device getDeviceFromPtr(void* data) const override {
+    return {kCUDA, static_cast<DeviceIndex>(pretend::Memory::get().device_of(data))};
+  }
+  // One generator for all: what is drawn on a pretend device is what the CPU would draw.
+  const Generator& getDefaultGenerator(DeviceIndex) const override { return detail::getDefaultCPUGenerator(); }
+  Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
+};
+
+C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, PretendHooks)
+
+} // namespace at

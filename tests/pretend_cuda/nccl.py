@@ -1,0 +1,345 @@
+"""A process group that does what NCCL does, between ranks that are threads of one process.
+
+A collective runs on a stream of its communicator, behind what the current stream has been given so far. The host never waits:
+`Work.wait` has the current stream wait. All ranks of a communicator start the same collectives in the same order; where they do
+not, NCCL hangs or mixes up what it sends, until its watchdog ends the process, and here every rank raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import _device
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT_S = 20.0
+_communicators: dict[int, Communicator] = {}
+_numbers = itertools.count(1)
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, as the CPU sees it."""
+    assert tensor.is_contiguous(), "NCCL takes contiguous tensors"
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
+@dataclass
+class Call:
+    """A rank's part of a collective.
+
+    Attributes:
+        name: of the collective, and whatever else all ranks have to agree on.
+        move: what it does, given the inputs and outputs of all ranks.
+    """
+
+    name: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    move: Callable[[list[list[Tensor]], list[list[Tensor]]], None]
+
+
+@dataclass
+class Round:
+    """One collective, from the first rank that starts it until it has run."""
+
+    ranks: tuple[int, ...]
+    calls: dict[int, Call] = field(default_factory=dict)
+    begins: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def is_through(self) -> bool:
+        return bool(self.error) or len(self.ends) == len(self.ranks)
+
+
+class Communicator:
+    """The ranks of one group, each with a stream on its device."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.devices: dict[int, int] = {}
+        self.streams: dict[int, int] = {}
+        self._condition = threading.Condition()
+        self._rounds: dict[Any, Round] = {}
+        self._counts: defaultdict[Any, int] = defaultdict(int)
+        self._actor = _device.stream_actor(-1, next(_numbers))
+
+    def join(self, rank: int, device: int) -> None:
+        self.devices[rank] = device
+        self.streams[rank] = _device.new_stream(device)
+
+    def start(self, rank: int, call: Call, ranks: tuple[int, ...], channel: Any = "all") -> Round:
+        """Start a rank's part of a round: the next one of those ranks."""
+        with self._condition:
+            number = self._counts[rank, channel]
+            self._counts[rank, channel] += 1
+            if number:  # a stream does one thing after the other
+                self.wait(self._rounds[channel, number - 1])
+            round_ = self._rounds.setdefault((channel, number), Round(ranks))
+            round_.begins[rank] = self._begin(rank)
+            round_.calls[rank] = call
+            if len(round_.calls) == len(ranks):
+                self._run(round_)
+                self._condition.notify_all()
+            return round_
+
+    def wait(self, round_: Round) -> None:
+        """Until all ranks have started it: of this, a program on real devices sees nothing."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: round_.is_through, TIMEOUT_S):
+                missing = sorted(set(round_.ranks) - set(round_.calls))
+                name = next(iter(round_.calls.values())).name
+                round_.error = f"watchdog: ranks {missing} have not started {name} within {TIMEOUT_S:.0f} s"
+            if round_.error:
+                raise RuntimeError(round_.error)
+
+    def stream_actor(self, rank: int) -> int:
+        return _device.stream_actor(self.devices[rank], self.streams[rank])
+
+    def _begin(self, rank: int) -> int:
+        device = self.devices[rank]
+        current = _device.stream_actor(device, _device.current_stream(device))
+        after = [_device.last(current)]
+        return _device.add(_device.Kind.MARK, self.stream_actor(rank), device, "NCCL begins", [], after, None)
+
+    def _run(self, round_: Round) -> None:
+        names = {rank: round_.calls[rank].name for rank in round_.ranks}
+        if len(set(names.values())) > 1:
+            round_.error = f"watchdog: ranks have started different collectives as one: {names}"
+            return
+        calls = [round_.calls[rank] for rank in round_.ranks]
+        inputs = [list(map(on_cpu, call.inputs)) for call in calls]
+        outputs = [list(map(on_cpu, call.outputs)) for call in calls]
+
+        def action() -> bool:
+            calls[0].move([[tensor.clone() for tensor in row] for row in inputs], outputs)
+            return True
+
+        action()
+        ranges = [
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, is_write)
+            for is_write, rows in ((False, inputs), (True, outputs))
+            for tensor in itertools.chain(*rows)
+        ]
+        device = self.devices[round_.ranks[0]]
+        begins = list(round_.begins.values())
+        kind = _device.Kind.COLLECTIVE
+        run = _device.add(kind, self._actor, device, calls[0].name, ranges, begins, action)
+        for rank in round_.ranks:
+            place = self.stream_actor(rank), self.devices[rank]
+            round_.ends[rank] = _device.add(_device.Kind.MARK, *place, "NCCL ends", [], [run], None)
+
+
+class PretendWork(dist.Work):
+    """Keeps its tensors until it is waited for, as torch's does."""
+
+    def __init__(self, communicator: Communicator, round_: Round, rank: int, host_waits: bool = False) -> None:
+        super().__init__()
+        self._communicator = communicator
+        self._round = round_
+        self._rank = rank
+        self._host_waits = host_waits
+        self._kept: list[Tensor] = [*round_.calls[rank].inputs, *round_.calls[rank].outputs]
+
+    def wait(self, timeout: timedelta = timedelta()) -> bool:
+        self._communicator.wait(self._round)
+        device = self._communicator.devices[self._rank]
+        number = _device.current_stream(device)
+        end = self._round.ends[self._rank]
+        actor = _device.stream_actor(device, number)
+        _device.add(_device.Kind.WAIT, actor, device, "wait for NCCL", [], [end], None)
+        if self._host_waits:
+            _device.host_waits(device, number, "barrier")
+        self._kept.clear()
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return self._round.is_through
+
+
+def _sum(op: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """In the dtype that travels, one after the other."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        if op == dist.ReduceOp.MAX:
+            total = torch.maximum(total, tensor)
+        elif op == dist.ReduceOp.MIN:
+            total = torch.minimum(total, tensor)
+        else:
+            assert op == dist.ReduceOp.SUM, f"no {op} here"
+            total += tensor
+    return total
+
+
+def _all_reduce(op: Any, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    total = _sum(op, [row[0] for row in inputs])
+    for (out,) in outputs:
+        out.copy_(total)
+
+
+def _reduce_scatter(op: Any, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    """As a ring does it: each slice ends at its owner, beginning with the rank behind it."""
+    size = len(outputs)
+    for rank, (out,) in enumerate(outputs):
+        parts = [inputs[(rank + 1 + k) % size][0].view(size, -1)[rank] for k in range(size)]
+        out.view(-1).copy_(_sum(op, parts))
+
+
+def _all_gather(inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    for row in outputs:
+        parts = row if len(row) > 1 or len(inputs) == 1 else row[0].view(len(inputs), -1).unbind()
+        for part, (source,) in zip(parts, inputs, strict=True):
+            part.view(-1).copy_(source.view(-1))
+
+
+def _all_to_all(inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    size = len(outputs)
+    for rank, (out,) in enumerate(outputs):
+        for source in range(size):
+            out.view(size, -1)[source].copy_(inputs[source][0].view(size, -1)[rank])
+
+
+def _broadcast(root: int, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    for (out,) in outputs:
+        out.copy_(inputs[root][0])
+
+
+def _gather(root: int, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    for part, (source,) in zip(outputs[root], inputs, strict=True):
+        part.copy_(source)
+
+
+def _scatter(root: int, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    for (out,), part in zip(outputs, inputs[root], strict=True):
+        out.copy_(part)
+
+
+def _send(inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    (source,) = [tensor for row in inputs for tensor in row]
+    (target,) = [tensor for row in outputs for tensor in row]
+    target.view(-1).copy_(source.view(-1))
+
+
+class PretendNccl(dist.ProcessGroup):
+    """torch.distributed's view of a communicator, of one rank."""
+
+    def __init__(self, communicator: Communicator, rank: int, size: int) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._communicator = communicator
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def getBackendName(self) -> str:
+        return "pretend_nccl"
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cuda")]
+
+    @property
+    def pg_name(self) -> str:
+        name: str = dist.distributed_c10d._world.pg_names[self]
+        return name
+
+    @property
+    def group_name(self) -> str:
+        return self.pg_name
+
+    def _start(
+        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], move: Any, **waits: bool
+    ) -> PretendWork:
+        tensors = [*inputs, *outputs]
+        for tensor in tensors:
+            assert tensor.is_cuda, f"NCCL takes CUDA tensors, got one on {tensor.device} for {name}"
+        call = Call(name, list(inputs), list(outputs), move)
+        rank = self.rank()
+        round_ = self._communicator.start(rank, call, tuple(range(self._size)))
+        return PretendWork(self._communicator, round_, rank, **waits)
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> PretendWork:
+        op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        name = f"all_reduce of {tensors[0].numel()} {tensors[0].dtype}, {op.op}"
+        return self._start(name, tensors, tensors, partial(_all_reduce, op))
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> PretendWork:
+        op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        name = f"reduce_scatter of {input.numel()} {input.dtype}"
+        return self._start(name, [input], [output], partial(_reduce_scatter, op))
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> PretendWork:
+        return self._start(f"all_gather of {output.numel()} {output.dtype}", [input], [output], _all_gather)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> PretendWork:
+        return self._start(f"all_gather of {inputs[0].numel()} {inputs[0].dtype}", inputs, outputs[0], _all_gather)
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> PretendWork:
+        assert len(set(output_splits)) <= 1 and len(set(input_splits)) <= 1, "only equal parts here"
+        return self._start(f"all_to_all of {input.numel()} {input.dtype}", [input], [output], _all_to_all)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> PretendWork:
+        root = opts.rootRank
+        name = f"broadcast of {tensors[0].numel()} {tensors[0].dtype} from {root}"
+        return self._start(name, tensors, tensors, partial(_broadcast, root))
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> PretendWork:
+        flat = outputs[0] if outputs else []
+        root = opts.rootRank
+        return self._start(f"gather to {root}", inputs, flat, partial(_gather, root))
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> PretendWork:
+        flat = inputs[0] if inputs else []
+        root = opts.rootRank
+        return self._start(f"scatter from {root}", flat, outputs, partial(_scatter, root))
+
+    def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> PretendWork:
+        return self._pair(self.rank(), to, tag, tensors, [])
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> PretendWork:
+        return self._pair(source, self.rank(), tag, [], tensors)
+
+    def _pair(self, source: int, to: int, tag: int, inputs: list[Tensor], outputs: list[Tensor]) -> PretendWork:
+        call = Call(f"message from {source} to {to}", inputs, outputs, _send)
+        ranks = tuple(sorted((source, to)))
+        round_ = self._communicator.start(self.rank(), call, ranks, (source, to, tag))
+        return PretendWork(self._communicator, round_, self.rank())
+
+    def barrier(self, opts: Any = None) -> PretendWork:
+        device = self._communicator.devices[self.rank()]
+        flag = torch.zeros(1, device=torch.device("cuda", device))
+        return self._start("barrier", [flag], [flag], partial(_all_reduce, dist.ReduceOp.SUM), host_waits=True)
+
+
+def _create(store: Any, rank: int, size: int, timeout: timedelta) -> PretendNccl:
+    """All ranks of a group find the same communicator by a number in its store."""
+    if rank == 0:
+        number = next(_numbers)
+        _communicators[number] = Communicator(size)
+        store.set("communicator", str(number))
+    communicator = _communicators[int(store.get("communicator"))]
+    communicator.join(rank, _device.current_device())
+    dist.distributed_c10d._store_based_barrier(rank, store, "joined", size, timeout)
+    return PretendNccl(communicator, rank, size)
+
+
+dist.Backend.register_backend("pretend_nccl", _create, devices=["cuda"])

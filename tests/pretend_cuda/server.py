@@ -1,0 +1,38 @@
+"""The process that has pretend devices: it runs functions that it is sent, one after the other."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+from .build import load_device
+
+
+def serve(connection: Connection) -> None:
+    """Answer with ("value", …) or ("error", text) until the connection ends."""
+    load_device()
+    import zeroopt._C
+
+    from . import ranks, surface
+    from .kernels import Kernels
+
+    surface.install()
+    ranks.install()
+    Kernels().install(zeroopt._C)
+    connection.send_bytes(pickle.dumps(("value", None)))
+    while True:
+        try:
+            function, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = ("value", function(*args))
+        except Exception:
+            answer = ("error", traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

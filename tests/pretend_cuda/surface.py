@@ -1,0 +1,136 @@
+"""What a CPU build of torch lacks of `torch.cuda`, for the pretend device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import _device
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+CUDA_TYPE = 1  # c10::DeviceType::CUDA
+
+
+class Stream(torch.Stream):
+    """torch.cuda.Stream."""
+
+    def __new__(cls, device: Any = None, priority: int = 0, **where: int) -> Self:
+        if where:
+            return super().__new__(cls, **where)  # type: ignore[no-any-return]
+        return super().__new__(cls, torch.device("cuda", _index(device)), priority=priority)  # type: ignore[no-any-return]
+
+    @property
+    def cuda_stream(self) -> int:
+        return self.stream_id
+
+
+class Event(torch.Event):
+    """torch.cuda.Event."""
+
+    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Self:
+        return super().__new__(cls, torch.device("cuda", _device.current_device()))  # type: ignore[no-any-return]
+
+    def record(self, stream: torch.Stream | None = None) -> None:
+        super().record(current_stream() if stream is None else stream)
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        super().wait(current_stream() if stream is None else stream)
+
+
+def _index(device: Any = None) -> int:
+    if isinstance(device, int):
+        return device
+    index = None if device is None else torch.device(device).index
+    return _device.current_device() if index is None else index
+
+
+def _stream(index: int, number: int) -> Stream:
+    return Stream(stream_id=number, device_index=index, device_type=CUDA_TYPE)
+
+
+def current_stream(device: Any = None) -> Stream:
+    index = _index(device)
+    return _stream(index, _device.current_stream(index))
+
+
+def default_stream(device: Any = None) -> Stream:
+    return _stream(_index(device), 0)
+
+
+def set_stream(stream: torch.Stream) -> None:
+    _device.set_stream(stream.device_index, stream.stream_id)
+    _device.set_device(stream.device_index)
+
+
+@contextmanager
+def use_stream(stream: torch.Stream | None) -> Iterator[None]:
+    """torch.cuda.stream"""
+    if stream is None:
+        yield
+        return
+    device, before = _device.current_device(), _device.current_stream(stream.device_index)
+    set_stream(stream)
+    try:
+        yield
+    finally:
+        _device.set_stream(stream.device_index, before)
+        _device.set_device(device)
+
+
+class use_device:
+    """torch.cuda.device"""
+
+    def __init__(self, device: Any) -> None:
+        self.idx = _index(device)
+
+    def __enter__(self) -> None:
+        self._before = _device.current_device()
+        _device.set_device(self.idx)
+
+    def __exit__(self, *_: object) -> None:
+        _device.set_device(self._before)
+
+
+def synchronize(device: Any = None) -> None:
+    torch.accelerator.synchronize(_index(device))
+
+
+def get_rng_state(device: Any = "cuda") -> Tensor:
+    return torch.get_rng_state()
+
+
+def set_rng_state(state: Tensor, device: Any = "cuda") -> None:
+    torch.set_rng_state(state)
+
+
+def install() -> None:
+    """Put all of it where torch has what refuses to work."""
+    cuda = torch.cuda
+    names: dict[str, Any] = {
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": current_stream,
+        "default_stream": default_stream,
+        "set_stream": set_stream,
+        "stream": use_stream,
+        "device": use_device,
+        "current_device": _device.current_device,
+        "set_device": lambda device: _device.set_device(_index(device)),
+        "device_count": lambda: _device.NUM_DEVICES,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: current_stream().is_capturing(),
+        "synchronize": synchronize,
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_name": lambda device=None: "pretend device",
+        "_lazy_init": lambda: None,
+    }
+    for name, value in names.items():
+        setattr(cuda, name, value)
+    torch.empty(0, device="cuda").cpu()  # so that torch knows of the device
+    torch.zeros(0).pin_memory()

@@ -1,0 +1,68 @@
+"""The whole path of a GPU with NCCL, on pretend devices: bits, races and orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from worker_pool import RunOnRanks
+
+from .process import PretendProcess
+from .training import Loop, train
+
+pytestmark = pytest.mark.slow
+
+BF16 = {"param_dtype": torch.bfloat16}
+LOOPS = {
+    "stage 0": Loop({"stage": 0}),
+    "stage 1": Loop({"stage": 1}),
+    "stage 2": Loop({"stage": 2}),
+    "stage 1, accumulated": Loop({"stage": 1}, accumulate=2),
+    "stage 2, accumulated": Loop({"stage": 2}, accumulate=2),
+    "stage 2, no_sync": Loop({"stage": 2}, accumulate=2, no_sync=True),
+    "stage 2, torch's clipping": Loop({"stage": 2}, clip=0.1),
+    "stage 2, max_grad_norm": Loop({"stage": 2, "max_grad_norm": 0.1}),
+    "stage 2, GradScaler": Loop({"stage": 2}, scaler=True),
+    "stage 2, GradScaler and clipping": Loop({"stage": 2}, scaler=True, clip=0.1),
+    "stage 2, bfloat16": Loop({"stage": 2, **BF16}),
+    "stage 2, remainders, 8 bits": Loop({"stage": 2, **BF16, "master_weights": "remainder", "state_dtype": torch.int8}),
+    "stage 1, no masters": Loop({"stage": 1, **BF16, "master_weights": "none", "state_dtype": torch.bfloat16}),
+    "stage 1, reduce_dtype": Loop({"stage": 1, "reduce_dtype": torch.bfloat16}, accumulate=2),
+    "stage 2, four buffers": Loop({"stage": 2, "bucket_buffers": 4}),
+    "stage 2, no overlap": Loop({"stage": 2, "overlap": False}),
+    "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
+}
+
+
+def _train_on_cpu(loop: Loop) -> list[torch.Tensor]:
+    return train(loop, torch.distributed.get_rank(), torch.device("cpu"))
+
+
+def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
+    from .ranks import Rank, on_ranks
+
+    def run(rank: Rank) -> list[torch.Tensor]:
+        return train(loop, rank.number, rank.device, rank.recorded)
+
+    params, recording = on_ranks(2, run)
+    return {
+        "params": params,
+        "races": [str(race) for race in recording.races()],
+        "wrong orders": recording.wrong_orders(range(num_orders)),
+        "nodes": len(recording.nodes),
+    }
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_trains_as_on_the_cpu_in_any_order(
+    name: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks
+) -> None:
+    expected = run_on_ranks(2, _train_on_cpu, LOOPS[name])
+    result = on_pretend_cuda(_train_here, LOOPS[name], 10)
+    assert result["nodes"] > 100
+    assert result["races"] == []
+    assert result["wrong orders"] == {}
+    for params in result["params"]:
+        for param, other in zip(params, expected[0], strict=True):
+            torch.testing.assert_close(param, other, rtol=0, atol=0)
