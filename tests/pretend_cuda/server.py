@@ -29,7 +29,7 @@ def serve(connection: Connection) -> None:
             return
         try:
             answer = ("value", function(*args))
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, it is the caller's
             answer = ("error", traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
 

@@ -97,7 +97,7 @@ class Trainer:
                 self.backward()
         if loop.clip is not None:
             self._scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip, foreach=False)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad()

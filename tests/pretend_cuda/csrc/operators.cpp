@@ -102,9 +102,16 @@ private:
 
   bool is_random() const { return op_.hasTag(at::Tag::nondeterministic_seeded); }
 
+  /// An argument from the host is read now, whenever the call runs.
+  static Tensor value_of(const Tensor& tensor) {
+    Tensor value = tensor.clone();
+    value.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
+    return value;
+  }
+
   Tensor translate_tensor(const Tensor& tensor, bool written) {
     if (!tensor.defined()) return tensor;
-    if (!tensor.is_cuda()) return written ? tensor : tensor.clone(); // read now, whenever it runs
+    if (!tensor.is_cuda()) return written ? tensor : value_of(tensor);
     device_ = tensor.device().index();
     if (tensor.numel() > 0) ranges_.push_back(range_of(tensor, written));
     Tensor alias = on_cpu(tensor);
