@@ -179,13 +179,12 @@ void bind_cuda_kernels(py::module_& m) {
       py::arg("stream"), GilReleased());
   m.def(
       "cuda_pack_segments",
-      [](Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale, int64_t total_numel,
-         Address workspace, Address stream) {
+      [](Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale, Address stream) {
         cuda::pack_segments(segment_table(rows, active, 0, 0, count), dtype(src_dtype), dtype(dst_dtype), scale,
-                            total_numel, pointer<void>(workspace), pointer<void>(stream));
+                            pointer<void>(stream));
       },
       py::arg("rows"), py::arg("active"), py::arg("count"), py::arg("src_dtype"), py::arg("dst_dtype"),
-      py::arg("scale"), py::arg("total_numel"), py::arg("workspace"), py::arg("stream"), GilReleased());
+      py::arg("scale"), py::arg("stream"), GilReleased());
   m.def(
       "cuda_reduce",
       [](Address slices, int64_t num_slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,

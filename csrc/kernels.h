@@ -121,14 +121,16 @@ void step(const std::string& kernel, const SegmentTable& segments, const Storage
 
 } // namespace cpu
 
-/// The same kernels on a CUDA device. Every pointer, those of the tables too, is device memory; `stream` is a
-/// cudaStream_t. They launch and return: no allocation, no synchronisation. A failed launch throws std::runtime_error.
+/// The same kernels on a CUDA device. Every pointer, those of the tables too unless said otherwise, is device memory;
+/// `stream` is a cudaStream_t. They launch and return: no allocation, no synchronisation. A failed launch throws
+/// std::runtime_error.
 namespace cuda {
 
 void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t numel, double scale, void* stream);
 
-void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, int64_t total_numel,
-                   void* workspace, void* stream);
+/// The table lies in host memory, and is not looked at any more once this returns. A graph that captures it packs these
+/// arrays.
+void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, void* stream);
 
 /// slices: device array of num_slices device pointers.
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,

@@ -133,15 +133,7 @@ def step(
 ) -> None: ...
 def cuda_pack(src: int, src_dtype: int, dst: int, dst_dtype: int, numel: int, scale: float, stream: int) -> None: ...
 def cuda_pack_segments(
-    rows: int,
-    active: int,
-    count: int,
-    src_dtype: int,
-    dst_dtype: int,
-    scale: float,
-    total_numel: int,
-    workspace: int,
-    stream: int,
+    rows: int, active: int, count: int, src_dtype: int, dst_dtype: int, scale: float, stream: int
 ) -> None: ...
 def cuda_reduce(
     slices: int, num_slices: int, slice_dtype: int, base: int, out: int, out_dtype: int, numel: int, stream: int

@@ -3,20 +3,40 @@
 #include "cuda/launch.h"
 
 namespace zeroopt::cuda {
+namespace {
 
-void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, int64_t total_numel,
-                   void* workspace, void* stream) {
-  constexpr const char* name = "pack_segments";
-  if (segments.count == 0) return;
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const auto parts = workspace_at<PackPlan>(workspace, segments.count, total_numel);
-  const unsigned grid = grid_size(max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1, name);
-  launch(name, prepare_pack_kernel, 1, queue, segments, src_dtype, dst_dtype, parts);
-  if (src_dtype == DType::float64 || dst_dtype == DType::float64)
-    launch(name, pack_segments_kernel<double>, grid, queue, segments, src_dtype, dst_dtype, scale, parts);
+constexpr const char* kName = "pack_segments";
+constexpr size_t kMaxArguments = 4096; // bytes, of any device and any CUDA
+static_assert(sizeof(PackBatch) + 2 * sizeof(DType) + sizeof(double) <= kMaxArguments);
+
+void add(const SegmentRow& row, DType src, DType dst, PackBatch& batch) {
+  const unsigned leads =
+      leads_of(row.grad, static_cast<int>(dtype_bytes(src))) & leads_of(row.param, static_cast<int>(dtype_bytes(dst)));
+  const int lead = smallest_lead(leads);
+  batch.pieces[batch.count++] = {row.grad, row.param, row.numel, batch.tiles, lead};
+  batch.tiles += num_tiles(row.numel, lead);
+}
+
+void launch_batch(const PackBatch& batch, DType src, DType dst, double scale, cudaStream_t stream) {
+  const unsigned grid = grid_size(batch.tiles / kWarpsPerBlock + 1, kName);
+  if (src == DType::float64 || dst == DType::float64)
+    launch(kName, pack_segments_kernel<double>, grid, stream, batch, src, dst, scale);
   else
-    launch(name, pack_segments_kernel<float>, grid, queue, segments, src_dtype, dst_dtype, static_cast<float>(scale),
-           parts);
+    launch(kName, pack_segments_kernel<float>, grid, stream, batch, src, dst, static_cast<float>(scale));
+}
+
+} // namespace
+
+void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, void* stream) {
+  PackBatch batch = {};
+  for (int64_t i = 0; i < segments.count; ++i) {
+    if (segments.active[i] != 0) add(segments.rows[i], src_dtype, dst_dtype, batch);
+    const bool full = batch.count == kPiecesPerLaunch || i + 1 == segments.count;
+    if (!full || batch.count == 0) continue;
+    launch_batch(batch, src_dtype, dst_dtype, scale, static_cast<cudaStream_t>(stream));
+    batch.count = 0;
+    batch.tiles = 0;
+  }
 }
 
 } // namespace zeroopt::cuda

@@ -1,15 +1,30 @@
 // pack_segments: cast and scale of many arrays in one launch. bytes: sizeof(src) + sizeof(dst).
 //
-// The dtypes are the same for a whole launch, so they are branched on rather than compiled apart.
+// Which arrays, the launch brings along among the kernel's arguments: nothing has to be copied to the device before, so
+// nobody waits and a CUDA graph can capture it. The dtypes are the same for a whole launch, so they are branched on
+// rather than compiled apart.
 #pragma once
 
 #include "common/dtype.h"
-#include "cuda/segment_work.cuh"
+#include "cuda/tiles.cuh"
 
 namespace zeroopt::cuda {
 
-struct PackPlan {
+struct PackPiece {
+  const void* src;
+  void* dst;
+  int64_t numel;
+  int64_t first_tile;
   int lead;
+};
+
+constexpr int kPiecesPerLaunch = 100;
+
+/// What one launch packs: an argument, of which there may be 4096 bytes.
+struct PackBatch {
+  int count;
+  int64_t tiles;
+  PackPiece pieces[kPiecesPerLaunch];
 };
 
 template <class T, class Value>
@@ -45,28 +60,21 @@ template <class Value, class Body> ZEROOPT_DEVICE void with_dtype(DType dtype, c
   }
 }
 
-static __global__ void __launch_bounds__(kThreads)
-    prepare_pack_kernel(SegmentTable table, DType src, DType dst, Workspace<PackPlan> workspace) {
-  plan_segments(table, workspace, false, [&](int64_t i) {
-    const unsigned leads = leads_of(table.rows[i].grad, static_cast<int>(dtype_bytes(src))) &
-                           leads_of(table.rows[i].param, static_cast<int>(dtype_bytes(dst)));
-    return PackPlan{smallest_lead(leads)};
-  });
-}
-
 /// Value: what is multiplied in, float or double.
 template <class Value>
 __global__ void __launch_bounds__(kThreads)
-    pack_segments_kernel(SegmentTable table, DType src, DType dst, Value scale, Workspace<PackPlan> workspace) {
-  for_each_tile(table, workspace, [&](int64_t segment, int64_t, const LaneRange& lane) {
-    const SegmentRow& row = table.rows[segment];
+    pack_segments_kernel(const __grid_constant__ PackBatch batch, DType src, DType dst, Value scale) {
+  const auto first_tile = [&](int64_t i) { return batch.pieces[i].first_tile; };
+  for (int64_t tile = warp_index(); tile < batch.tiles; tile += num_warps()) {
+    const PackPiece piece = batch.pieces[array_of_tile(first_tile, 0, batch.count, tile)];
+    const LaneRange lane = lane_range(tile - piece.first_tile, piece.numel, piece.lead);
     Value values[kLaneNumel];
-    with_dtype<Value>(src, [&](auto item) { load_as<decltype(item)>(row.grad, lane, values); });
+    with_dtype<Value>(src, [&](auto item) { load_as<decltype(item)>(piece.src, lane, values); });
 #pragma unroll
     for (int k = 0; k < kLaneNumel; ++k)
       values[k] *= scale;
-    with_dtype<Value>(dst, [&](auto item) { store_as<decltype(item)>(values, lane, row.param); });
-  });
+    with_dtype<Value>(dst, [&](auto item) { store_as<decltype(item)>(values, lane, piece.dst); });
+  }
 }
 
 } // namespace zeroopt::cuda

@@ -17,7 +17,7 @@ void pack(const void*, DType, void*, DType, int64_t, double, void*) {
   unavailable("pack");
 }
 
-void pack_segments(const SegmentTable&, DType, DType, double, int64_t, void*, void*) {
+void pack_segments(const SegmentTable&, DType, DType, double, void*) {
   unavailable("pack_segments");
 }
 

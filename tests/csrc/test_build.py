@@ -8,6 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from paths import ROOT
@@ -17,9 +18,11 @@ from zeroopt.errors import KernelUnavailableError
 
 # kernel, rows, active, steps, squares, count, three formats, groups, three scalars, seed, total_numel, workspace, stream
 STEP = ("adamw", 64, 64, 64, 64, 1, 0, 0, 0, 64, 0, 0, 0, 0, 4, 64, 0)
+# What is read on the host: four elements at addresses where nothing is.
+ROW, ACTIVE = np.array([4, 0, 0, 0, 128, 0, 64, *[0] * 6]), np.ones(1, np.uint8)
 CUDA_CALLS = {
     "cuda_pack": (64, 0, 128, 0, 4, 1.0, 0),
-    "cuda_pack_segments": (64, 64, 1, 0, 0, 1.0, 4, 64, 0),
+    "cuda_pack_segments": (ROW.ctypes.data, ACTIVE.ctypes.data, 1, 0, 0, 1.0, 0),
     "cuda_reduce": (64, 1, 0, 0, 128, 0, 4, 0),
     "cuda_quantize": (64, 128, 192, 4, True, 0),
     "cuda_dequantize": (64, 128, 192, 4, True, 0),

@@ -56,7 +56,7 @@ def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
 
 
 def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale: float = 1.0) -> None:
-    """`pack` for many pairs of tensors in one call. Not collective. On CUDA a graph must not capture it.
+    """`pack` for many pairs of tensors in one call. Not collective. A CUDA graph that captures it packs these very tensors.
 
     Args:
         sources: of one dtype and device; each contiguous or dense with the strides of its target.
@@ -92,17 +92,12 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
         for tensor in ((src,) if src.data_ptr() == dst.data_ptr() and src_code == dst_code else (src, dst))
     )
     active = torch.ones(len(pairs), dtype=torch.uint8)
-    total = int(table[:, NUMEL_COLUMN].sum())
+    arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
     if first_src.is_cpu:
-        arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
         _C.pack_segments(*arguments, torch.get_num_threads())
         return
     with torch.cuda.device(first_src.device):
-        rows, active = rows.to(first_src.device), active.to(first_src.device)
-        size = _C.cuda_workspace_bytes(len(pairs), total)
-        workspace = torch.empty(size, dtype=torch.uint8, device=first_src.device)
-        arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
-        _C.cuda_pack_segments(*arguments, total, workspace.data_ptr(), current_stream(first_src))
+        _C.cuda_pack_segments(*arguments, current_stream(first_src))
 
 
 def copy(src: Tensor, dst: Tensor) -> None:

@@ -14,6 +14,7 @@ from cuda_on_cpu.build import CSRC, SHIM, build, build_kernels, build_steps, com
 from cuda_on_cpu.compare import (
     EVERY_NUMEL,
     LAYOUTS,
+    MIXED_NUMELS,
     REDUCE_PAIRS,
     SCALARS,
     STEPS,
@@ -36,6 +37,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler"),
 ]
 FEW_LARGE = (5000, 1, 4096, 4097)
+MORE_THAN_A_LAUNCH = tuple(range(1, 260))  # of pack_segments, which takes so many arrays at a time
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,8 @@ def test_squared_norms(grad: int, special: bool, library: Path, cpu: CpuDevice) 
 
 @pytest.mark.parametrize(("src", "dst"), list(product(range(4), range(4))))
 def test_pack_segments(src: int, dst: int, shim: ShimDevice, cpu: CpuDevice) -> None:
-    for layout in LAYOUTS:
-        compare_pack_segments(shim, cpu, src, dst, Segments(layout=layout))
+    for layout, numels in product(LAYOUTS, (MIXED_NUMELS, MORE_THAN_A_LAUNCH, FEW_LARGE)):
+        compare_pack_segments(shim, cpu, src, dst, Segments(numels, layout))
 
 
 @pytest.mark.parametrize("is_signed", [False, True])
@@ -135,7 +137,7 @@ MUTATIONS = {
     ),
     "a head that is ignored": ("lane.cuh", "first < 0 ? static_cast<int>(-first) : 0", "0"),
     "a shuffle that leaves out half of the lanes": ("lane.cuh", "distance = kWarp / 2", "distance = kWarp / 4"),
-    "vectors that are cut elsewhere": ("segment_work.cuh", "(aligned ? lead : 0)", "0"),
+    "vectors that are cut elsewhere": ("tiles.cuh", "(aligned ? lead : 0)", "0"),
     "random numbers of the next call": ("formats.cuh", "bits.half[0] >> shift |", "next.half[0] >> shift |"),
     "a barrier that is missing": ("segment_work.cuh", "__syncthreads();", ""),
 }

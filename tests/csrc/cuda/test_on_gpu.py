@@ -31,7 +31,7 @@ from cuda_on_cpu.compare import (
 from cuda_on_cpu.devices import Array, CpuDevice, Device
 from op_cases import KERNELS
 
-from zeroopt import _C
+from zeroopt import _C, ops
 
 pytestmark = [
     pytest.mark.cuda,
@@ -112,6 +112,20 @@ def test_squared_norms(grad: int, special: bool, gpu: CudaDevice, cpu: CpuDevice
 def test_pack_segments(src: int, dst: int, gpu: CudaDevice, cpu: CpuDevice) -> None:
     for layout, numels in product(LAYOUTS, (EVERY_NUMEL, LARGE)):
         compare_pack_segments(gpu, cpu, src, dst, Segments(numels, layout))
+
+
+def test_a_captured_pack_of_many() -> None:
+    sources = [torch.randn(numel, device="cuda") for numel in range(1, 250)]
+    targets = [torch.empty_like(source, dtype=torch.bfloat16) for source in sources]
+    ops.pack_segments(sources, targets)  # loads the kernel, which must not happen while the graph is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.pack_segments(sources, targets)
+    for source in sources:
+        source.mul_(3)
+    graph.replay()
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(target, source.bfloat16())
 
 
 @pytest.mark.parametrize("is_signed", [False, True])

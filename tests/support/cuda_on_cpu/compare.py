@@ -326,8 +326,7 @@ def compare_pack_segments(device: Device, cpu: Device, src: int, dst: int, segme
             rows[i, 4] = target_addresses[i] + targets[i][1]
             rows[i, 6] = which.put(source) + start
         active = np.array([segments.is_active(i) for i in range(count)], np.uint8)
-        args = (which.put(rows), which.put(active), count, src, dst, 0.3)
-        which.run_over_segments("pack_segments", *args, count=count, total_numel=sum(segments.numels))
+        which.run("pack_segments", rows.ctypes.data, active.ctypes.data, count, src, dst, 0.3)
         results.append({f"dst {i}": canonical(which.get(at), dst) for i, at in enumerate(target_addresses)})
     assert_same(*results, f"pack_segments from {src} to {dst}, {segments}")
 

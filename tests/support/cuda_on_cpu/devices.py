@@ -26,11 +26,11 @@ class Device(ABC):
 
     @abstractmethod
     def run(self, kernel: str, *args: float | str) -> None:
-        """Runs a kernel over plain arrays: pack, quantize or dequantize."""
+        """Runs a kernel whose arguments say all: pack, pack_segments, quantize or dequantize."""
 
     @abstractmethod
     def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
-        """Runs the step of an optimizer, squared_norms or pack_segments."""
+        """Runs the step of an optimizer or squared_norms."""
 
     @abstractmethod
     def reduce(self, slices: list[int], *args: int) -> None:
@@ -83,7 +83,7 @@ SIGNATURES = {
     "quantize": "aaalba",
     "dequantize": "aaalba",
     "pack": "aiailda",
-    "pack_segments": "aaliidlaa",
+    "pack_segments": "aaliida",
     "reduce": "aliaaila",
 }
 

@@ -52,11 +52,10 @@ bool cuda_step(const char* kernel, Address rows, Address active, Address steps, 
 }
 
 bool cuda_pack_segments(Address rows, Address active, int64_t count, int src_dtype, int dst_dtype, double scale,
-                        int64_t total_numel, Address workspace, Address stream) {
+                        Address stream) {
   return run([&] {
     cuda::pack_segments(segment_table(rows, active, 0, 0, count), static_cast<DType>(src_dtype),
-                        static_cast<DType>(dst_dtype), scale, total_numel, pointer<void>(workspace),
-                        pointer<void>(stream));
+                        static_cast<DType>(dst_dtype), scale, pointer<void>(stream));
   });
 }
 
