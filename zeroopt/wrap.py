@@ -12,6 +12,7 @@ from torch import nn
 
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
+from .admission.devices import describe_device, warn_of_missing_kernels
 from .building.building import Building, prepare
 from .building.functions import Init
 from .building.saved import Saved
@@ -105,7 +106,7 @@ def wrap(
         state_dtype: of the moments: torch.float32, torch.bfloat16 (rounded stochastically) or torch.int8 (codes with a scale
             for every 256 elements: a gradient far larger than its neighbours' coarsens their moments, one that is not
             finite harms its own parameter only).
-        fused: "auto" steps with a fused kernel where there is one for this optimizer and dtype (AdamW, Adam, SGD, Adagrad and
+        fused: "auto" steps with a fused kernel where there is one for this optimizer, dtype and device (AdamW, Adam, SGD, Adagrad and
             RMSprop, and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
             otherwise; True insists on the kernel, as do the last two options, False on the own step.
         transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "torch" (the backend's own
@@ -161,6 +162,7 @@ def wrap(
     Raises:
         ConfigError: bad options, or a model and an optimizer that do not fit together. Nothing has been changed.
         NotSupportedError: options, parameters or optimizers that this release cannot train. Nothing has been changed.
+        KernelUnavailableError: what only a kernel can do, and there is none for the device. Nothing has been changed.
         CheckpointError: `init` is a path where no checkpoint is, or a damaged one, or that of another model. Nothing has been
             changed.
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
@@ -340,6 +342,8 @@ def _wrap_model(
     )
     of_model.add_all(replica, found.config, features)
     wrapped = ZeroDataParallel(replica, of_model)
+    if group.rank() == 0:
+        warn_of_missing_kernels(found.params[0].param.device)
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, found)
     cast_frozen(module.parameters(), found.config.precision.param_dtype)
     if found.config.sync_module_states:
@@ -430,4 +434,4 @@ def _describe(
             )
     for name, buffer in model.named_buffers():
         lines.append(f"buffer {name!r} of shape {list(buffer.shape)}, {buffer.dtype}{describe_part(buffer)}")
-    return [*lines, *describe_groups(optimizer)]
+    return [*lines, *describe_groups(optimizer), describe_device(params[0].param.device)]

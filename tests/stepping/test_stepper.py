@@ -9,7 +9,8 @@ import torch
 from lone_slice import LoneSlice, LoneStep, config_with, params_of, values
 from torch import Tensor
 
-from zeroopt import ConfigError, StateError
+from zeroopt import ConfigError, KernelUnavailableError, StateError, ops
+from zeroopt.optim import FusedLion
 from zeroopt.options.precision import Precision
 from zeroopt.stepping.bucket_kernel import BucketKernel
 from zeroopt.stepping.stepper import ShardStepper, check_fused
@@ -195,6 +196,39 @@ def test_dtypes_without_a_kernel_are_refused_by_name() -> None:
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"precision": Precision(BF16)}], ids=str)
 def test_what_needs_no_kernel_takes_any_optimizer(options: dict[str, Any]) -> None:
     assert refused(adadelta, F64, **options) == ""
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where parameters are stepped, there are none."""
+    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
+    monkeypatch.setattr(ops, "missing_kernels", lambda device: "because of something")
+
+
+@pytest.mark.parametrize("precision", [Precision(), Precision(BF16)], ids=str)
+def test_without_kernels_the_optimizer_steps_itself(
+    kernel_steps: list[str], no_kernels: None, precision: Precision
+) -> None:
+    step = LoneStep(BEFORE, adamw, bucket_bytes=300)
+    assert refused(precision=precision) == ""
+    list(stepper_of(step).step(step.backward(0)))
+    step.twin.step()
+    step.assert_follows(BEFORE)
+    assert kernel_steps == []
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_what_needs_a_kernel_is_refused_on_a_device_without_any(no_kernels: None, wanted: str) -> None:
+    with pytest.raises(KernelUnavailableError) as error:
+        refused(**WANTED[wanted])
+    assert str(error.value) == f"{wanted} needs a fused kernel, and there is none for cpu: because of something"
+
+
+def test_optimizers_of_our_own_are_refused_on_a_device_without_kernels(no_kernels: None) -> None:
+    with pytest.raises(
+        KernelUnavailableError, match="FusedLion steps by a fused kernel, .* for cpu: because of something"
+    ):
+        refused(FusedLion)
 
 
 def test_state_is_keyed_by_segments_whichever_way_they_are_stepped() -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._C import build_info
-from ..errors import ConfigError, KernelUnavailableError, NotSupportedError
+from ..errors import ConfigError, NotSupportedError
 from ..gradients.sharded_tensor import ShardedGradient
 from ..optim import FusedOptimizer
 from ..plan.claims import check_unclaimed, claimed_params, is_claimed
 from ..plan.dtensors import check_state_parts, is_distributed, local_of, manage
 from ..plan.params import ManagedParam
 from ..probing.grains import find_grains
+from .devices import check_device
 from .memory_overlap import check_expanded, check_overlaps
 
 _log = logging.getLogger("zeroopt")
@@ -179,14 +179,7 @@ def _check_devices(params: Sequence[ManagedParam]) -> None:
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise NotSupportedError(f"all parameters of a rank must be on one device, got {places}")
-    device = params[0].param.device
-    if device.type not in ("cpu", "cuda"):
-        raise NotSupportedError(f"expected parameters on cpu or cuda, got {device}")
-    if device.type == "cuda" and not build_info()["cuda"]:
-        raise KernelUnavailableError(
-            "the parameters are on a CUDA device, but zeroopt was built without CUDA: reinstall it where nvcc is found, "
-            "with ZEROOPT_CUDA=on to be told why if that fails"
-        )
+    check_device(params[0].param.device)
 
 
 def _check_whole_parts(params: Sequence[ManagedParam]) -> None:

@@ -2,20 +2,24 @@
 
 Every function works on this process's own tensors, on the CPU or on one CUDA device; none is collective. On the CPU
 kernels run on ``torch.get_num_threads()`` threads, on CUDA they are queued on the device's current stream. They write
-through addresses, behind autograd's back: call them where gradients are not recorded. A kernel that the build does not
-contain raises `KernelUnavailableError`; `csrc/kernels.h` states what each one moves and computes.
+through addresses, behind autograd's back: call them where gradients are not recorded. `csrc/kernels.h` states what each one
+moves and computes. For tensors on other devices, and on CUDA where the build has no kernels for them, what `move` has goes by torch's
+operations, and the rest raises `KernelUnavailableError`.
 
 In reading order; each imports from those above it:
 
     checks    of arguments, in one wording
+    devices   for which there are kernels
     storage   how the arrays of a step are stored: the tiers of precision
     segments  the arrays that a step works on
+    by_torch  what move does, for devices without kernels
     move      cast and scale, copy, sum
     quantize  8-bit codes with a scale for every 256 elements
     steps     one step of an optimizer over all segments of a table
 """
 
 from .checks import DTYPE_CODES
+from .devices import has_kernels, missing_kernels
 from .move import copy, pack, pack_segments, reduce
 from .quantize import dequantize, encode_again, quantize, requantize
 from .segments import SegmentArrays, SegmentTable
@@ -51,8 +55,10 @@ __all__ = [
     "copy",
     "dequantize",
     "encode_again",
+    "has_kernels",
     "lamb",
     "lion",
+    "missing_kernels",
     "num_blocks",
     "pack",
     "pack_segments",

@@ -26,7 +26,7 @@ def dtype_code(name: str, tensor: Tensor) -> int:
     found = DTYPE_CODES.get(tensor.dtype)
     if found is None:
         raise ConfigError(f"expected {name} to be float32, float64, bfloat16 or float16, got {tensor.dtype}")
-    if not (tensor.is_cpu or tensor.is_cuda):
+    if tensor.is_meta:
         raise NotSupportedError(f"there are kernels for CPU and CUDA tensors, {name} is on {tensor.device}")
     return found
 

@@ -1,4 +1,4 @@
-"""Kernels that move data: cast and scale, copy, sum."""
+"""Kernels that move data: cast and scale, copy, sum. On devices without kernels torch's operations do the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..errors import ConfigError
+from . import by_torch
 from .checks import (
     DTYPE_CODES,
     GRAD_COLUMN,
@@ -24,6 +25,7 @@ from .checks import (
     is_dense,
     require,
 )
+from .devices import has_kernels
 
 
 def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
@@ -50,6 +52,9 @@ def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
     numel = src.numel()
     if src.is_cpu:
         _C.pack(src.data_ptr(), src_code, dst.data_ptr(), dst_code, numel, scale, torch.get_num_threads())
+        return
+    if not has_kernels(src.device):
+        by_torch.pack(src, dst, scale)
         return
     with torch.cuda.device(src.device):
         _C.cuda_pack(src.data_ptr(), src_code, dst.data_ptr(), dst_code, numel, scale, current_stream(src))
@@ -95,6 +100,10 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
     arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
     if first_src.is_cpu:
         _C.pack_segments(*arguments, torch.get_num_threads())
+        return
+    if not has_kernels(first_src.device):
+        for src, dst in pairs:
+            by_torch.pack(src, dst, scale)
         return
     with torch.cuda.device(first_src.device):
         _C.cuda_pack_segments(*arguments, current_stream(first_src))
@@ -143,6 +152,9 @@ def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None)
     if out.is_cpu:
         threads = torch.get_num_threads()
         _C.reduce(addresses, slice_code, base_address, out.data_ptr(), out_code, numel, threads)
+        return
+    if not has_kernels(out.device):
+        by_torch.reduce(slices, out, base)
         return
     with torch.cuda.device(out.device):
         # Pinned, so that the copy is queued behind no synchronisation; the allocator keeps it until the copy is done.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _C
 from .checks import check_device, check_flat, current_stream, require
+from .devices import require_kernels
 from .storage import QUANT_BLOCK, num_blocks
 
 
@@ -24,6 +25,7 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
 
     Raises:
         ConfigError: a dtype, size, layout or device does not fit.
+        KernelUnavailableError: there are no kernels for the device.
     """
     is_signed = _check(values, codes, scales)
     addresses = (values.data_ptr(), codes.data_ptr(), scales.data_ptr(), values.numel(), is_signed)
@@ -39,6 +41,7 @@ def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> None:
 
     Raises:
         ConfigError: a dtype, size, layout or device does not fit.
+        KernelUnavailableError: there are no kernels for the device.
     """
     is_signed = _check(values, codes, scales)
     addresses = (codes.data_ptr(), scales.data_ptr(), values.data_ptr(), values.numel(), is_signed)
@@ -111,4 +114,5 @@ def _check(values: Tensor, codes: Tensor, scales: Tensor) -> bool:
     ):
         check_flat(name, tensor, numel)
         check_device(name, tensor, values)
+    require_kernels(values.device)
     return codes.dtype is torch.int8

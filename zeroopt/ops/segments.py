@@ -23,6 +23,7 @@ from .checks import (
     is_dense,
     require,
 )
+from .devices import require_kernels
 from .storage import Storage, num_blocks
 
 MAX_STATES = 3
@@ -67,6 +68,7 @@ class SegmentTable:
 
     Raises:
         ConfigError: an array cannot be right, or two overlap.
+        KernelUnavailableError: there are no kernels for the device.
     """
 
     storage: Storage
@@ -85,6 +87,7 @@ class SegmentTable:
         for number, segment in enumerate(self.segments):
             self._check(f"segments[{number}]", segment)
         self._check_disjoint()
+        require_kernels(self.device)
         self._host = torch.zeros(len(self.segments), ROW_COLUMNS, dtype=torch.int64)
         self._table = self._host.numpy()
         for row, segment in zip(self._table, self.segments, strict=True):

@@ -1,4 +1,5 @@
-"""One optimizer step on this rank's segments: by a fused kernel where there is one, else by the optimizer's own step."""
+"""One optimizer step on this rank's segments: by a fused kernel where there is one, for this optimizer, these dtypes and this
+device, else by the optimizer's own step."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, KernelUnavailableError, StateError
 from ..options.config import Config
 from ..options.precision import Precision
 from ..plan.params import ManagedParam
@@ -48,7 +49,7 @@ class ShardStepper:
         for bucket, store in zip(buckets, stores, strict=True):
             shard = OwnShard(bucket, store)
             storage = self._precision.storage(bucket.dtype, shard.grad_dtype)
-            if self._rule is not None and storage is not None:
+            if self._rule is not None and storage is not None and ops.has_kernels(bucket.home):
                 self._fused.append((shard, storage))
             else:
                 self._plain.append(shard)
@@ -122,7 +123,13 @@ class ShardStepper:
 
 
 def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam], config: Config) -> None:
-    """Raise ConfigError when the options ask for a kernel that does not exist for this optimizer and these dtypes."""
+    """Check that there is a kernel where only a kernel can do what the options ask for.
+
+    Raises:
+        ConfigError: there is none for this optimizer and these dtypes.
+        KernelUnavailableError: there is none for the device where parameters are stepped.
+    """
+    _check_home(optimizer, config.placement.home or params[0].param.device, config)
     wanted = _what_needs_a_kernel(config)
     if wanted is None:
         return
@@ -141,6 +148,20 @@ def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
                 f"{wanted}: parameter {managed.name!r} is {managed.param.dtype}, for which there is no fused kernel; it "
                 "needs float32 parameters, or param_dtype=torch.bfloat16 or torch.float16"
             )
+
+
+def _check_home(optimizer: torch.optim.Optimizer, home: torch.device, config: Config) -> None:
+    missing = ops.missing_kernels(home)
+    if missing is None:
+        return
+    wanted = _what_needs_a_kernel(config)
+    if wanted is not None:
+        raise KernelUnavailableError(f"{wanted} needs a fused kernel, and there is none for {home}: {missing}")
+    if hasattr(optimizer, "fused_rule"):  # one of zeroopt.optim, whose own step is a kernel, too
+        raise KernelUnavailableError(
+            f"{type(optimizer).__name__} steps by a fused kernel, and there is none for {home}: {missing}. Or take an optimizer "
+            "of torch.optim, which steps by itself"
+        )
 
 
 def _what_needs_a_kernel(config: Config) -> str | None:

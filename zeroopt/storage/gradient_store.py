@@ -249,7 +249,8 @@ class GradientStore:
         """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
         bucket = self._bucket
         # For which the kernel has no table.
-        if self._storage is None or bucket.master.is_away or bucket.own_param.is_meta:
+        is_apart = bucket.master.is_away or bucket.own_param.is_meta
+        if self._storage is None or is_apart or not ops.has_kernels(self.reduced.device):
             norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
             return norm.square()
         if self._table is None:

@@ -1,0 +1,56 @@
+"""Whether parameters may be on a device: what torch has to have for it, and what is said where zeroopt has no kernels."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .. import ops
+from ..errors import NotSupportedError
+
+_log = logging.getLogger("zeroopt")
+
+# Of torch's module for the device: collectives run on a stream of their own.
+_NEEDED = ("Stream", "Event", "stream", "current_stream")
+
+
+def check_device(device: torch.device) -> None:
+    """Raise NotSupportedError when parameters on a device cannot be trained, whatever kernels there are. Not collective."""
+    if device.type in ("cpu", "cuda"):
+        return
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise NotSupportedError(f"parameters are on {device}, of which torch knows no module: {error}") from error
+    lacking = [f"torch.{device.type}.{name}" for name in _NEEDED if not hasattr(module, name)]
+    if not lacking and not _has_float64(device):
+        lacking = ["float64 (for norms and what ranks compare)"]
+    if lacking:
+        raise NotSupportedError(
+            f"parameters are on {device}, for which this torch lacks {', '.join(lacking)}; train on the CPU or on CUDA instead"
+        )
+
+
+def describe_device(device: torch.device) -> str:
+    """What ranks have to have in common of where parameters are: steps by kernels and by optimizers differ in the last bits."""
+    return f"{'' if ops.has_kernels(device) else 'no '}kernels for the parameters' device"
+
+
+def warn_of_missing_kernels(device: torch.device) -> None:
+    """Say it in the log where there are no kernels for a device, and what to do about it."""
+    missing = ops.missing_kernels(device)
+    if missing is not None:
+        _log.warning(
+            "what runs on %s goes by torch's operations and the optimizer's own step, which takes longer: %s",
+            device,
+            missing,
+        )
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.ones(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
