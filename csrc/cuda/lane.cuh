@@ -99,7 +99,7 @@ ZEROOPT_DEVICE int32_t warp_max(int32_t value) {
 }
 
 /// The sum of 32 lanes, in one order for all of them.
-ZEROOPT_DEVICE double warp_sum(double value) {
+template <class T> ZEROOPT_DEVICE T warp_sum(T value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
     value += __shfl_xor_sync(kAllLanes, value, distance);

@@ -11,7 +11,7 @@ void launch_for(const SegmentTable& segments, float* found_inf, int64_t total_nu
   constexpr const char* name = "squared_norms";
   const auto parts = workspace_at<NormPlan>(workspace, segments.count, total_numel);
   const unsigned grid = grid_size(max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1, name);
-  launch(name, prepare_norm_kernel<grad>, 1, stream, segments, parts);
+  launch(name, prepare_norm_kernel<grad>, num_plan_blocks(segments.count), stream, segments, parts);
   launch(name, norm_kernel<grad>, grid, stream, segments, parts);
   launch(name, norm_sums_kernel<grad>, grid_size(segments.count, name), stream, segments, found_inf, parts);
 }

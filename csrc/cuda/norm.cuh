@@ -12,9 +12,10 @@ struct NormPlan {
 
 template <DType grad>
 __global__ void __launch_bounds__(kThreads) prepare_norm_kernel(SegmentTable table, Workspace<NormPlan> workspace) {
-  plan_segments(table, workspace, false, [&](int64_t i) {
-    return NormPlan{smallest_lead(leads_of(table.rows[i].grad, static_cast<int>(dtype_bytes(grad))))};
-  });
+  const auto lead_of = [&](int64_t i) {
+    return smallest_lead(leads_of(table.rows[i].grad, static_cast<int>(dtype_bytes(grad))));
+  };
+  plan_segments(table, workspace, false, lead_of, [](int64_t, int lead) { return NormPlan{lead}; });
 }
 
 template <DType grad>

@@ -1,9 +1,9 @@
 // Work over many segments in one launch.
 //
-// A prepare kernel of one block makes each segment's plan, what the main kernel wants to know of it, and cuts the
-// segments into tiles; inactive segments have none. The main kernel's warps stride over the tiles; which segment a tile
-// is of, they find by bisection. Both only read device memory, so a CUDA graph can capture them while steps,
-// hyper-parameters and addresses change between replays.
+// A prepare kernel makes each segment's plan, what the main kernel wants to know of it, and cuts the segments into
+// tiles; inactive segments have none. The main kernel's warps stride over the tiles; which segment a tile is of, they
+// find by bisection. Both only read device memory, so a CUDA graph can capture them while steps, hyper-parameters and
+// addresses change between replays.
 #pragma once
 
 #include "cuda/tiles.cuh"
@@ -11,6 +11,9 @@
 namespace zeroopt::cuda {
 
 constexpr int64_t kPlanBytes = 64; // that no plan exceeds
+// Of as many threads as a warp has: a plan's scalars are float64, of which many GPUs compute few at a time, so they are
+// spread over the multiprocessors.
+constexpr int kPlansPerBlock = kWarp;
 
 /// Parts of the device memory that a kernel is lent. Plan has a member `lead`.
 template <class Plan> struct Workspace {
@@ -35,6 +38,11 @@ inline int64_t max_tiles(int64_t num_segments, int64_t total_numel) {
   return total_numel / kTile + 2 * num_segments;
 }
 
+/// Blocks that plan_segments needs.
+inline unsigned num_plan_blocks(int64_t num_segments) {
+  return static_cast<unsigned>((num_segments + kPlansPerBlock - 1) / kPlansPerBlock);
+}
+
 template <class Plan> Workspace<Plan> workspace_at(void* memory, int64_t num_segments, int64_t total_numel) {
   static_assert(sizeof(Plan) <= kPlanBytes);
   const WorkspaceLayout layout = WorkspaceLayout::of(num_segments, max_tiles(num_segments, total_numel));
@@ -43,32 +51,44 @@ template <class Plan> Workspace<Plan> workspace_at(void* memory, int64_t num_seg
           reinterpret_cast<double*>(bytes + layout.sums)};
 }
 
-/// One block of kThreads. make_plan(segment) gives the plan of an active segment; skipped: all count as inactive.
-template <class Plan, class MakePlan>
+/// Makes the plans of kPlansPerBlock segments, with all threads of the block, and says where their tiles are. Each
+/// block counts for itself the tiles of all segments before its own, so that none waits for another.
+/// @param skipped all segments count as inactive
+/// @param lead_of lead_of(segment) is the lead of an active segment
+/// @param make_plan make_plan(segment, lead) is its plan; called once
+template <class Plan, class LeadOf, class MakePlan>
 ZEROOPT_DEVICE void plan_segments(const SegmentTable& table, const Workspace<Plan>& workspace, bool skipped,
-                                  const MakePlan& make_plan) {
-  __shared__ int64_t tiles_of_thread[kThreads];
-  const int64_t share = (table.count + kThreads - 1) / kThreads;
-  const int64_t begin = threadIdx.x * share;
-  const int64_t end = begin + share < table.count ? begin + share : table.count;
+                                  const LeadOf& lead_of, const MakePlan& make_plan) {
+  __shared__ int64_t tiles_of_warp[kWarpsPerBlock]; // of the segments before this block's
+  __shared__ int64_t tiles_of_plan[kPlansPerBlock];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kPlansPerBlock;
+  const int64_t segment = begin + threadIdx.x;
+  const bool is_planner = threadIdx.x < kPlansPerBlock && segment < table.count;
+  const auto is_active = [&](int64_t i) { return !skipped && table.active[i] != 0; };
 
   int64_t tiles = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    if (skipped || table.active[i] == 0) continue;
-    workspace.plans[i] = make_plan(i);
-    tiles += num_tiles(table.rows[i].numel, workspace.plans[i].lead);
+  for (int64_t i = threadIdx.x; i < begin; i += kThreads)
+    if (is_active(i)) tiles += num_tiles(table.rows[i].numel, lead_of(i));
+  tiles = warp_sum(tiles);
+  if (lane_index() == 0) tiles_of_warp[threadIdx.x / kWarp] = tiles;
+  if (is_planner) {
+    tiles_of_plan[threadIdx.x] = 0;
+    if (is_active(segment)) {
+      const int lead = lead_of(segment);
+      workspace.plans[segment] = make_plan(segment, lead);
+      tiles_of_plan[threadIdx.x] = num_tiles(table.rows[segment].numel, lead);
+    }
   }
-  tiles_of_thread[threadIdx.x] = tiles;
   __syncthreads();
 
-  int64_t before = 0;
+  if (!is_planner) return;
+  int64_t first = 0;
+  for (int64_t before : tiles_of_warp)
+    first += before;
   for (unsigned t = 0; t < threadIdx.x; ++t)
-    before += tiles_of_thread[t];
-  for (int64_t i = begin; i < end; ++i) {
-    workspace.first_tile[i] = before;
-    if (!skipped && table.active[i] != 0) before += num_tiles(table.rows[i].numel, workspace.plans[i].lead);
-  }
-  if (threadIdx.x == kThreads - 1) workspace.first_tile[table.count] = before;
+    first += tiles_of_plan[t];
+  workspace.first_tile[segment] = first;
+  if (segment + 1 == table.count) workspace.first_tile[table.count] = first + tiles_of_plan[threadIdx.x];
 }
 
 /// Calls body(segment, tile, lane) for the tiles of this warp, with all its lanes together.

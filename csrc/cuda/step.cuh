@@ -49,15 +49,14 @@ __global__ void __launch_bounds__(kThreads)
     prepare_step_kernel(SegmentTable table, Storage storage, const typename Op::Group* groups, StepControl control,
                         Workspace<StepPlan<Op>> workspace) {
   const float factor = grad_factor(control);
-  plan_segments(table, workspace, is_skipped(control), [&](int64_t i) {
-    const SegmentRow& row = table.rows[i];
+  const auto group_of = [&](int64_t i) { return groups[table.rows[i].group]; };
+  const auto lead = [&](int64_t i) { return lead_of<Op>(storage, table.rows[i], states_in_use<Op>(group_of(i))); };
+  plan_segments(table, workspace, is_skipped(control), lead, [&](int64_t i, int lead_of_segment) {
     if (Op::kCountsStep) table.steps[i] += 1.0f;
     const double* const squares = table.squares == nullptr ? nullptr : table.squares + 2 * i;
-    StepPlan<Op> plan;
-    plan.scalars = Op::scalars(groups[row.group], {table.steps[i], factor, squares});
-    plan.states = states_in_use<Op>(groups[row.group]);
-    plan.lead = lead_of<Op>(storage, row, plan.states);
-    return plan;
+    const typename Op::Group group = group_of(i);
+    return StepPlan<Op>{Op::scalars(group, {table.steps[i], factor, squares}), states_in_use<Op>(group),
+                        lead_of_segment};
   });
 }
 

@@ -12,7 +12,8 @@ void step(const char* name, const SegmentTable& segments, const Storage& storage
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto parts = workspace_at<StepPlan<Op>>(workspace, segments.count, total_numel);
   const unsigned grid = grid_size(max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1, name);
-  launch(name, prepare_step_kernel<Op>, 1, queue, segments, storage, groups, control, parts);
+  launch(name, prepare_step_kernel<Op>, num_plan_blocks(segments.count), queue, segments, storage, groups, control,
+         parts);
   launch(name, step_kernel<Op>, grid, queue, segments, storage, control, parts);
   if constexpr (Op::kSumsSquares)
     launch(name, step_sums_kernel<Op>, grid_size(segments.count, name), queue, segments, parts);

@@ -94,6 +94,14 @@ def test_steps_on_any_grid(
         compare_step(shim, cpu, Step(op, 4, 2, 2, Segments(numels)))
 
 
+@pytest.mark.parametrize("op", KERNELS)
+def test_thousands_of_segments(op: str, library: Path, cpu: CpuDevice) -> None:
+    segments = Segments((1, 300, 7, 20, 1) * 700)
+    shim = ShimDevice(library, num_multiprocessors=2)
+    compare_step(shim, cpu, Step(op, 0, 0, 0, segments))
+    compare_norms(shim, cpu, 0, segments)
+
+
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("grad", [0, 2, 3])
 def test_squared_norms(grad: int, special: bool, library: Path, cpu: CpuDevice) -> None:
