@@ -12,7 +12,7 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -125,11 +125,14 @@ class Communicator:
         inputs = [list(map(on_cpu, call.inputs)) for call in calls]
         outputs = [list(map(on_cpu, call.outputs)) for call in calls]
 
+        move = calls[0].move
+
         def action() -> bool:
-            calls[0].move([[tensor.clone() for tensor in row] for row in inputs], outputs)
+            move([[tensor.clone() for tensor in row] for row in inputs], outputs)
             return True
 
         action()
+        round_.calls = {rank: replace(call, inputs=[], outputs=[]) for rank, call in round_.calls.items()}
         ranges = [
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, is_write)
             for is_write, rows in ((False, inputs), (True, outputs))
@@ -147,13 +150,13 @@ class Communicator:
 class PretendWork(dist.Work):
     """Keeps its tensors until it is waited for, as torch's does."""
 
-    def __init__(self, communicator: Communicator, round_: Round, rank: int, host_waits: bool = False) -> None:
+    def __init__(self, communicator: Communicator, round_: Round, rank: int, call: Call, host_waits: bool = False) -> None:
         super().__init__()
         self._communicator = communicator
         self._round = round_
         self._rank = rank
         self._host_waits = host_waits
-        self._kept: list[Tensor] = [*round_.calls[rank].inputs, *round_.calls[rank].outputs]
+        self._kept = [*call.inputs, *call.outputs]
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
         self._communicator.wait(self._round)
@@ -273,7 +276,7 @@ class PretendNccl(dist.ProcessGroup):
         call = Call(name, list(inputs), list(outputs), move)
         rank = self.rank()
         round_ = self._communicator.start(rank, call, tuple(range(self._size)))
-        return PretendWork(self._communicator, round_, rank, **waits)
+        return PretendWork(self._communicator, round_, rank, call, **waits)
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> PretendWork:
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
@@ -322,7 +325,7 @@ class PretendNccl(dist.ProcessGroup):
         call = Call(f"message from {source} to {to}", inputs, outputs, _send)
         ranks = tuple(sorted((source, to)))
         round_ = self._communicator.start(self.rank(), call, ranks, (source, to, tag))
-        return PretendWork(self._communicator, round_, self.rank())
+        return PretendWork(self._communicator, round_, self.rank(), call)
 
     def barrier(self, opts: Any = None) -> PretendWork:
         device = self._communicator.devices[self.rank()]

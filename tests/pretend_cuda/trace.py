@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,25 +60,52 @@ class Recording:
         if _device.is_on():
             self.end()
 
-    def races(self) -> Counter[Race]:
-        """All pairs of accesses that the device would be free to exchange."""
+    def races(self, left_out: Collection[int] = ()) -> Counter[Race]:
+        """All pairs of accesses that the device would be free to exchange.
+
+        Args:
+            left_out: nodes, by their place, that wait for nothing, as if the program had forgotten it.
+        """
         found: Counter[Race] = Counter()
         history = _History()
-        for node in self.nodes:
+        for number, clock in enumerate(self._clocks(left_out)):
+            node = _Timed(self.nodes[number], clock)
             for access in node.ranges:
                 for other in history.conflicts(node, access):
                     found[Race(self._describe(other), self._describe(node))] += 1
         return found
 
-    def wrong_orders(self, seeds: Sequence[int]) -> dict[int, list[str]]:
+    def wrong_orders(self, seeds: Iterable[int], left_out: Collection[int] = ()) -> dict[int, list[str]]:
         """Of these seeds those whose orders give other bits, and what is wrong then. Nothing may have been recorded since."""
-        replay = _device.Replay()
-        wrong = {}
-        for seed in seeds:
-            differences = replay.run(seed)
-            if differences:
-                wrong[seed] = differences
-        return wrong
+        replay = _device.Replay(set(left_out))
+        differences = {seed: replay.run(seed) for seed in seeds}
+        return {seed: wrong for seed, wrong in differences.items() if wrong}
+
+    def waits(self) -> dict[str, list[int]]:
+        """The nodes by which streams, or the host, wait: by the lines that make them wait."""
+        places: dict[str, list[int]] = {}
+        for number, node in enumerate(self.nodes):
+            if node.kind in (Kind.WAIT, Kind.HOST_WAIT, Kind.HOST_QUERY) and node.after:
+                places.setdefault(f"{node.name} at {node.where}", []).append(number)
+        return places
+
+    def _clocks(self, left_out: Collection[int]) -> Iterator[list[int]]:
+        """For each node how many nodes of each actor are through when it is: a vector clock (Fidge and Mattern, 1988)."""
+        of_actor = [[0] * len(self.actors) for _ in self.actors]
+        clocks: list[list[int]] = []
+        for number, node in enumerate(self.nodes):
+            clock = of_actor[node.actor]
+            before = [] if number in left_out else list(node.after)
+            if node.launched_after >= 0:
+                before.append(node.launched_after)
+            if before:
+                clock = list(map(max, clock, *(clocks[other] for other in before)))
+            else:
+                clock = list(clock)
+            clock[node.actor] += 1
+            of_actor[node.actor] = clock
+            clocks.append(clock)
+            yield clock
 
     def figures(self, device: int | None = None) -> Figures:
         """Of a device, or of all."""
@@ -98,6 +125,20 @@ class Recording:
         return f"{node.name} on {self.actors[node.actor]} at {node.where}"
 
 
+class _Timed:
+    """A node and its clock."""
+
+    __slots__ = ("actor", "clock", "name", "ranges", "where")
+
+    def __init__(self, node: Any, clock: list[int]) -> None:
+        self.actor, self.name, self.where, self.ranges = node.actor, node.name, node.where, node.ranges
+        self.clock = clock
+
+    def is_before(self, other: _Timed) -> bool:
+        """Whether it is through before another begins, in every order."""
+        return self is other or self.clock[self.actor] <= other.clock[self.actor]
+
+
 class _History:
     """Who has touched which bytes last, in pieces between which nobody makes a difference.
 
@@ -107,20 +148,20 @@ class _History:
 
     def __init__(self) -> None:
         self._begins: list[int] = []
-        self._pieces: dict[int, tuple[int, Any, list[Any]]] = {}  # by begin: end, last write, reads since
+        self._pieces: dict[int, tuple[int, _Timed | None, list[_Timed]]] = {}  # by begin: end, last write, reads since
 
-    def conflicts(self, node: Any, access: Any) -> list[Any]:
+    def conflicts(self, node: _Timed, access: Any) -> list[_Timed]:
         """Nodes that have touched some of these bytes and are not ordered with this one, which is noted."""
-        found: dict[int, Any] = {}
+        found: dict[int, _Timed] = {}
         for begin in self._cut(access.begin, access.end):
             end, write, reads = self._pieces[begin]
-            if write is not None and not _is_before(write, node):
+            if write is not None and not write.is_before(node):
                 found[id(write)] = write
             if access.is_write:
-                found.update((id(read), read) for read in reads if not _is_before(read, node))
+                found.update((id(read), read) for read in reads if not read.is_before(node))
                 self._pieces[begin] = end, node, []
             else:
-                kept = [read for read in reads if not _is_before(read, node)]
+                kept = [read for read in reads if not read.is_before(node)]
                 self._pieces[begin] = end, write, [*kept, node]
         return list(found.values())
 
@@ -149,14 +190,7 @@ class _History:
             self._pieces[begin] = at, write, reads
             self._add(at, end, write, reads)
 
-    def _add(self, begin: int, end: int, write: Any = None, reads: Sequence[Any] = ()) -> int:
+    def _add(self, begin: int, end: int, write: _Timed | None = None, reads: Sequence[_Timed] = ()) -> int:
         bisect.insort(self._begins, begin)
         self._pieces[begin] = end, write, list(reads)
         return begin
-
-
-def _is_before(first: Any, second: Any) -> bool:
-    """Whether a node is through before another begins, in every order."""
-    actor = first.actor
-    clock = second.clock
-    return first is second or (actor < len(clock) and first.clock[actor] <= clock[actor])

@@ -88,7 +88,7 @@ Action action_of(py::object function) {
 NodeId add(Kind kind, int actor, int host_device, const std::string& name, const Ranges& ranges,
            const std::vector<NodeId>& after, py::object action) {
   if (!Trace::get().is_on()) return kNone;
-  Node node{kind, actor, name, where(), ranges_of(ranges), after, action_of(std::move(action)), {}};
+  Node node{kind, actor, name, where(), ranges_of(ranges), after, action_of(std::move(action))};
   py::gil_scoped_release release;
   return Trace::get().add(std::move(node), host_device);
 }
@@ -115,6 +115,7 @@ void bind_trace(py::module_& m) {
       .def_readonly("where", &Node::where)
       .def_readonly("ranges", &Node::ranges)
       .def_readonly("after", &Node::after)
+      .def_readonly("launched_after", &Node::launched_after)
       .def_readonly("clock", &Node::clock);
   m.def("begin", [] { Trace::get().begin(); }, py::call_guard<py::gil_scoped_release>());
   m.def("end", [] { Trace::get().end(); }, py::call_guard<py::gil_scoped_release>());
@@ -133,7 +134,7 @@ void bind_trace(py::module_& m) {
   m.def("last", [](int actor) { return Trace::get().last(actor); });
   m.def("host_waits", &host_waits_for_stream, py::arg("device"), py::arg("stream"), py::arg("why"));
   py::class_<Replay>(m, "Replay")
-      .def(py::init<>())
+      .def(py::init<const std::set<NodeId>&>(), py::arg("left_out"))
       .def("run", &Replay::run, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
 }
 

@@ -22,14 +22,14 @@ std::atomic<bool> capturing[kDevices] = {};
 NodeId mark(Kind kind, int device, int64_t stream, const char* name, std::vector<NodeId> after) {
   Trace& trace = Trace::get();
   if (!trace.is_on()) return kNone;
-  Node node{kind, trace.stream_actor(device, stream), name, where(), {}, std::move(after), nullptr, {}};
+  Node node{kind, trace.stream_actor(device, stream), name, where(), {}, std::move(after), nullptr};
   return trace.add(std::move(node), device);
 }
 
 void host_waits(int device, NodeId after, Kind kind, const char* why) {
   Trace& trace = Trace::get();
   if (!trace.is_on()) return;
-  Node node{kind, trace.host_actor(device), why, where(), {}, {after}, nullptr, {}};
+  Node node{kind, trace.host_actor(device), why, where(), {}, {after}, nullptr};
   trace.add(std::move(node), device);
 }
 

@@ -72,8 +72,7 @@ void Memory::free(void* address) {
     std::memset(reinterpret_cast<void*>(base), kPoison, bytes);
     return true;
   };
-  Node node{Kind::kFree, 0,      "free", from + ", allocated at " + block.where, {{base, base + bytes, true}},
-            {},          poison, {}};
+  Node node{Kind::kFree, 0, "free", from + ", allocated at " + block.where, {{base, base + bytes, true}}, {}, poison};
   if (block.users.empty()) {
     idle_.emplace(std::make_tuple(block.device, block.stream, bytes), base);
     node.actor = trace.stream_actor(block.device, block.stream);

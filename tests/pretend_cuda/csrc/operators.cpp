@@ -44,9 +44,13 @@ Range range_of(const Tensor& tensor, bool is_write) {
 NodeId record(Kind kind, int device, const std::string& name, std::vector<Range> ranges, Action action) {
   Trace& trace = Trace::get();
   if (!trace.is_on()) return kNone;
-  Node node{
-      kind, trace.stream_actor(device, current_stream(device)), name, where(), std::move(ranges), {}, std::move(action),
-      {}};
+  Node node{kind,
+            trace.stream_actor(device, current_stream(device)),
+            name,
+            where(),
+            std::move(ranges),
+            {},
+            std::move(action)};
   return trace.add(std::move(node), device);
 }
 
@@ -319,10 +323,9 @@ void copy_on_device(const Tensor& to, const Tensor& from) {
             where(),
             {range_of(from, false), range_of(to, true)},
             {trace.last(target_actor)},
-            std::move(again),
-            {}};
+            std::move(again)};
   NodeId id = trace.add(std::move(node), device);
-  trace.add({Kind::kWait, target_actor, "wait", where(), {}, {id}, nullptr, {}}, target_device);
+  trace.add({Kind::kWait, target_actor, "wait", where(), {}, {id}, nullptr}, target_device);
 }
 
 void copy_to_device(const Tensor& to, const Tensor& from, bool non_blocking) {

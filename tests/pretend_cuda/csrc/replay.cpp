@@ -10,7 +10,7 @@
 
 namespace pretend {
 
-Replay::Replay() {
+Replay::Replay(const std::set<NodeId>& left_out) {
   const Trace& trace = Trace::get();
   const auto& nodes = trace.nodes();
   of_actor_.resize(trace.actors().size());
@@ -24,6 +24,8 @@ Replay::Replay() {
     auto& row = of_actor_[nodes[id].actor];
     if (!row.empty()) order(row.back(), static_cast<int64_t>(id));
     row.push_back(static_cast<int64_t>(id));
+    if (nodes[id].launched_after != kNone) order(nodes[id].launched_after, static_cast<int64_t>(id));
+    if (left_out.count(static_cast<NodeId>(id)) != 0) continue;
     for (NodeId before : nodes[id].after)
       order(before, static_cast<int64_t>(id));
   }

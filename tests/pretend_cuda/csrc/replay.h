@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -10,7 +11,9 @@ namespace pretend {
 class Replay {
 public:
   /// Of the trace as it is. It may not be recorded on any more.
-  Replay();
+  ///
+  /// left_out: nodes that wait for nothing, as if the program had forgotten to have them wait.
+  explicit Replay(const std::set<int64_t>& left_out);
 
   /// Run all nodes from the memory there was at the beginning, in an order drawn by a seed. Returns what differs from
   /// the recording: what the host has read, and what memory holds in the end. Throws where a node cannot run at all.

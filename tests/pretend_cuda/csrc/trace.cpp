@@ -73,6 +73,7 @@ std::vector<int64_t> Trace::clock_of(const Node& node) const {
       clock[i] = std::max(clock[i], other[i]);
   };
   join(last_[node.actor]);
+  join(node.launched_after);
   for (NodeId id : node.after)
     join(id);
   ++clock[node.actor];
@@ -84,7 +85,7 @@ NodeId Trace::add(Node node, int host_device) {
   if (!is_on_) return kNone;
   int host = host_actor(host_device);
   if (node.kind != Kind::kHostWrite) note_host_writes(host_device);
-  if (node.actor != host) node.after.push_back(last_[host]);
+  if (node.actor != host) node.launched_after = last_[host];
   node.after.erase(std::remove(node.after.begin(), node.after.end(), kNone), node.after.end());
   node.clock = clock_of(node);
   NodeId id = static_cast<NodeId>(nodes_.size());
@@ -135,15 +136,9 @@ void Trace::note_host_writes(int host_device) {
       std::memcpy(reinterpret_cast<void*>(begin), bytes.data(), bytes.size());
       return true;
     };
-    add({Kind::kHostWrite,
-         host_actor(host_device),
-         "host writes pinned memory",
-         "",
-         {{begin, begin + bytes.size(), true}},
-         {},
-         std::move(write),
-         {}},
-        host_device);
+    Node node{Kind::kHostWrite, host_actor(host_device), "host writes pinned memory", "", {{begin, begin + bytes.size(), true}},
+              {}, std::move(write)};
+    add(std::move(node), host_device);
   }
 }
 

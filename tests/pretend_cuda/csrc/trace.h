@@ -37,15 +37,17 @@ enum class Kind {
 using NodeId = int64_t;
 constexpr NodeId kNone = -1;
 
-/// One thing that an actor does. Actors do their nodes in order; across actors only `after` orders them.
+/// One thing that an actor does. Actors do their nodes in order; across actors only `after` and `launched_after` order
+/// them.
 struct Node {
   Kind kind;
   int actor;
   std::string name, where;
   std::vector<Range> ranges;
-  std::vector<NodeId> after;
+  std::vector<NodeId> after; // what it waits for
   Action action;
-  std::vector<int64_t> clock; // by actor, how many of its nodes have come before this one is through
+  NodeId launched_after = kNone; // what its host had waited for by then
+  std::vector<int64_t> clock;    // by actor, how many of its nodes have come before this one is through
 };
 
 /// The nodes since `begin`. An actor is a stream, or a rank's host, which launches nodes on streams.
