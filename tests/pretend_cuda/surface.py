@@ -27,6 +27,11 @@ class Stream(torch.Stream):
         return self.stream_id
 
 
+def external_stream(pointer: int, device: Any = None) -> Stream:
+    """torch.cuda.ExternalStream. 1 is how DLPack calls the default stream."""
+    return _stream(_index(device), 0 if pointer == 1 else pointer)
+
+
 class Event(torch.Event):
     """torch.cuda.Event."""
 
@@ -112,6 +117,7 @@ def install() -> None:
     names: dict[str, Any] = {
         "Stream": Stream,
         "Event": Event,
+        "ExternalStream": external_stream,
         "current_stream": current_stream,
         "default_stream": default_stream,
         "set_stream": set_stream,

@@ -14,6 +14,7 @@ from .training import Loop, train
 pytestmark = pytest.mark.slow
 
 BF16 = {"param_dtype": torch.bfloat16}
+SIDES = ("loop", "forward", "branch", "average")
 LOOPS = {
     "stage 0": Loop({"stage": 0}),
     "stage 1": Loop({"stage": 1}),
@@ -31,6 +32,8 @@ LOOPS = {
     "stage 1, reduce_dtype": Loop({"stage": 1, "reduce_dtype": torch.bfloat16}, accumulate=2),
     "stage 2, four buffers": Loop({"stage": 2, "bucket_buffers": 4}),
     "stage 2, no overlap": Loop({"stage": 2, "overlap": False}),
+    **{f"stage {stage}, {side} on a stream": Loop({"stage": stage}, side=side) for stage in range(3) for side in SIDES},
+    "stage 2, all of it": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, side="branch", accumulate=2, steps=2),
     "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
 }
 

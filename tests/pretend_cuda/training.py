@@ -32,6 +32,8 @@ class Loop:
         warm_up: steps that come before those that are looked at; buckets are planned anew in the first one.
         steps: that are looked at.
         depth: layers of the model.
+        side: what a user has on a stream of their own: "" nothing, "loop" all of it, "forward" the forward, "branch" one layer,
+            "average" an average of the parameters that is taken after each step. On a device.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +44,7 @@ class Loop:
     warm_up: int = 2
     steps: int = 1
     depth: int = 2
+    side: str = ""
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
 
     def wrap(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -56,7 +59,13 @@ class Loop:
 
 
 class Model(nn.Module):
-    """An embedding, some layers and a head: about a thousand parameters."""
+    """An embedding, some layers and a head: a few hundred parameters.
+
+    Attributes:
+        branch: the context of the first layer.
+    """
+
+    branch: AbstractContextManager[None] = nullcontext()
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -67,8 +76,11 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        for layer in self.layers:
-            x = torch.relu(layer(x))
+        for number, layer in enumerate(self.layers):
+            with self.branch if number == 0 else nullcontext():
+                if x.is_cuda:  # as a user has to say of what another stream has made
+                    x.record_stream(torch.cuda.current_stream())
+                x = torch.relu(layer(x))
         return self.head(self.norm(x))
 
 
@@ -77,6 +89,22 @@ def batch_of(rank: int, number: int, device: torch.device) -> tuple[Tensor, Tens
     generator = torch.Generator().manual_seed(1000 * rank + number)
     tokens = torch.randint(VOCABULARY, (BATCH + 1,), generator=generator).to(device)
     return tokens[:-1], tokens[1:]
+
+
+class Side:
+    """A stream of the user's, which waits for the current one and has it wait, as a user has to see to. May be used anew."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    def __enter__(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._entered = torch.cuda.stream(self._stream)
+        self._entered.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class Trainer:
@@ -88,34 +116,54 @@ class Trainer:
         count = (loop.warm_up + loop.steps) * loop.accumulate
         self._batches = iter([batch_of(rank, number, device) for number in range(count)])
         self._scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=loop.scaler)
+        self._average = [torch.zeros_like(param) for param in self.model.parameters()]
+        self._side = Side() if loop.side and device.type == "cuda" else None
+        if self._side is not None and loop.side == "branch":
+            self.model.module.branch = self._side
+
+    def on_side(self, what: str) -> AbstractContextManager[None]:
+        """The context of one of the things that `Loop.side` names."""
+        return nullcontext() if self._side is None or self._loop.side != what else self._side
 
     def step(self) -> None:
+        with self.on_side("loop"):
+            self._backward_passes()
+            self._update()
+        with self.on_side("average"), torch.no_grad():
+            for average, param in zip(self._average, self.model.parameters(), strict=True):
+                average.lerp_(param, 0.5)
+
+    def _backward_passes(self) -> None:
         loop = self._loop
         for number in range(loop.accumulate):
             is_last = number == loop.accumulate - 1
             with self.model.no_sync() if loop.no_sync and not is_last else nullcontext():
-                self.backward()
-        if loop.clip is not None:
+                self._backward()
+
+    def _backward(self) -> None:
+        tokens, following = next(self._batches)
+        with self.on_side("forward"):
+            logits = self.model(tokens)
+        loss = nn.functional.cross_entropy(logits.float(), following) / self._loop.accumulate
+        self._scaler.scale(loss).backward()
+
+    def _update(self) -> None:
+        if self._loop.clip is not None:
             self._scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip, foreach=False)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._loop.clip)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad()
 
-    def backward(self) -> None:
-        tokens, following = next(self._batches)
-        loss = nn.functional.cross_entropy(self.model(tokens).float(), following) / self._loop.accumulate
-        self._scaler.scale(loss).backward()
-
-    def parameters(self) -> list[Tensor]:
-        """Copies on the CPU."""
-        return [param.detach().cpu().clone() for param in self.model.parameters()]
+    def results(self) -> list[Tensor]:
+        """Copies of the parameters and their average, on the CPU."""
+        return [tensor.detach().cpu().clone() for tensor in (*self.model.parameters(), *self._average)]
 
 
 def train(
     loop: Loop, rank: int, device: torch.device, recorded: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> list[Tensor]:
-    """The parameters after all steps of this rank.
+    """The parameters after all steps of this rank, and their average.
 
     Args:
         recorded: a context for the steps that are looked at.
@@ -126,4 +174,4 @@ def train(
     with recorded():
         for _ in range(loop.steps):
             trainer.step()
-    return trainer.parameters()
+    return trainer.results()

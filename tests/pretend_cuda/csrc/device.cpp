@@ -13,6 +13,7 @@
 namespace pretend {
 namespace {
 
+constexpr int64_t kFirstStream = 100; // 0, 1 and 2 have meanings in CUDA
 thread_local c10::DeviceIndex device = 0;
 thread_local int64_t streams[kDevices] = {};
 std::atomic<int64_t> num_streams[kDevices] = {};
@@ -97,8 +98,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   bool isStreamCapturing(const c10::Stream& of) const override { return capturing[of.device_index()]; }
   void synchronizeDevice(const c10::DeviceIndex of) const override {
-    for (int64_t id = 0; id <= num_streams[of]; ++id)
-      host_waits_for_stream(of, id, "device synchronize");
+    host_waits_for_stream(of, 0, "device synchronize");
+    for (int64_t i = 0; i < num_streams[of]; ++i)
+      host_waits_for_stream(of, kFirstStream + i, "device synchronize");
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& on) const override {
     Memory::get().record_stream(data.get(), on.id());
@@ -155,7 +157,7 @@ void set_stream(int of, int64_t stream) {
 }
 
 int64_t new_stream(int of) {
-  return ++num_streams[of];
+  return kFirstStream + num_streams[of]++;
 }
 
 void host_waits_for_stream(int of, int64_t stream, const char* why) {
