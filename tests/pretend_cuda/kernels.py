@@ -60,6 +60,10 @@ class Table:
         """Whether it may be gone by: of another one, the addresses may be anything."""
         return np.array_equal(self._memory, self._rows) and np.array_equal(self._flags, self._active)
 
+    def copies(self) -> tuple[int, int]:
+        """Where there are copies of the rows and flags, as long as the table lives."""
+        return self._rows.ctypes.data, self._active.ctypes.data
+
     def ranges(self, column: str, bytes_each: int, *, is_write: bool, block: int = 1) -> Ranges:
         """What the active rows have in a column."""
         if not bytes_each:
@@ -87,10 +91,16 @@ class Kernels:
         facts = {**module.build_info(), "cuda": True, "cuda_version": "pretend", "cuda_archs": ["sm_90"]}
         module.build_info = lambda: facts
 
-    def _launch(self, name: str, ranges: Ranges, args: tuple[Any, ...], table: Table | None = None) -> None:
+    def _launch(
+        self, name: str, ranges: Ranges, args: tuple[Any, ...], table: Table | None = None, keep: Any = None
+    ) -> None:
+        """Args:
+        table: that lies on the device, and is read when the kernel runs.
+        keep: what has to live as long as the kernel may run.
+        """
         device, stream = _device.current_device(), args[-1]
 
-        def action() -> bool:
+        def action(kept: Any = keep) -> bool:
             if table is not None and not table.is_unchanged():
                 return False
             with self._lock:
@@ -108,11 +118,12 @@ class Kernels:
         self._launch("pack", ranges, args)
 
     def pack_segments(self, *args: Any) -> None:
-        rows, active, count, src_code, dst_code, _, _, workspace, _ = args
+        """The table lies on the host, and goes along with the launch."""
+        rows, active, count, src_code, dst_code, *_ = args
         table = Table(rows, active, count)
         ranges = table.ranges("grad", DTYPE_BYTES[src_code], is_write=False)
         ranges += table.ranges("param", DTYPE_BYTES[dst_code], is_write=True)
-        self._launch("pack_segments", table.reads + ranges + _writes(workspace, 1), args, table)
+        self._launch("pack_segments", ranges, (*table.copies(), *args[2:]), keep=table)
 
     def reduce(self, *args: Any) -> None:
         slices, count, slice_code, base, out, out_code, numel, _ = args

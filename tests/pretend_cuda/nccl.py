@@ -150,7 +150,9 @@ class Communicator:
 class PretendWork(dist.Work):
     """Keeps its tensors until it is waited for, as torch's does."""
 
-    def __init__(self, communicator: Communicator, round_: Round, rank: int, call: Call, host_waits: bool = False) -> None:
+    def __init__(
+        self, communicator: Communicator, round_: Round, rank: int, call: Call, host_waits: bool = False
+    ) -> None:
         super().__init__()
         self._communicator = communicator
         self._round = round_
