@@ -55,6 +55,7 @@ if(ZEROOPT_WERROR)
 endif()
 add_library(cuda_kernels OBJECT
   csrc/cuda/steps.cu
+  csrc/cuda/try_launch.cu
   csrc/cuda/pack.cu csrc/cuda/pack_segments.cu
   csrc/cuda/reduce.cu
   csrc/cuda/norm.cu

@@ -170,6 +170,10 @@ void bind_cpu_kernels(py::module_& m) {
 
 void bind_cuda_kernels(py::module_& m) {
   m.def(
+      "cuda_try_launch", [](Address stream) { cuda::try_launch(pointer<void>(stream)); }, py::arg("stream"),
+      GilReleased());
+  m.def("cuda_driver_version", &cuda::driver_version);
+  m.def(
       "cuda_pack",
       [](Address src, int src_dtype, Address dst, int dst_dtype, int64_t numel, double scale, Address stream) {
         cuda::pack(pointer<const void>(src), dtype(src_dtype), pointer<void>(dst), dtype(dst_dtype), numel, scale,

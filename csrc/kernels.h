@@ -126,6 +126,13 @@ void step(const std::string& kernel, const SegmentTable& segments, const Storage
 /// std::runtime_error.
 namespace cuda {
 
+/// Launches a kernel that does nothing, and throws where none can be launched: the driver is older than the runtime
+/// that this was linked with, say, or does not know the device.
+void try_launch(void* stream);
+
+/// The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0 where there is no driver.
+int driver_version();
+
 void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t numel, double scale, void* stream);
 
 /// The table lies in host memory, and is not looked at any more once this returns. A graph that captures it packs these

@@ -13,6 +13,14 @@ namespace {
 
 } // namespace
 
+void try_launch(void*) {
+  unavailable("try_launch");
+}
+
+int driver_version() {
+  unavailable("driver_version");
+}
+
 void pack(const void*, DType, void*, DType, int64_t, double, void*) {
   unavailable("pack");
 }

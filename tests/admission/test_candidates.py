@@ -250,7 +250,6 @@ def placed(*devices: str) -> list[ManagedParam]:
 
 def test_all_parameters_have_to_be_on_one_device_that_will_do() -> None:
     candidates._check_devices(placed("cpu", "cpu"))
-    candidates._check_devices(placed("cuda:1", "cuda:1"))
     with pytest.raises(NotSupportedError, match="must be on one device, got 'p1' on cpu, 'p2' on cuda:1"):
         candidates._check_devices(placed("cpu", "cpu", "cuda:1"))
     with pytest.raises(NotSupportedError, match="parameters are on mps:0, for which this torch lacks"):

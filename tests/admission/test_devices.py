@@ -14,6 +14,7 @@ from zeroopt.admission import devices
 from zeroopt.admission.devices import check_device, describe_device, warn_of_missing_kernels
 from zeroopt.errors import NotSupportedError
 
+CUDA = torch.device("cuda:1")
 XPU = torch.device("xpu:0")
 ALL: dict[str, Any] = {"Stream": object, "Event": object, "stream": object, "current_stream": object}
 
@@ -23,9 +24,17 @@ def torch_has(monkeypatch: pytest.MonkeyPatch, module: dict[str, Any], *, float6
     monkeypatch.setattr(devices, "_has_float64", lambda device: float64)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_the_usual_ones_need_nothing(device: str) -> None:
-    check_device(torch.device(device))
+def test_the_cpu_needs_nothing() -> None:
+    check_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_on_cuda_kernels_are_tried_where_there_are_some(monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
+    tried: list[torch.device] = []
+    monkeypatch.setattr(ops, "has_kernels", lambda device: has_kernels)
+    monkeypatch.setattr(devices, "check_launch", tried.append)
+    check_device(CUDA)
+    assert tried == ([CUDA] if has_kernels else [])
 
 
 def test_one_that_torch_has_streams_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ STEP = ("adamw", 64, 64, 64, 64, 1, 0, 0, 0, 64, 0, 0, 0, 0, 4, 64, 0)
 # What is read on the host: four elements at addresses where nothing is.
 ROW, ACTIVE = np.array([4, 0, 0, 0, 128, 0, 64, *[0] * 6]), np.ones(1, np.uint8)
 CUDA_CALLS = {
+    "cuda_try_launch": (0,),
     "cuda_pack": (64, 0, 128, 0, 4, 1.0, 0),
     "cuda_pack_segments": (ROW.ctypes.data, ACTIVE.ctypes.data, 1, 0, 0, 1.0, 0),
     "cuda_reduce": (64, 1, 0, 0, 128, 0, 4, 0),
@@ -57,7 +58,17 @@ def test_launch_without_a_driver_raises(name: str) -> None:
 
 
 def test_every_cuda_kernel_is_called_here() -> None:
-    assert {name for name in dir(_C) if name.startswith("cuda_")} == {*CUDA_CALLS, "cuda_workspace_bytes"}
+    assert {name for name in dir(_C) if name.startswith("cuda_")} == {
+        *CUDA_CALLS,
+        "cuda_workspace_bytes",
+        "cuda_driver_version",
+    }
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_driver_there_is_no_version_of_it() -> None:
+    assert _C.cuda_driver_version() == 0
 
 
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
@@ -66,6 +77,12 @@ def test_workspaces_grow_with_segments_and_elements() -> None:
     assert sizes[0] >= 0
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[2] < sizes[3]
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
+def test_driver_of_missing_kernels_says_how_to_get_them() -> None:
+    with pytest.raises(KernelUnavailableError, match="ZEROOPT_CUDA=on pip install"):
+        _C.cuda_driver_version()
 
 
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from zeroopt import _C, KernelUnavailableError
 from zeroopt.ops import devices
-from zeroopt.ops.devices import has_kernels, missing_kernels, require_kernels
+from zeroopt.ops.devices import check_launch, has_kernels, missing_kernels, require_kernels
 
 CUDA = torch.device("cuda:1")
 
@@ -77,6 +79,47 @@ def test_an_architecture_that_was_not_built_is_named(built: Built) -> None:
     assert missing_kernels(CUDA) == (
         "zeroopt was built by CUDA 13.0.88 for the architectures 75-real, 80-real, 120, and cuda:1 is of 70: reinstall it with "
         "TORCH_CUDA_ARCH_LIST=7.0, by an nvcc that knows it (that of CUDA 13 knows none before 75)"
+    )
+
+
+class Launches:
+    """Stands for what the module says of launches, which this machine may have no driver for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, problem: str | None, driver: int) -> None:
+        self.streams: list[int] = []
+        self._problem = problem
+        monkeypatch.setattr(_C, "cuda_try_launch", self.launch)
+        monkeypatch.setattr(_C, "cuda_driver_version", lambda: driver)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=17))
+
+    def launch(self, stream: int) -> None:
+        self.streams.append(stream)
+        if self._problem is not None:
+            raise RuntimeError(self._problem)
+
+
+def test_a_launch_that_succeeds_goes_to_the_current_stream(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    built("90-real")
+    launches = Launches(monkeypatch, None, 13000)
+    check_launch(CUDA)
+    assert launches.streams == [17]
+
+
+@pytest.mark.parametrize(("driver", "says"), [(12040, "the driver serves CUDA up to 12.4"), (0, "there is no driver")])
+def test_a_driver_that_is_too_old_is_told_from_the_build(
+    built: Built, monkeypatch: pytest.MonkeyPatch, driver: int, says: str
+) -> None:
+    built("90-real")
+    Launches(
+        monkeypatch, "CUDA kernel try_launch: CUDA driver version is insufficient for CUDA runtime version", driver
+    )
+    with pytest.raises(KernelUnavailableError) as error:
+        check_launch(CUDA)
+    assert str(error.value) == (
+        "no kernel can be launched on cuda:1: CUDA kernel try_launch: CUDA driver version is insufficient for CUDA runtime "
+        f"version. zeroopt was built by CUDA 13.0.88, and {says}: update the driver, or reinstall zeroopt by the nvcc of a CUDA "
+        "that it serves (or with ZEROOPT_CUDA=off, to train by torch's operations)"
     )
 
 

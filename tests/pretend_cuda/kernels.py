@@ -87,6 +87,8 @@ class Kernels:
     def install(self, module: Any) -> None:
         for name in ("pack", "pack_segments", "reduce", "squared_norms", "step", "quantize", "dequantize"):
             setattr(module, f"cuda_{name}", getattr(self, name))
+        module.cuda_try_launch = lambda stream: self._launch("try_launch", [], (stream,))
+        module.cuda_driver_version = self._shim._library.cuda_driver_version
         module.cuda_workspace_bytes = self._shim._library.cuda_workspace_bytes
         facts = {**module.build_info(), "cuda": True, "cuda_version": "pretend", "cuda_archs": ["sm_90"]}
         module.build_info = lambda: facts

@@ -8,6 +8,7 @@ import torch
 
 from .. import ops
 from ..errors import NotSupportedError
+from ..ops.devices import check_launch
 
 _log = logging.getLogger("zeroopt")
 
@@ -16,7 +17,14 @@ _NEEDED = ("Stream", "Event", "stream", "current_stream")
 
 
 def check_device(device: torch.device) -> None:
-    """Raise NotSupportedError when parameters on a device cannot be trained, whatever kernels there are. Not collective."""
+    """Whether parameters on a device can be trained. Not collective.
+
+    Raises:
+        NotSupportedError: not with this torch, whatever kernels there are.
+        KernelUnavailableError: there are kernels for it, and they do not run.
+    """
+    if device.type == "cuda" and ops.has_kernels(device):
+        check_launch(device)
     if device.type in ("cpu", "cuda"):
         return
     try:

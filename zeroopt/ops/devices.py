@@ -44,6 +44,29 @@ def require_kernels(device: torch.device) -> None:
         raise KernelUnavailableError(f"there is no kernel for tensors on {device}: {missing}")
 
 
+def check_launch(device: torch.device) -> None:
+    """Launch a kernel that does nothing, on a CUDA device that has kernels. Not collective; waits for nothing.
+
+    Raises:
+        KernelUnavailableError: none can be launched; the driver is too old, say.
+    """
+    try:
+        with torch.cuda.device(device):
+            _C.cuda_try_launch(torch.cuda.current_stream(device).cuda_stream)
+    except RuntimeError as error:
+        raise KernelUnavailableError(
+            f"no kernel can be launched on {device}: {error}. zeroopt was built by CUDA {_C.build_info()['cuda_version']}, and "
+            f"{describe_driver()}: update the driver, or reinstall zeroopt by the nvcc of a CUDA that it serves (or with "
+            "ZEROOPT_CUDA=off, to train by torch's operations)"
+        ) from error
+
+
+def describe_driver() -> str:
+    """What CUDA's driver serves. For builds with CUDA kernels."""
+    version = _C.cuda_driver_version()
+    return f"the driver serves CUDA up to {version // 1000}.{version % 1000 // 10}" if version else "there is no driver"
+
+
 def _runs_on(arch: str, major: int, minor: int) -> bool:
     """Whether what was compiled for an architecture, in CMake's notation, runs on a device of that compute capability.
 

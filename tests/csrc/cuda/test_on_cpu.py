@@ -55,6 +55,10 @@ def cpu() -> CpuDevice:
     return CpuDevice(_C)
 
 
+def test_a_kernel_that_does_nothing(shim: ShimDevice) -> None:
+    shim.run("try_launch")
+
+
 @pytest.mark.parametrize(("op", "formats"), STEPS)
 def test_steps_in_all_formats(op: str, formats: tuple[int, int, int], shim: ShimDevice, cpu: CpuDevice) -> None:
     for layout in LAYOUTS:

@@ -26,7 +26,7 @@ class Device(ABC):
 
     @abstractmethod
     def run(self, kernel: str, *args: float | str) -> None:
-        """Runs a kernel whose arguments say all: pack, pack_segments, quantize or dequantize."""
+        """Runs a kernel whose arguments say all: pack, pack_segments, quantize, dequantize or try_launch."""
 
     @abstractmethod
     def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
@@ -85,6 +85,7 @@ SIGNATURES = {
     "pack": "aiailda",
     "pack_segments": "aaliida",
     "reduce": "aliaaila",
+    "try_launch": "a",
 }
 
 

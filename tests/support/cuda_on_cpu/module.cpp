@@ -81,6 +81,14 @@ bool cuda_dequantize(Address codes, Address scales, Address values, int64_t nume
   });
 }
 
+bool cuda_try_launch(Address stream) {
+  return run([&] { cuda::try_launch(pointer<void>(stream)); });
+}
+
+int cuda_driver_version() {
+  return cuda::driver_version();
+}
+
 bool cuda_pack(Address src, int src_dtype, Address dst, int dst_dtype, int64_t numel, double scale, Address stream) {
   return run([&] {
     cuda::pack(pointer<const void>(src), static_cast<DType>(src_dtype), pointer<void>(dst),
