@@ -13,7 +13,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo bench bench-smoke test test-quick lint format clean
+.PHONY: help venv demo bench bench-smoke gpu test test-quick lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -26,7 +26,7 @@ demo: $(READY) ## Train a GPT with DDP and with zeroopt, and compare (about 3 mi
 bench: $(READY) ## Compare with DDP, FSDP, ZeroRedundancyOptimizer and what else is installed (needs an idle machine)
 	$(VENV)/bin/python -m bench.compare
 
-bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 2 minutes)
+bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 3 minutes)
 	$(COMPARE_SMOKE)/results.json
 	$(COMPARE_SMOKE)/half.json --precision bfloat16 --accumulation 2 --world-sizes 1 3 --methods "zeroopt stage 2" "no masters" remainders
 	$(COMPARE_SMOKE)/largest.json --budget-mb 2 --methods "DDP, bucket views, fused AdamW" "zeroopt stage 2"
@@ -37,6 +37,10 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(VENV)/bin/python -m bench.checkpoint --layers 1 --width 64 --tokens 16 --rounds 1 --methods "(the files alone)" "stage 2"
 	$(VENV)/bin/python -m bench.collectives --mb 1 --turns 1
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
+	$(VENV)/bin/python -m bench.gpu --rehearse --out runs/smoke/gpu
+
+gpu: ## Build, test and measure on the GPU at hand, with what is installed (some 8 minutes; needs no network)
+	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m bench.gpu
 
 test: $(READY) ## Run the tests
 	$(VENV)/bin/python -m pytest tests --numprocesses=$(TEST_PROCESSES) --dist=loadfile --timeout=$(TEST_TIMEOUT) --durations=5

@@ -1,0 +1,209 @@
+"""`bench.gpu`: its rehearsal runs, and whatever goes wrong in a part is in the report, which is there at every moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from bench.gpu import build, step_table, tests
+from bench.gpu.__main__ import run_parts
+from bench.gpu.command import run_command
+from bench.gpu.part import Findings, Part, Setting, Table
+from bench.gpu.parts import PARTS
+from bench.gpu.record import VARIABLE, outcomes_in
+from bench.gpu.report import Report
+from zeroopt._C import build_info
+
+OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+THREE_TESTS = """
+import time
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_endless(): time.sleep(600)
+"""
+
+
+@pytest.fixture
+def on_gpu(tmp_path: Path) -> Setting:
+    return Setting("cuda", 1, tmp_path)
+
+
+@pytest.fixture
+def rehearsal(tmp_path: Path) -> Setting:
+    return Setting("cpu", 0, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_rehearsal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--only", "build", "training step", "kernels"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=OUTSIDE | {"OUT": str(tmp_path / "new")}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert report["rehearsal"] is True
+    built, step, kernels = report["parts"]
+    assert all((part["status"], part["problem"]) == ("done", None) for part in (built, step, kernels))
+    losses = [result["losses"][-1] for result in step["figures"]["results"].values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
+    assert {row["name"] for row in kernels["figures"]["rows"]} >= {"AdamW, one tensor", "pack float32"}
+    markdown = (tmp_path / "new" / "report.md").read_text()
+    assert "no figure says anything about a GPU" in markdown
+    assert "| DDP, fused AdamW |" in markdown
+    assert {entry.name for entry in (tmp_path / "new").iterdir()} == {"report.json", "report.md", "output.txt"}
+
+
+def test_each_part_has_a_name_of_its_own() -> None:
+    assert len({part.name for part in PARTS}) == len(PARTS)
+
+
+def test_what_goes_wrong_is_in_the_report(tmp_path: Path, on_gpu: Setting) -> None:
+    def fail(setting: Setting, limit_s: float) -> Findings:
+        raise ValueError("expected this")
+
+    def find(setting: Setting, limit_s: float) -> Findings:
+        assert json.loads((tmp_path / "report.json").read_text())["parts"][1]["status"] == "running"
+        assert limit_s <= 7
+        return Findings(notes=["A note."], tables=[Table("Numbers", ("a", "b"), [("1", "2|3")])], figures={"a": 1})
+
+    def wrong(setting: Setting, limit_s: float) -> Findings:
+        return Findings("too slow", output="the last words\n")
+
+    parts = [
+        *(
+            Part("failing", "Does it fail?", 5, fail),
+            Part("finding", "What?", 7, find),
+            Part("wrong", "Is it?", 5, wrong),
+        ),
+        Part("several", "Are there?", 5, find, min_devices=2),
+    ]
+    report = Report(tmp_path, on_gpu, parts)
+    run_parts(report, on_gpu, time.monotonic() + 60)
+    assert not report.is_well
+    written = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert [part["problem"] for part in written] == ["ValueError: expected this", None, "too slow", None]
+    assert [part["status"] for part in written] == ["done", "done", "done", "not run: needs 2 GPUs"]
+    assert written[1]["figures"] == {"a": 1}
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| 1 | 2\\|3 |" in markdown
+    assert "the last words" in markdown
+
+
+def test_without_time_no_part_is_begun(tmp_path: Path, on_gpu: Setting) -> None:
+    def never(setting: Setting, limit_s: float) -> Findings:
+        raise AssertionError
+
+    report = Report(tmp_path, on_gpu, [Part("late", "Is it?", 60, never)])
+    run_parts(report, on_gpu, time.monotonic() + 1)
+    (part,) = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert (part["status"], part["problem"]) == ("not run: no time was left", None)
+
+
+def test_a_command_is_stopped_with_all_that_it_has_started(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(alive)!r}).touch()"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    ended = run_command([sys.executable, "-c", parent], limit_s=1.0)
+    assert ended.status is None
+    assert ended.problem == "stopped after 1 s"
+    time.sleep(2)
+    assert not alive.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("print(1)", None),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+    ],
+)
+def test_how_a_command_ends(code: str, problem: str | None) -> None:
+    assert run_command([sys.executable, "-c", code], limit_s=60).problem == problem
+
+
+def test_what_became_of_tests_is_known_when_they_are_stopped(tmp_path: Path) -> None:
+    file, record = tmp_path / "test_three.py", tmp_path / "record"
+    file.write_text(THREE_TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.record", "--rootdir", str(tmp_path), str(file)]
+    ended = run_command(command, 8.0, {VARIABLE: str(record)})
+    assert ended.status is None
+    good, bad = outcomes_in(record)
+    assert (good.outcome, bad.outcome) == ("passed", "failed")
+    assert bad.test.endswith("test_bad")
+    assert "AssertionError" in bad.message
+
+
+def test_kernels_that_are_not_tested_on_a_gpu_are_a_problem(on_gpu: Setting, rehearsal: Setting) -> None:
+    """As where the build has none: all their tests would be skipped."""
+    counts = tests.Counter({"skipped": 5})
+    assert tests.problem_of(counts, on_gpu) == "no test has passed"
+    assert tests.problem_of(counts, rehearsal) is None
+    assert tests.problem_of(tests.Counter({"passed": 2, "failed": 1}), on_gpu) == "1 of 3 tests failed"
+
+
+def test_files_with_tests_for_a_gpu_are_found() -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in tests.marked_files()}
+    assert files >= {"tests/csrc/cuda/test_on_gpu.py", "tests/training/test_on_gpu.py"}
+
+
+def test_steps_as_tables() -> None:
+    figures = {
+        "step_s": [0.02, 0.04, 0.03],
+        "optimizer_s": [0.001],
+        "host_s": 0.005,
+        "calls": {"launches": 62.5, "waits": 0, "copies": 3, "wait_places": {"zeroopt/a.py:7": 2}},
+        "held_bytes": 16000,
+        "peak_bytes": 5_000_000,
+        "formula_bytes": 16000,
+        "planned_bytes": None,
+        "losses": [5.0, 4.0],
+    }
+    report = {"parameters": 1000, "ranks": 1}
+    times, waits = step_table.time_tables({"DDP": figures, "stage 2": {**figures, "step_s": [0.06]}}, figures)
+    assert times.rows[1] == ("stage 2", "60.00", "2.00", "1.00", "5.00", "62.5", "0", "3", "4.0000")
+    assert waits.rows[0] == ("DDP", "zeroopt/a.py:7", "2")
+    (memory,) = step_table.memory_tables({"DDP": figures}, report)
+    assert memory.rows == [("DDP", "16.00", "16.00", "5", "")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="there is no cmake or no ninja")
+def test_the_headers_that_torch_carries_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To compile what needs pybind11."""
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    configured = run_command(["cmake", *build.options([])], limit_s=60)
+    assert configured.status == 0, configured.output
+    bindings = "CMakeFiles/_C.dir/csrc/bindings.cpp.o"
+    compiled = run_command(["cmake", "--build", str(tmp_path), "--target", bindings], limit_s=300)
+    assert compiled.status == 0, compiled.output
+
+
+def test_the_module_is_put_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, place = tmp_path / "built", tmp_path / build.MODULE_NAME
+    built.write_text("new")
+    place.write_text("old")
+    monkeypatch.setattr(build, "module", lambda: place)
+    with place.open() as loaded:
+        build.install(built)
+        assert loaded.read() == "old"
+    assert place.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["built", build.MODULE_NAME])
+
+
+@pytest.mark.parametrize(("archs", "built"), [([], True), (["90-real"], None), (["33-real"], False)])
+def test_it_is_known_what_was_built(archs: list[str], built: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "newest_source_s", lambda: 0.0)
+    expected = any(arch.startswith("90") for arch in build_info()["cuda_archs"]) if built is None else built
+    assert build.is_built_for(archs) == expected
+    monkeypatch.setattr(build, "newest_source_s", lambda: time.time() + 60)
+    assert not build.is_built_for(archs)
