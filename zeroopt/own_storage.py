@@ -11,6 +11,8 @@ when their parameters move out of them, on the stream on which they were made.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -27,4 +29,13 @@ def with_own_storage(part: Tensor) -> Tensor:
         return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
     # In one dimension, for DLPack does not keep the strides of dimensions of size 1.
     flat = part.detach().as_strided((part.numel(),), (1,))
-    return from_dlpack(flat).as_strided(part.shape, part.stride()).detach()
+    with _current(part.device):
+        return from_dlpack(flat).as_strided(part.shape, part.stride()).detach()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, a device is the current one: DLPack hands out tensors of no other."""
+    if device.type == "cpu":
+        return nullcontext()
+    current: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return current

@@ -98,12 +98,12 @@ def parameters_read_while_they_are_gathered(rank: int, is_mended: bool) -> Tenso
 def flags_rewritten_while_they_are_copied(rank: int, is_mended: bool) -> Tensor:
     """Pinned memory from which a copy has yet to be made is written by the host for the next step."""
     pinned, total = torch.zeros(NUMEL).pin_memory(), torch.zeros(NUMEL, device="cuda")
+    copied = torch.cuda.Event()
     for number in range(3):
-        if is_mended and number:
+        if is_mended:
             copied.synchronize()
         pinned.fill_(float(number + rank))
         flags = pinned.to("cuda", non_blocking=True)
-        copied = torch.cuda.Event()
         copied.record()
         total += flags
     return total

@@ -50,6 +50,10 @@ class Call:
     outputs: list[Tensor]
     move: Callable[[list[list[Tensor]], list[list[Tensor]]], None]
 
+    @property
+    def device(self) -> int:
+        return next(tensor.device.index for tensor in (*self.inputs, *self.outputs))
+
 
 @dataclass
 class Round:
@@ -67,20 +71,15 @@ class Round:
 
 
 class Communicator:
-    """The ranks of one group, each with a stream on its device."""
+    """The ranks of one group, each with a stream on each device that it uses."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.devices: dict[int, int] = {}
-        self.streams: dict[int, int] = {}
+        self._streams: dict[tuple[int, int], int] = {}
         self._condition = threading.Condition()
         self._rounds: dict[Any, Round] = {}
         self._counts: defaultdict[Any, int] = defaultdict(int)
         self._actor = _device.stream_actor(-1, next(_numbers))
-
-    def join(self, rank: int, device: int) -> None:
-        self.devices[rank] = device
-        self.streams[rank] = _device.new_stream(device)
 
     def start(self, rank: int, call: Call, ranks: tuple[int, ...], channel: Any = "all") -> Round:
         """Start a rank's part of a round: the next one of those ranks."""
@@ -90,7 +89,7 @@ class Communicator:
             if number:  # a stream does one thing after the other
                 self.wait(self._rounds[channel, number - 1])
             round_ = self._rounds.setdefault((channel, number), Round(ranks))
-            round_.begins[rank] = self._begin(rank)
+            round_.begins[rank] = self._begin(rank, call.device)
             round_.calls[rank] = call
             if len(round_.calls) == len(ranks):
                 self._run(round_)
@@ -107,14 +106,15 @@ class Communicator:
             if round_.error:
                 raise RuntimeError(round_.error)
 
-    def stream_actor(self, rank: int) -> int:
-        return _device.stream_actor(self.devices[rank], self.streams[rank])
+    def _stream_actor(self, rank: int, device: int) -> int:
+        if (rank, device) not in self._streams:
+            self._streams[rank, device] = _device.new_stream(device)
+        return _device.stream_actor(device, self._streams[rank, device])
 
-    def _begin(self, rank: int) -> int:
-        device = self.devices[rank]
+    def _begin(self, rank: int, device: int) -> int:
         current = _device.stream_actor(device, _device.current_stream(device))
         after = [_device.last(current)]
-        return _device.add(_device.Kind.MARK, self.stream_actor(rank), device, "NCCL begins", [], after, None)
+        return _device.add(_device.Kind.MARK, self._stream_actor(rank, device), device, "NCCL begins", [], after, None)
 
     def _run(self, round_: Round) -> None:
         names = {rank: round_.calls[rank].name for rank in round_.ranks}
@@ -138,12 +138,12 @@ class Communicator:
             for is_write, rows in ((False, inputs), (True, outputs))
             for tensor in itertools.chain(*rows)
         ]
-        device = self.devices[round_.ranks[0]]
+        device = calls[0].device
         begins = list(round_.begins.values())
         kind = _device.Kind.COLLECTIVE
         run = _device.add(kind, self._actor, device, calls[0].name, ranges, begins, action)
-        for rank in round_.ranks:
-            place = self.stream_actor(rank), self.devices[rank]
+        for rank, call in zip(round_.ranks, calls, strict=True):
+            place = self._stream_actor(rank, call.device), call.device
             round_.ends[rank] = _device.add(_device.Kind.MARK, *place, "NCCL ends", [], [run], None)
 
 
@@ -158,11 +158,12 @@ class PretendWork(dist.Work):
         self._round = round_
         self._rank = rank
         self._host_waits = host_waits
+        self._device = call.device
         self._kept = [*call.inputs, *call.outputs]
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
         self._communicator.wait(self._round)
-        device = self._communicator.devices[self._rank]
+        device = self._device
         number = _device.current_stream(device)
         end = self._round.ends[self._rank]
         actor = _device.stream_actor(device, number)
@@ -330,8 +331,7 @@ class PretendNccl(dist.ProcessGroup):
         return PretendWork(self._communicator, round_, self.rank(), call)
 
     def barrier(self, opts: Any = None) -> PretendWork:
-        device = self._communicator.devices[self.rank()]
-        flag = torch.zeros(1, device=torch.device("cuda", device))
+        flag = torch.zeros(1, device="cuda")
         return self._start("barrier", [flag], [flag], partial(_all_reduce, dist.ReduceOp.SUM), host_waits=True)
 
 
@@ -342,7 +342,6 @@ def _create(store: Any, rank: int, size: int, timeout: timedelta) -> PretendNccl
         _communicators[number] = Communicator(size)
         store.set("communicator", str(number))
     communicator = _communicators[int(store.get("communicator"))]
-    communicator.join(rank, _device.current_device())
     dist.distributed_c10d._store_based_barrier(rank, store, "joined", size, timeout)
     return PretendNccl(communicator, rank, size)
 

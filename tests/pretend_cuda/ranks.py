@@ -26,12 +26,12 @@ TIMEOUT_S = 30.0
 
 
 class WorldOfDevice(ThreadLocalWorld):
-    """What torch.distributed knows, by the device of the calling thread: hooks run in the threads of autograd."""
+    """What torch.distributed knows, by the rank whose device the calling thread has: hooks run in the threads of autograd."""
 
     worlds: ClassVar[dict[int, WorldData]] = {}
 
     def _get_world(self) -> WorldData:
-        device = _device.current_device()
+        device = _device.host_of(_device.current_device())
         if device not in self.worlds:
             self.worlds[device] = WorldData(None, {}, {}, {}, {}, 0, {}, {}, {}, [])  # type: ignore[arg-type]
         return self.worlds[device]
@@ -55,7 +55,13 @@ class Rank:
 
     @property
     def device(self) -> torch.device:
+        """The current one of its threads."""
         return torch.device("cuda", self.number)
+
+    @property
+    def other_device(self) -> torch.device:
+        """A further one of this rank alone."""
+        return torch.device("cuda", _device.NUM_DEVICES // 2 + self.number)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -74,7 +80,10 @@ def on_ranks(size: int, function: Callable[..., T], *args: Any) -> tuple[list[T]
 
     Raises what any rank has raised.
     """
+    assert size <= _device.NUM_DEVICES // 2
     WorldOfDevice.worlds.clear()
+    for number in range(size):
+        _device.share_host(_device.NUM_DEVICES // 2 + number, number)
     torch.manual_seed(0)
     store = dist.HashStore()
     barrier, recording = threading.Barrier(size, timeout=TIMEOUT_S), Recording()

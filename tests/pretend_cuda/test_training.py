@@ -33,6 +33,7 @@ LOOPS = {
     "stage 2, four buffers": Loop({"stage": 2, "bucket_buffers": 4}),
     "stage 2, no overlap": Loop({"stage": 2, "overlap": False}),
     **{f"stage {stage}, {side} on a stream": Loop({"stage": stage}, side=side) for stage in range(3) for side in SIDES},
+    **{f"stage {stage}, not on the current device": Loop({"stage": stage}, device="other") for stage in range(3)},
     "stage 2, all of it": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, side="branch", accumulate=2, steps=2),
     "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
 }
@@ -46,7 +47,7 @@ def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
     from .ranks import Rank, on_ranks
 
     def run(rank: Rank) -> list[torch.Tensor]:
-        return train(loop, rank.number, rank.device, rank.recorded)
+        return train(loop, rank.number, rank.other_device if loop.device == "other" else rank.device, rank.recorded)
 
     params, recording = on_ranks(2, run)
     return {

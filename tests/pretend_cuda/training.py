@@ -34,6 +34,7 @@ class Loop:
         depth: layers of the model.
         side: what a user has on a stream of their own: "" nothing, "loop" all of it, "forward" the forward, "branch" one layer,
             "average" an average of the parameters that is taken after each step. On a device.
+        device: "current", or the "other" one of a rank.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Loop:
     steps: int = 1
     depth: int = 2
     side: str = ""
+    device: str = "current"
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
 
     def wrap(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -102,7 +104,7 @@ class Side:
         self._entered = torch.cuda.stream(self._stream)
         self._entered.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._entered.__exit__(*error)
         torch.cuda.current_stream().wait_stream(self._stream)
 

@@ -131,6 +131,7 @@ void bind_trace(py::module_& m) {
   m.def("stream_actor", [](int device, int64_t stream) { return Trace::get().stream_actor(device, stream); });
   m.def("host_actor", [](int device) { return Trace::get().host_actor(device); });
   m.def("share_host", [](int device, int with_device) { Trace::get().share_host(device, with_device); });
+  m.def("host_of", [](int device) { return Trace::get().host_of(device); });
   m.def("last", [](int actor) { return Trace::get().last(actor); });
   m.def("host_waits", &host_waits_for_stream, py::arg("device"), py::arg("stream"), py::arg("why"));
   py::class_<Replay>(m, "Replay")

@@ -5,7 +5,7 @@
 
 namespace pretend {
 
-constexpr int kDevices = 4;
+constexpr int kDevices = 8;
 
 int current_device();
 int64_t current_stream(int device);

@@ -45,13 +45,19 @@ int Trace::stream_actor(int device, int64_t stream) {
 
 int Trace::host_actor(int device) {
   std::lock_guard lock(mutex_);
-  if (auto other = shared_.find(device); other != shared_.end()) device = other->second;
+  device = host_of(device);
   auto [found, is_new] = hosts_.try_emplace(device, static_cast<int>(names_.size()));
   if (is_new) {
     names_.push_back("host of cuda:" + std::to_string(device));
     last_.push_back(kNone);
   }
   return found->second;
+}
+
+int Trace::host_of(int device) const {
+  std::lock_guard lock(mutex_);
+  auto other = shared_.find(device);
+  return other == shared_.end() ? device : other->second;
 }
 
 void Trace::share_host(int device, int with_device) {
@@ -136,8 +142,13 @@ void Trace::note_host_writes(int host_device) {
       std::memcpy(reinterpret_cast<void*>(begin), bytes.data(), bytes.size());
       return true;
     };
-    Node node{Kind::kHostWrite, host_actor(host_device), "host writes pinned memory", "", {{begin, begin + bytes.size(), true}},
-              {}, std::move(write)};
+    Node node{Kind::kHostWrite,
+              host_actor(host_device),
+              "host writes pinned memory",
+              "",
+              {{begin, begin + bytes.size(), true}},
+              {},
+              std::move(write)};
     add(std::move(node), host_device);
   }
 }

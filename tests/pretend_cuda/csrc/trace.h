@@ -66,6 +66,8 @@ public:
   /// The host that launches on a device. Each device has one of its own, unless `share_host` says otherwise.
   int host_actor(int device);
   void share_host(int device, int with_device);
+  /// The device after which the host of a device is called.
+  int host_of(int device) const;
   std::vector<std::string> actors() const;
 
   /// Record a node; a stream's comes after what its host has waited for so far. Its action is not run.
