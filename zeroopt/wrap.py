@@ -288,7 +288,7 @@ class _Findings:
             _check_group(given_group, first.group)
         _check_features(features, first)
         self.options = [*config.describe(), *map(_describe_feature, features)]
-        self.params = inspect(module, optimizer, () if first is None else first.params)
+        self.params = inspect(module, optimizer, () if first is None else first.params, config.placement.home)
         for managed in self.params:
             managed.copies = count_copies(managed, mesh)
         check_param_dtypes(config, {managed.name: managed.param.dtype for managed in self.params})

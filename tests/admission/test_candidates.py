@@ -121,7 +121,7 @@ def test_an_optimizer_may_look_for_what_is_new_in_its_own_groups(monkeypatch: py
     model[1].bias.requires_grad_(True)
     tried: list[list[int]] = []
 
-    def find_grains(of: torch.optim.Optimizer, groups: list[int]) -> list[Grain]:
+    def find_grains(of: torch.optim.Optimizer, groups: list[int], home: torch.device | None) -> list[Grain]:
         tried.append(groups)
         return [Grain.ELEMENT] * len(groups)
 

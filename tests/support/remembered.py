@@ -26,10 +26,12 @@ def remembered_grains(*case: object) -> Iterator[None]:
         case: values that say all of the model's parameters, and of the optimizer.
     """
 
-    def find(optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None) -> list[Grain]:
-        key = (type(optimizer), *case, None if groups is None else tuple(groups))
+    def find(
+        optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None, home: torch.device | None = None
+    ) -> list[Grain]:
+        key = (type(optimizer), *case, None if groups is None else tuple(groups), home)
         if key not in _known:
-            _known[key] = find_grains(optimizer, groups)
+            _known[key] = find_grains(optimizer, groups, home)
         return _known[key]
 
     with patch.object(candidates, "find_grains", find):

@@ -40,7 +40,10 @@ def forget_wrapped(*objects: nn.Module | torch.optim.Optimizer) -> None:
 
 
 def inspect(
-    model: nn.Module, optimizer: torch.optim.Optimizer, known: Sequence[ManagedParam] = ()
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    known: Sequence[ManagedParam] = (),
+    home: torch.device | None = None,
 ) -> list[ManagedParam]:
     """The parameters that zeroopt will train, in the model's order. Changes nothing, and is not collective.
 
@@ -48,13 +51,14 @@ def inspect(
 
     Args:
         known: those that other optimizers of the model train.
+        home: where it is to step; None: where the parameters are.
 
     Raises:
         ConfigError: model, optimizer and parameters do not fit together or cannot be trained.
         NotSupportedError: something this release cannot train yet.
     """
     _check_types(model, optimizer, further=bool(known))
-    params = inspect_further(model, optimizer, known)
+    params = inspect_further(model, optimizer, known, home=home)
     if not params:
         raise ConfigError("no parameter of the optimizer requires gradients: there is nothing to train")
     _check_sparse(model)
@@ -68,6 +72,7 @@ def inspect_further(
     known: Sequence[ManagedParam],
     own: Sequence[ManagedParam] = (),
     fresh: Sequence[int] | None = None,
+    home: torch.device | None = None,
 ) -> list[ManagedParam]:
     """The parameters of an optimizer that require gradients and are not yet trained, in the model's order. Changes nothing, and
     is not collective.
@@ -76,6 +81,7 @@ def inspect_further(
         known: those that are trained.
         own: those of them that this optimizer trains.
         fresh: positions of the groups that are looked at for the first time; all of them when None.
+        home: as `inspect`.
 
     Raises:
         ConfigError, NotSupportedError: as `inspect`.
@@ -88,7 +94,7 @@ def inspect_further(
         check_state_parts(params, optimizer.state)
     fresh = range(len(optimizer.param_groups)) if fresh is None else fresh
     groups = sorted({*fresh, *(m.group for m in params)})
-    grains = dict(zip(groups, find_grains(optimizer, groups), strict=True))
+    grains = dict(zip(groups, find_grains(optimizer, groups, home), strict=True))
     for managed in params:
         managed.grain = grains[managed.group]
     _check_whole_parts(params)

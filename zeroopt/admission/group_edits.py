@@ -71,6 +71,7 @@ def inspect_edit(
     known: Sequence[ManagedParam],
     own: Sequence[ManagedParam],
     before: GroupMembers,
+    home: torch.device | None,
 ) -> GroupEdit:
     """What has become of the groups. Changes nothing, and is not collective.
 
@@ -78,6 +79,7 @@ def inspect_edit(
         known: the parameters that are trained.
         own: those of them that this optimizer trains.
         before: its groups as they were.
+        home: where it steps; None: where the parameters are.
 
     Raises:
         ConfigError, NotSupportedError: the groups cannot be trained as they are.
@@ -85,7 +87,7 @@ def inspect_edit(
     groups = optimizer.param_groups
     _check_groups(groups, optimizer.defaults)
     fresh = [number for number, group in enumerate(groups) if not any(group is other for other in before.groups)]
-    edit = GroupEdit(new=inspect_further(module, optimizer, known, own, fresh))
+    edit = GroupEdit(new=inspect_further(module, optimizer, known, own, fresh, home))
     found: dict[Tensor, tuple[int, int]] = {}
     for number, group in enumerate(groups):
         for param in group["params"]:
@@ -97,7 +99,7 @@ def inspect_edit(
             edit.gone.append(managed)
     if not edit.places and not edit.new:
         raise ConfigError("no parameter is left in the param_groups that requires gradients: there is nothing to train")
-    _check_grains(optimizer, edit.places, before)
+    _check_grains(optimizer, edit.places, before, home)
     described = [f"parameter {m.name!r} in param_group {group}" for m, (group, _) in edit.places.items()]
     removed = [f"parameter {m.name!r} in no param_group" for m in edit.gone]
     edit.lines = [*described, *removed, *describe_params(edit.new), *describe_groups(optimizer)]
@@ -121,14 +123,17 @@ def _check_groups(groups: Groups, defaults: Mapping[str, Any]) -> None:
 
 
 def _check_grains(
-    optimizer: torch.optim.Optimizer, places: Mapping[ManagedParam, tuple[int, int]], before: GroupMembers
+    optimizer: torch.optim.Optimizer,
+    places: Mapping[ManagedParam, tuple[int, int]],
+    before: GroupMembers,
+    home: torch.device | None,
 ) -> None:
     """A parameter that ranks share element by element must not come under options that need it whole."""
     moved = {
         m: group for m, (group, _) in places.items() if optimizer.param_groups[group] is not before.groups[m.group]
     }
     targets = sorted(set(moved.values()))
-    grains = dict(zip(targets, find_grains(optimizer, targets), strict=True))
+    grains = dict(zip(targets, find_grains(optimizer, targets, home), strict=True))
     for managed, group in moved.items():
         if grains[group] > managed.grain:
             raise NotSupportedError(

@@ -77,7 +77,8 @@ def _moment_bytes(
     rule = rule_for(optimizer)
     groups = optimizer.param_groups
     names = [() if rule is None else rule.names_in_use(group) for group in groups]
-    sizes = [StateSize(optimizer, number) for number in range(len(groups))]
+    home = next((bucket.home for bucket in buckets if bucket.home.type != "meta"), torch.device("cpu"))
+    sizes = [StateSize(optimizer, number, home) for number in range(len(groups))]
     total = 0
     for bucket, store in zip(buckets, stores, strict=True):
         if (

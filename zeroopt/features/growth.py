@@ -90,7 +90,14 @@ class Growth:
         edit = GroupEdit()
         if problem is None:
             try:
-                edit = inspect_edit(replica.module, trained.inner, replica.params, trained.params, self._members)
+                edit = inspect_edit(
+                    replica.module,
+                    trained.inner,
+                    replica.params,
+                    trained.params,
+                    self._members,
+                    trained.config.placement.home,
+                )
                 replica.count_copies(edit.new)
                 check_param_dtypes(trained.config, {managed.name: managed.param.dtype for managed in edit.new})
                 check_fused(trained.inner, [*edit.places, *edit.new], trained.config)

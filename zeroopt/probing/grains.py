@@ -54,11 +54,14 @@ ELEMENT_WISE = frozenset(
 )
 
 
-def find_grains(optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None) -> list[Grain]:
+def find_grains(
+    optimizer: torch.optim.Optimizer, groups: Sequence[int] | None = None, home: torch.device | None = None
+) -> list[Grain]:
     """For each param_group the smallest pieces that it can be stepped in. The optimizer itself is left alone.
 
     Args:
         groups: positions of the param_groups that are tried; all of them when None.
+        home: the device on which it is to step; None: that of its parameters.
 
     Raises:
         NotSupportedError: it cannot step a parameter by itself, or steps it differently when there are others; it draws
@@ -72,24 +75,33 @@ def find_grains(optimizer: torch.optim.Optimizer, groups: Sequence[int] | None =
         return [Grain.ELEMENT for _ in positions]
     _check_strays(optimizer, [param for group in optimizer.param_groups for param in group["params"]], name)
     verdicts: list[_Verdict] = []
-    return [_find_grain(optimizer, number, verdicts) for number in positions]
+    return [_find_grain(optimizer, number, home, verdicts) for number in positions]
 
 
-def _find_grain(optimizer: torch.optim.Optimizer, group: int, verdicts: list[_Verdict]) -> Grain:
+def _find_grain(
+    optimizer: torch.optim.Optimizer, group: int, home: torch.device | None, verdicts: list[_Verdict]
+) -> Grain:
     params = [param for param in optimizer.param_groups[group]["params"] if param.requires_grad]
-    kinds = {_Kind(small_shape(param.dim())) for param in params}
+    device = _device_for(params) if home is None else home
+    kinds = {_Kind(small_shape(param.dim()), torch.float32, device) for param in params}
     # Rounding hides much in 16 bits, but some rules do something else there.
-    kinds |= {_Kind(small_shape(param.dim()), param.dtype) for param in params if param.dtype is not torch.float32}
+    others = [param for param in params if param.dtype is not torch.float32]
+    kinds |= {_Kind(small_shape(param.dim()), param.dtype, device) for param in others}
     small = {kind: _ask(optimizer, group, kind, verdicts) for kind in sorted(kinds, key=_Kind.order)}
     # Where small ones are stepped whole already, large ones would be, too; and matrices take their time.
     cut = {len(kind.shape) for kind in small} - {
         len(k.shape) for k, grain in small.items() if grain is not Grain.ELEMENT
     }
-    large = [_Kind(shape) for shape in large_shapes(params) if len(shape) in cut]
+    large = [_Kind(shape, torch.float32, device) for shape in large_shapes(params) if len(shape) in cut]
     return max(
         (*small.values(), *(_ask(optimizer, group, kind, verdicts) for kind in sorted(large, key=_Kind.order))),
         default=Grain.ELEMENT,
     )
+
+
+def _device_for(params: Sequence[Tensor]) -> torch.device:
+    """Of parameters, but for those on the meta device, which are only planned with."""
+    return next((param.device for param in params if param.device.type != "meta"), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,8 @@ class _Kind:
     """Parameters that are tried out by one tensor."""
 
     shape: Shape
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
+    device: torch.device
 
     def order(self) -> tuple[int, Shape, str]:
         """The same on all ranks."""
@@ -242,7 +255,8 @@ class _Question:
 
     def _draw(self, shape: Shape, count: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return [torch.randn(shape, generator=generator).to(self._kind.dtype) for _ in range(count)]
+        kind = self._kind
+        return [torch.randn(shape, generator=generator).to(kind.device, kind.dtype) for _ in range(count)]
 
     @staticmethod
     def _cut(value: Tensor) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""An optimizer tried out: a copy of it steps small tensors, while its own parameters and state stay as they are.
+"""An optimizer tried out: a copy of it steps small tensors, while its own parameters and state stay as they are. They lie where it
+will step: some optimizers step CUDA tensors only, and some those on the CPU.
 
 A rule may change after a warm-up, or do something every so many steps. So some steps are taken, then every counter is set far
 ahead, where warm-ups are over and most periods end, and some more are taken.
@@ -110,7 +111,7 @@ def _try_out(
     probe = copy_with(optimizer, group, params, reads, with_state=with_state)
     trial = Trial([], probe, [param for part in params for param in part], reads, with_state)
     communication = _NoCommunication() if watched else nullcontext()  # type: ignore[no-untyped-call]
-    with _own_random_numbers(seed), communication:
+    with _own_random_numbers(seed, trial.params[0].device), communication:
         before = _take_steps(trial, grads)
         counters = [at for at, number in before.items() if at.read() == number + 1]
         for ahead in _AHEAD if later_steps else ():
@@ -244,15 +245,28 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _own_random_numbers(seed: int) -> Iterator[None]:
+def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
     torch_state, python_state = torch.default_generator.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     try:
-        yield
+        with nullcontext() if device.type == "cpu" else _own_numbers_on(device, seed):
+            yield
     finally:
         torch.default_generator.set_state(torch_state)
         random.setstate(python_state)
+
+
+@contextmanager
+def _own_numbers_on(device: torch.device, seed: int) -> Iterator[None]:
+    """The same for those that are drawn on a device itself."""
+    module = torch.get_device_module(device)
+    state = module.get_rng_state(device)
+    module.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+    try:
+        yield
+    finally:
+        module.set_rng_state(state, device)
 
 
 class _NotedOptions(dict[str, Any]):
@@ -332,9 +346,11 @@ def copy_with(
             continue
         vars(probe)[name] = OrderedDict() if name.endswith("_hooks") else copy.deepcopy(value, memo)
     options = {k: v for k, v in optimizer.param_groups[group].items() if k not in ("params", "param_names")}
+    is_on_host = all(param.device.type in ("cpu", "meta") for part in params for param in part)
     probe.param_groups = []
     for part in params:
-        noted = _NotedOptions({**_trial_options(copy.deepcopy(options, dict(memo))), "params": part})
+        trial_options = _trial_options(copy.deepcopy(options, dict(memo)), is_on_host=is_on_host)
+        noted = _NotedOptions({**trial_options, "params": part})
         noted.reads = reads
         probe.param_groups.append(noted)
     probe.state = defaultdict(dict)
@@ -346,14 +362,14 @@ def copy_with(
     return probe
 
 
-def _trial_options(options: dict[str, Any]) -> dict[str, Any]:
+def _trial_options(options: dict[str, Any], *, is_on_host: bool) -> dict[str, Any]:
     """A warm-up may have set lr to 0, with which all rules look alike; capturable steps want a device."""
     lr = options.get("lr")
     if isinstance(lr, Tensor):
-        options["lr"] = torch.full_like(lr, _LR, device="cpu")
+        options["lr"] = torch.full_like(lr, _LR, device="cpu" if is_on_host else None)
     elif lr is not None:
         options["lr"] = _LR
-    if "capturable" in options:
+    if is_on_host and "capturable" in options:
         options["capturable"] = False
     return options
 

@@ -23,10 +23,11 @@ class StateSize:
 
     Args:
         group: position of the group.
+        device: where a tensor is stepped for real when it cannot be without memory; torch's default when None.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, group: int) -> None:
-        self._optimizer, self._group = optimizer, group
+    def __init__(self, optimizer: torch.optim.Optimizer, group: int, device: torch.device | None = None) -> None:
+        self._optimizer, self._group, self._device = optimizer, group, device
         self._known: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
 
     def of_elements(self, numel: int, dtype: torch.dtype) -> int:
@@ -44,7 +45,7 @@ class StateSize:
         with suppress(Exception):  # it looks at values
             return sum(value.nbytes for value in self._step(torch.empty(shape, dtype=dtype, device="meta")))
         small = shape if prod(shape) <= _FLAT_NUMEL else _SIZES[: len(shape)]
-        start = torch.ones(small, dtype=dtype)
+        start = torch.ones(small, dtype=dtype, device=self._device)
         try:
             state = self._step(start)
         except Exception:  # noqa: BLE001  some make their state in the constructor and count on it
