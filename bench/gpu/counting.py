@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
 
 WINDOW = "the steps that are counted"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # how the names begin
-COPIES = ("cudaMemcpy",)
+COPIES = "cudaMemcpy"
+WAIT_WARNING = "called a synchronizing"  # what torch says of each wait in its sync debug mode
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,26 @@ class Calls:
 
 
 def count_calls(step: Callable[[], object], steps: int) -> Calls:
-    """Run so many steps, and one more. Only the calling thread and autograd's count, on the current device."""
+    """Run so many steps, and two more. All threads of this process count, on the current device."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()  # what the profiler does first, it does here
         with record_function(WINDOW):
             for _ in range(steps):
                 step()
         torch.cuda.synchronize()
-    events = profiler.events() or []
-    window = next(event.time_range for event in events if event.name == WINDOW)
-    names = Counter(event.name for event in events if window.start <= event.time_range.start < window.end)
+    return calls_among(profiler.events() or [], steps, wait_places(step))
+
+
+def calls_among(events: Iterable[Any], steps: int, places: dict[str, int]) -> Calls:
+    """Those of the host that began within `WINDOW`."""
+    of_host = [event for event in events if event.device_type == DeviceType.CPU]  # the device has a `WINDOW`, too
+    window = next(event.time_range for event in of_host if event.name == WINDOW)
+    names = Counter(event.name for event in of_host if window.start <= event.time_range.start < window.end)
     return Calls(
         launches=sum(number for name, number in names.items() if name.startswith(LAUNCHES)) / steps,
         waits=sum(names[name] for name in WAITS) / steps,
         copies=sum(number for name, number in names.items() if name.startswith(COPIES)) / steps,
-        wait_places=wait_places(step),
+        wait_places=places,
     )
 
 
@@ -62,7 +69,7 @@ def wait_places(step: Callable[[], object]) -> dict[str, int]:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    waits = [warning for warning in caught if WAIT_WARNING in str(warning.message)]
     return dict(Counter(f"{shortened(warning.filename)}:{warning.lineno}" for warning in waits))
 
 

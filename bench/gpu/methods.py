@@ -32,7 +32,8 @@ class Shape:
     steps: int
 
     def make_model(self) -> nn.Module:
-        """Float32, on the default device."""
+        """Float32, on the default device, the same on all ranks."""
+        torch.manual_seed(0)
         model: nn.Module = make_model(self.vocabulary, self.tokens, self.layers, self.width)
         return model
 

@@ -70,7 +70,7 @@ def time_row(name: str, result: Result, baseline: Result | None) -> tuple[str, .
         f"{1e3 * step_s:.2f}",
         f"{step_s / statistics.median(baseline['step_s']):.2f}" if baseline else "",
         f"{1e3 * statistics.median(result['optimizer_s']):.2f}",
-        f"{1e3 * result['host_s']:.2f}",
+        f"{1e3 * statistics.median(result['host_s']):.2f}",
         *([f"{calls[kind]:g}" for kind in ("launches", "waits", "copies")] if calls else ["", "", ""]),
         f"{result['losses'][-1]:.4f}",
     )

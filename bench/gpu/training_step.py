@@ -28,6 +28,7 @@ from bench.launch import Plan, RankFailed, run_ranks
 from zeroopt.planner import estimate_memory
 
 WARMUP_STEPS = 3  # buffers are made, and buckets planned anew
+HOST_STEPS = 5
 COUNTED_STEPS = 2
 TIMEOUT_S = 120.0
 
@@ -46,7 +47,7 @@ class Figures:
 
     Attributes:
         step_s, optimizer_s: on the device, of each timed step.
-        host_s: what the host needed to have all timed steps begun, of one of them.
+        host_s: until the host had begun all of a step, of some that each found the device idle.
         calls: None on the CPU.
         held_bytes: on the device, after a step and `zero_grad`.
         peak_bytes: the most, in any step.
@@ -57,7 +58,7 @@ class Figures:
 
     step_s: list[float]
     optimizer_s: list[float]
-    host_s: float
+    host_s: list[float]
     calls: Calls | None
     held_bytes: int
     peak_bytes: int
@@ -70,7 +71,6 @@ class Loop:
     """The training loop, the same for all methods."""
 
     def __init__(self, method: Method, shape: Shape, device: torch.device) -> None:
-        torch.manual_seed(0)
         net = shape.make_model().to(device)
         self.model, self.optimizer = method.prepare(net)
         self.device, self.autocast = device, partial(method.autocast, device)
@@ -107,11 +107,8 @@ def measure(method: Method, shape: Shape, device: torch.device) -> Figures:
     loop = Loop(method, shape, device)
     for _ in range(WARMUP_STEPS):
         loop.step()
-    synchronize(device)
     dist.barrier()
-    begin = time.perf_counter()
     clocks = [loop.step() for _ in range(shape.steps)]
-    host_s = (time.perf_counter() - begin) / shape.steps
     seconds = [clock() for clock in clocks]
     on_device = device.type == "cuda"
     held = torch.cuda.memory_allocated(device) if on_device else 0
@@ -119,7 +116,7 @@ def measure(method: Method, shape: Shape, device: torch.device) -> Figures:
     return Figures(
         step_s=[sum(parts) for parts in seconds],
         optimizer_s=[optimizer for _, optimizer in seconds],
-        host_s=host_s,
+        host_s=[host_seconds(loop, device) for _ in range(HOST_STEPS)],
         calls=count_calls(loop.step, COUNTED_STEPS) if on_device else None,
         held_bytes=held,
         peak_bytes=peak,
@@ -139,6 +136,14 @@ def planned_bytes(method: Method, shape: Shape) -> int:
         net, torch.optim.AdamW, world_size=ranks, device="cuda", sample=(tokens, tokens), compare=False, **options
     )
     return plan.peak
+
+
+def host_seconds(loop: Loop, device: torch.device) -> float:
+    """What the host needs for one step, which then is not through."""
+    synchronize(device)
+    begin = time.perf_counter()
+    loop.step()
+    return time.perf_counter() - begin
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from paths import ROOT
+from torch.profiler import DeviceType
 
-from bench.gpu import build, step_table, tests
+from bench.gpu import build, counting, step_table, tests
 from bench.gpu.__main__ import run_parts
 from bench.gpu.command import run_command
 from bench.gpu.part import Findings, Part, Setting, Table
@@ -156,11 +160,43 @@ def test_files_with_tests_for_a_gpu_are_found() -> None:
     assert files >= {"tests/csrc/cuda/test_on_gpu.py", "tests/training/test_on_gpu.py"}
 
 
+def event(name: str, start: float, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=start + 10))
+
+
+def test_calls_within_the_counted_steps_count() -> None:
+    events = [
+        event(counting.WINDOW, 500, DeviceType.CUDA),
+        *(event("cudaLaunchKernel", 3), event("cudaStreamSynchronize", 4)),  # before
+        event(counting.WINDOW, 5),
+        *(event("cudaLaunchKernel", 5), event("cuLaunchKernelEx", 6), event("cudaLaunchKernelExC", 14)),
+        *(event("cudaMemcpyAsync", 7), event("cudaStreamSynchronize", 8), event("cudaEventRecord", 9)),
+        event("a kernel", 10, DeviceType.CUDA),
+        event("cudaDeviceSynchronize", 15),  # behind
+    ]
+    calls = counting.calls_among(events, 2, {"zeroopt/a.py:7": 1})
+    assert calls == counting.Calls(launches=1.5, waits=0.5, copies=0.5, wait_places={"zeroopt/a.py:7": 1})
+
+
+def test_places_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    ((place, times),) = counting.wait_places(step).items()
+    assert (place.rpartition(":")[0].endswith("bench/test_gpu.py"), times) == (True, 2)
+    assert modes == ["warn", "default"]
+
+
 def test_steps_as_tables() -> None:
     figures = {
         "step_s": [0.02, 0.04, 0.03],
         "optimizer_s": [0.001],
-        "host_s": 0.005,
+        "host_s": [0.005],
         "calls": {"launches": 62.5, "waits": 0, "copies": 3, "wait_places": {"zeroopt/a.py:7": 2}},
         "held_bytes": 16000,
         "peak_bytes": 5_000_000,

@@ -133,6 +133,7 @@ def install() -> None:
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "get_device_capability": lambda device=None: (9, 0),
+        "is_bf16_supported": lambda including_emulation=True: True,
         "get_device_name": lambda device=None: "pretend device",
         "_lazy_init": lambda: None,
     }
