@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import zeroopt
+from zeroopt import KernelUnavailableError
 from zeroopt.diagnosis import env
 from zeroopt.diagnosis.env import environment, print_environment
 
@@ -29,7 +31,22 @@ BUILD: dict[str, Any] = {
 def built(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> dict[str, str]:
     """The environment of a build of which these facts are others."""
     monkeypatch.setattr(env, "build_info", lambda: {**BUILD, **facts})
+    monkeypatch.setattr(env, "describe_driver", lambda: "the driver serves CUDA up to 12.8")
     return environment()
+
+
+def placed(
+    monkeypatch: pytest.MonkeyPatch,
+    names: Sequence[str],
+    missing: Callable[[torch.device], str | None] = lambda device: None,
+    launch: Callable[[torch.device], None] = lambda device: None,
+) -> None:
+    """Let there be GPUs of these names, of compute capability 9.0, and kernels for them or not."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(env, "missing_kernels", missing)
+    monkeypatch.setattr(env, "check_launch", launch)
 
 
 def test_the_build_that_runs_is_described() -> None:
@@ -47,6 +64,7 @@ def test_what_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["CPU kernels"] == "avx2 (compiled: scalar, avx2)"
     assert facts["OpenMP"] == "yes"
     assert facts["CUDA kernels"] == "12.4 (80 90)"
+    assert facts["CUDA driver"] == "the driver serves CUDA up to 12.8"
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +73,25 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = built(monkeypatch, openmp=False, cuda=False, cuda_version="", cuda_archs=[])
     assert facts["OpenMP"].startswith("no: ")
     assert facts["CUDA kernels"] == "not compiled in"
+    assert facts["CUDA driver"] == "not asked, without CUDA kernels"
     assert (facts["torch CUDA"], facts["CUDA devices"]) == ("no", "none")
 
 
 def test_all_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
-    assert environment()["CUDA devices"] == "GPU 0, GPU 1"
+    placed(monkeypatch, ["GPU 0", "GPU 1"])
+    facts = built(monkeypatch)
+    assert facts["CUDA devices"] == "GPU 0 (9.0), GPU 1 (9.0)"
+    assert "cuda:0" not in facts and "cuda:1" not in facts
+
+
+def test_a_device_on_which_kernels_do_not_run_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(device: torch.device) -> None:
+        raise KernelUnavailableError(f"no kernel can be launched on {device}")
+
+    placed(monkeypatch, ["old", "new"], lambda device: "too old" if device.index == 0 else None, launch)
+    facts = built(monkeypatch)
+    assert facts["cuda:0"] == "torch's operations instead of kernels: too old"
+    assert facts["cuda:1"] == "no kernel can be launched on cuda:1"
 
 
 @pytest.mark.parametrize(

@@ -9,26 +9,50 @@ import torch
 import torch.distributed as dist
 
 from .._C import build_info
+from ..errors import KernelUnavailableError
+from ..ops.devices import check_launch, describe_driver, missing_kernels
 
 
 def environment() -> dict[str, str]:
     """Facts of this installation and machine, by name. Not collective."""
     build = build_info()
     cuda = f"{build['cuda_version']} ({' '.join(build['cuda_archs'])})" if build["cuda"] else "not compiled in"
+    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    problems = {str(device): problem for device in devices if (problem := _problem_of(device)) is not None}
     return {
         "zeroopt": build["version"],
         "compiler": f"{build['compiler']}, {build['flags']}",
         "CPU kernels": f"{build['isa']} (compiled: {', '.join(build['isas'])})",
         "OpenMP": "yes" if build["openmp"] else "no: CPU kernels run on one thread",
         "CUDA kernels": cuda,
+        "CUDA driver": describe_driver() if build["cuda"] else "not asked, without CUDA kernels",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch CUDA": torch.version.cuda or "no",
-        "CUDA devices": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        "CUDA devices": ", ".join(map(_name_of, devices)) or "none",
+        **problems,
         "backends": ", ".join(_backends()) or "none",
         "platform": platform.platform(),
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
     }
+
+
+def _name_of(device: torch.device) -> str:
+    """With its compute capability."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
+
+
+def _problem_of(device: torch.device) -> str | None:
+    """Why kernels do not run on a CUDA device; None where they do."""
+    missing = missing_kernels(device)
+    if missing is not None:
+        return f"torch's operations instead of kernels: {missing}"
+    try:
+        check_launch(device)
+    except KernelUnavailableError as error:
+        return str(error)
+    return None
 
 
 def _backends() -> list[str]:
