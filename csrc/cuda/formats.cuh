@@ -1,5 +1,5 @@
 // How parameters, gradients and moments are stored: a lane's elements as float32, and back. The formats are the same
-// for a whole launch, so they are branched on rather than compiled apart.
+// for a whole launch; for some they are constants, see step_formats.cuh.
 #pragma once
 
 #include "common/dtype.h"

@@ -10,10 +10,10 @@ void launch_for(const SegmentTable& segments, float* found_inf, int64_t total_nu
                 cudaStream_t stream) {
   constexpr const char* name = "squared_norms";
   const auto parts = workspace_at<NormPlan>(workspace, segments.count, total_numel);
-  const unsigned grid = grid_size(max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1, name);
+  const int64_t blocks = max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1;
   launch(name, prepare_norm_kernel<grad>, num_plan_blocks(segments.count), stream, segments, parts);
-  launch(name, norm_kernel<grad>, grid, stream, segments, parts);
-  launch(name, norm_sums_kernel<grad>, grid_size(segments.count, name), stream, segments, found_inf, parts);
+  launch(name, norm_kernel<grad>, grid_size(norm_kernel<grad>, blocks, name), stream, segments, parts);
+  launch(name, norm_sums_kernel, grid_size(norm_sums_kernel, segments.count, name), stream, segments, found_inf, parts);
 }
 
 } // namespace

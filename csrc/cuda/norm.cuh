@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(SegmentTable table, Work
 }
 
 /// Inactive segments have no tiles, and so the sum 0.
-template <DType grad>
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     norm_sums_kernel(SegmentTable table, float* found_inf, Workspace<NormPlan> workspace) {
   for_each_segment(table, workspace, [&](int64_t segment, int64_t begin, int64_t end) {
     const double sum = sum_tiles(workspace.sums, begin, end, 0);

@@ -8,8 +8,9 @@ namespace {
 template <class Src, class Dst>
 void launch_pair(const void* src, void* dst, int64_t numel, double scale, cudaStream_t stream) {
   constexpr int N = PackShape<Src, Dst>::vector_numel;
+  const auto kernel = pack_kernel<Src, Dst>;
   const int64_t blocks = num_vectors(numel, N, N) / kThreads + 1;
-  launch("pack", pack_kernel<Src, Dst>, grid_size(blocks, "pack"), stream, static_cast<const Src*>(src),
+  launch("pack", kernel, grid_size(kernel, blocks, "pack"), stream, static_cast<const Src*>(src),
          static_cast<Dst*>(dst), numel, static_cast<typename Compute<Src, Dst>::type>(scale));
 }
 

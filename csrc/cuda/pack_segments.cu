@@ -17,23 +17,24 @@ void add(const SegmentRow& row, DType src, DType dst, PackBatch& batch) {
   batch.tiles += num_tiles(row.numel, lead);
 }
 
+template <class Value>
 void launch_batch(const PackBatch& batch, DType src, DType dst, double scale, cudaStream_t stream) {
-  const unsigned grid = grid_size(batch.tiles / kWarpsPerBlock + 1, kName);
-  if (src == DType::float64 || dst == DType::float64)
-    launch(kName, pack_segments_kernel<double>, grid, stream, batch, src, dst, scale);
-  else
-    launch(kName, pack_segments_kernel<float>, grid, stream, batch, src, dst, static_cast<float>(scale));
+  const auto kernel = pack_segments_kernel<Value>;
+  const unsigned grid = grid_size(kernel, batch.tiles / kWarpsPerBlock + 1, kName);
+  launch(kName, kernel, grid, stream, batch, src, dst, static_cast<Value>(scale));
 }
 
 } // namespace
 
 void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, void* stream) {
+  const bool in_float64 = src_dtype == DType::float64 || dst_dtype == DType::float64;
+  const auto launch_one = in_float64 ? launch_batch<double> : launch_batch<float>;
   PackBatch batch = {};
   for (int64_t i = 0; i < segments.count; ++i) {
     if (segments.active[i] != 0) add(segments.rows[i], src_dtype, dst_dtype, batch);
     const bool full = batch.count == kPiecesPerLaunch || i + 1 == segments.count;
     if (!full || batch.count == 0) continue;
-    launch_batch(batch, src_dtype, dst_dtype, scale, static_cast<cudaStream_t>(stream));
+    launch_one(batch, src_dtype, dst_dtype, scale, static_cast<cudaStream_t>(stream));
     batch.count = 0;
     batch.tiles = 0;
   }

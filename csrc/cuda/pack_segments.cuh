@@ -65,8 +65,10 @@ template <class Value>
 __global__ void __launch_bounds__(kThreads)
     pack_segments_kernel(const __grid_constant__ PackBatch batch, DType src, DType dst, Value scale) {
   const auto first_tile = [&](int64_t i) { return batch.pieces[i].first_tile; };
+  int64_t index = 0;
   for (int64_t tile = warp_index(); tile < batch.tiles; tile += num_warps()) {
-    const PackPiece piece = batch.pieces[array_of_tile(first_tile, 0, batch.count, tile)];
+    index = array_of_tile(first_tile, index, batch.count, tile);
+    const PackPiece piece = batch.pieces[index];
     const LaneRange lane = lane_range(tile - piece.first_tile, piece.numel, piece.lead);
     Value values[kLaneNumel];
     with_dtype<Value>(src, [&](auto item) { load_as<decltype(item)>(piece.src, lane, values); });

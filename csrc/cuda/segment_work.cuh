@@ -1,9 +1,8 @@
 // Work over many segments in one launch.
 //
 // A prepare kernel makes each segment's plan, what the main kernel wants to know of it, and cuts the segments into
-// tiles; inactive segments have none. The main kernel's warps stride over the tiles; which segment a tile is of, they
-// find by bisection. Both only read device memory, so a CUDA graph can capture them while steps, hyper-parameters and
-// addresses change between replays.
+// tiles; inactive segments have none. The main kernel's warps stride over the tiles. Both only read device memory, so a
+// CUDA graph can capture them while steps, hyper-parameters and addresses change between replays.
 #pragma once
 
 #include "cuda/tiles.cuh"
@@ -96,8 +95,9 @@ template <class Plan, class Body>
 ZEROOPT_DEVICE void for_each_tile(const SegmentTable& table, const Workspace<Plan>& workspace, const Body& body) {
   const int64_t tiles = workspace.first_tile[table.count];
   const auto first_tile = [&](int64_t i) { return workspace.first_tile[i]; };
+  int64_t segment = 0;
   for (int64_t tile = warp_index(); tile < tiles; tile += num_warps()) {
-    const int64_t segment = array_of_tile(first_tile, 0, table.count, tile);
+    segment = array_of_tile(first_tile, segment, table.count, tile);
     const int lead = workspace.plans[segment].lead;
     body(segment, tile, lane_range(tile - workspace.first_tile[segment], table.rows[segment].numel, lead));
   }

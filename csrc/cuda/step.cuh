@@ -3,6 +3,7 @@
 
 #include "cuda/formats.cuh"
 #include "cuda/segment_sums.cuh"
+#include "cuda/step_formats.cuh"
 #include "ops/op.h"
 
 namespace zeroopt::cuda {
@@ -61,19 +62,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// Steps a lane's elements. `param` and `update` are left for sums.
-template <class Op, unsigned in_use>
-ZEROOPT_DEVICE void step_lane(const typename Op::Scalars& scalars, const Storage& storage, const SegmentRow& row,
-                              const LaneRange& lane, NoiseKey key, float (&param)[kLaneNumel],
+template <class Op, unsigned in_use, class Formats>
+ZEROOPT_DEVICE void step_lane(const typename Op::Scalars& scalars, const Formats& formats, DType grad_dtype,
+                              const SegmentRow& row, const LaneRange& lane, NoiseKey key, float (&param)[kLaneNumel],
                               float (&update)[kLaneNumel]) {
   constexpr int size = kNumStates<Op>;
   const typename Op::Scalars s = scalars; // a copy that no store can change
   float grad[kLaneNumel] = {};
   float states[size][kLaneNumel] = {};
-  load_param(storage.param, row, lane, param);
-  if (Op::kReadsGrad) load_grad(storage.grad, row, lane, grad);
+  load_param(formats.param, row, lane, param);
 #pragma unroll
   for (int k = 0; k < size; ++k)
-    if (in_use >> k & 1u) load_state(storage.state, row, k, kSignedStates<Op> >> k & 1u, lane, states[k]);
+    if (in_use >> k & 1u) load_state(formats.state, row, k, kSignedStates<Op> >> k & 1u, lane, states[k]);
+  if (Op::kReadsGrad) load_grad(grad_dtype, row, lane, grad); // in a branch, in which 16 bits are waited for: last
 #pragma unroll
   for (int i = 0; i < kLaneNumel; ++i) {
     float state[size] = {};
@@ -85,12 +86,12 @@ ZEROOPT_DEVICE void step_lane(const typename Op::Scalars& scalars, const Storage
     for (int k = 0; k < size; ++k)
       states[k][i] = state[k];
   }
-  if (Op::kWritesParam) store_param(storage.param, row, lane, key, param);
+  if (Op::kWritesParam) store_param(formats.param, row, lane, key, param);
 #pragma unroll
   for (int k = 0; k < size; ++k) {
     if (!Op::kWritesStates || !(in_use >> k & 1u)) continue;
     key.array = 1 + static_cast<uint32_t>(k);
-    store_state(storage.state, row, k, kSignedStates<Op> >> k & 1u, lane, key, states[k]);
+    store_state(formats.state, row, k, kSignedStates<Op> >> k & 1u, lane, key, states[k]);
   }
 }
 
@@ -109,17 +110,16 @@ ZEROOPT_DEVICE void step_lane_using(unsigned in_use, Args&... args) {
   }
 }
 
-/// Two blocks on a multiprocessor at least, which leaves 128 registers a thread: else the compiler may prefer to spill
-/// a few for a third one.
-template <class Op>
-__global__ void __launch_bounds__(kThreads, 2)
-    step_kernel(SegmentTable table, Storage storage, StepControl control, Workspace<StepPlan<Op>> workspace) {
+template <class Op, class Formats>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Formats>)
+    step_kernel(SegmentTable table, Formats formats, DType grad, StepControl control,
+                Workspace<StepPlan<Op>> workspace) {
   for_each_tile(table, workspace, [&](int64_t segment, int64_t tile, const LaneRange& lane) {
     const SegmentRow& row = table.rows[segment];
     const StepPlan<Op>& plan = workspace.plans[segment];
     const NoiseKey key = {control.seed, static_cast<uint32_t>(table.steps[segment]), static_cast<uint32_t>(row.key), 0};
     float param[kLaneNumel], update[kLaneNumel] = {};
-    step_lane_using<Op>(plan.states, plan.scalars, storage, row, lane, key, param, update);
+    step_lane_using<Op>(plan.states, plan.scalars, formats, grad, row, lane, key, param, update);
     if constexpr (Op::kSumsSquares) {
       const double param_squares = warp_sum(sum_squares(param, lane));
       const double update_squares = warp_sum(sum_squares(update, lane));

@@ -11,12 +11,15 @@ void step(const char* name, const SegmentTable& segments, const Storage& storage
   if (segments.count == 0) return;
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto parts = workspace_at<StepPlan<Op>>(workspace, segments.count, total_numel);
-  const unsigned grid = grid_size(max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1, name);
   launch(name, prepare_step_kernel<Op>, num_plan_blocks(segments.count), queue, segments, storage, groups, control,
          parts);
-  launch(name, step_kernel<Op>, grid, queue, segments, storage, control, parts);
+  with_formats(storage, [&](auto formats) {
+    const auto kernel = step_kernel<Op, decltype(formats)>;
+    const int64_t blocks = max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1;
+    launch(name, kernel, grid_size(kernel, blocks, name), queue, segments, formats, storage.grad, control, parts);
+  });
   if constexpr (Op::kSumsSquares)
-    launch(name, step_sums_kernel<Op>, grid_size(segments.count, name), queue, segments, parts);
+    launch(name, step_sums_kernel<Op>, grid_size(step_sums_kernel<Op>, segments.count, name), queue, segments, parts);
 }
 
 } // namespace

@@ -41,11 +41,13 @@ ZEROOPT_DEVICE LaneRange lane_range(int64_t tile, int64_t numel, int lead) {
   return LaneRange::of(tile * kTile - (aligned ? lead : 0), lane_index(), numel, aligned);
 }
 
-/// The array of [low, count) that a tile is of: the last one whose first tile is not after it. Arrays without tiles are
-/// passed over.
+/// The array that a tile is of: the last one whose first tile is not after it. Arrays without tiles are passed over.
+/// Found by bisection, but for most tiles of large arrays: those are of the same as the tile before.
 /// @param first_tile first_tile(i) is that of array i
+/// @param low the array of an earlier tile, or 0
 template <class FirstTile>
 ZEROOPT_DEVICE int64_t array_of_tile(const FirstTile& first_tile, int64_t low, int64_t count, int64_t tile) {
+  if (low + 1 == count || tile < first_tile(low + 1)) return low;
   int64_t high = count;
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
