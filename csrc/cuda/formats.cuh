@@ -2,7 +2,6 @@
 // for a whole launch; for some they are constants, see step_formats.cuh.
 #pragma once
 
-#include "common/dtype.h"
 #include "common/philox.h"
 #include "cuda/int8_lane.cuh"
 
@@ -27,22 +26,6 @@ ZEROOPT_DEVICE LaneNoise draw(const NoiseKey& key, int64_t first) {
   const int shift = skipped % 4 * 16;
   if (shift == 0) return bits;
   return {{bits.half[0] >> shift | bits.half[1] << (64 - shift), bits.half[1] >> shift | next.half[0] << (64 - shift)}};
-}
-
-ZEROOPT_DEVICE void load_bfloat16(const void* array, const LaneRange& lane, float (&values)[kLaneNumel]) {
-  uint16_t items[kLaneNumel];
-  load_lane(static_cast<const uint16_t*>(array), lane, items);
-#pragma unroll
-  for (int k = 0; k < kLaneNumel; ++k)
-    values[k] = bfloat16_to_float(items[k]);
-}
-
-ZEROOPT_DEVICE void load_float16(const void* array, const LaneRange& lane, float (&values)[kLaneNumel]) {
-  uint16_t items[kLaneNumel];
-  load_lane(static_cast<const uint16_t*>(array), lane, items);
-#pragma unroll
-  for (int k = 0; k < kLaneNumel; ++k)
-    values[k] = float16_to_float(items[k]);
 }
 
 ZEROOPT_DEVICE void load_joined(const void* rounded, const void* remainders, const LaneRange& lane,
@@ -84,7 +67,7 @@ ZEROOPT_DEVICE void load_param(ParamFormat format, const SegmentRow& row, const 
   case ParamFormat::bfloat16_remainder:
     return load_joined(row.param, row.master, lane, values);
   case ParamFormat::bfloat16_stochastic:
-    return load_bfloat16(row.param, lane, values);
+    return load_as<BFloat16>(row.param, lane, values);
   }
 }
 
@@ -110,8 +93,8 @@ ZEROOPT_DEVICE void store_param(ParamFormat format, const SegmentRow& row, const
 
 ZEROOPT_DEVICE void load_grad(DType dtype, const SegmentRow& row, const LaneRange& lane, float (&values)[kLaneNumel]) {
   if (dtype == DType::float32) return load_lane(static_cast<const float*>(row.grad), lane, values);
-  if (dtype == DType::bfloat16) return load_bfloat16(row.grad, lane, values);
-  load_float16(row.grad, lane, values);
+  if (dtype == DType::bfloat16) return load_as<BFloat16>(row.grad, lane, values);
+  load_as<Float16>(row.grad, lane, values);
 }
 
 /// The scale of the tile that a lane works on; tiles of segments with codes begin at the segment's first element.
@@ -123,7 +106,7 @@ ZEROOPT_DEVICE void load_state(StateFormat format, const SegmentRow& row, int st
                                const LaneRange& lane, float (&values)[kLaneNumel]) {
   const void* const array = row.states[state];
   if (format == StateFormat::float32) return load_lane(static_cast<const float*>(array), lane, values);
-  if (format == StateFormat::bfloat16) return load_bfloat16(array, lane, values);
+  if (format == StateFormat::bfloat16) return load_as<BFloat16>(array, lane, values);
   load_codes(static_cast<const uint8_t*>(array), scale_of(row, state, lane), is_signed, lane, values);
 }
 

@@ -4,6 +4,7 @@
 // scale of 8-bit codes, so that its largest magnitude is found without leaving the warp.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/philox.h"
 #include "cuda/vector.cuh"
 #include "kernels.h"
@@ -88,6 +89,25 @@ template <class T> ZEROOPT_DEVICE void store_lane(T* address, const LaneRange& l
   }
 }
 
+/// load_lane, as the type that elements are computed in.
+template <class T, class Value>
+ZEROOPT_DEVICE void load_as(const void* array, const LaneRange& lane, Value (&values)[kLaneNumel]) {
+  T items[kLaneNumel];
+  load_lane(static_cast<const T*>(array), lane, items);
+#pragma unroll
+  for (int k = 0; k < kLaneNumel; ++k)
+    values[k] = load(items[k]);
+}
+
+template <class T, class Value>
+ZEROOPT_DEVICE void store_as(const Value (&values)[kLaneNumel], const LaneRange& lane, void* array) {
+  T items[kLaneNumel];
+#pragma unroll
+  for (int k = 0; k < kLaneNumel; ++k)
+    store(items[k], static_cast<typename Compute<T, T>::type>(values[k]));
+  store_lane(static_cast<T*>(array), lane, items);
+}
+
 /// The largest of 32 lanes, for all of them.
 ZEROOPT_DEVICE int32_t warp_max(int32_t value) {
 #pragma unroll
@@ -104,17 +124,6 @@ template <class T> ZEROOPT_DEVICE T warp_sum(T value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
     value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
-}
-
-/// In float64, where the square of a float32 is exact.
-ZEROOPT_DEVICE double sum_squares(const float (&values)[kLaneNumel], const LaneRange& lane) {
-  double sum = 0.0;
-#pragma unroll
-  for (int k = 0; k < kLaneNumel; ++k) {
-    const double value = holds(lane, k) ? static_cast<double>(values[k]) : 0.0;
-    sum += value * value;
-  }
-  return sum;
 }
 
 } // namespace zeroopt::cuda

@@ -5,7 +5,6 @@
 // rather than compiled apart.
 #pragma once
 
-#include "common/dtype.h"
 #include "cuda/tiles.cuh"
 
 namespace zeroopt::cuda {
@@ -26,24 +25,6 @@ struct PackBatch {
   int64_t tiles;
   PackPiece pieces[kPiecesPerLaunch];
 };
-
-template <class T, class Value>
-ZEROOPT_DEVICE void load_as(const void* array, const LaneRange& lane, Value (&values)[kLaneNumel]) {
-  T items[kLaneNumel];
-  load_lane(static_cast<const T*>(array), lane, items);
-#pragma unroll
-  for (int k = 0; k < kLaneNumel; ++k)
-    values[k] = load(items[k]);
-}
-
-template <class T, class Value>
-ZEROOPT_DEVICE void store_as(const Value (&values)[kLaneNumel], const LaneRange& lane, void* array) {
-  T items[kLaneNumel];
-#pragma unroll
-  for (int k = 0; k < kLaneNumel; ++k)
-    store(items[k], static_cast<typename Compute<T, T>::type>(values[k]));
-  store_lane(static_cast<T*>(array), lane, items);
-}
 
 /// Calls body with an element of the dtype; float64 only where values are.
 template <class Value, class Body> ZEROOPT_DEVICE void with_dtype(DType dtype, const Body& body) {
@@ -67,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto first_tile = [&](int64_t i) { return batch.pieces[i].first_tile; };
   int64_t index = 0;
   for (int64_t tile = warp_index(); tile < batch.tiles; tile += num_warps()) {
-    index = array_of_tile(first_tile, index, batch.count, tile);
+    index = array_of(first_tile, index, batch.count, tile);
     const PackPiece piece = batch.pieces[index];
     const LaneRange lane = lane_range(tile - piece.first_tile, piece.numel, piece.lead);
     Value values[kLaneNumel];

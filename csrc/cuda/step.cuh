@@ -3,12 +3,14 @@
 
 #include "cuda/formats.cuh"
 #include "cuda/segment_sums.cuh"
+#include "cuda/squares.cuh"
 #include "cuda/step_formats.cuh"
 #include "ops/op.h"
 
 namespace zeroopt::cuda {
 
 template <class Op> struct StepPlan {
+  static constexpr int kTiles = 1;
   typename Op::Scalars scalars;
   unsigned states; ///< in use, as bits
   int lead;
@@ -114,18 +116,19 @@ template <class Op, class Formats>
 __global__ void __launch_bounds__(kThreads, kStepBlocks<Formats>)
     step_kernel(SegmentTable table, Formats formats, DType grad, StepControl control,
                 Workspace<StepPlan<Op>> workspace) {
-  for_each_tile(table, workspace, [&](int64_t segment, int64_t tile, const LaneRange& lane) {
+  for_each_strip(table, workspace, [&](int64_t segment, int64_t strip, int64_t tile) {
     const SegmentRow& row = table.rows[segment];
     const StepPlan<Op>& plan = workspace.plans[segment];
+    const LaneRange lane = lane_range(tile, row.numel, plan.lead);
     const NoiseKey key = {control.seed, static_cast<uint32_t>(table.steps[segment]), static_cast<uint32_t>(row.key), 0};
     float param[kLaneNumel], update[kLaneNumel] = {};
     step_lane_using<Op>(plan.states, plan.scalars, formats, grad, row, lane, key, param, update);
     if constexpr (Op::kSumsSquares) {
-      const double param_squares = warp_sum(sum_squares(param, lane));
-      const double update_squares = warp_sum(sum_squares(update, lane));
+      const double param_squares = warp_sum(add_squares(0.0, param, lane));
+      const double update_squares = warp_sum(add_squares(0.0, update, lane));
       if (lane_index() != 0) return;
-      workspace.sums[2 * tile] = param_squares;
-      workspace.sums[2 * tile + 1] = update_squares;
+      workspace.sums[2 * strip] = param_squares;
+      workspace.sums[2 * strip + 1] = update_squares;
     }
   });
 }
@@ -135,8 +138,8 @@ template <class Op>
 __global__ void __launch_bounds__(kThreads) step_sums_kernel(SegmentTable table, Workspace<StepPlan<Op>> workspace) {
   for_each_segment(table, workspace, [&](int64_t segment, int64_t begin, int64_t end) {
     if (begin == end) return;
-    const double param_squares = sum_tiles(workspace.sums, begin, end, 0);
-    const double update_squares = sum_tiles(workspace.sums, begin, end, 1);
+    const double param_squares = sum_strips(workspace.sums, begin, end, 0);
+    const double update_squares = sum_strips(workspace.sums, begin, end, 1);
     if (threadIdx.x != 0) return;
     table.squares[2 * segment] = param_squares;
     table.squares[2 * segment + 1] = update_squares;

@@ -1,4 +1,4 @@
-// Arrays as tiles of kTile elements, and many arrays' tiles in a row.
+// Arrays as tiles of kTile elements, and the pieces of many arrays, tiles or more, in a row.
 //
 //   arrays             |--- 0 ---|- 1 -|------ 2 ------|
 //   tiles              | 0 | 1 |2| 3 |4| 5 | 6 | 7 | 8 |
@@ -41,17 +41,17 @@ ZEROOPT_DEVICE LaneRange lane_range(int64_t tile, int64_t numel, int lead) {
   return LaneRange::of(tile * kTile - (aligned ? lead : 0), lane_index(), numel, aligned);
 }
 
-/// The array that a tile is of: the last one whose first tile is not after it. Arrays without tiles are passed over.
-/// Found by bisection, but for most tiles of large arrays: those are of the same as the tile before.
-/// @param first_tile first_tile(i) is that of array i
-/// @param low the array of an earlier tile, or 0
-template <class FirstTile>
-ZEROOPT_DEVICE int64_t array_of_tile(const FirstTile& first_tile, int64_t low, int64_t count, int64_t tile) {
-  if (low + 1 == count || tile < first_tile(low + 1)) return low;
+/// The array that a piece of the row is of: the last one whose first piece is not after it. Arrays without pieces are
+/// passed over. Found by bisection, but for most of a large array's: those are of the same as the one before.
+/// @param first_piece first_piece(i) is that of array i
+/// @param low the array of an earlier piece, or 0
+template <class FirstPiece>
+ZEROOPT_DEVICE int64_t array_of(const FirstPiece& first_piece, int64_t low, int64_t count, int64_t piece) {
+  if (low + 1 == count || piece < first_piece(low + 1)) return low;
   int64_t high = count;
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
-    if (first_tile(middle) <= tile) {
+    if (first_piece(middle) <= piece) {
       low = middle;
     } else {
       high = middle;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 from itertools import product
@@ -106,13 +107,36 @@ def test_thousands_of_segments(op: str, library: Path, cpu: CpuDevice) -> None:
     compare_norms(shim, cpu, 0, segments)
 
 
+@pytest.mark.parametrize("float64_ratio", [2, 64])
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("grad", [0, 2, 3])
-def test_squared_norms(grad: int, special: bool, library: Path, cpu: CpuDevice) -> None:
+def test_squared_norms(grad: int, special: bool, float64_ratio: int, library: Path, cpu: CpuDevice) -> None:
     for layout, reverse_order in zip(LAYOUTS, (False, True, False), strict=True):
-        shim = ShimDevice(library, 3, reverse_order)
+        shim = ShimDevice(library, 3, reverse_order, float64_ratio)
         for numels in (EVERY_NUMEL[::5], FEW_LARGE, (70_000,)):
             compare_norms(shim, cpu, grad, Segments(numels, layout, special))
+
+
+@pytest.mark.parametrize("float64_ratio", [2, 64])
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-18, 1e-16, 1e-14, 1.0, 1e14, 1e16, 3e38])
+def test_squared_norms_of_any_magnitude(magnitude: float, float64_ratio: int, library: Path) -> None:
+    """Against exact sums. Elements that float32 cannot square lie beside zeros and beside those that it can."""
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal(20_000).clip(-1, 1) * magnitude).astype(np.float32)
+    values[rng.random(values.size) < 0.3] = 0.0
+    values[5000:6000] = 0.0
+    values[10_000:] = np.where(rng.random(10_000) < 0.5, values[10_000:], rng.standard_normal(10_000))
+    shim = ShimDevice(library, 2, float64_ratio=float64_ratio)
+    for begin, end in ((0, 10_000), (10_000, 20_000), (0, 20_000), (5000, 6000)):
+        part = values[begin:end]
+        rows = np.zeros((1, 13), np.int64)
+        rows[0, 0], rows[0, 6] = part.size, shim.put(part)
+        squares, found_inf = shim.put(np.zeros((1, 2))), shim.put(np.zeros(1, np.float32))
+        args = (shim.put(rows), shim.put(np.ones(1, np.uint8)), squares, 1, 0, found_inf)
+        shim.run_over_segments("squared_norms", *args, count=1, total_numel=part.size)
+        exact = math.fsum(float(value) ** 2 for value in part.astype(np.float64))
+        np.testing.assert_allclose(shim.get(squares)[0, 0], exact, rtol=1e-12)
+        assert shim.get(found_inf)[0] == 0
 
 
 @pytest.mark.parametrize(("src", "dst"), list(product(range(4), range(4))))

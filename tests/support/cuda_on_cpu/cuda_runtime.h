@@ -43,6 +43,9 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, int line);
 /// What cudaDevAttrMultiProcessorCount gives, by which grids are sized.
 inline int num_multiprocessors = 1;
 
+/// What cudaDevAttrSingleToDoublePrecisionPerfRatio gives: how much faster float32 is than float64.
+inline int float64_ratio = 2;
+
 /// Threads and blocks run from the last to the first.
 inline bool reverse_order = false;
 
@@ -67,7 +70,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int 
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrSingleToDoublePrecisionPerfRatio };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -88,8 +91,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::num_multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::num_multiprocessors : cuda_on_cpu::float64_ratio;
   return cudaSuccess;
 }
 

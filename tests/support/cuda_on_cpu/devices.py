@@ -96,7 +96,9 @@ class ShimError(AssertionError):
 class ShimDevice(HostMemory):
     """The CUDA kernels, compiled by build.py."""
 
-    def __init__(self, library: Path, num_multiprocessors: int = 1, reverse_order: bool = False) -> None:
+    def __init__(
+        self, library: Path, num_multiprocessors: int = 1, reverse_order: bool = False, float64_ratio: int = 2
+    ) -> None:
         super().__init__()
         self._library = ctypes.CDLL(str(library))
         self._library.last_error.restype = ctypes.c_char_p
@@ -106,7 +108,7 @@ class ShimDevice(HostMemory):
             function = getattr(self._library, f"cuda_{name}")
             function.argtypes = _signature(letters)
             function.restype = ctypes.c_bool
-        self._library.configure(num_multiprocessors, reverse_order)
+        self._library.configure(num_multiprocessors, reverse_order, float64_ratio)
 
     def run(self, kernel: str, *args: float | str) -> None:
         plain = [arg.encode() if isinstance(arg, str) else arg for arg in args]

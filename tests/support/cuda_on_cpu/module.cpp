@@ -113,10 +113,11 @@ const char* last_error() {
   return error.c_str();
 }
 
-/// How grids are sized, and in which order threads and blocks run.
-void configure(int num_multiprocessors, bool reverse_order) {
+/// How grids are sized, in which order threads and blocks run, and how much slower than float32 float64 is.
+void configure(int num_multiprocessors, bool reverse_order, int float64_ratio) {
   cuda_on_cpu::num_multiprocessors = num_multiprocessors;
   cuda_on_cpu::reverse_order = reverse_order;
+  cuda_on_cpu::float64_ratio = float64_ratio;
 }
 
 } // extern "C"
