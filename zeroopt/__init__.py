@@ -9,6 +9,7 @@ In reading order; each imports from those above it:
     profiling         ranges for torch's profiler
     untraced          what torch.compile has to leave alone
     streams           streams of a device
+    transfers         numbers between host and device
     pages             memory in pages of its own
     own_storage       parts of a tensor that look as if torch had made each by itself
     ops               typed functions over the compiled kernels

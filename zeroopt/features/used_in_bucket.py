@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..collectives import PendingCollective, Transport
 from ..collectives.pending import Done
+from ..transfers import upload_into
 
 
 class UsedInBucket:
@@ -48,7 +49,7 @@ class UsedInBucket:
         buffer, before = self._turns.popleft()
         before.wait_until_read()
         said = buffer[: len(used)]
-        said.copy_(torch.frombuffer(used, dtype=torch.uint8))
+        upload_into(said, torch.frombuffer(used, dtype=torch.uint8))
         self._heard = torch.empty_like(said)
         self._has_all = all(used)
         self._pending = self._transport.start_max(said, self._heard, label=f"used parameters of {label}")

@@ -2,10 +2,14 @@
 
 As under DistributedDataParallel with `find_unused_parameters`. One small collective a backward tells it, and whether all ranks
 are at the same place of the training loop.
+
+On a device, the host hears of it when it has to: a rank that had all gradients itself knows that they are all used, and looks at
+what the others have said one backward later, when it has long arrived.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 from ..collectives import ADVICE, PendingCollective, Transport
 from ..errors import CollectiveError
 from ..profiling import named_range
+from ..transfers import Download, upload_into
 from .lockstep import Lockstep
 
 
@@ -34,7 +39,8 @@ class UsedParams:
         self.first_bucket = ""
         self._said: Tensor | None = None
         self._before: PendingCollective | None = None
-        self._pending: list[tuple[Tensor, PendingCollective]] = []
+        self._pending: list[tuple[bool, Tensor, PendingCollective]] = []  # and whether this rank had all gradients
+        self._unread: deque[Download] = deque()  # in the order of the backward passes
 
     def extend(self, count: int, device: torch.device) -> None:
         """There are so many parameters more. Collective."""
@@ -72,10 +78,10 @@ class UsedParams:
             self._before.finish()
             self._before.wait_until_read()  # other ranks read what is about to be written
         assert self._said is not None
-        self._said.copy_(torch.frombuffer(came + self._lockstep.note_backward(num_steps), dtype=torch.uint8))
+        upload_into(self._said, torch.frombuffer(came + self._lockstep.note_backward(num_steps), dtype=torch.uint8))
         agreed = torch.empty_like(self._said)
         self._before = self._transport.start_max(self._said, agreed, label="used parameters")
-        self._pending.append((agreed, self._before))
+        self._pending.append((all(came), agreed, self._before))
 
     def finish(self) -> None:
         """Hear of all backward passes.
@@ -83,18 +89,33 @@ class UsedParams:
         Raises:
             CollectiveError: ranks have diverged, or another one did not do its part.
         """
-        for agreed, pending in self._pending:
+        for has_all, agreed, pending in self._pending:
             with named_range("wait_for_used"):
                 pending.finish()
-            agreed = agreed.cpu()
-            used = agreed[: len(self.flags)]
-            difference = self._lockstep.difference(agreed[len(used) :].tolist())
-            if difference is not None:
-                self._transport.give_up("ranks have diverged")
-                raise CollectiveError(
-                    f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
-                    f"{self.first_bucket} and all that follow belong to different steps. {ADVICE}"
-                )
+            self._unread.append(Download(agreed))
+            if has_all and not agreed.is_cpu:
+                self._read_all_but(1)
+                used = torch.ones_like(self.flags)
+            else:
+                used = self._read_all_but(0)
             self.had_gradients = bool(used.any())
             self.flags |= used
         self._pending.clear()
+
+    def _read_all_but(self, count: int) -> Tensor:
+        """Read what ranks have said, but for the last so many backward passes. Returns the flags of the last one that was read."""
+        used = self.flags
+        while len(self._unread) > count:
+            agreed = self._unread.popleft().read()
+            used = agreed[: -self._lockstep.num_bytes]
+            self._check_lockstep(agreed[len(used) :].tolist())
+        return used
+
+    def _check_lockstep(self, agreed: Sequence[int]) -> None:
+        difference = self._lockstep.difference(agreed)
+        if difference is not None:
+            self._transport.give_up("ranks have diverged")
+            raise CollectiveError(
+                f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
+                f"{self.first_bucket} and all that follow belong to different steps. {ADVICE}"
+            )

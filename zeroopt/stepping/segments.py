@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..own_storage import with_own_storage
 from ..plan.params import ParamState
+from ..transfers import Uploaded
 from .rules import FusedRule
 
 StateArray = tuple[Tensor, Tensor | None]
@@ -45,6 +46,7 @@ class FusedSegments(ABC):
         self._leaves = leaves
         self._group_of = group_of
         self._device = device
+        self._active, self._groups = Uploaded(device), Uploaded(device)
         self._steps = torch.zeros(len(leaves), dtype=torch.float32, device=device)
         # torch's SGD has no step count in its state, but random numbers depend on it.
         self._shows_step = rule.has_step or storage.is_stochastic
@@ -105,8 +107,13 @@ class FusedSegments(ABC):
             self._table = self._make_table()
         if grads is not None:
             self._table.set_grads(grads)
-        active = active.to(self._device)
-        self._rule.kernel(self._table, active=active, steps=self._steps, groups=groups, control=control)
+        self._rule.kernel(
+            self._table,
+            active=self._active.hold(active),
+            steps=self._steps,
+            groups=self._groups.hold(groups),
+            control=control,
+        )
 
     def still_shows(self) -> bool:
         """Whether the optimizer's `state` holds what was put there, and nobody has replaced any of it."""

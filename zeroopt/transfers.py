@@ -1,0 +1,68 @@
+"""Numbers on their way between the host and a device: queued, so that the host waits for none that it does not need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def upload_into(target: Tensor, values: Tensor) -> None:
+    """Let a tensor of a device have values of the host. They may be changed at once.
+
+    Args:
+        values: on the CPU, of the target's shape and dtype.
+    """
+    if target.is_cpu or target.is_meta:
+        target.copy_(values)
+    else:  # pinned, so that nobody waits for the copy; the allocator of pinned memory keeps it until the copy is done
+        target.copy_(values.pin_memory(), non_blocking=True)
+
+
+class Uploaded:
+    """Numbers of the host on a device, sent again when they have changed. The CPU takes them as they are.
+
+    They stay in one place, which is written on the stream that is current then: as everything that a step reads and writes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_here = device.type == "cpu"
+        self._device = device
+        self._sent: Tensor | None = None
+        self._there: Tensor | None = None
+
+    def hold(self, values: Tensor) -> Tensor:
+        """These values on the device.
+
+        Args:
+            values: on the CPU, not to be changed any more.
+        """
+        if self._is_here:
+            return values
+        if self._there is None or self._sent is None or self._sent.shape != values.shape:
+            self._there = torch.empty_like(values, device=self._device)
+        elif torch.equal(self._sent, values):
+            return self._there
+        self._sent = values
+        upload_into(self._there, values)
+        return self._there
+
+
+class Download:
+    """Numbers of a device on their way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._event = None
+        if not values.is_cpu:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
+                values, non_blocking=True
+            )
+            module = torch.get_device_module(values.device)
+            self._event = module.Event()
+            self._event.record(module.current_stream(values.device))
+
+    def read(self) -> Tensor:
+        """They, on the CPU. Blocks until they are there."""
+        if self._event is not None and not self._event.query():
+            self._event.synchronize()
+        return self._values
