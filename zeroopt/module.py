@@ -55,6 +55,7 @@ class ZeroDataParallel(nn.Module):
         self._replica = replica
         self._features = features
         self._join = features.join
+        self._captures = features.captures
         self._reducer = replica.reducer
         self._gathers = replica.gathers
         self._transport = replica.transport
@@ -97,6 +98,8 @@ class ZeroDataParallel(nn.Module):
         Parameters of an optimizer that were frozen and now require gradients are trained from here on, and param_groups that
         were edited hold.
         """
+        if self._captures is not None:
+            self._captures.look()
         if torch.is_grad_enabled():
             self._prepare_training()
         elif self._buffer_sync is not None:

@@ -93,7 +93,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._ready = True
         self._join = features.join
         self._of_model = features.features
-        self._growth = Growth(trained, features.check_between_steps, self._follow_growth)
+        self._growth = Growth(trained, features.check_between_steps, self._follow_growth, features.captures)
         self._growth.begin(params)
         self._add_features(features, average)
         self._take_over_hooks()
@@ -110,7 +110,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._scaling = GradScaling(trained, self, of_model.join, self._clipping)
         # Ranks that average their parameters must have cut them alike.
         may_replan = self._config.overlap and self._transport.control.size > 1 and average is None
-        self._replanning = Replanning(trained, of_model.foresight, allowed=may_replan)
+        self._replanning = Replanning(trained, of_model.foresight, of_model.captures, allowed=may_replan)
         self._averages = average is not None
         trained.features.add(self._scaling, on=False)
         trained.features.add(self._clipping, on=self._config.max_grad_norm is not None)

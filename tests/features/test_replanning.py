@@ -15,6 +15,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.feature import Step
+from zeroopt.features.captures import Captures
 from zeroopt.features.replanning import Replanning
 from zeroopt.state.layout import ShardLayout
 
@@ -35,7 +36,8 @@ class Scene(Lone):
 
     def __init__(self, stage: int = 1, *, allowed: bool = True) -> None:
         super().__init__(stage, lambda params, lr: torch.optim.SGD(params, lr, momentum=0.5))
-        self.replanning = Replanning(self.optimizer._trained, None, allowed=allowed)
+        self.captures = Captures(torch.device("cpu"))
+        self.replanning = Replanning(self.optimizer._trained, None, self.captures, allowed=allowed)
 
     def backward_in(self, order: list[int]) -> None:
         """Gradients of layers come in this order."""
@@ -111,6 +113,23 @@ def test_an_order_that_was_right_moves_nothing() -> None:
     scene.backward_in([3, 2, 1, 0])
     scene.begin_step()
     assert scene.replica.buckets == buckets
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_that_a_cuda_graph_reads_stay(stage: int, caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(stage)
+    addresses = [param.data_ptr() for param in scene.net.parameters()]
+    scene.captures.exist = True
+    scene.backward_in([1, 3, 0, 2])
+    with caplog.at_level(logging.WARNING, "zeroopt"):
+        scene.begin_step()
+        scene.backward_in([1, 3, 0, 2])
+        scene.begin_step()
+    assert scene.layers() == PLANNED
+    assert [param.data_ptr() for param in scene.net.parameters()] == addresses
+    (message,) = caplog.messages
+    assert message.startswith("a CUDA graph was captured before the first step") and "after two steps" in message
+    scene.optimizer.step()
 
 
 def test_what_did_not_come_comes_last() -> None:

@@ -7,6 +7,7 @@ In reading order; each imports from those above it:
     averaging    `average_every`: ranks that train alone, and average
     clipping     by the norm of all gradients
     grad_scaler  steps through a GradScaler: all ranks leave out the same ones
+    captures     CUDA graphs, for which parameters stay where they are
     foresight    the order in which gradients will arrive, as the first forward tells it
     replanning   buckets in that order, and in the one in which they have arrived
     growth       parameters that come and go: unfrozen ones, further groups, edited groups

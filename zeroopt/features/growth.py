@@ -15,6 +15,7 @@ from ..plan.params import ManagedParam
 from ..state.whole_tensors import whole_states
 from ..stepping.stepper import check_fused
 from ..trained import Trained
+from .captures import Captures
 
 
 class Growth:
@@ -25,13 +26,21 @@ class Growth:
     Args:
         check_now: raises where what it is told cannot be done now, as within `join()`.
         changed: is called when parameters have come or gone.
+        captures: sees CUDA graphs; None where there are none.
     """
 
-    def __init__(self, trained: Trained, check_now: Callable[[str], None], changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        check_now: Callable[[str], None],
+        changed: Callable[[], None],
+        captures: Captures | None = None,
+    ) -> None:
         self._trained = trained
         self._replica = trained.replica
         self._check_now = check_now
         self._changed = changed
+        self._captures = captures
         self._members = GroupMembers()
 
     def begin(self, params: Sequence[ManagedParam]) -> None:
@@ -70,6 +79,7 @@ class Growth:
 
         Raises:
             ConfigError, NotSupportedError: they cannot be trained as they are. Nothing has been changed.
+            StateError: parameters are gone, and a CUDA graph still reads them. Nothing has been changed.
             RankMismatchError: they were edited in another way on another rank; on all ranks. Nothing has been changed.
         """
         if self.is_edited or (unfrozen and any(param.requires_grad for _, param in self._frozen)):
@@ -98,6 +108,8 @@ class Growth:
                     self._members,
                     trained.config.placement.home,
                 )
+                if edit.gone and self._captures is not None:
+                    self._captures.check_may_leave()
                 replica.count_copies(edit.new)
                 check_param_dtypes(trained.config, {managed.name: managed.param.dtype for managed in edit.new})
                 check_fused(trained.inner, [*edit.places, *edit.new], trained.config)

@@ -10,6 +10,7 @@ from ..feature import Feature, Features
 from ..options.config import Config
 from ..replica import Replica
 from .audit import Audit
+from .captures import Captures
 from .clipping import BucketNorms
 from .foresight import Foresight
 from .join import Join, Joining
@@ -26,6 +27,7 @@ class ModelFeatures:
         norms: of gradients, for clipping.
         foresight: of the order of gradients; None where nobody could follow it.
         audit: looks at gradients and parameters in some steps; None: in none.
+        captures: sees CUDA graphs; None where there are none, on the CPU.
         step_in_backward: steps buckets while backward runs; None: `step()` does.
     """
 
@@ -36,6 +38,7 @@ class ModelFeatures:
         self.norms = BucketNorms(self.features)
         self.foresight: Foresight | None = None
         self.audit: Audit | None = None
+        self.captures: Captures | None = None
         self.step_in_backward: StepInBackward | None = None
         self._joining: Joining | None = None
 
@@ -43,6 +46,10 @@ class ModelFeatures:
         """Take up the features that the options ask for, and what a user brings."""
         self._joining = Joining(self.join, replica.reducer.view, self.turnout)
         self.features.add(self._joining, on=False)
+        device = next(replica.module.parameters()).device
+        if device.type == "cuda":
+            self.captures = Captures(device)
+            self.features.add(self.captures)
         # A user's features may look for the parameters of a bucket, and a step in backward has to.
         if config.placement.shard_gradient and not config.step_in_backward and not further:
             self.foresight = Foresight(replica.module, replica.transport)

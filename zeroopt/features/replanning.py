@@ -9,6 +9,8 @@ moved takes no more than the state that comes then.
     first backward    in stage 2, gradients go into buckets that are planned by it, which are layouts alone: graphs that were
                       recorded refer to the parameters where they are
     first step        parameters move there, or, where gradients arrived in yet another order, all moves by that
+
+Where a CUDA graph of the model has been captured before, parameters stay where they are, for it replays their addresses.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ..state.layout import ShardLayout
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import num_buffers
 from ..trained import Trained
+from .captures import Captures
 from .foresight import Foresight
 
 _log = logging.getLogger("zeroopt")
@@ -38,13 +41,17 @@ class Replanning(Feature):
 
     Args:
         foresight: tells in which order gradients will come; None where nothing does.
+        captures: sees CUDA graphs; None where there are none.
         allowed: whether a step may do so.
     """
 
-    def __init__(self, trained: Trained, foresight: Foresight | None, *, allowed: bool) -> None:
+    def __init__(
+        self, trained: Trained, foresight: Foresight | None, captures: Captures | None = None, *, allowed: bool
+    ) -> None:
         self._trained = trained
         self._replica = trained.replica
         self._foresight = foresight if allowed else None
+        self._captures = captures
         self._allowed = allowed
         self._led: Sequence[int] = ()  # by which the gradients that are ahead of their parameters were planned
         self.expect_new_order()
@@ -81,10 +88,24 @@ class Replanning(Feature):
         with named_range("replan"):
             self._trained.sum_gradients()  # what users have made of gradients is to move with them
             order = agree_on_order(reducer.arrivals, self._replica.params, self._replica.transport.control)
-            if self._is_alone():
+            if self._is_alone() and not self._is_captured():
                 self._replan(self._led if self._is_foreseen(order) else order)
             else:
+                self._replica.rejoin_gradients()
                 reducer.start_in_order(order)
+
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph replays addresses of parameters, on any rank. Collective."""
+        if self._captures is None:
+            return False
+        label = "captured CUDA graphs"
+        is_captured = bool(self._trained.gather_number(float(self._captures.exist), label).any())
+        if is_captured and self._replica.transport.control.rank == 0:
+            _log.warning(
+                "a CUDA graph was captured before the first step, so buckets stay as they are, and are not planned anew in the order "
+                "in which gradients arrive: a backward may have to wait for more of them. Capture after two steps instead"
+            )
+        return is_captured
 
     def _is_foreseen(self, order: Sequence[int]) -> bool:
         """Whether no gradient waits for memory in the buckets that were planned by what the first forward told, when gradients come
@@ -105,7 +126,9 @@ class Replanning(Feature):
         order = [] if layout is None else [list(generation) for generation in layout.order]
         plan: Plan | None = None
         ordered: list[ManagedParam] = []
-        if len(order) == 1 and sorted(order[0]) == list(range(len(trained.params))) and self._is_alone():
+        is_captured = self._captures is not None and self._captures.exist
+        may_move = self._is_alone() and not is_captured
+        if len(order) == 1 and sorted(order[0]) == list(range(len(trained.params))) and may_move:
             plan, ordered = self._plan(order[0])
         fits_now = layout is None or trained.state_dicts.matches(layout)
         would_fit = layout is not None and plan is not None and trained.state_dicts.would_match(layout, plan, ordered)

@@ -1,0 +1,72 @@
+"""That a CUDA graph was captured is seen wherever the model is used, and remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lone import Lone
+from torch import nn
+
+import zeroopt
+from zeroopt.errors import StateError
+from zeroopt.features import captures
+from zeroopt.features.captures import Captures
+
+DEVICE = torch.device("cuda:1")
+
+
+class Capturing:
+    """Stands for what torch says of the current stream of a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = False
+        self.asked: list[torch.device] = []
+        monkeypatch.setattr(captures, "is_capturing", self._ask)
+
+    def _ask(self, device: torch.device) -> bool:
+        self.asked.append(device)
+        return self.now
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Capturing:
+    return Capturing(monkeypatch)
+
+
+@pytest.mark.parametrize("event", ["look", "backward_begins", "before_step"])
+def test_it_is_seen_in_every_phase_and_not_forgotten(capturing: Capturing, event: str) -> None:
+    found = Captures(DEVICE)
+    args: tuple[Any, ...] = (None,) if event == "before_step" else ()
+    getattr(found, event)(*args)
+    assert not found.exist and capturing.asked == [DEVICE]
+    found.check_may_leave()
+    capturing.now = True
+    getattr(found, event)(*args)
+    capturing.now = False
+    getattr(found, event)(*args)
+    assert found.exist
+    with pytest.raises(StateError, match="a CUDA graph of this model has been captured"):
+        found.check_may_leave()
+
+
+def test_the_cpu_has_no_graphs(capturing: Capturing) -> None:
+    lone = Lone()
+    lone.step()
+    assert lone.model.features.captures is None and not capturing.asked
+
+
+def test_parameters_that_a_graph_reads_cannot_leave_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    wrapped, optimizer = zeroopt.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    found = Captures(torch.device("cpu"))
+    monkeypatch.setattr(optimizer._growth, "_captures", found)
+    found.exist = True
+    kept = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = kept[:2]
+    with pytest.raises(StateError, match="parameters cannot leave the param_groups"):
+        wrapped(torch.ones(1, 2))
+    optimizer.param_groups[0]["params"] = kept
+    wrapped(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
