@@ -78,6 +78,9 @@ def wrap(
     The model's parameters stay the same objects; their data moves into flat buckets, one bucket at a time. Cast and move
     the model first, and build the optimizer on its parameters.
 
+    CUDA graphs of the model are to be captured after wrapping, best after two steps: they replay the addresses of parameters, which
+    move when the model is wrapped, and, unless a graph has been seen by then, in the first step.
+
     A model, or a part of it, may be on the meta device. It is made straight in the buckets then, module by module; the model, and the
     optimizer, keep their objects.
 
