@@ -1,4 +1,4 @@
-"""Streams of a device, for code that is not told on which of them it runs. On the CPU they are empty shells."""
+"""Streams of a device, for code that is not told on which of them it runs. On the CPU there are none."""
 
 from __future__ import annotations
 
@@ -7,18 +7,52 @@ from typing import Any
 import torch
 
 
+def has_streams(device: torch.device) -> bool:
+    """Whether work on a device is queued."""
+    return device.type not in ("cpu", "meta")
+
+
 def current_stream(device: torch.device) -> Any:
     """The stream on which this thread computes on a device."""
     return torch.get_device_module(device).current_stream(device)
 
 
-def event_on(stream: Any, device: torch.device) -> Any:
-    """An event that is over when a stream is through with all that is queued on it so far."""
-    event = torch.get_device_module(device).Event()
-    event.record(stream)
-    return event
-
-
 def is_capturing(device: torch.device) -> bool:
     """Whether what is queued now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and bool(torch.get_device_module(device).is_current_stream_capturing())
+
+
+def let_wait(waiting: Any, stream: Any, device: torch.device) -> None:
+    """Let a stream come behind all that is queued on another one so far."""
+    event = torch.get_device_module(device).Event()
+    event.record(stream)
+    event.wait(waiting)
+
+
+class Mark:
+    """The place which the current stream has come to, for others to come behind it. Without streams there is nothing to it.
+
+    Attributes:
+        passed_by: the streams whose further work comes behind it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._has_streams = has_streams(device)
+        self.passed_by: list[Any] = []
+        if self._has_streams:
+            self.passed_by.append(current_stream(device))
+            self._is_captured = is_capturing(device)
+            self._event = torch.get_device_module(device).Event()
+            self._event.record(self.passed_by[0])
+
+    def wait(self, *streams: Any) -> None:
+        """Let the current stream wait, and these."""
+        if not self._has_streams:
+            return
+        for stream in (current_stream(self._device), *streams):
+            if stream not in self.passed_by:
+                # When a graph is captured, all is over that came before; in it, only what belongs to it can be waited for.
+                if self._is_captured is is_capturing(self._device):
+                    self._event.wait(stream)
+                self.passed_by.append(stream)

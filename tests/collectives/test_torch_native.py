@@ -12,7 +12,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from transports import CPU, connect
+from recorded_streams import RecordedStreams, recorded_streams
+from transports import connect
 from worker_pool import RunOnRanks
 
 from zeroopt import CollectiveError
@@ -21,59 +22,16 @@ from zeroopt.collectives.site import Site
 from zeroopt.collectives.torch_native import TorchTransport
 
 
-class RecordedStreams:
-    """Stands in for torch.cuda: streams are names, and what happens to them is written down.
-
-    Attributes:
-        current: the name of the current stream.
-        log: one line each.
-    """
-
-    def __init__(self) -> None:
-        self.current = "main"
-        self.log: list[str] = []
-
-    def Stream(self) -> str:
-        return "side"
-
-    def Event(self) -> RecordedEvent:
-        return RecordedEvent(self.log)
-
-    def current_stream(self, device: torch.device) -> str:
-        return self.current
-
-    @contextmanager
-    def stream(self, stream: str) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    def note(self, what: str) -> None:
-        self.log.append(f"{what} on {self.current}")
-
-
-class RecordedEvent:
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
-        self._after = ""
-
-    def record(self, stream: str) -> None:
-        self._after = stream
-
-    def wait(self, stream: str) -> None:
-        self._log.append(f"{stream} waits for {self._after}")
-
-
 @contextmanager
 def recorded(*, blocks_host: bool) -> Iterator[tuple[RecordedStreams, Transport]]:
     """A transport on streams that are written down."""
-    streams, add = RecordedStreams(), torch.add
+    add = torch.add
     with (
-        patch("torch.get_device_module", lambda _: streams),
+        recorded_streams() as streams,
         patch("torch.add", lambda *args, **kwargs: (streams.note("add"), add(*args, **kwargs))),
         patch.object(Site, "blocks_host", blocks_host),
     ):
-        yield streams, TorchTransport(dist.group.WORLD, CPU)
+        yield streams, TorchTransport(dist.group.WORLD, torch.device("cuda"))
 
 
 def log_streams(*, blocks_host: bool) -> list[list[str]]:
@@ -127,6 +85,18 @@ def test_each_stream_that_finishes_a_collective_waits_and_so_does_that_which_sta
     assert run_on_ranks(2, log_readers) == [expected] * 2
 
 
+def tensors_told() -> bool:
+    """Whether the allocator hears of the tensors of a collective, which may be dropped before anybody has waited for it."""
+    with recorded(blocks_host=False) as (streams, transport):
+        tensors = [torch.ones(4), torch.ones(2), torch.ones(2)]
+        transport.start_reduce_scatter(*tensors)
+    return {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in streams.used_on["side"]}
+
+
+def test_memory_is_not_given_to_others_before(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, tensors_told) == [True] * 2
+
+
 def log_reuse() -> list[str]:
     """Who waits when one stream has finished a reduce, and another one writes its buffer."""
     with recorded(blocks_host=False) as (streams, transport):
@@ -147,7 +117,7 @@ def log_capture() -> list[list[str]]:
     with recorded(blocks_host=False) as (streams, transport):
         before = transport.start_all_gather(torch.ones(4))
         streams.log.clear()
-        with streams.stream("graph"), patch("zeroopt.collectives.comm_stream.is_capturing", lambda _: True):
+        with streams.stream("graph"):
             before.finish()
             logs = [streams.log.copy()]
             streams.log.clear()

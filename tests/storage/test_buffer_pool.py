@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from lone_slice import LoneSlice, buckets_of, config_with, params_of, values
+from recorded_streams import recorded_streams
 
 from zeroopt.options.precision import Precision
+from zeroopt.storage import buffer_pool
 from zeroopt.storage.bucket import Bucket
 from zeroopt.storage.buffer_pool import BufferPool, bytes_of_buffer, bytes_of_sum, num_buffers
+from zeroopt.streams import Mark
 
 BF16 = torch.bfloat16
 BIG = 1 << 20  # bytes, in which all of these buckets fit
@@ -128,3 +131,16 @@ def test_sums_of_buckets_that_are_stepped_at_once_lie_in_the_memory_of_the_large
     (larger,) = buckets(2000, precision=Precision(BF16))
     pool.fit([*made, larger])
     assert pool.scratch(larger.own_param, torch.float32, cpu).untyped_storage().nbytes() == bytes_of_sum(larger)
+
+
+def test_who_borrows_a_buffer_comes_behind_who_gave_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer_pool, "Mark", lambda device: Mark(torch.device("cuda")))
+    pool, made = BufferPool(config_with(bucket_buffers=1), BIG, LoneSlice()), buckets(10)
+    pool.fit(made)
+    with recorded_streams() as streams:
+        with streams.stream("first"):
+            full = pool.borrow(made[0].padded_numel, torch.float32)
+            pool.give_back(full)
+        with streams.stream("second"):
+            pool.borrow(made[0].padded_numel, torch.float32)
+    assert streams.log == ["second waits for first"]

@@ -24,11 +24,14 @@ class Transport(ABC):
     that between hosts all ranks have to finish them in the same order. `label` names the bucket in messages, and is
     the same on all ranks: where it differs, they have diverged.
 
+    On a device with streams, whatever is started comes behind what the current stream has been told so far. To finish it is to let the
+    current stream, and that on which it was started, come behind it; another stream may finish it once more. The host need not wait.
+
     Attributes:
         control: who this rank is in the group, and what the ranks tell each other besides buckets.
         num_slices: of every bucket.
         slice_index: which of them this rank owns.
-        needs_staging: a reduce-scatter on its way takes memory of its own, up to the size of its bucket.
+        needs_staging: every reduce-scatter on its way takes memory of its own, up to the size of its bucket, so that few may be.
         shares_parameters: whether `allocate(shared=True)` is possible.
         sums_twice: some ranks' sums travel on to be summed with others; only for wires that nest.
         needs_gloo_on_cpu: it works on buckets in CPU memory, and on groups of the Gloo backend.

@@ -12,19 +12,19 @@ every rank one order of both; what would be gained is little, since gathers belo
 **Which streams wait.** Whoever finishes a collective makes its own stream wait, and the stream on which it was started: in plain
 torch, whoever waits for the stream of `step()` may read what it has computed. Finishing once more makes a further stream wait.
 
-On the CPU, streams and events are empty shells, and waiting for the backend is what blocks.
+On the CPU there are no streams, and waiting for the backend is what blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..streams import current_stream, event_on, is_capturing
+from ..streams import Mark, current_stream, has_streams, let_wait
 from .pending import PendingCollective, PendingWork
 
 
@@ -38,28 +38,27 @@ class CommStream:
     """
 
     def __init__(self, device: torch.device, *, blocks_host: bool) -> None:
-        self.blocks_host = blocks_host
         self.device = device
-        module: Any = torch.get_device_module(device)
-        self._stream = module.Stream() if device.type == "cpu" else module.Stream(device, priority=-1)
-        self._enter: Callable[[Any], AbstractContextManager[object]] = module.stream
+        self.blocks_host = blocks_host
+        self.is_there = has_streams(device)
+        if self.is_there:
+            module: Any = torch.get_device_module(device)
+            self._stream = module.Stream(device, priority=-1)
+            self._enter: Callable[[Any], AbstractContextManager[object]] = module.stream
 
     def entered(self) -> AbstractContextManager[object]:
         """Within it, this is the current stream."""
-        return self._enter(self._stream)
+        return self._enter(self._stream) if self.is_there else nullcontext()
 
     def fall_in(self, *tensors: Tensor | None) -> None:
         """Come behind all that the current stream has to do so far, and tell the allocator that these tensors are used here, so that
         their memory goes to nobody else before."""
-        event_on(current_stream(self.device), self.device).wait(self._stream)
-        if self.device.type != "cpu":
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(self._stream)
-
-    def mark(self) -> Any:
-        """An event that is over when all is done that is queued here so far."""
-        return event_on(self._stream, self.device)
+        if not self.is_there:
+            return
+        let_wait(self._stream, current_stream(self.device), self.device)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(self._stream)
 
 
 class StreamCollective(PendingCollective):
@@ -74,32 +73,24 @@ class StreamCollective(PendingCollective):
         self._stream = stream
         self._work = work
         self._follow = follow
-        self._started_on = current_stream(stream.device)
-        self._is_captured = is_capturing(stream.device)
-        self._done: Any = None
-        self._waiting: list[Any] = []  # streams that come behind it
+        self._started_on = (current_stream(stream.device),) if stream.is_there else ()
+        self._done: Mark | None = None
         if not stream.blocks_host:
-            self._queue()
+            self._done = self._queue()
 
-    def _queue(self) -> None:
-        """Queue what follows, behind the backend. With its result, the tensors that were kept for it are let go."""
+    def _queue(self) -> Mark:
+        """Queue what follows, behind the backend. Tensors that were kept for it are let go."""
         with self._stream.entered():
             self._work.finish()
             if self._follow is not None:
                 self._follow()
-            self._done = self._stream.mark()
-        self._follow = None
+            self._follow = None
+            return Mark(self._stream.device)
 
     def finish(self) -> None:
         if self._done is None:
-            self._queue()
-        # A graph is captured when all is over that came before; it could not be waited for in it.
-        if is_capturing(self._stream.device) and not self._is_captured:
-            return
-        for stream in (current_stream(self._stream.device), self._started_on):
-            if stream not in self._waiting:
-                self._done.wait(stream)
-                self._waiting.append(stream)
+            self._done = self._queue()
+        self._done.wait(*self._started_on)
 
     def wait_until_read(self) -> None:
         self.finish()

@@ -23,7 +23,8 @@ class PendingCollective(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Block until the result is there. Calling it again does nothing.
+        """Block until the result is there, or, on a device, let the current stream wait for it. Calling it again does nothing but for
+        other streams.
 
         Raises:
             CollectiveError: a rank did not do its part: it died, gave up, or the group's timeout went by.

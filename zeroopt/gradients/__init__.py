@@ -14,6 +14,7 @@ In reading order; each imports from those above it:
     tensor_operators  torch's operators on it
     sharded_view      in stages 1 and 2: all of those of one model
     used              which parameters had a gradient on any rank
+    packing_streams   on which streams of a device they come
     filling           gradients on their way into the full buffers of their buckets
     in_flight         full buffers from when they travel until nobody reads them
     reducer           `GradientReducer`: hooks fill buckets, and full buckets travel while backward goes on

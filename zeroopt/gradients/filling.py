@@ -14,6 +14,7 @@ from ..plan.params import ManagedParam
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.stripe import Stripe
+from .packing_streams import PackingStreams
 from .view import GradientView
 
 
@@ -28,6 +29,7 @@ class Filling:
         missing: of each bucket, how many have not come.
         unpacked: of each bucket, how many do not lie in it yet.
         order: indices, as the gradients of the last backward came.
+        streams: on which they came.
         scale: what gradients are multiplied by.
     """
 
@@ -55,6 +57,7 @@ class Filling:
             for managed in bucket.params:
                 self.bucket_of[managed.index] = bucket.index
         self._sizes = [len(bucket.params) for bucket in buckets]
+        self.streams = PackingStreams(buckets)
         self.reset()
 
     def begin(self, scale: float) -> None:
@@ -101,11 +104,17 @@ class Filling:
             numel, threads = managed.numel, torch.get_num_threads()
             pack_unchecked(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
         else:
+            self.streams.enter(self.bucket_of[managed.index])
             ops.pack(grad, managed.view_in(full), scale=self.scale)
         self._view.packed(managed)
         self.packed[managed.index] = 1
         self.unpacked[self.bucket_of[managed.index]] -= 1
         return True
+
+    def leave(self, managed: ManagedParam) -> bool:
+        """Let a gradient wait where it is until its bucket has a buffer; whether there is one."""
+        self.streams.note_waiting(self.bucket_of[managed.index])
+        return self._view.has_local(managed)
 
     def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
         """Move into a bucket what had no buffer when it came or was left by a backward under `no_sync()`; zeros for the rest."""
@@ -122,6 +131,7 @@ class Filling:
         """Those gradients of a bucket that there are, as they lie in memory, 1-D. They count as packed; none has been before."""
         grads = {managed: self._view.take_local(managed) for managed in bucket.params if self._view.has_local(managed)}
         self._note_packed(grads)
+        self.streams.note_read(grad for grad in grads.values() if grad is not None)
         return {managed: managed.flatten(grad) for managed, grad in grads.items() if grad is not None}
 
     def pack_stripe(self, stripe: Stripe, bucket: Bucket, grads: Mapping[ManagedParam, Tensor], full: Tensor) -> None:
@@ -143,6 +153,7 @@ class Filling:
         for dtype in {grad.dtype for grad in grads.values()}:
             alike = [managed for managed in waiting if grads[managed.index].dtype is dtype]
             sources = [grads[managed.index] for managed in alike]
+            self.streams.note_read(sources)
             ops.pack_segments(sources, [managed.view_in(full) for managed in alike], scale=self.scale)
         self._note_packed(waiting)
 

@@ -24,6 +24,7 @@ from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import BufferPool
 from ..storage.gradient_store import GradientStore
+from ..streams import Mark
 from ..untraced import untraced_hook
 from .filling import Filling
 from .hooks import GradientHook
@@ -87,6 +88,7 @@ class GradientReducer:
         self._left_behind: tuple[list[Bucket], list[GradientStore]] | None = None
         self._filling = Filling(view)
         self._in_flight = InFlight(transport, features, pool)
+        self._finished: Mark | None = None  # the stream that waited for the last sums
         self._used = UsedParams(transport)
         self._left_local = False  # by a backward under no_sync()
         self._running = False  # between the first hook of a backward and its end
@@ -298,7 +300,12 @@ class GradientReducer:
                 "the last backward did not come to its end, so the ranks no longer agree on what has been reduced; start "
                 "the job again from a checkpoint"
             )
+        is_first = bool(self._in_flight)
         self._in_flight.finish()
+        if is_first:
+            self._finished = Mark(self._buckets[0].device)
+        elif self._finished is not None:  # on another stream, perhaps
+            self._finished.wait()
         self._used.finish()
 
     def note_step(self) -> None:
@@ -404,7 +411,7 @@ class GradientReducer:
         bucket = filling.bucket_of[index]
         store = self.stores[bucket]
         full = store.full if store.is_open else self._open(bucket)
-        if not (self.view.has_local(managed) if full is None else filling.pack(managed, full)):
+        if not (filling.leave(managed) if full is None else filling.pack(managed, full)):
             return
         filling.arrived[index] = 1
         filling.order.append(index)
@@ -450,7 +457,7 @@ class GradientReducer:
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn."""
         if self._pool is None:
-            return self.stores[bucket].open()
+            return self._open_now(bucket)
         if self.stores[bucket].is_striped:
             return None
         place = self._place[bucket]
@@ -464,7 +471,12 @@ class GradientReducer:
             before = (number for number in self._sequence[self._next : place] if not self.stores[number].is_open)
             if len(list(islice(before, free))) == free:
                 return None
-        return self._in_flight.open(self.stores[bucket])
+        return self._open_now(bucket)
+
+    def _open_now(self, bucket: int) -> Tensor:
+        full = self._in_flight.open(self.stores[bucket])
+        self._filling.streams.note_opened(bucket)
+        return full
 
     def _start_complete(self) -> None:
         missing, sequence = self._filling.missing, self._sequence
@@ -476,6 +488,7 @@ class GradientReducer:
         """Let the next bucket travel, once it is full: with what has not been packed so far, and zeros for the rest."""
         number = self._sequence[self._next]
         bucket, store = self._buckets[number], self.stores[number]
+        self._filling.streams.join(number)
         if store.is_striped:
             self._start_stripes(bucket, store)
         else:

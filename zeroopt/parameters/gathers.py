@@ -15,7 +15,7 @@ from ..collectives import PendingCollective, Transport
 from ..collectives.pending import Done
 from ..profiling import named_range
 from ..storage.bucket import Bucket
-from ..streams import is_capturing
+from ..streams import has_streams, is_capturing
 from ..untraced import untraced
 from .arriving import ForwardHook, arriving_class, read_only
 
@@ -120,7 +120,7 @@ class ParamGathers:
         with named_range("wait_for_gather", self._buckets[bucket].name):
             pending.finish()
         del self.pending[bucket]
-        if self._device.type != "cpu":
+        if has_streams(self._device):
             self.arrived[bucket] = pending
         if self._classes[bucket].gathers is not None:
             for param in self._params[bucket]:

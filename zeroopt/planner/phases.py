@@ -202,9 +202,9 @@ class _Course:
 
     def _staging(self) -> int:
         transport = self.rehearsal.transport
-        if not transport.needs_staging:
-            return 0
-        on_their_way = max(1, self.config.bucket_buffers - 1) if self.config.overlap else 1
+        on_their_way = 1  # or one after the other takes it
+        if transport.needs_staging and self.config.overlap:
+            on_their_way = max(1, self.config.bucket_buffers - 1)
         sizes = []
         for bucket in self.rehearsal.buckets:
             dtype = self._travels_in(bucket)

@@ -167,7 +167,7 @@ class RehearsedTransport(Transport):
         self.writers = range(cluster.world_size)
         self.kind = kind
         self.name = kind.name
-        self.needs_staging = kind.needs_staging
+        self.needs_staging = kind.needs_staging and cluster.device == "cpu"
         self.shares_parameters = kind.shares_parameters
         self.num_hosts = cluster.num_hosts
         if kind.shares_parameters:

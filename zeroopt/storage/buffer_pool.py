@@ -10,6 +10,7 @@ from torch import Tensor
 from ..collectives import Transport
 from ..options.config import Config
 from ..pages import paged_zeros
+from ..streams import Mark
 from .bucket import Bucket
 from .stripe import Stripe, cut_in_stripes
 
@@ -32,6 +33,7 @@ class BufferPool:
         self._sum_bytes = 0
         self.idle: list[Tensor] = []
         self._by_address: dict[int, Tensor] = {}
+        self._given_back: dict[int, Mark] = {}  # by address
         self._scratch: dict[torch.device, Tensor] = {}
 
     @property
@@ -55,8 +57,12 @@ class BufferPool:
         return stripes_of(bucket, self._config, self._bucket_bytes, self._transport.num_slices)
 
     def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of this size, with whatever there is in it."""
-        return self.idle.pop(0)[: numel * dtype.itemsize].view(dtype)
+        """A buffer of this size, with whatever there is in it. The current stream may write it."""
+        raw = self.idle.pop(0)
+        given_back = self._given_back.pop(raw.data_ptr(), None)
+        if given_back is not None:
+            given_back.wait()
+        return raw[: numel * dtype.itemsize].view(dtype)
 
     def scratch(self, own: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the sum of one bucket at a time, on the device where it is summed or on that where it is stepped. Where `fit`
@@ -71,6 +77,8 @@ class BufferPool:
         return raw[: own.numel() * dtype.itemsize].view(dtype)
 
     def give_back(self, full: Tensor) -> None:
+        """A buffer that the current stream might write."""
+        self._given_back[full.data_ptr()] = Mark(full.device)
         # At the front: of buffers that are used in turn, more would be resident.
         self.idle.insert(0, self._by_address[full.data_ptr()])
 
@@ -80,6 +88,7 @@ class BufferPool:
             self._transport.free(raw)
         self._num_bytes = 0
         self._scratch.clear()
+        self._given_back.clear()
         self._by_address.clear()
         self.idle.clear()
 

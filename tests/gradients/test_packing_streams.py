@@ -1,0 +1,90 @@
+"""Whoever writes a bucket comes behind who has opened it, and whoever starts its reduce behind all who have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recorded_streams import RecordedStreams, recorded_streams
+
+from zeroopt.gradients.packing_streams import PackingStreams
+
+
+@pytest.fixture
+def streams() -> Iterator[RecordedStreams]:
+    with recorded_streams() as streams:
+        yield streams
+
+
+def packing(count: int = 1, device: str = "cuda") -> PackingStreams:
+    """Of so many buckets."""
+    return PackingStreams([SimpleNamespace(device=torch.device(device))] * count)  # type: ignore[list-item]
+
+
+def test_one_stream_waits_for_nobody(streams: RecordedStreams) -> None:
+    filling = packing()
+    filling.note_opened(0)
+    filling.enter(0)
+    filling.note_waiting(0)
+    filling.join(0)
+    assert streams.log == []
+
+
+def test_the_reduce_comes_behind_all_that_have_packed(streams: RecordedStreams) -> None:
+    filling = packing()
+    with streams.stream("first"):
+        filling.note_opened(0)
+        filling.enter(0)
+    for _ in range(2):
+        with streams.stream("second"):
+            filling.enter(0)
+    assert streams.log == ["second waits for first"]
+    streams.log.clear()
+    with streams.stream("second"):
+        filling.join(0)
+    assert streams.log == ["second waits for first"]
+    streams.log.clear()
+    filling.join(0)
+    assert streams.log == ["main waits for first", "main waits for second"]
+
+
+def test_gradients_that_wait_are_waited_for_by_who_packs_them(streams: RecordedStreams) -> None:
+    filling = packing(2)
+    for bucket in (0, 1, 1):
+        with streams.stream(f"of bucket {bucket}"):
+            filling.note_waiting(bucket)
+    filling.join(1)
+    assert streams.log == ["main waits for of bucket 1"]
+    filling.join(1)  # of a later backward
+    assert streams.log == ["main waits for of bucket 1"]
+
+
+def test_their_memory_is_not_given_to_others_before(streams: RecordedStreams) -> None:
+    grads = [torch.ones(2), torch.ones(3)]
+    with streams.stream("late"):
+        packing().note_read(grads)
+    assert list(map(id, streams.used_on["late"])) == list(map(id, grads))
+
+
+def test_a_buffer_is_opened_anew_in_each_backward(streams: RecordedStreams) -> None:
+    filling = packing()
+    for _ in range(2):
+        filling.note_opened(0)
+        with streams.stream("second"):
+            filling.enter(0)
+        filling.join(0)
+    assert streams.log == ["second waits for main", "main waits for second"] * 2
+
+
+def test_on_the_cpu_there_is_one_order(streams: RecordedStreams) -> None:
+    filling = packing(device="cpu")
+    filling.note_opened(0)
+    with streams.stream("second"):
+        filling.enter(0)
+        filling.note_waiting(0)
+        filling.note_read([torch.ones(2)])
+    filling.join(0)
+    assert streams.log == []
+    assert not streams.used_on

@@ -1,0 +1,52 @@
+"""A stream comes behind a mark once, and not across the borders of a CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+from recorded_streams import recorded_streams
+
+from zeroopt.streams import Mark, has_streams
+
+CUDA = torch.device("cuda")
+
+
+def test_each_stream_waits_once() -> None:
+    with recorded_streams() as streams:
+        mark = Mark(CUDA)
+        mark.wait()
+        assert streams.log == []  # its own
+        for _ in range(2):
+            with streams.stream("other"):
+                mark.wait("third")
+        assert streams.log == ["other waits for main", "third waits for main"]
+        assert mark.passed_by == ["main", "other", "third"]
+
+
+def test_what_a_graph_is_captured_behind_is_over() -> None:
+    with recorded_streams() as streams:
+        before = Mark(CUDA)
+        with streams.stream("graph"):
+            before.wait()
+            within = Mark(CUDA)
+        within.wait()
+        assert streams.log == []
+
+
+def test_a_graph_waits_for_what_belongs_to_it() -> None:
+    with recorded_streams() as streams, streams.stream("graph"):
+        mark = Mark(CUDA)
+        streams.captured.add("fork")
+        with streams.stream("fork"):
+            mark.wait()
+        assert streams.log == ["fork waits for graph"]
+
+
+def test_without_streams_nothing_is_asked_of_them() -> None:
+    with recorded_streams() as streams:
+        for device in (torch.device("cpu"), torch.device("meta")):
+            assert not has_streams(device)
+            mark = Mark(device)
+            with streams.stream("other"):
+                mark.wait()
+            assert mark.passed_by == []
+        assert streams.log == []

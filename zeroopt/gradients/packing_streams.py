@@ -1,0 +1,65 @@
+"""On which streams of a device the gradients of each bucket come and are packed, so that none is missed.
+
+Autograd runs each parameter's hook on the stream on which the forward used it, so a model whose parts run on several streams fills
+one bucket from several. The first of them opens the bucket's buffer; each of the others comes behind that before it writes; and
+whoever starts the reduce comes behind all of them.
+
+    stream 1   opens ──▶ packs ────────────────┐
+    stream 2     └─▶ packs ────────────────────┤
+    stream 3              gradient waits ──────┴─▶ packs the rest, starts the reduce
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..storage.bucket import Bucket
+from ..streams import Mark, current_stream, has_streams, let_wait
+
+
+class PackingStreams:
+    """Those of one backward, by index of the bucket. On the CPU it does nothing."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._device = buckets[0].device if buckets else torch.device("cpu")
+        self.are_there = has_streams(self._device)
+        self._opened: list[Mark | None] = [None] * len(buckets)
+        self._came_on: list[list[Any]] = [[] for _ in buckets]  # gradients that wait
+
+    def note_opened(self, bucket: int) -> None:
+        """The current stream has got a buffer for a bucket, and may write it."""
+        if self.are_there:
+            self._opened[bucket] = Mark(self._device)
+
+    def enter(self, bucket: int) -> None:
+        """Before the current stream writes the buffer of a bucket."""
+        opened = self._opened[bucket]
+        if opened is not None:
+            opened.wait()
+
+    def note_waiting(self, bucket: int) -> None:
+        """A gradient has come, and stays where it is until the bucket has a buffer."""
+        if self.are_there:
+            stream = current_stream(self._device)
+            if stream not in self._came_on[bucket]:
+                self._came_on[bucket].append(stream)
+
+    def join(self, bucket: int) -> None:
+        """Let the current stream come behind all that others have done for a bucket."""
+        if not self.are_there:
+            return
+        current, opened = current_stream(self._device), self._opened[bucket]
+        for stream in dict.fromkeys([*self._came_on[bucket], *(() if opened is None else opened.passed_by)]):
+            if stream != current:
+                let_wait(current, stream, self._device)
+        self._came_on[bucket].clear()
+
+    def note_read(self, grads: Iterable[Tensor]) -> None:
+        """Gradients that have waited are read on the current stream: their memory, of whichever stream, goes to nobody else before."""
+        if self.are_there:
+            for grad in grads:
+                grad.record_stream(current_stream(self._device))
