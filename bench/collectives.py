@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.launch import Plan, run_ranks, write_report
 from zeroopt.collectives import Transport
+from zeroopt.collectives.all_to_all import AllToAllTransport
 from zeroopt.collectives.hybrid import HybridTransport
 from zeroopt.collectives.pairwise import PairwiseTransport
 from zeroopt.collectives.shm import ShmTransport
@@ -43,6 +44,7 @@ def hybrid(group: dist.ProcessGroup) -> Transport:
 
 TRANSPORTS: dict[str, Callable[[dist.ProcessGroup], Transport]] = {
     "torch": lambda group: TorchTransport(group, CPU),
+    "all_to_all": lambda group: AllToAllTransport(group, CPU),
     "pairwise": PairwiseTransport,
     "shm": lambda group: ShmTransport(group, range(group.size())),
     "shm, share_parameters": lambda group: ShmTransport(group, range(group.size())),

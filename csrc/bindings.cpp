@@ -25,6 +25,13 @@ template <class T> T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+std::vector<const void*> pointers_to(const std::vector<Address>& addresses) {
+  std::vector<const void*> pointers;
+  for (Address address : addresses)
+    pointers.push_back(pointer<const void>(address));
+  return pointers;
+}
+
 DType dtype(int code) {
   if (code < 0 || code >= cpu::kNumDTypes)
     throw std::invalid_argument("there is no dtype code " + std::to_string(code));
@@ -128,9 +135,7 @@ void bind_cpu_kernels(py::module_& m) {
       "reduce",
       [](const std::vector<Address>& slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,
          int num_threads) {
-        std::vector<const void*> pointers;
-        for (Address slice : slices)
-          pointers.push_back(pointer<const void>(slice));
+        const std::vector<const void*> pointers = pointers_to(slices);
         cpu::reduce(pointers.data(), static_cast<int64_t>(pointers.size()), dtype(slice_dtype),
                     pointer<const void>(base), pointer<void>(out), dtype(out_dtype), numel, num_threads);
       },
@@ -191,13 +196,14 @@ void bind_cuda_kernels(py::module_& m) {
       py::arg("scale"), py::arg("stream"), GilReleased());
   m.def(
       "cuda_reduce",
-      [](Address slices, int64_t num_slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,
+      [](const std::vector<Address>& slices, int slice_dtype, Address base, Address out, int out_dtype, int64_t numel,
          Address stream) {
-        cuda::reduce(pointer<const void* const>(slices), num_slices, dtype(slice_dtype), pointer<const void>(base),
-                     pointer<void>(out), dtype(out_dtype), numel, pointer<void>(stream));
+        const std::vector<const void*> pointers = pointers_to(slices);
+        cuda::reduce(pointers.data(), static_cast<int64_t>(pointers.size()), dtype(slice_dtype),
+                     pointer<const void>(base), pointer<void>(out), dtype(out_dtype), numel, pointer<void>(stream));
       },
-      py::arg("slices"), py::arg("num_slices"), py::arg("slice_dtype"), py::arg("base"), py::arg("out"),
-      py::arg("out_dtype"), py::arg("numel"), py::arg("stream"), GilReleased());
+      py::arg("slices"), py::arg("slice_dtype"), py::arg("base"), py::arg("out"), py::arg("out_dtype"),
+      py::arg("numel"), py::arg("stream"), GilReleased());
   m.def(
       "cuda_quantize",
       [](Address values, Address codes, Address scales, int64_t numel, bool is_signed, Address stream) {

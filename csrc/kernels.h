@@ -139,7 +139,10 @@ void pack(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t 
 /// arrays.
 void pack_segments(const SegmentTable& segments, DType src_dtype, DType dst_dtype, double scale, void* stream);
 
-/// slices: device array of num_slices device pointers.
+constexpr int kMaxReduceSlices = 256; // on CUDA: more are summed in groups of so many, and then their sums
+
+/// slices: num_slices device pointers, at most kMaxReduceSlices, in host memory, which is not looked at any more once
+/// this returns.
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,
             DType out_dtype, int64_t numel, void* stream);
 

@@ -5,21 +5,32 @@
 namespace zeroopt::cuda {
 namespace {
 
+template <class Slice, class Out, int capacity>
+void launch_list(const void* const* slices, int64_t num_slices, const void* base, void* out, int64_t numel,
+                 cudaStream_t stream) {
+  SliceList<Slice, capacity> list = {};
+  for (int64_t i = 0; i < num_slices; ++i)
+    list.items[i] = static_cast<const Slice*>(slices[i]);
+  constexpr int N = ReduceShape<Slice, Out>::vector_numel;
+  const int64_t blocks = num_vectors(numel, N, N) / kThreads + 1;
+  launch("reduce", reduce_kernel<Slice, Out, capacity>, grid_size(blocks, "reduce"), stream, list, num_slices,
+         static_cast<const Out*>(base), static_cast<Out*>(out), numel);
+}
+
 template <class Slice, class Out>
 void launch_pair(const void* const* slices, int64_t num_slices, const void* base, void* out, int64_t numel,
                  cudaStream_t stream) {
-  constexpr int N = ReduceShape<Slice, Out>::vector_numel;
-  const int64_t blocks = num_vectors(numel, N, N) / kThreads + 1;
-  const auto kernel = num_slices > kGroup ? reduce_kernel<Slice, Out, true> : reduce_kernel<Slice, Out, false>;
-  launch("reduce", kernel, grid_size(blocks, "reduce"), stream, reinterpret_cast<const Slice* const*>(slices),
-         num_slices, static_cast<const Out*>(base), static_cast<Out*>(out), numel);
+  const auto launch_for =
+      num_slices > kGroup ? launch_list<Slice, Out, kMaxReduceSlices> : launch_list<Slice, Out, kGroup>;
+  launch_for(slices, num_slices, base, out, numel, stream);
 }
 
 } // namespace
 
 void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, const void* base, void* out,
             DType out_dtype, int64_t numel, void* stream) {
-  if (num_slices < 1) throw std::invalid_argument("reduce: expected at least one slice");
+  if (num_slices < 1 || num_slices > kMaxReduceSlices)
+    throw std::invalid_argument("reduce: expected 1 to " + std::to_string(kMaxReduceSlices) + " slices");
   if (numel == 0) return;
   const auto queue = static_cast<cudaStream_t>(stream);
   auto is = [&](DType slice, DType result) { return slice_dtype == slice && out_dtype == result; };

@@ -1,13 +1,21 @@
 // reduce: the sum of slices as a binary tree. bytes: num_slices * sizeof(slice) + sizeof(out) * (base ? 2 : 1).
+//
+// Which slices, the launch brings along among the kernel's arguments: nothing has to be copied to the device before.
 #pragma once
 
 #include "common/dtype.h"
 #include "cuda/vector.cuh"
+#include "kernels.h"
 
 namespace zeroopt::cuda {
 
-constexpr int kGroup = 8;   // slices that are summed in registers, a power of two
-constexpr int kLevels = 28; // partial sums of 1, 2, 4, ... groups that can wait: enough for 2^31 slices
+constexpr int kGroup = 8;  // slices that are summed in registers, a power of two
+constexpr int kLevels = 5; // partial sums of 1, 2, 4, ... groups that can wait for the last one of kMaxReduceSlices
+static_assert(kGroup << kLevels == kMaxReduceSlices);
+
+template <class Slice, int capacity> struct SliceList {
+  const Slice* items[capacity];
+};
 
 template <class Slice, class Out> struct ReduceShape {
   /// Elements of a vector: 16 bytes of the narrower type, so that both sides are whole 16-byte words.
@@ -59,7 +67,7 @@ ZEROOPT_DEVICE void sum_group(const Slice* const* slices, int64_t num_slices, in
   }
 }
 
-/// The sum of any number of slices, in local memory: groups are added up as a binary counter carries.
+/// The sum of up to kMaxReduceSlices slices, in local memory: groups are added up as a binary counter carries.
 template <class Slice, class Value, int N>
 ZEROOPT_DEVICE void sum_groups(const Slice* const* slices, int64_t num_slices, int64_t first, Value (&sum)[N]) {
   Value waiting[kLevels][N];
@@ -98,11 +106,13 @@ ZEROOPT_DEVICE void reduce_elements(const Slice* const* slices, int64_t num_slic
 }
 
 /// out may be base or a slice, so nothing is read through the read-only cache.
-/// many: there may be more than kGroup slices. Without it the kernel takes no local memory.
-template <class Slice, class Out, bool many>
-__global__ void reduce_kernel(const Slice* const* slices, int64_t num_slices, const Out* base, Out* out,
-                              int64_t numel) {
+/// capacity: kGroup or kMaxReduceSlices. With the former the kernel takes no local memory.
+template <class Slice, class Out, int capacity>
+__global__ void reduce_kernel(const __grid_constant__ SliceList<Slice, capacity> list, int64_t num_slices,
+                              const Out* base, Out* out, int64_t numel) {
   constexpr int N = ReduceShape<Slice, Out>::vector_numel;
+  constexpr bool many = capacity > kGroup;
+  const Slice* const* slices = list.items;
   const int64_t ahead = lead(out);
   bool aligned = base == nullptr || in_step(base, ahead);
   for (int64_t s = 0; s < num_slices; ++s)

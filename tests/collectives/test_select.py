@@ -42,8 +42,8 @@ def choose(name: str, of_rank: Sequence[int], share_parameters: bool = False) ->
 @pytest.mark.parametrize(
     ("name", "of_rank", "expected"),
     [
-        *((name, [0], "single") for name in ("auto", "torch", "pairwise", "shm")),
-        *((name, [0, 0], name) for name in ("torch", "pairwise", "shm")),
+        *((name, [0], "single") for name in ("auto", "torch", "all_to_all", "pairwise", "shm")),
+        *((name, [0, 0], name) for name in ("torch", "all_to_all", "pairwise", "shm")),
         ("auto", [0, 0], "shm"),
         ("auto", [0, 0, 0], "shm"),
         ("auto", [0, 1], "pairwise"),

@@ -19,7 +19,7 @@ from zeroopt.collectives import Wire
 
 LR = 0.5
 GRID = 2**-8
-TRANSPORTS = ["shm", "pairwise", "torch", plain]
+TRANSPORTS = ["shm", "pairwise", "torch", "all_to_all", plain]
 
 
 def on_grid(values: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_gradients_are_rounded_to_the_grid_before_they_are_summed(
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    ("transport", "world_size"), [("auto", 1), *((name, n) for name in TRANSPORTS[:3] for n in (2, 4))]
+    ("transport", "world_size"), [("auto", 1), *((name, n) for name in TRANSPORTS[:4] for n in (2, 4))]
 )
 def test_gradients_travel_in_bytes(run_on_ranks: RunOnRanks, transport: Any, world_size: int, stage: int) -> None:
     def as_bytes(share: Tensor) -> Tensor:

@@ -108,6 +108,15 @@ def test_buffers_are_touched_as_they_are_used_on_a_cpu_and_there_from_the_first_
     }
 
 
+def test_what_ranks_of_a_gpu_receive_is_there_while_it_is_summed_and_once() -> None:
+    variant = asked(8, device="cuda", bucket_buffers=4)
+    with_it = {phase.name: phase.parts.get("staging", 0) for phase in variant.phases}
+    assert with_it["first backward"] == with_it["forward and backward"] == 4 * LAYER
+    assert with_it["step"] == with_it["saving"] == 0
+    ring = asked(8, device="cuda", transport="torch")  # a slice, where a sum is added to an earlier one
+    assert ring.phase("forward and backward").parts["staging"] == 4 * LAYER // 8
+
+
 def test_activations_are_counted_in_forward_and_backward_alone() -> None:
     variant = asked(8, sample=True)
     row = 32 * WIDTH * 4

@@ -94,6 +94,8 @@ def test_bytes_are_those_of_a_really_wrapped_model(run_on_ranks: RunOnRanks) -> 
         (400, 1, "cpu", {}, "pairwise"),
         (400, 8, "cpu", {"transport": "torch"}, "torch"),
         (400, 8, "cuda", {}, "torch"),
+        (8, 8, "cuda", {}, "all_to_all"),
+        (8, 8, "cuda", {"transport": "torch"}, "torch"),
     ],
 )
 def test_the_transport_is_the_one_that_would_be_taken(

@@ -128,14 +128,12 @@ class Kernels:
         self._launch("pack_segments", ranges, (*table.copies(), *args[2:]), keep=table)
 
     def reduce(self, *args: Any) -> None:
-        slices, count, slice_code, base, out, out_code, numel, _ = args
-        addresses = _array(slices, (count,), np.int64).copy()
-        num_bytes = numel * DTYPE_BYTES[slice_code]
-        ranges = _reads(slices, 8 * count)
-        for address in addresses:
-            ranges += _reads(int(address), num_bytes)
+        slices, slice_code, base, out, out_code, numel, stream = args
+        addresses = np.array(slices, np.int64)
+        ranges = [access for slice_ in slices for access in _reads(slice_, numel * DTYPE_BYTES[slice_code])]
         ranges += _reads(base, numel * DTYPE_BYTES[out_code]) + _writes(out, numel * DTYPE_BYTES[out_code])
-        self._launch("reduce", ranges, args)
+        args = (addresses.ctypes.data, len(slices), slice_code, base, out, out_code, numel, stream)
+        self._launch("reduce", ranges, args, keep=addresses)
 
     def squared_norms(self, *args: Any) -> None:
         rows, active, squares, count, grad_code, found_inf, _, workspace, _ = args

@@ -65,11 +65,6 @@ def default_stream(device: Any = None) -> Stream:
     return _stream(_index(device), 0)
 
 
-def external_stream(address: int, device: Any = None) -> Stream:
-    """torch.cuda.ExternalStream. Here a stream's address is its number."""
-    return _stream(_index(device), address)
-
-
 def set_stream(stream: torch.Stream) -> None:
     _device.set_stream(stream.device_index, stream.stream_id)
     _device.set_device(stream.device_index)
@@ -121,7 +116,6 @@ def install() -> None:
     cuda = torch.cuda
     names: dict[str, Any] = {
         "Stream": Stream,
-        "ExternalStream": external_stream,
         "Event": Event,
         "ExternalStream": external_stream,
         "current_stream": current_stream,

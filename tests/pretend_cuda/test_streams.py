@@ -18,7 +18,8 @@ from .training import batch_of
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY, WIDTH, STEPS = 19, 8, 4
+VOCABULARY, WIDTH = 19, 8
+WARM_UP, STEPS = 2, 2  # buckets are planned anew in the first step
 
 
 class Branches(nn.Module):
@@ -138,14 +139,21 @@ def train(
         nn.init.normal_(param.data, std=0.3, generator=generator)
     model.to(device)
     averages = [param.detach().clone() for param in model.parameters()]
-    batches = [batch_of(rank, number, device) for number in range(STEPS * accumulate)]
+    batches = iter([batch_of(rank, number, device) for number in range((WARM_UP + STEPS) * accumulate)])
     wrapped, optimizer = zeroopt.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **options)
+
+    def train_step() -> None:
+        for _ in range(accumulate):
+            tokens, following = next(batches)
+            nn.functional.cross_entropy(wrapped(tokens), following).backward()
+        STEPPERS[name](wrapped, optimizer, averages, on)
+        optimizer.zero_grad()
+
+    for _ in range(WARM_UP):
+        train_step()
     with recorded():
-        for step in range(STEPS):
-            for tokens, following in batches[step * accumulate : (step + 1) * accumulate]:
-                nn.functional.cross_entropy(wrapped(tokens), following).backward()
-            STEPPERS[name](wrapped, optimizer, averages, on)
-            optimizer.zero_grad()
+        for _ in range(STEPS):
+            train_step()
         on.join(on.fork(1))
     return [tensor.detach().cpu().clone() for tensor in (*wrapped.parameters(), *averages)]
 

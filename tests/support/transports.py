@@ -23,7 +23,7 @@ MEMORY = "/memfd:zeroopt"  # what /proc calls zeroopt's shared memory
 # Everything that `connect_transport` can choose on the CPU, with the numbers of ranks that it is tested with.
 TRANSPORTS = [
     ("single", 1),
-    *((name, world_size) for name in ("pairwise", "shm", "torch") for world_size in (2, 3, 4)),
+    *((name, world_size) for name in ("pairwise", "shm", "torch", "all_to_all") for world_size in (2, 3, 4)),
     ("hybrid", 4),
 ]
 

@@ -22,6 +22,7 @@ In reading order; each imports from those above it:
     hybrid         several hosts: shared memory within, messages between
     comm_stream    the stream of a device on which collectives run
     torch_native   torch's own reduce-scatter and all-gather, for NCCL
+    all_to_all     slices exchanged by the backend, and summed here
     select         picks one of them, by name or for a group
 """
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from ..options.checks import as_text, check_one_of
+from .all_to_all import AllToAllTransport
 from .base import Transport
 from .hybrid import HybridTransport
 from .lone import is_lone
@@ -25,6 +26,7 @@ TransportFactory = Callable[[dist.ProcessGroup, torch.device], Transport]
 
 TRANSPORTS: dict[str, type[Transport]] = {
     "torch": TorchTransport,
+    "all_to_all": AllToAllTransport,
     "pairwise": PairwiseTransport,
     "shm": ShmTransport,
 }
@@ -36,6 +38,7 @@ _IN_TURN: tuple[type[Transport], ...] = (
     ShmTransport,
     HybridTransport,
     PairwiseTransport,
+    AllToAllTransport,
     TorchTransport,
 )
 
@@ -67,9 +70,9 @@ def connect_transport(
 ) -> Transport:
     """The transport of that name, or that a factory makes. Collective: all ranks of the group call it with the same arguments.
 
-    "auto" takes torch's own collectives, except for Gloo on the CPU: there, shared memory where all ranks are on one host,
-    shared memory and messages where there are several hosts with as many ranks each, and messages everywhere else. Where
-    memory cannot be shared, it says so in the log of rank 0, and takes messages.
+    "auto" takes torch's own collectives, on a device of one host an all-to-all and sums of ours. For Gloo on the CPU, it takes shared
+    memory where all ranks are on one host, shared memory and messages where there are several hosts with as many ranks each, and
+    messages everywhere else. Where memory cannot be shared, it says so in the log of rank 0, and takes messages.
 
     Args:
         nests: sums of some ranks' slices may travel on, as they do where there are several hosts; else messages are taken.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,13 @@ class Site:
         """Whether waiting for the backend holds up the host, rather than a stream of the device alone. Not collective."""
         return self.device.type == "cpu" or self.backend == "gloo"
 
-    @cached_property
+    @property
     def hosts(self) -> list[list[int]]:
         """The group's ranks, host by host. Collective when it is asked for the first time."""
-        return ranks_by_host(ControlGroup(self.group))
+        known = vars(
+            self
+        )  # a cached_property, before Python 3.12, would let ranks that are threads wait for each other
+        if "_hosts" not in known:
+            known["_hosts"] = ranks_by_host(ControlGroup(self.group))
+        hosts: list[list[int]] = known["_hosts"]
+        return hosts

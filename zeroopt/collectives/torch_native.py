@@ -28,9 +28,13 @@ class TorchTransport(Transport):
     """Hands every bucket to the process group's backend as it is.
 
     `sent_bytes` counts what a ring sends, (N-1)/N of a bucket; a backend that emulates a collective sends more.
+
+    Attributes:
+        sums_here: slices are summed by the ranks that own them, rather than by the backend.
     """
 
     name = "torch"
+    sums_here = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group)
@@ -51,7 +55,7 @@ class TorchTransport(Transport):
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
     ) -> PendingCollective:
-        if not wire.backend_sums:
+        if self.sums_here or not wire.backend_sums:
             return self._start_exchange(full, out, base, wire, label)
         self._count(full)
         self._stream.fall_in(full, out, base)
@@ -69,7 +73,7 @@ class TorchTransport(Transport):
     def _start_exchange(
         self, full: Tensor, out: Tensor, base: Tensor | None, wire: Wire, label: str
     ) -> PendingCollective:
-        """Let every rank have all slices that it owns, since no backend can sum them."""
+        """Let every rank have all slices that it owns, and sum them."""
         self._count(full)
         self._stream.fall_in(full, out, base)
         with self._stream.entered():

@@ -131,8 +131,8 @@ def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None)
 
     n > 1 slices are summed as the first p plus the others, p the largest power of two below n. So groups of 2, 4, 8...
     slices may be summed first, and then their sums, with the same bits. Sums are kept in float32 (float64 for float64)
-    and cast once, at the end. On CUDA the addresses of the slices are copied to the device in every call, which a CUDA
-    graph must not capture.
+    and cast once, at the end. On CUDA the addresses of up to 256 slices go along with the launch, and more are summed in groups of
+    so many first.
 
     Args:
         slices: at least one 1-D contiguous tensor, all of one size and one dtype.
@@ -156,25 +156,29 @@ def reduce(slices: Sequence[Tensor], out: Tensor, *, base: Tensor | None = None)
     if not has_kernels(out.device):
         by_torch.reduce(slices, out, base)
         return
+    if len(slices) > _MOST_SLICES:
+        groups = [slices[first : first + _MOST_SLICES] for first in range(0, len(slices), _MOST_SLICES)]
+        reduce([_sum_apart(group) for group in groups], out, base=base)
+        return
     with torch.cuda.device(out.device):
-        # Pinned, so that the copy is queued behind no synchronisation; the allocator keeps it until the copy is done.
-        table = torch.tensor(addresses, dtype=torch.int64).pin_memory().to(out.device, non_blocking=True)
-        _C.cuda_reduce(
-            table.data_ptr(),
-            len(slices),
-            slice_code,
-            base_address,
-            out.data_ptr(),
-            out_code,
-            numel,
-            current_stream(out),
-        )
+        _C.cuda_reduce(addresses, slice_code, base_address, out.data_ptr(), out_code, numel, current_stream(out))
+
+
+_MOST_SLICES = 256  # that one launch takes on CUDA, a power of two
+
+
+def _sum_apart(slices: Sequence[Tensor]) -> Tensor:
+    """The sum of some slices in the dtype in which it is kept."""
+    wide = torch.float64 if slices[0].dtype is torch.float64 else torch.float32
+    out = torch.empty_like(slices[0], dtype=wide)
+    reduce(slices, out)
+    return out
 
 
 def _fit_to_reduce(slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
     """Whether `_check_reduce` has nothing to say, without its many calls: this comes once a bucket, while backward runs."""
     dtype, device, begin = out.dtype, out.device, out.data_ptr()
-    if not slices or not out.is_cpu or out.dim() != 1 or not out.is_contiguous():
+    if not slices or out.dim() != 1 or not out.is_contiguous():
         return False
     of_slices = slices[0].dtype
     if of_slices not in DTYPE_CODES or (

@@ -110,12 +110,15 @@ class _Course:
         self.rest = (setting.frozen // 2 if cast else setting.frozen) + setting.model_buffers
         self.buffers = self._touched_buffers() if self.is_lazy else held.buffers
         self.staging = self._staging()
+        # On a device it goes back to the allocator when a reduce is through.
+        self.kept_staging = self.staging if self.rehearsal.transport.needs_staging else 0
 
     def phases(self) -> Iterator[Phase]:
         held = self.held
         kept = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
         state = {"state": held.moments}
-        on_the_way = {"buffers": self.buffers, "staging": self.staging}
+        in_backward = {"buffers": self.buffers, "staging": self.staging}
+        on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
         own_step = own_step_bytes(self.rehearsal, self.setting.optimizer, self.config, self.setting.cluster.device)
         peak = 0 if self.activations is None else self.activations.peak
         if self.setting.module is None:
@@ -125,7 +128,7 @@ class _Course:
         if self.activations is None or self._moves():
             yield self._moving()
         yield self._phase("first step", {**kept, **state, **on_the_way})
-        yield self._phase("forward and backward", {**kept, **state, **on_the_way, "activations": peak})
+        yield self._phase("forward and backward", {**kept, **state, **in_backward, "activations": peak})
         yield self._phase("step", {**kept, **state, **on_the_way, "scratch": own_step})
         yield self._phase("saving", {**kept, **state, **on_the_way, "scratch": self._largest_piece()})
         yield self._phase("saving in the background", {**kept, **state, **on_the_way, "scratch": self._written()})
@@ -228,7 +231,7 @@ class _Course:
         kept = {"parameters": held.parameters, "masters": held.masters}
         if config.step_in_backward:
             kept["state"] = held.moments
-        slices = {**kept, "gradients": held.gradients, "buffers": self.buffers, "staging": self.staging}
+        slices = {**kept, "gradients": held.gradients, "buffers": self.buffers, "staging": self.kept_staging}
         slices["scratch"] = self._slices_twice()
         sums = held.gradients if self._is_foreseen or config.step_in_backward else self._own_sums
         masters = 0 if self.is_lazy else held.masters  # their new memory is there before they are

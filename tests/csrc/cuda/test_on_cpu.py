@@ -159,7 +159,7 @@ def test_pack(src: int, shim: ShimDevice, cpu: CpuDevice) -> None:
 
 @pytest.mark.parametrize("pair", REDUCE_PAIRS)
 def test_reduce(pair: tuple[int, int], shim: ShimDevice, cpu: CpuDevice) -> None:
-    for num_slices, numel, shift in product([1, 2, 3, 8, 9, 21], [0, 1, 9, 2100], [0, 1]):
+    for num_slices, numel, shift in product([1, 2, 3, 8, 9, 21, 256], [0, 1, 9, 2100], [0, 1]):
         compare_reduce(shim, cpu, pair, num_slices, numel, shift)
 
 
