@@ -24,7 +24,7 @@ CUDA_CALLS = {
     "cuda_try_launch": (0,),
     "cuda_pack": (64, 0, 128, 0, 4, 1.0, 0),
     "cuda_pack_segments": (ROW.ctypes.data, ACTIVE.ctypes.data, 1, 0, 0, 1.0, 0),
-    "cuda_reduce": (64, 1, 0, 0, 128, 0, 4, 0),
+    "cuda_reduce": ([64], 0, 0, 128, 0, 4, 0),
     "cuda_quantize": (64, 128, 192, 4, True, 0),
     "cuda_dequantize": (64, 128, 192, 4, True, 0),
     "cuda_squared_norms": (64, 64, 64, 1, 0, 64, 4, 64, 0),
