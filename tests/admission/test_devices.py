@@ -11,8 +11,9 @@ import torch
 
 from zeroopt import ops
 from zeroopt.admission import devices
-from zeroopt.admission.devices import check_device, describe_device, warn_of_missing_kernels
-from zeroopt.errors import NotSupportedError
+from zeroopt.admission.devices import check_device, check_stepped_on, describe_device, warn_of_missing_kernels
+from zeroopt.errors import KernelUnavailableError, NotSupportedError
+from zeroopt.optim import FusedLion
 
 CUDA = torch.device("cuda:1")
 XPU = torch.device("xpu:0")
@@ -64,6 +65,18 @@ def test_a_device_without_a_module_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_float64_is_tried() -> None:
     assert devices._has_float64(torch.device("cpu"))
+
+
+def test_optimizers_that_step_by_a_kernel_alone_are_refused_where_there_is_none() -> None:
+    params = [torch.nn.Parameter(torch.ones(2))]
+    check_stepped_on(FusedLion(params), torch.device("cpu"))
+    check_stepped_on(torch.optim.AdamW(params), XPU)
+    with pytest.raises(KernelUnavailableError) as error:
+        check_stepped_on(FusedLion(params), XPU)
+    assert str(error.value) == (
+        "FusedLion steps by a fused kernel, and there is none for xpu:0: zeroopt has kernels for the CPU and CUDA, and none for "
+        "xpu. Or take an optimizer of torch.optim, which steps by itself"
+    )
 
 
 def test_ranks_compare_whether_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from lone_slice import LoneSlice, LoneStep, config_with, params_of, values
 from torch import Tensor
 
 from zeroopt import ConfigError, KernelUnavailableError, StateError, ops
-from zeroopt.optim import FusedLion
 from zeroopt.options.precision import Precision
 from zeroopt.stepping.bucket_kernel import BucketKernel
 from zeroopt.stepping.stepper import ShardStepper, check_fused
@@ -222,13 +221,6 @@ def test_what_needs_a_kernel_is_refused_on_a_device_without_any(no_kernels: None
     with pytest.raises(KernelUnavailableError) as error:
         refused(**WANTED[wanted])
     assert str(error.value) == f"{wanted} needs a fused kernel, and there is none for cpu: because of something"
-
-
-def test_optimizers_of_our_own_are_refused_on_a_device_without_kernels(no_kernels: None) -> None:
-    with pytest.raises(
-        KernelUnavailableError, match="FusedLion steps by a fused kernel, .* for cpu: because of something"
-    ):
-        refused(FusedLion)
 
 
 def test_state_is_keyed_by_segments_whichever_way_they_are_stepped() -> None:

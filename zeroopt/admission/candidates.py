@@ -17,7 +17,7 @@ from ..plan.claims import check_unclaimed, claimed_params, is_claimed
 from ..plan.dtensors import check_state_parts, is_distributed, local_of, manage
 from ..plan.params import ManagedParam
 from ..probing.grains import find_grains
-from .devices import check_device
+from .devices import check_device, check_stepped_on
 from .memory_overlap import check_expanded, check_overlaps
 
 _log = logging.getLogger("zeroopt")
@@ -56,6 +56,7 @@ def inspect(
     Raises:
         ConfigError: model, optimizer and parameters do not fit together or cannot be trained.
         NotSupportedError: something this release cannot train yet.
+        KernelUnavailableError: there are no kernels for the device, or they do not run there, and nothing else will do.
     """
     _check_types(model, optimizer, further=bool(known))
     params = inspect_further(model, optimizer, known, home=home)
@@ -84,11 +85,12 @@ def inspect_further(
         home: as `inspect`.
 
     Raises:
-        ConfigError, NotSupportedError: as `inspect`.
+        ConfigError, NotSupportedError, KernelUnavailableError: as `inspect`.
     """
     params = _managed_params(model, optimizer, known, own)
     if params:
         _check_devices([*known, *params])
+        check_stepped_on(optimizer, home or params[0].param.device)
         check_overlaps(model, params)
         check_expanded(model)
         check_state_parts(params, optimizer.state)

@@ -7,8 +7,9 @@ import logging
 import torch
 
 from .. import ops
-from ..errors import NotSupportedError
+from ..errors import KernelUnavailableError, NotSupportedError
 from ..ops.devices import check_launch
+from ..optim import FusedOptimizer
 
 _log = logging.getLogger("zeroopt")
 
@@ -37,6 +38,17 @@ def check_device(device: torch.device) -> None:
     if lacking:
         raise NotSupportedError(
             f"parameters are on {device}, for which this torch lacks {', '.join(lacking)}; train on the CPU or on CUDA instead"
+        )
+
+
+def check_stepped_on(optimizer: torch.optim.Optimizer, home: torch.device) -> None:
+    """Raise KernelUnavailableError when an optimizer steps by a kernel alone, and there is none for the device where it is to step. Not
+    collective."""
+    missing = ops.missing_kernels(home)
+    if missing is not None and isinstance(optimizer, FusedOptimizer):
+        raise KernelUnavailableError(
+            f"{type(optimizer).__name__} steps by a fused kernel, and there is none for {home}: {missing}. Or take an optimizer "
+            "of torch.optim, which steps by itself"
         )
 
 

@@ -129,10 +129,13 @@ def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
         ConfigError: there is none for this optimizer and these dtypes.
         KernelUnavailableError: there is none for the device where parameters are stepped.
     """
-    _check_home(optimizer, config.placement.home or params[0].param.device, config)
     wanted = _what_needs_a_kernel(config)
     if wanted is None:
         return
+    home = config.placement.home or params[0].param.device
+    missing = ops.missing_kernels(home)
+    if missing is not None:
+        raise KernelUnavailableError(f"{wanted} needs a fused kernel, and there is none for {home}: {missing}")
     if config.fused is False:
         raise ConfigError(f"{wanted} needs a fused kernel, and fused=False forbids it")
     if rule_for(optimizer) is None:
@@ -148,20 +151,6 @@ def check_fused(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam]
                 f"{wanted}: parameter {managed.name!r} is {managed.param.dtype}, for which there is no fused kernel; it "
                 "needs float32 parameters, or param_dtype=torch.bfloat16 or torch.float16"
             )
-
-
-def _check_home(optimizer: torch.optim.Optimizer, home: torch.device, config: Config) -> None:
-    missing = ops.missing_kernels(home)
-    if missing is None:
-        return
-    wanted = _what_needs_a_kernel(config)
-    if wanted is not None:
-        raise KernelUnavailableError(f"{wanted} needs a fused kernel, and there is none for {home}: {missing}")
-    if hasattr(optimizer, "fused_rule"):  # one of zeroopt.optim, whose own step is a kernel, too
-        raise KernelUnavailableError(
-            f"{type(optimizer).__name__} steps by a fused kernel, and there is none for {home}: {missing}. Or take an optimizer "
-            "of torch.optim, which steps by itself"
-        )
 
 
 def _what_needs_a_kernel(config: Config) -> str | None:
