@@ -24,6 +24,7 @@ from worker_pool import RunOnRanks
 import zeroopt
 from bench.gpu.methods import over_backend
 from zeroopt.collectives import torch_native
+from zeroopt.collectives.comm_stream import StreamCollective
 
 STAGES = (0, 1, 2)
 STEPS = 4
@@ -56,15 +57,12 @@ def on_gpus(number: int) -> list[pytest.MarkDecorator]:
     ]
 
 
-each_place = pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(Place("cpu", "gloo", 2), id="CPU"),
-        pytest.param(Place("cuda", "nccl", 1), id="one rank on NCCL", marks=on_gpus(1)),
-        pytest.param(Place("cuda", "gloo", 2), id="two ranks on one GPU", marks=on_gpus(1)),
-        pytest.param(Place("cuda", "nccl", 2), id="two GPUs", marks=on_gpus(2)),
-    ],
-)
+ON_CPU = pytest.param(Place("cpu", "gloo", 2), id="CPU")
+ONE_RANK = pytest.param(Place("cuda", "nccl", 1), id="one rank on NCCL", marks=on_gpus(1))
+ONE_GPU = pytest.param(Place("cuda", "gloo", 2), id="two ranks on one GPU", marks=on_gpus(1))
+TWO_GPUS = pytest.param(Place("cuda", "nccl", 2), id="two GPUs", marks=on_gpus(2))
+
+each_place = pytest.mark.parametrize("place", [ON_CPU, ONE_RANK, ONE_GPU, TWO_GPUS])
 
 
 @contextmanager
@@ -215,6 +213,40 @@ def test_kernels_train_to_the_bits_of_the_cpu(run_on_ranks: RunOnRanks, place: P
         assert all(map(torch.equal, there, late)), "somebody has not waited for a collective"
 
 
+def train_without_a_wait(place: Place) -> tuple[list[Tensor], list[Tensor]]:
+    """As it should be, and where nobody waits for collectives that are held up."""
+    device, group = place.enter()
+    right = train_elementwise({"stage": 2}, device, group)
+    with held_up(device), patch.object(StreamCollective, "finish", lambda self: None):
+        return right, train_elementwise({"stage": 2}, device, group)
+
+
+@pytest.mark.parametrize("place", [ONE_RANK, TWO_GPUS])
+def test_holding_up_shows_a_missing_wait(run_on_ranks: RunOnRanks, place: Place) -> None:
+    for right, wrong in run_on_ranks(place.ranks, train_without_a_wait, place):
+        assert not all(map(torch.equal, right, wrong))
+
+
+def train_in_groups(place: Place) -> tuple[list[Tensor], list[Tensor]]:
+    """Each rank a group of its own, which averages with the others: on the CPU, and on the device."""
+    device, all_ranks = place.enter()
+
+    def train(device: torch.device, backend: str, all_ranks: dist.ProcessGroup) -> list[Tensor]:
+        groups = [dist.new_group([rank], backend=backend) for rank in range(place.ranks)]
+        options = {"stage": 2, "average_every": 2, "average_group": all_ranks}
+        return train_elementwise(options, device, groups[dist.get_rank()])
+
+    return train(torch.device("cpu"), "gloo", dist.group.WORLD), train(device, place.backend, all_ranks)
+
+
+@pytest.mark.parametrize("place", [ON_CPU, ONE_GPU, TWO_GPUS])
+def test_groups_average_to_the_bits_of_the_cpu(run_on_ranks: RunOnRanks, place: Place) -> None:
+    (on_cpu, there), (_, on_other) = run_on_ranks(place.ranks, train_in_groups, place)
+    assert all(map(torch.equal, on_cpu, there))
+    params = len(there) // 2
+    assert all(map(torch.equal, there[:params], on_other[:params])), "the last step averaged"
+
+
 # Loops and options, with collectives held up or not.
 
 
@@ -283,3 +315,42 @@ def test_stages_and_ranks_agree_however_late_collectives_are(run_on_ranks: RunOn
     assert all(bool(value.isfinite().all()) for value in first)
     for number, result in enumerate([*rest, *(result for rank in other_ranks for result in rank)]):
         assert all(map(torch.equal, first, result)), f"result {number + 1} of all stages and ranks"
+
+
+def train_without_host_waits(place: Place, options: dict[str, Any]) -> int:
+    """How many steps have run with torch raising an error wherever it would make the host wait for the device."""
+    device, group = place.enter()
+    net = Elementwise().to(device)
+    model, optimizer = zeroopt.wrap(
+        *(net, torch.optim.AdamW(net.parameters(), lr=0.01)),
+        **{"process_group": group, "transport": over_backend, "bucket_mb": BUCKET_MB, **options},
+    )
+    targets = [net.targets(step).to(device) for step in range(2 * STEPS)]
+    steps = 0
+    for target in targets:
+        with waits_forbidden(device) if steps >= STEPS else nullcontext():
+            model(target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps += 1
+    return steps
+
+
+@contextmanager
+def waits_forbidden(device: torch.device) -> Iterator[None]:
+    if device.type == "cpu":  # where nobody waits
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("place", [ON_CPU, ONE_RANK, TWO_GPUS])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("tier", ["float32", "remainder, 8-bit moments", "clipped"])
+def test_the_host_waits_for_nothing(run_on_ranks: RunOnRanks, place: Place, tier: str, stage: int) -> None:
+    options = {"stage": stage, **({"max_grad_norm": 0.1} if tier == "clipped" else TIERS[tier])}
+    assert set(run_on_ranks(place.ranks, train_without_host_waits, place, options)) == {2 * STEPS}
