@@ -38,6 +38,8 @@ class Gather(PendingCollective):
 
 
 class FakeTransport:
+    is_queued = False
+
     def __init__(self, log: Log) -> None:
         self._log = log
 
@@ -79,10 +81,10 @@ class Store:
     def start_reduce(self, transport: object) -> None:
         self._log.lines.append(f"start {self.label}")
 
-    def finish_next(self) -> None:
+    def finish_next(self, *, wait: bool) -> None:
         if self.fails:
             raise RuntimeError(f"{self.label} is lost")
-        self._log.lines.append(f"sum {self.label}")
+        self._log.lines.append(f"sum {self.label}" if wait else f"go on beside {self.label}")
 
     def reclaim_next(self) -> None:
         self._log.lines.append(f"reclaim {self.label}")
@@ -95,12 +97,21 @@ class Store:
 class Scene:
     """Three buckets, and what they travel by."""
 
-    def __init__(self, buffers: int | None = None, *, most: int = 2, spread: bool = False) -> None:
+    def __init__(
+        self,
+        buffers: int | None = None,
+        *,
+        most: int = 2,
+        spread: bool = False,
+        is_queued: bool = False,
+        heard: bool = True,
+    ) -> None:
         self.log = Log()
         features = Features()
-        features.add(self.log)
+        features.add(self.log, on=heard)
         self.pool = None if buffers is None else Pool(buffers)
         transport: Any = FakeTransport(self.log)
+        transport.is_queued = is_queued
         pool: Any = self.pool
         self.flight = InFlight(transport, features, pool)
         self.flight.most = most
@@ -165,6 +176,27 @@ def test_a_sum_for_all_ranks_is_gathered_as_soon_as_it_is_there() -> None:
     assert scene.log.take() == ["sum b", "heard 1 b", "gather b", "flush", "gathered a", "gathered b"]
     scene.flight.finish()
     assert scene.log.take() == ["flush"], "they are waited for once"
+
+
+def test_on_a_queue_the_gather_follows_its_sum_at_once_and_nobody_waits() -> None:
+    scene = Scene(spread=True, is_queued=True, heard=False)
+    scene.start(0, 1)
+    assert scene.log.take() == [
+        *("start a", "go on beside a", "gather a"),
+        *("start b", "go on beside b", "gather b"),
+    ]
+    assert len(scene.flight) == 0 and not scene.flight.is_finished
+    scene.flight.finish()
+    assert scene.log.take() == ["flush", "gathered a", "gathered b"]
+    assert scene.flight.is_finished
+
+
+def test_unless_somebody_looks_at_the_sum() -> None:
+    scene = Scene(spread=True, is_queued=True)
+    scene.start(0)
+    assert scene.log.take() == ["start a"]
+    scene.flight.finish_oldest()
+    assert scene.log.take() == ["sum a", "heard 0 a", "gather a"]
 
 
 def test_without_a_pool_nothing_is_lent(scene: Scene) -> None:

@@ -32,6 +32,7 @@ class Transport(ABC):
         num_slices: of every bucket.
         slice_index: which of them this rank owns.
         needs_staging: every reduce-scatter on its way takes memory of its own, up to the size of its bucket, so that few may be.
+        is_queued: what is started comes behind the result of what was started before, though nobody has finished that.
         shares_parameters: whether `allocate(shared=True)` is possible.
         sums_twice: some ranks' sums travel on to be summed with others; only for wires that nest.
         needs_gloo_on_cpu: it works on buckets in CPU memory, and on groups of the Gloo backend.
@@ -41,6 +42,7 @@ class Transport(ABC):
 
     name: str
     needs_staging = True
+    is_queued = False
     shares_parameters = False
     needs_gloo_on_cpu = False
     sums_twice = False

@@ -41,11 +41,18 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._travelling)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return not self._travelling and not self._gathers
+
     def start(self, bucket: Bucket, store: GradientStore) -> None:
         """Let a full bucket travel. Collective."""
         with named_range("reduce_scatter", store.label):
             store.start_reduce(self._transport)
         self._travelling.append((bucket, store))
+        if self._is_gathered_unseen(store):
+            self.finish_sums()
 
     def make_way(self) -> None:
         """Before one more starts: have no more than `most` travel."""
@@ -56,7 +63,8 @@ class InFlight:
         """Wait for the sum of the bucket, or stripe, that was started first."""
         bucket, store = self._travelling[0]
         with named_range("wait_for_reduce", store.label):
-            store.finish_next()  # when it fails, it is still the oldest
+            # When it fails, it is still the oldest.
+            store.finish_next(wait=not self._is_gathered_unseen(store))
         self._travelling.popleft()
         if store.holds_sum:
             for reduced in self._reduced:
@@ -67,6 +75,10 @@ class InFlight:
                 self._gathers.append((store.label, self._transport.start_all_gather(store.full, label=store.label)))
         if self._pool is not None:
             self._lent.append(store)
+
+    def _is_gathered_unseen(self, store: GradientStore) -> bool:
+        """Whether nobody looks at the sum before its gather, which comes behind it by itself: the current stream goes on."""
+        return store.sum_is_spread and self._transport.is_queued and not self._reduced
 
     def finish_sums(self) -> None:
         """Wait for the sums of all buckets."""

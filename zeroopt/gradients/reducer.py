@@ -300,7 +300,7 @@ class GradientReducer:
                 "the last backward did not come to its end, so the ranks no longer agree on what has been reduced; start "
                 "the job again from a checkpoint"
             )
-        is_first = bool(self._in_flight)
+        is_first = not self._in_flight.is_finished
         self._in_flight.finish()
         if is_first:
             self._finished = Mark(self._buckets[0].device)
@@ -517,7 +517,7 @@ class GradientReducer:
             bucket_filled(bucket, store.stripe, full)
         self._in_flight.start(bucket, store)
         if self._in_flight.most == 0:
-            self._in_flight.finish_oldest()
+            self._in_flight.finish_sums()
 
     @untraced_hook
     def _end(self) -> None:

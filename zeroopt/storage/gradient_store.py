@@ -162,9 +162,14 @@ class GradientStore:
         self.norm = None
         self.factor = None
 
-    def finish_next(self) -> None:
-        """Wait for the reduce that was started first; with the last one, `reduced` holds the sum."""
-        self._pending[self._num_finished][0].finish()
+    def finish_next(self, *, wait: bool = True) -> None:
+        """Wait for the reduce that was started first; with the last one, `reduced` holds the sum.
+
+        Args:
+            wait: False: who uses it comes behind it anyway.
+        """
+        if wait:
+            self._pending[self._num_finished][0].finish()
         self._num_finished += 1
         if self._num_finished == len(self._pending):
             self.is_reducing = False
