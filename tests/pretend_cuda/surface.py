@@ -99,6 +99,17 @@ class use_device:
         _device.set_device(self._before)
 
 
+@contextmanager
+def capturing(device: Any = None) -> Iterator[None]:
+    """As if a CUDA graph were captured on a device: whatever makes the host wait, or ask, raises. All else runs, once."""
+    index = _index(device)
+    _device.set_capturing(index, True)
+    try:
+        yield
+    finally:
+        _device.set_capturing(index, False)
+
+
 def synchronize(device: Any = None) -> None:
     torch.accelerator.synchronize(_index(device))
 

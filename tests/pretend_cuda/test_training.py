@@ -9,11 +9,10 @@ import torch
 from worker_pool import RunOnRanks
 
 from .process import PretendProcess
-from .training import Loop, train
+from .training import BF16, Loop, train
 
 pytestmark = pytest.mark.slow
 
-BF16 = {"param_dtype": torch.bfloat16}
 SIDES = ("loop", "forward", "branch", "average")
 LOOPS = {
     "stage 0": Loop({"stage": 0}),
@@ -37,6 +36,7 @@ LOOPS = {
     "stage 2, all of it": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, side="branch", accumulate=2, steps=2),
     "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
 }
+NUM_ORDERS = -(-10_000 // len(LOOPS))  # of each
 
 
 def _train_on_cpu(loop: Loop) -> list[torch.Tensor]:
@@ -63,7 +63,7 @@ def test_trains_as_on_the_cpu_in_any_order(
     name: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks
 ) -> None:
     expected = run_on_ranks(2, _train_on_cpu, LOOPS[name])
-    result = on_pretend_cuda(_train_here, LOOPS[name], 10)
+    result = on_pretend_cuda(_train_here, LOOPS[name], NUM_ORDERS)
     assert result["nodes"] > 100
     assert result["races"] == []
     assert result["wrong orders"] == {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import zeroopt
 
 VOCABULARY, WIDTH, BATCH = 19, 8, 4
+BF16 = {"param_dtype": torch.bfloat16}
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:

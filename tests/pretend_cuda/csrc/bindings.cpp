@@ -18,8 +18,9 @@ std::string line_of(PyFrameObject* frame) {
   PyCodeObject* code = PyFrame_GetCode(frame);
   std::string path = PyUnicode_AsUTF8(code->co_filename);
   std::string line = std::to_string(PyFrame_GetLineNumber(frame));
+  std::string function = PyUnicode_AsUTF8(code->co_name);
   Py_DECREF(code);
-  return path + ":" + line;
+  return path + ":" + line + " " + function;
 }
 
 bool is_of_package(const std::string& line) {
@@ -28,7 +29,7 @@ bool is_of_package(const std::string& line) {
 
 std::string in_short(const std::string& line) {
   size_t folder = line.rfind("/zeroopt/");
-  return folder == std::string::npos ? line.substr(line.rfind('/') + 1) : line.substr(folder + 9);
+  return folder == std::string::npos ? line.substr(line.rfind('/') + 1) : line.substr(folder + 1);
 }
 
 /// The innermost three lines of the package, or the innermost line of whoever it is.

@@ -75,6 +75,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (node != kNone) mark(Kind::kWait, on.device_index(), on.id(), "wait", {node});
   }
   bool queryEvent(void* event) const override {
+    check_not_capturing(device, "Event.query");
     if (event != nullptr) {
       host_waits(device, Trace::get().event(reinterpret_cast<int64_t>(event)), Kind::kHostQuery, "Event.query");
     }
@@ -88,6 +89,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
   bool queryStream(const c10::Stream& of) const override {
+    check_not_capturing(of.device_index(), "Stream.query");
     Trace& trace = Trace::get();
     host_waits(of.device_index(), trace.last(trace.stream_actor(of.device_index(), of.id())), Kind::kHostQuery,
                "Stream.query");

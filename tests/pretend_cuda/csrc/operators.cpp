@@ -191,9 +191,9 @@ private:
   }
 
   void record_with(std::vector<Made> made, const std::vector<IValue>& scalars, std::optional<Tensor> random_state) {
-    if (!Trace::get().is_on()) return;
     bool host_waits = !scalars.empty() || needs_host();
     if (host_waits) check_not_capturing(device_, name().c_str());
+    if (!Trace::get().is_on()) return;
     Action action = [op = op_, inputs = std::move(inputs_), made = std::move(made), scalars,
                      resized = std::move(resized_), random_state = std::move(random_state)] {
       std::optional<Tensor> later;
