@@ -52,6 +52,7 @@ class Download:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
+        self._source: Tensor | None = values  # kept until it has been copied: its memory may belong to another stream
         self._event = None
         if not values.is_cpu:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
@@ -65,4 +66,5 @@ class Download:
         """They, on the CPU. Blocks until they are there."""
         if self._event is not None and not self._event.query():
             self._event.synchronize()
+        self._source = None
         return self._values
