@@ -59,3 +59,35 @@ def _look_at_the_host() -> str:
 
 def test_what_makes_the_host_wait_is_refused_in_a_capture(on_pretend_cuda: PretendProcess) -> None:
     assert "operation not permitted when stream is capturing" in on_pretend_cuda(_look_at_the_host)
+
+
+def _capture_without_a_gradient() -> str:
+    from torch import nn
+
+    import zeroopt
+    from zeroopt.errors import StateError
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> str:
+        model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).to(rank.device)
+        wrapped, optimizer = zeroopt.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), transport="torch")
+        inputs = torch.ones(2, 4, device=rank.device)
+        for _ in range(2):
+            model[1](model[0](inputs)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        try:
+            with capturing(rank.device):
+                model[0](inputs).sum().backward()
+        except StateError as error:
+            return str(error)
+        return "nothing"
+
+    return on_ranks(2, run)[0][0]
+
+
+def test_a_parameter_without_a_gradient_is_refused_in_a_capture(on_pretend_cuda: PretendProcess) -> None:
+    message = on_pretend_cuda(_capture_without_a_gradient)
+    assert "a CUDA graph cannot capture a step in which parameters have no gradient, here 2 of 4" in message

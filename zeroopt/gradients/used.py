@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..collectives import ADVICE, PendingCollective, Transport
-from ..errors import CollectiveError
+from ..errors import CollectiveError, StateError
 from ..profiling import named_range
+from ..streams import is_capturing
 from ..transfers import Download, upload_into
 from .lockstep import Lockstep
 
@@ -78,7 +79,12 @@ class UsedParams:
             self._before.finish()
             self._before.wait_until_read()  # other ranks read what is about to be written
         assert self._said is not None
-        upload_into(self._said, torch.frombuffer(came + self._lockstep.note_backward(num_steps), dtype=torch.uint8))
+        said = torch.frombuffer(came + self._lockstep.note_backward(num_steps), dtype=torch.uint8)
+        if is_capturing(self._said.device):
+            self._check_may_be_captured(came)
+            self._said.fill_(1)  # the counts of now would be those of every replay
+        else:
+            upload_into(self._said, said)
         agreed = torch.empty_like(self._said)
         self._before = self._transport.start_max(self._said, agreed, label="used parameters")
         self._pending.append((all(came), agreed, self._before))
@@ -92,6 +98,10 @@ class UsedParams:
         for has_all, agreed, pending in self._pending:
             with named_range("wait_for_used"):
                 pending.finish()
+            if is_capturing(agreed.device):  # what a replay gives nobody reads
+                self.had_gradients = True
+                self.flags.fill_(1)
+                continue
             self._unread.append(Download(agreed))
             if has_all and not agreed.is_cpu:
                 self._read_all_but(1)
@@ -101,6 +111,14 @@ class UsedParams:
             self.had_gradients = bool(used.any())
             self.flags |= used
         self._pending.clear()
+
+    def _check_may_be_captured(self, came: bytearray) -> None:
+        if not all(came):
+            raise StateError(
+                f"a CUDA graph cannot capture a step in which parameters have no gradient, here {came.count(0)} of {len(came)}: "
+                "which of them the other ranks have used would have to be read from the device; let every parameter take part, or "
+                "freeze those that do not"
+            )
 
     def _read_all_but(self, count: int) -> Tensor:
         """Read what ranks have said, but for the last so many backward passes. Returns the flags of the last one that was read."""
