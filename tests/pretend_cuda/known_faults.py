@@ -127,3 +127,11 @@ def started_in_another_order(rank: int, is_mended: bool) -> Tensor:
     for work in works:
         work.wait()
     return buckets[0] * 2
+
+
+def not_started_on_one_rank(rank: int, is_mended: bool) -> Tensor:
+    """Rank 1 has no gradient, and so starts no collective."""
+    bucket = _gradient(1.0, rank)
+    if is_mended or rank == 0:
+        dist.all_reduce(bucket)
+    return bucket * 2

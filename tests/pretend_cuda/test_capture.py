@@ -72,7 +72,7 @@ def _capture_without_a_gradient() -> str:
 
     def run(rank: Rank) -> str:
         model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).to(rank.device)
-        wrapped, optimizer = zeroopt.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), transport="torch")
+        _, optimizer = zeroopt.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), transport="torch")
         inputs = torch.ones(2, 4, device=rank.device)
         for _ in range(2):
             model[1](model[0](inputs)).sum().backward()

@@ -61,3 +61,20 @@ def test_collectives_in_another_order_are_an_error(on_pretend_cuda: PretendProce
     assert on_pretend_cuda(_record, known_faults.started_in_another_order, True)["races"] == []
     with pytest.raises(AssertionError, match="ranks have started different collectives as one"):
         on_pretend_cuda(_record, known_faults.started_in_another_order, False)
+
+
+def _wait_for_a_second(fault: Any, is_mended: bool) -> dict[str, Any]:
+    from . import nccl
+
+    before, nccl.TIMEOUT_S = nccl.TIMEOUT_S, 1.0
+    try:
+        return _record(fault, is_mended)
+    finally:
+        nccl.TIMEOUT_S = before
+
+
+def test_a_collective_that_one_rank_does_not_start_is_an_error(on_pretend_cuda: PretendProcess) -> None:
+    fault = known_faults.not_started_on_one_rank
+    assert on_pretend_cuda(_wait_for_a_second, fault, True)["races"] == []
+    with pytest.raises(AssertionError, match=r"watchdog: ranks \[1\] have not started all_reduce"):
+        on_pretend_cuda(_wait_for_a_second, fault, False)

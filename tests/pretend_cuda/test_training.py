@@ -33,6 +33,10 @@ LOOPS = {
     "stage 2, no overlap": Loop({"stage": 2, "overlap": False}),
     **{f"stage {stage}, {side} on a stream": Loop({"stage": stage}, side=side) for stage in range(3) for side in SIDES},
     **{f"stage {stage}, not on the current device": Loop({"stage": stage}, device="other") for stage in range(3)},
+    **{f"stage {stage}, sums of our own": Loop({"stage": stage, "transport": "all_to_all"}) for stage in range(3)},
+    "stage 2, bfloat16, sums of our own": Loop(
+        {"stage": 2, **BF16, "transport": "all_to_all"}, accumulate=2, side="branch"
+    ),
     "stage 2, all of it": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, side="branch", accumulate=2, steps=2),
     "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
 }
