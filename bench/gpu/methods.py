@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import zeroopt
 from bench.compare import formula
 from bench.model import count_parameters, make_model
+from zeroopt.collectives import Transport
+from zeroopt.collectives.all_to_all import AllToAllTransport
 from zeroopt.collectives.site import Site
 from zeroopt.collectives.torch_native import TorchTransport
 
@@ -70,14 +72,19 @@ class Method:
             model = DistributedDataParallel(net, gradient_as_bucket_view=True)
             return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
-        return zeroopt.wrap(net, optimizer, transport=over_backend, **self.options)
+        return zeroopt.wrap(net, optimizer, **{"transport": sums_here, **self.options})
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "float32" else nullcontext()
 
 
-def over_backend(group: dist.ProcessGroup, device: torch.device) -> zeroopt.collectives.Transport:
-    """The backend's collectives with one rank, too, which would send nothing otherwise."""
+def sums_here(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """What "auto" takes for GPUs of one host; with one rank, too, which would send nothing otherwise."""
+    return AllToAllTransport.connect(Site(group, device))
+
+
+def sums_of_backend(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """What "auto" takes for GPUs of several hosts."""
     return TorchTransport.connect(Site(group, device))
 
 
@@ -93,6 +100,7 @@ METHODS: dict[str, Method] = {
     DDP: Method(formula.replicated),
     "stage 2": zero(2),
     "stage 2, bfloat16": zero(2, **BF16),
+    "stage 2, the backend's sums": zero(2, transport=sums_of_backend),
     "stage 1": zero(1),
     "stage 0": zero(0),
     "stage 2, clipped": zero(2, max_grad_norm=1.0),

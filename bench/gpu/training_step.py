@@ -131,7 +131,7 @@ def planned_bytes(method: Method, shape: Shape) -> int:
     with torch.device("meta"):
         net = shape.make_model()
         tokens = torch.zeros(shape.sequences, shape.tokens, dtype=torch.long)
-    ranks, options = dist.get_world_size(), method.options or {}
+    ranks, options = dist.get_world_size(), {**(method.options or {}), "transport": "all_to_all"}
     plan = estimate_memory(
         net, torch.optim.AdamW, world_size=ranks, device="cuda", sample=(tokens, tokens), compare=False, **options
     )

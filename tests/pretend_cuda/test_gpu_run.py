@@ -13,7 +13,7 @@ from torch import Tensor
 from training import build
 from worker_pool import RunOnRanks
 
-from bench.gpu.methods import METHODS, SHAPES, Shape
+from bench.gpu.methods import METHODS, SHAPES, Shape, sums_here, sums_of_backend
 from bench.gpu.training_step import Loop as StepLoop
 from tests.training import test_on_gpu
 from tests.training.test_on_gpu import LOOPS, TIERS, train_elementwise, train_loop
@@ -72,8 +72,9 @@ def _compare(on_devices: list[list[Tensor]], on_cpu: list[list[Tensor]], rtol: f
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_tiers(tier: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks) -> None:
-    call = (train_elementwise, {"stage": 2, **TIERS[tier]})
-    _compare(on_pretend_cuda(_on_devices, *call), run_on_ranks(2, _on_cpu, *call))
+    for transport in (sums_here, sums_of_backend):
+        call = (train_elementwise, {"stage": 2, **TIERS[tier]}, transport)
+        _compare(on_pretend_cuda(_on_devices, *call), run_on_ranks(2, _on_cpu, *call))
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -22,8 +22,8 @@ from training import batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
 
 import zeroopt
-from bench.gpu.methods import over_backend
-from zeroopt.collectives import torch_native
+from bench.gpu.methods import sums_here, sums_of_backend
+from zeroopt.collectives import TransportFactory, torch_native
 from zeroopt.collectives.comm_stream import StreamCollective
 
 STAGES = (0, 1, 2)
@@ -118,7 +118,7 @@ def train_by_ddp_and_stages(place: Place, model_name: str, optimizer_name: str) 
         if stage is None:
             model: nn.Module = DistributedDataParallel(net, process_group=group)
         else:
-            options = {"process_group": group, "transport": over_backend, "bucket_mb": BUCKET_MB, "fused": False}
+            options = {"process_group": group, "transport": sums_here, "bucket_mb": BUCKET_MB, "fused": False}
             model, optimizer = zeroopt.wrap(net, optimizer, stage=stage, **options)
         history = []
         for step in range(STEPS):
@@ -178,12 +178,14 @@ TIERS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_elementwise(options: dict[str, Any], device: torch.device, group: dist.ProcessGroup) -> list[Tensor]:
+def train_elementwise(
+    options: dict[str, Any], transport: TransportFactory, device: torch.device, group: dist.ProcessGroup
+) -> list[Tensor]:
     """Parameters as the model has them, and as exactly as they are kept."""
     net = Elementwise().to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
     model, optimizer = zeroopt.wrap(
-        net, optimizer, process_group=group, transport=over_backend, bucket_mb=BUCKET_MB, fused=True, **options
+        net, optimizer, process_group=group, transport=transport, bucket_mb=BUCKET_MB, fused=True, **options
     )
     for step in range(STEPS):
         model(net.targets(step).to(device)).backward()
@@ -193,13 +195,13 @@ def train_elementwise(options: dict[str, Any], device: torch.device, group: dist
     return [value.detach().cpu() for value in (*net.parameters(), *exactly)]
 
 
-def train_in_three_ways(place: Place, options: dict[str, Any]) -> tuple[list[Tensor], ...]:
+def train_in_three_ways(place: Place, options: dict[str, Any], transport: TransportFactory) -> tuple[list[Tensor], ...]:
     """On the CPU, on the device, and there with collectives held up."""
     device, group = place.enter()
-    on_cpu = train_elementwise(options, torch.device("cpu"), dist.group.WORLD)
-    there = train_elementwise(options, device, group)
+    on_cpu = train_elementwise(options, transport, torch.device("cpu"), dist.group.WORLD)
+    there = train_elementwise(options, transport, device, group)
     with held_up(device):
-        return on_cpu, there, train_elementwise(options, device, group)
+        return on_cpu, there, train_elementwise(options, transport, device, group)
 
 
 @each_place
@@ -208,17 +210,19 @@ def train_in_three_ways(place: Place, options: dict[str, Any]) -> tuple[list[Ten
 def test_kernels_train_to_the_bits_of_the_cpu(run_on_ranks: RunOnRanks, place: Place, tier: str, stage: int) -> None:
     if stage == 0 and tier == "bfloat16 gradients":
         pytest.skip("a stage that shards nothing sends gradients as they are")
-    for on_cpu, there, late in run_on_ranks(place.ranks, train_in_three_ways, place, {"stage": stage, **TIERS[tier]}):
-        assert all(map(torch.equal, on_cpu, there))
-        assert all(map(torch.equal, there, late)), "somebody has not waited for a collective"
+    options = {"stage": stage, **TIERS[tier]}
+    for transport in (sums_here, sums_of_backend):
+        for on_cpu, there, late in run_on_ranks(place.ranks, train_in_three_ways, place, options, transport):
+            assert all(map(torch.equal, on_cpu, there)), transport.__name__
+            assert all(map(torch.equal, there, late)), f"{transport.__name__}: somebody has not waited for a collective"
 
 
 def train_without_a_wait(place: Place) -> tuple[list[Tensor], list[Tensor]]:
     """As it should be, and where nobody waits for collectives that are held up."""
     device, group = place.enter()
-    right = train_elementwise({"stage": 2}, device, group)
+    right = train_elementwise({"stage": 2}, sums_here, device, group)
     with held_up(device), patch.object(StreamCollective, "finish", lambda self: None):
-        return right, train_elementwise({"stage": 2}, device, group)
+        return right, train_elementwise({"stage": 2}, sums_here, device, group)
 
 
 @pytest.mark.parametrize("place", [ONE_RANK, TWO_GPUS])
@@ -234,7 +238,7 @@ def train_in_groups(place: Place) -> tuple[list[Tensor], list[Tensor]]:
     def train(device: torch.device, backend: str, all_ranks: dist.ProcessGroup) -> list[Tensor]:
         groups = [dist.new_group([rank], backend=backend) for rank in range(place.ranks)]
         options = {"stage": 2, "average_every": 2, "average_group": all_ranks}
-        return train_elementwise(options, device, groups[dist.get_rank()])
+        return train_elementwise(options, sums_here, device, groups[dist.get_rank()])
 
     return train(torch.device("cpu"), "gloo", dist.group.WORLD), train(device, place.backend, all_ranks)
 
@@ -278,7 +282,7 @@ LOOPS = {
 
 def train_loop(loop: Loop, stage: int, device: torch.device, group: dist.ProcessGroup) -> list[Tensor]:
     net = build("mlp").to(device)
-    options = {"process_group": group, "transport": over_backend, "bucket_mb": BUCKET_MB, **loop.options}
+    options = {"process_group": group, "transport": sums_here, "bucket_mb": BUCKET_MB, **loop.options}
     model, optimizer = zeroopt.wrap(net, optimizer_for("adamw", net), stage=stage, **options)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=loop.scales)
     for step in range(STEPS):
@@ -323,7 +327,7 @@ def train_without_host_waits(place: Place, options: dict[str, Any]) -> int:
     net = Elementwise().to(device)
     model, optimizer = zeroopt.wrap(
         *(net, torch.optim.AdamW(net.parameters(), lr=0.01)),
-        **{"process_group": group, "transport": over_backend, "bucket_mb": BUCKET_MB, **options},
+        **{"process_group": group, "transport": sums_here, "bucket_mb": BUCKET_MB, **options},
     )
     targets = [net.targets(step).to(device) for step in range(2 * STEPS)]
     steps = 0
