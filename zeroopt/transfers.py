@@ -59,8 +59,10 @@ class Download:
                 values, non_blocking=True
             )
             module = torch.get_device_module(values.device)
+            stream = module.current_stream(values.device)
+            values.record_stream(stream)  # they may be dropped at once, and of another stream
             self._event = module.Event()
-            self._event.record(module.current_stream(values.device))
+            self._event.record(stream)
 
     def read(self) -> Tensor:
         """They, on the CPU. Blocks until they are there."""

@@ -106,6 +106,16 @@ def average_beside_forward(
             average.lerp_(param.detach(), 0.5)
 
 
+def average_before_reading(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: list[Tensor], on: Streams
+) -> None:
+    """The same, and then the stream of the step reads parameters outside of any forward."""
+    average_beside_forward(model, optimizer, averages, on)
+    total = torch.stack([param.detach().sum() for param in model.parameters()]).sum()
+    on.join(on.fork(1))
+    averages[0].flatten()[0] = total
+
+
 def step_on_another(model: nn.Module, optimizer: torch.optim.Optimizer, averages: list[Tensor], on: Streams) -> None:
     """The step runs on a stream behind backward, which the next forward comes behind; in between, a third reads the norm."""
     side, third = on.fork(1), on.fork(2)
@@ -120,7 +130,7 @@ def step_on_another(model: nn.Module, optimizer: torch.optim.Optimizer, averages
 
 
 STEPPERS: dict[str, Callable[..., None]] = {
-    step.__name__: step for step in (in_one_stream, average_beside_forward, step_on_another)
+    step.__name__: step for step in (in_one_stream, average_beside_forward, average_before_reading, step_on_another)
 }
 
 
