@@ -2,34 +2,36 @@
 
 In reading order; each imports from those above it:
 
-    failure        how failed collectives are told
-    group_timeout  how long ranks wait for one another
-    lone           what stands for the process group of a process that trains by itself
-    backends       which backends a process group has
-    pending        `PendingCollective`: what has been started and has to be finished
-    flat           tensors side by side, so that they travel as one
-    pickled        what ranks send each other pickled lies on the CPU
-    control        `ControlGroup`: the small things that ranks tell each other
-    hosts          which ranks can share memory
-    site           where a transport is to work: group, device, hosts
-    shared_memory  memory that the ranks of one host share
-    turnout        which ranks still train
-    wire           `Wire`: in what form gradients travel
-    base           `Transport`: the collectives that ZeRO needs, on flat buckets
-    single         a group of one
-    shm            one host: shared memory
-    pairwise       messages between pairs, for Gloo
-    hybrid         several hosts: shared memory within, messages between
-    comm_stream    the stream of a device on which collectives run
-    torch_native   torch's own reduce-scatter and all-gather, for NCCL
-    all_to_all     slices exchanged by the backend, and summed here
-    select         picks one of them, by name or for a group
+    failure            how failed collectives are told
+    group_timeout      how long ranks wait for one another
+    lone               what stands for the process group of a process that trains by itself
+    backends           which backends a process group has
+    pending            `PendingCollective`: what has been started and has to be finished
+    flat               tensors side by side, so that they travel as one
+    pickled            what ranks send each other pickled lies on the CPU
+    control            `ControlGroup`: the small things that ranks tell each other
+    hosts              which ranks can share memory
+    site               where a transport is to work: group, device, hosts
+    shared_memory      memory that the ranks of one host share
+    turnout            which ranks still train
+    wire               `Wire`: in what form gradients travel
+    base               `Transport`: the collectives that ZeRO needs, on flat buckets
+    single             a group of one
+    shm                one host: shared memory
+    pairwise           messages between pairs, for Gloo
+    hybrid             several hosts: shared memory within, messages between
+    comm_stream        the stream of a device on which collectives run
+    torch_native       torch's own reduce-scatter and all-gather, for NCCL
+    all_to_all         slices exchanged by the backend, and summed here
+    select             picks one of them, by name or for a group
+    registered_memory  the same, with buckets in memory that the backend has registered
 """
 
 from .base import Transport
 from .control import ControlGroup, lone_control
 from .failure import ADVICE
 from .pending import PendingCollective
+from .registered_memory import registered
 from .select import TRANSPORTS, TransportFactory, check_transport, connect_transport
 from .wire import Wire
 
@@ -44,4 +46,5 @@ __all__ = [
     "check_transport",
     "connect_transport",
     "lone_control",
+    "registered",
 ]

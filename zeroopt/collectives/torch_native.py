@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ class TorchTransport(Transport):
 
     Attributes:
         sums_here: slices are summed by the ranks that own them, rather than by the backend.
+        allocator: the backend that buckets take their memory from, registered with it; None: torch's allocator.
     """
 
     name = "torch"
@@ -43,6 +45,7 @@ class TorchTransport(Transport):
             self._stream.blocks_host
         )  # else one has what it needs when the one before is through with it
         self._missing = the_other_rank(group)  # where a collective fails
+        self.allocator: Any = None
 
     @classmethod
     def connect(cls, site: Site) -> Transport:
@@ -51,6 +54,12 @@ class TorchTransport(Transport):
     @classmethod
     def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
         return num_bytes // num_slices  # a sum that has yet to be added to another one, or widened
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
+        if self.allocator is None:
+            return super().allocate(numel, dtype, device, shared=shared)
+        buffer: Tensor = self.allocator.allocate_tensor(numel, dtype=dtype, device=device)
+        return buffer.zero_()
 
     def start_reduce_scatter(
         self, full: Tensor, out: Tensor, base: Tensor | None = None, *, wire: Wire = PLAIN, label: str = "a bucket"
