@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from .process import PretendProcess
+
+TIMEOUT_S = 900  # of a test: the first one compiles
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of all tests: those of other folders are left as they are."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

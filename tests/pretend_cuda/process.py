@@ -14,7 +14,7 @@ from paths import PYTHON_PATH, ROOT
 
 T = TypeVar("T")
 
-START_TIMEOUT_S = 300.0  # the device may have to be compiled
+START_TIMEOUT_S = 600.0  # the device may have to be compiled
 TIMEOUT_S = 240.0
 
 
