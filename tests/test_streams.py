@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from recorded_streams import recorded_streams
 
-from zeroopt.streams import Mark, has_streams
+from zeroopt.streams import Mark, has_streams, note_use
 
 CUDA = torch.device("cuda")
 
@@ -49,4 +49,6 @@ def test_without_streams_nothing_is_asked_of_them() -> None:
             with streams.stream("other"):
                 mark.wait()
             assert mark.passed_by == []
+        note_use(torch.ones(2))
         assert streams.log == []
+        assert not streams.used_on

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def has_streams(device: torch.device) -> bool:
@@ -27,6 +28,13 @@ def let_wait(waiting: Any, stream: Any, device: torch.device) -> None:
     event = torch.get_device_module(device).Event()
     event.record(stream)
     event.wait(waiting)
+
+
+def note_use(tensor: Tensor) -> None:
+    """Tell the allocator that the current stream uses a tensor, which another one may have allocated: when it is dropped, its memory goes
+    to nobody else before this stream is through."""
+    if has_streams(tensor.device):
+        tensor.record_stream(current_stream(tensor.device))
 
 
 class Mark:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..storage.bucket import Bucket
-from ..streams import Mark, current_stream, has_streams, let_wait
+from ..streams import Mark, current_stream, has_streams, let_wait, note_use
 
 
 class PackingStreams:
@@ -59,7 +59,7 @@ class PackingStreams:
         self._came_on[bucket].clear()
 
     def note_read(self, grads: Iterable[Tensor]) -> None:
-        """Gradients that have waited are read on the current stream: their memory, of whichever stream, goes to nobody else before."""
+        """Gradients that have waited are read on the current stream, and dropped then."""
         if self.are_there:
             for grad in grads:
-                grad.record_stream(current_stream(self._device))
+                note_use(grad)

@@ -17,6 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from ..collectives import ControlGroup, PendingCollective
 from ..collectives.flat import group_alike, pieces_of
 from ..plan.dtensors import local_of
+from ..streams import note_use
 from ..untraced import untraced
 
 
@@ -72,6 +73,7 @@ class BufferSync:
             pending.finish()
             if self._control.rank == self._source:
                 continue
+            note_use(flat)
             for tensor, version, piece in zip(tensors, versions, pieces_of(flat, tensors), strict=True):
                 if _version(tensor) == version:
                     with _unnoticed([tensor]):
