@@ -220,7 +220,9 @@ void bind_cuda_kernels(py::module_& m) {
       },
       py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("numel"), py::arg("is_signed"), py::arg("stream"),
       GilReleased());
-  m.def("cuda_workspace_bytes", &cuda::workspace_bytes, py::arg("num_segments"), py::arg("total_numel"));
+  m.def("cuda_norm_workspace_bytes", &cuda::norm_workspace_bytes, py::arg("num_segments"), py::arg("total_numel"));
+  m.def("cuda_step_workspace_bytes", &cuda::step_workspace_bytes, py::arg("kernel"), py::arg("num_segments"),
+        py::arg("total_numel"));
   m.def(
       "cuda_squared_norms",
       [](Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf, int64_t total_numel,

@@ -149,9 +149,11 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, void* stream);
 void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed, void* stream);
 
-/// Device memory that a kernel over these segments needs, 16-byte aligned. total_numel: sum of the sizes of the
-/// segments.
-int64_t workspace_bytes(int64_t num_segments, int64_t total_numel);
+/// Device memory that squared_norms and the step of that name need over these segments, 16-byte aligned. total_numel:
+/// sum of the sizes of the segments. Some 70 bytes a segment; norms 8 bytes for 2048 elements besides, and steps that
+/// sum squares 16 for 256.
+int64_t norm_workspace_bytes(int64_t num_segments, int64_t total_numel);
+int64_t step_workspace_bytes(const std::string& kernel, int64_t num_segments, int64_t total_numel);
 
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int64_t total_numel, void* workspace,
                    void* stream);

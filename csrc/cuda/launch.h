@@ -18,16 +18,6 @@ inline void check(cudaError_t status, const char* kernel) {
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
 }
 
-/// Blocks to launch for `wanted` blocks of work: as many as can run at once, and they stride over the rest.
-inline unsigned grid_size(int64_t wanted, const char* kernel) {
-  constexpr int64_t kBlocksPerMultiprocessor = 8; // of 256 threads: 2048 threads, all that one can hold
-  int device = 0;
-  int multiprocessors = 0;
-  check(cudaGetDevice(&device), kernel);
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kernel);
-  return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, multiprocessors * kBlocksPerMultiprocessor));
-}
-
 /// Blocks to launch of a kernel for `wanted` blocks of work: as many as can run at once, and they stride over the rest.
 /// With more, the last ones would run while most of the device has nothing to do any more.
 template <class... Params> unsigned grid_size(void (*kernel)(Params...), int64_t wanted, const char* name) {

@@ -22,7 +22,7 @@ void launch_for(const SegmentTable& segments, float* found_inf, int64_t total_nu
                 cudaStream_t stream) {
   const auto parts = workspace_at<NormPlan>(workspace, segments.count, total_numel);
   const auto kernel = has_slow_float64() ? norm_kernel<T, PairSquares> : norm_kernel<T, Float64Squares>;
-  const int64_t strips = max_tiles(segments.count, total_numel) / NormPlan::kTiles + segments.count;
+  const int64_t strips = max_strips<NormPlan>(segments.count, total_numel);
   const unsigned grid = grid_size(kernel, strips / kWarpsPerBlock + 1, kName);
   launch(kName, prepare_norm_kernel<T>, num_plan_blocks(segments.count), stream, segments, parts);
   launch(kName, kernel, grid, stream, segments, parts);
@@ -31,6 +31,10 @@ void launch_for(const SegmentTable& segments, float* found_inf, int64_t total_nu
 }
 
 } // namespace
+
+int64_t norm_workspace_bytes(int64_t num_segments, int64_t total_numel) {
+  return WorkspaceLayout::of<NormPlan>(num_segments, total_numel).end;
+}
 
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int64_t total_numel, void* workspace,
                    void* stream) {

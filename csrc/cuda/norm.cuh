@@ -10,6 +10,7 @@ constexpr int kAtOnce = 4; // tiles of which a lane loads its elements before it
 
 struct NormPlan {
   static constexpr int kTiles = 8; // so many that what lanes add up among themselves costs little
+  static constexpr int kSums = 1;
   int lead;
 };
 
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(SegmentTable table, Work
       }
     }
     const double sum = warp_sum(squares.total());
-    if (lane_index() == 0) workspace.sums[2 * strip] = sum;
+    if (lane_index() == 0) workspace.sums[strip] = sum;
   });
 }
 
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(SegmentTable table, Work
 static __global__ void __launch_bounds__(kThreads)
     norm_sums_kernel(SegmentTable table, float* found_inf, Workspace<NormPlan> workspace) {
   for_each_segment(table, workspace, [&](int64_t segment, int64_t begin, int64_t end) {
-    const double sum = sum_strips(workspace.sums, begin, end, 0);
+    const double sum = sum_strips(workspace, begin, end, 0);
     if (threadIdx.x != 0) return;
     table.squares[2 * segment] = sum;
     const bool finite = sum - sum == 0.0;

@@ -12,9 +12,10 @@ void launch_list(const void* const* slices, int64_t num_slices, const void* base
   for (int64_t i = 0; i < num_slices; ++i)
     list.items[i] = static_cast<const Slice*>(slices[i]);
   constexpr int N = ReduceShape<Slice, Out>::vector_numel;
+  const auto kernel = reduce_kernel<Slice, Out, capacity>;
   const int64_t blocks = num_vectors(numel, N, N) / kThreads + 1;
-  launch("reduce", reduce_kernel<Slice, Out, capacity>, grid_size(blocks, "reduce"), stream, list, num_slices,
-         static_cast<const Out*>(base), static_cast<Out*>(out), numel);
+  launch("reduce", kernel, grid_size(kernel, blocks, "reduce"), stream, list, num_slices, static_cast<const Out*>(base),
+         static_cast<Out*>(out), numel);
 }
 
 template <class Slice, class Out>

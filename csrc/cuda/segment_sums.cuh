@@ -6,13 +6,14 @@
 
 namespace zeroopt::cuda {
 
-/// The sum over strips [begin, end), valid in thread 0. All threads of the block call.
-ZEROOPT_DEVICE double sum_strips(const double* sums, int64_t begin, int64_t end, int which) {
+/// One of their sums over strips [begin, end), valid in thread 0. All threads of the block call.
+template <class Plan>
+ZEROOPT_DEVICE double sum_strips(const Workspace<Plan>& workspace, int64_t begin, int64_t end, int which) {
   __shared__ double sum_of_warp[kWarpsPerBlock];
   double sum = 0.0;
 #pragma unroll 8 // loads at once
   for (int64_t strip = begin + threadIdx.x; strip < end; strip += kThreads)
-    sum += sums[2 * strip + which];
+    sum += workspace.sums[Plan::kSums * strip + which];
   sum = warp_sum(sum);
   if (lane_index() == 0) sum_of_warp[threadIdx.x / kWarp] = sum;
   __syncthreads();

@@ -15,28 +15,30 @@ constexpr int64_t kPlanBytes = 64; // that no plan exceeds
 // spread over the multiprocessors.
 constexpr int kPlansPerBlock = kWarp;
 
-/// Parts of the device memory that a kernel is lent. Plan has a member `lead`, and kTiles, those of a strip.
+/// Parts of the device memory that a kernel is lent. Of Plan it needs a member `lead` and the constants kTiles, tiles
+/// of a strip, and kSums, sums that a strip leaves.
 template <class Plan> struct Workspace {
   int64_t* first_strip; ///< [count + 1]
   Plan* plans;          ///< [count]
-  double* sums;         ///< [strips][2]
+  double* sums;         ///< [strips][kSums]
 };
+
+/// The most strips there can be; which segments are active, only the device knows.
+template <class Plan> int64_t max_strips(int64_t num_segments, int64_t total_numel) {
+  return total_numel / (kTile * Plan::kTiles) + 2 * num_segments;
+}
 
 /// Where the parts lie, in bytes from the workspace's beginning.
 struct WorkspaceLayout {
   int64_t plans, sums, end;
 
-  ZEROOPT_INLINE WorkspaceLayout of(int64_t count, int64_t max_tiles) {
-    const int64_t plans = ((count + 1) * 8 + 15) / 16 * 16;
-    const int64_t sums = plans + count * kPlanBytes;
-    return {plans, sums, sums + max_tiles * 2 * static_cast<int64_t>(sizeof(double))};
+  template <class Plan> static WorkspaceLayout of(int64_t num_segments, int64_t total_numel) {
+    const int64_t plans = ((num_segments + 1) * 8 + 15) / 16 * 16;
+    const int64_t sums = plans + num_segments * kPlanBytes;
+    const int64_t num_sums = max_strips<Plan>(num_segments, total_numel) * Plan::kSums;
+    return {plans, sums, sums + num_sums * static_cast<int64_t>(sizeof(double))};
   }
 };
-
-/// The most tiles there can be, and so the most strips; which segments are active, only the device knows.
-inline int64_t max_tiles(int64_t num_segments, int64_t total_numel) {
-  return total_numel / kTile + 2 * num_segments;
-}
 
 /// Blocks that plan_segments needs.
 inline unsigned num_plan_blocks(int64_t num_segments) {
@@ -45,7 +47,7 @@ inline unsigned num_plan_blocks(int64_t num_segments) {
 
 template <class Plan> Workspace<Plan> workspace_at(void* memory, int64_t num_segments, int64_t total_numel) {
   static_assert(sizeof(Plan) <= kPlanBytes);
-  const WorkspaceLayout layout = WorkspaceLayout::of(num_segments, max_tiles(num_segments, total_numel));
+  const WorkspaceLayout layout = WorkspaceLayout::of<Plan>(num_segments, total_numel);
   char* const bytes = static_cast<char*>(memory);
   return {reinterpret_cast<int64_t*>(bytes), reinterpret_cast<Plan*>(bytes + layout.plans),
           reinterpret_cast<double*>(bytes + layout.sums)};

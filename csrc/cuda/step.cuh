@@ -11,6 +11,7 @@ namespace zeroopt::cuda {
 
 template <class Op> struct StepPlan {
   static constexpr int kTiles = 1;
+  static constexpr int kSums = Op::kSumsSquares ? 2 : 0; // of the parameter's and the update's squares
   typename Op::Scalars scalars;
   unsigned states; ///< in use, as bits
   int lead;
@@ -138,8 +139,8 @@ template <class Op>
 __global__ void __launch_bounds__(kThreads) step_sums_kernel(SegmentTable table, Workspace<StepPlan<Op>> workspace) {
   for_each_segment(table, workspace, [&](int64_t segment, int64_t begin, int64_t end) {
     if (begin == end) return;
-    const double param_squares = sum_strips(workspace.sums, begin, end, 0);
-    const double update_squares = sum_strips(workspace.sums, begin, end, 1);
+    const double param_squares = sum_strips(workspace, begin, end, 0);
+    const double update_squares = sum_strips(workspace, begin, end, 1);
     if (threadIdx.x != 0) return;
     table.squares[2 * segment] = param_squares;
     table.squares[2 * segment + 1] = update_squares;

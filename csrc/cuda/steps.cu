@@ -15,7 +15,7 @@ void step(const char* name, const SegmentTable& segments, const Storage& storage
          parts);
   with_formats(storage, [&](auto formats) {
     const auto kernel = step_kernel<Op, decltype(formats)>;
-    const int64_t blocks = max_tiles(segments.count, total_numel) / kWarpsPerBlock + 1;
+    const int64_t blocks = max_strips<StepPlan<Op>>(segments.count, total_numel) / kWarpsPerBlock + 1;
     launch(name, kernel, grid_size(kernel, blocks, name), queue, segments, formats, storage.grad, control, parts);
   });
   if constexpr (Op::kSumsSquares)
@@ -24,8 +24,10 @@ void step(const char* name, const SegmentTable& segments, const Storage& storage
 
 } // namespace
 
-int64_t workspace_bytes(int64_t num_segments, int64_t total_numel) {
-  return WorkspaceLayout::of(num_segments, max_tiles(num_segments, total_numel)).end;
+int64_t step_workspace_bytes(const std::string& kernel, int64_t num_segments, int64_t total_numel) {
+  int64_t bytes = 0;
+  with_op(kernel, [&](auto op) { bytes = WorkspaceLayout::of<StepPlan<decltype(op)>>(num_segments, total_numel).end; });
+  return bytes;
 }
 
 void step(const std::string& kernel, const SegmentTable& segments, const Storage& storage, const double* groups,

@@ -41,8 +41,12 @@ void dequantize(const uint8_t*, const float*, float*, int64_t, bool, void*) {
   unavailable("dequantize");
 }
 
-int64_t workspace_bytes(int64_t, int64_t) {
-  unavailable("of an optimizer's step");
+int64_t norm_workspace_bytes(int64_t, int64_t) {
+  unavailable("squared_norms");
+}
+
+int64_t step_workspace_bytes(const std::string& kernel, int64_t, int64_t) {
+  unavailable(kernel);
 }
 
 void squared_norms(const SegmentTable&, DType, float*, int64_t, void*, void*) {

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from op_cases import KERNELS
 from paths import ROOT
 
 from zeroopt import _C
@@ -60,7 +61,8 @@ def test_launch_without_a_driver_raises(name: str) -> None:
 def test_every_cuda_kernel_is_called_here() -> None:
     assert {name for name in dir(_C) if name.startswith("cuda_")} == {
         *CUDA_CALLS,
-        "cuda_workspace_bytes",
+        "cuda_norm_workspace_bytes",
+        "cuda_step_workspace_bytes",
         "cuda_driver_version",
     }
 
@@ -73,10 +75,19 @@ def test_without_a_driver_there_is_no_version_of_it() -> None:
 
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
 def test_workspaces_grow_with_segments_and_elements() -> None:
-    sizes = [_C.cuda_workspace_bytes(*facts) for facts in ((0, 0), (1, 1), (100, 100), (100, 10**7))]
+    sizes = [_C.cuda_norm_workspace_bytes(*facts) for facts in ((0, 0), (1, 1), (100, 100), (100, 10**7))]
     assert sizes[0] >= 0
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[2] < sizes[3]
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
+def test_only_steps_that_sum_squares_need_more_for_more_elements() -> None:
+    few, many = ({name: _C.cuda_step_workspace_bytes(name, 100, numel) for name in KERNELS} for numel in (100, 10**7))
+    assert {name for name in KERNELS if many[name] > few[name]} == {"lamb_moments"}
+    assert max(few.values()) < 16_000
+    with pytest.raises(ValueError, match="there is no optimizer's kernel sgdw"):
+        _C.cuda_step_workspace_bytes("sgdw", 1, 1)
 
 
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
@@ -88,7 +99,9 @@ def test_driver_of_missing_kernels_says_how_to_get_them() -> None:
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
 def test_workspace_of_missing_kernels_says_how_to_get_them() -> None:
     with pytest.raises(KernelUnavailableError, match="ZEROOPT_CUDA=on pip install"):
-        _C.cuda_workspace_bytes(1, 1)
+        _C.cuda_norm_workspace_bytes(1, 1)
+    with pytest.raises(KernelUnavailableError, match="ZEROOPT_CUDA=on pip install"):
+        _C.cuda_step_workspace_bytes("sgd", 1, 1)
 
 
 def test_unknown_dtype_code() -> None:

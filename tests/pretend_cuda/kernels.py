@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from functools import partial
 from typing import Any
 
 import _device
@@ -82,14 +83,14 @@ class Kernels:
     def __init__(self) -> None:
         self._shim = ShimDevice(build_cuda_kernels())
         self._lock = threading.Lock()  # its grid is one for all threads
-        self._shim._library.cuda_workspace_bytes.restype = ctypes.c_int64
 
     def install(self, module: Any) -> None:
         for name in ("pack", "pack_segments", "reduce", "squared_norms", "step", "quantize", "dequantize"):
             setattr(module, f"cuda_{name}", getattr(self, name))
         module.cuda_try_launch = lambda stream: self._launch("try_launch", [], (stream,))
         module.cuda_driver_version = self._shim._library.cuda_driver_version
-        module.cuda_workspace_bytes = self._shim._library.cuda_workspace_bytes
+        module.cuda_norm_workspace_bytes = partial(self._shim.workspace_bytes, None)
+        module.cuda_step_workspace_bytes = self._shim.workspace_bytes
         facts = {**module.build_info(), "cuda": True, "cuda_version": "pretend", "cuda_archs": ["sm_90"]}
         module.build_info = lambda: facts
 

@@ -151,7 +151,8 @@ def squared_norms(table: SegmentTable, *, active: Tensor, found_inf: Tensor) -> 
         _C.squared_norms(*addresses, torch.get_num_threads())
     else:
         with torch.cuda.device(table.device):
-            workspace = _workspace(table)
+            num_bytes = _C.cuda_norm_workspace_bytes(count, table.total_numel)
+            workspace = torch.empty(num_bytes, dtype=torch.uint8, device=table.device)
             _C.cuda_squared_norms(*addresses, table.total_numel, workspace.data_ptr(), current_stream(table.rows))
     return squares[:, 0]
 
@@ -206,7 +207,8 @@ def _run(
         _C.step(*arguments, torch.get_num_threads())
         return
     with torch.cuda.device(table.device):
-        workspace = _workspace(table)
+        num_bytes = _C.cuda_step_workspace_bytes(kernel, len(table.segments), table.total_numel)
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=table.device)
         _C.cuda_step(*arguments, table.total_numel, workspace.data_ptr(), current_stream(table.rows))
 
 
@@ -249,8 +251,3 @@ def _check_states(kernel: StepKernel, table: SegmentTable, groups: Tensor | None
 def _may_be_active(active: Tensor) -> NDArray[np.bool_] | bool:
     """What the host knows: flags on a device are not waited for."""
     return active.numpy() != 0 if active.is_cpu else True
-
-
-def _workspace(table: SegmentTable) -> Tensor:
-    num_bytes = _C.cuda_workspace_bytes(len(table.segments), table.total_numel)
-    return torch.empty(num_bytes, dtype=torch.uint8, device=table.device)

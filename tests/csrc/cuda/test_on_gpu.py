@@ -63,7 +63,11 @@ class CudaDevice(Device):
         getattr(_C, f"cuda_{kernel}")(*args, torch.cuda.current_stream().cuda_stream)
 
     def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
-        workspace = torch.empty(_C.cuda_workspace_bytes(count, total_numel), dtype=torch.uint8, device="cuda")
+        if kernel == "step":
+            num_bytes = _C.cuda_step_workspace_bytes(str(args[0]), count, total_numel)
+        else:
+            num_bytes = _C.cuda_norm_workspace_bytes(count, total_numel)
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
         self.run(kernel, *args, total_numel, workspace.data_ptr())
 
     def reduce(self, slices: list[int], *args: int) -> None:

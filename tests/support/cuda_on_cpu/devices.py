@@ -102,8 +102,10 @@ class ShimDevice(HostMemory):
         super().__init__()
         self._library = ctypes.CDLL(str(library))
         self._library.last_error.restype = ctypes.c_char_p
-        self._library.cuda_workspace_bytes.argtypes = _signature("ll")
-        self._library.cuda_workspace_bytes.restype = ctypes.c_int64
+        for name, letters in {"norm": "ll", "step": "sll"}.items():
+            workspace_bytes = getattr(self._library, f"cuda_{name}_workspace_bytes")
+            workspace_bytes.argtypes = _signature(letters)
+            workspace_bytes.restype = ctypes.c_int64
         for name, letters in SIGNATURES.items():
             function = getattr(self._library, f"cuda_{name}")
             function.argtypes = _signature(letters)
@@ -116,10 +118,16 @@ class ShimDevice(HostMemory):
             raise ShimError(self._library.last_error().decode())
 
     def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
-        num_bytes = self._library.cuda_workspace_bytes(count, total_numel)
+        num_bytes = self.workspace_bytes(str(args[0]) if kernel == "step" else None, count, total_numel)
         workspace = self.put(np.full(num_bytes + ALIGNMENT, 0xA5, np.uint8))  # whatever was there before
         self.run(kernel, *args, total_numel, workspace)
         assert (self.get(workspace)[num_bytes:] == 0xA5).all(), "wrote past the workspace"
+
+    def workspace_bytes(self, step: str | None, count: int, total_numel: int) -> int:
+        """Of the step of that name, or of squared_norms."""
+        if step is None:
+            return int(self._library.cuda_norm_workspace_bytes(count, total_numel))
+        return int(self._library.cuda_step_workspace_bytes(step.encode(), count, total_numel))
 
     def reduce(self, slices: list[int], *args: int) -> None:
         self.run("reduce", self.put(np.array(slices, np.int64)), len(slices), *args)

@@ -105,8 +105,12 @@ bool cuda_reduce(Address slices, int64_t num_slices, int slice_dtype, Address ba
   });
 }
 
-int64_t cuda_workspace_bytes(int64_t num_segments, int64_t total_numel) {
-  return cuda::workspace_bytes(num_segments, total_numel);
+int64_t cuda_norm_workspace_bytes(int64_t num_segments, int64_t total_numel) {
+  return cuda::norm_workspace_bytes(num_segments, total_numel);
+}
+
+int64_t cuda_step_workspace_bytes(const char* kernel, int64_t num_segments, int64_t total_numel) {
+  return cuda::step_workspace_bytes(kernel, num_segments, total_numel);
 }
 
 const char* last_error() {
