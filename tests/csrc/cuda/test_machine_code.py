@@ -1,30 +1,24 @@
-"""The machine code of the CUDA kernels: memory is accessed 16 bytes at a time, and registers suffice.
+"""The machine code of the CUDA kernels: memory is accessed 16 bytes at a time, registers suffice, and instructions are few.
 
-Needs a build with the CUDA kernels and NVIDIA's disassembler, but no GPU. The disassembler is taken from PATH or
-CUDA_HOME, else from PyPI.
+Needs a build with the CUDA kernels and NVIDIA's disassembler, but no GPU.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from op_cases import KERNELS
 
+from bench.machine_code import FLOAT64, Kernel, download_tools, find_tools, read_kernels
 from zeroopt import _C
 
 BUILD = _C.build_info()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BUILD["cuda"], reason="this build has no CUDA kernels")]
 
 ARCHS = [arch.removesuffix("-real") for arch in BUILD["cuda_archs"] if not arch.endswith("-virtual")]
-PACKAGES = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]
 # The kernels whose every access but heads and tails is of 16 bytes, and what they do: load, store or both.
 ACCESSES = {
     "step_kernel": "LDG STG",
@@ -37,62 +31,89 @@ ACCESSES = {
 }
 
 
-def installed_tools() -> Path | None:
-    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    on_path = shutil.which("cuobjdump")
-    folders += [Path(on_path).parent] if on_path else []
-    return next((folder for folder in folders if all((folder / t).exists() for t in ("cuobjdump", "nvdisasm"))), None)
+@dataclass(frozen=True)
+class Figures:
+    """What a kernel may need at most on sm_90, where nvcc 13.0 makes it of a few percent less.
+
+    Attributes:
+        parts: of the mangled name, by which its instance is found.
+        registers: of a thread; three blocks run on a multiprocessor with up to 80, two with up to 128.
+        loads, stores: of 16 bytes, which a lane does in the loop that is counted.
+        instructions: of a warp in that loop: of a step a tile, of a norm four.
+        float64: of those.
+    """
+
+    kernel: str
+    parts: tuple[str, ...]
+    registers: int
+    loads: int
+    stores: int
+    instructions: int
+    float64: int = 0
 
 
-def downloaded_tools(folder: Path) -> Path:
-    """Unpacks the tools without installing them. Skips where there is no package index to be reached."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), *PACKAGES]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        pytest.skip(f"no cuobjdump on PATH or in CUDA_HOME, and none to download: {result.stderr[-500:]}")
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-    tools = next(folder.rglob("cuobjdump")).parent
-    for tool in ("cuobjdump", "nvdisasm"):
-        (tools / tool).chmod(0o755)
-    return tools
+def adamw(param: int, state: int, *figures: int) -> Figures:
+    """By codes of ParamFormat and StateFormat."""
+    return Figures("step_kernel", ("5AdamW", f"ParamFormatE{param}E", f"StateFormatE{state}E"), *figures)
 
 
-def machine_code(library: Path, arch: str, tools: Path) -> dict[str, str]:
-    """The instructions of each kernel, by its mangled name."""
-    command = [str(tools / "cuobjdump"), "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library)]
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    parts = re.split(r"^\s*Function : (\w+)$", result.stdout, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+FIGURES = [
+    adamw(0, 0, 80, 8, 6, 460),
+    adamw(1, 0, 80, 8, 7, 530),
+    adamw(2, 0, 80, 8, 7, 480),
+    adamw(3, 0, 80, 8, 6, 650),
+    adamw(3, 2, 96, 4, 2, 1350),
+    adamw(4, 1, 88, 5, 3, 1100),
+    Figures("norm_kernel", ("kernelIf", "14Float64Squares"), 64, 8, 0, 140, 64),
+    Figures("norm_kernel", ("kernelIf", "11PairSquares"), 64, 8, 0, 440),
+    Figures("norm_kernel", ("8BFloat16", "14Float64Squares"), 64, 4, 0, 180, 64),
+    Figures("norm_kernel", ("8BFloat16", "11PairSquares"), 64, 4, 0, 510),
+]
 
 
-def kernels_of(code: dict[str, str], kernel: str) -> Iterator[tuple[str, str]]:
-    """Its instances: in a mangled name, the name's length comes before it."""
-    return ((name, text) for name, text in code.items() if f"cuda{len(kernel)}{kernel}" in name)
-
-
-def check_kernels(code: dict[str, str]) -> None:
-    for kernel, accesses in ACCESSES.items():
-        instances = list(kernels_of(code, kernel))
-        assert instances, f"there is no {kernel}"
-        for name, text in instances:
+def check_kernels(kernels: list[Kernel]) -> None:
+    for function, accesses in ACCESSES.items():
+        instances = [kernel for kernel in kernels if kernel.is_of(function)]
+        assert instances, f"there is no {function}"
+        for kernel in instances:
+            writes_codes_alone = "11LambMoments" in kernel.name and "StateFormatE2E" in kernel.name
             for access in accesses.split():
-                assert re.search(rf"\b{access}\.E[.\w]*\.128\b", text), f"{name} has no {access} of 16 bytes"
-            sums_many = kernel == "reduce_kernel" and "Li256E" in name  # in local memory
-            spilled = re.search(r"\b(STL|LDL)\b.*", text)
-            assert sums_many or not spilled, f"{name} uses local memory: {spilled}"
-    for kernel in KERNELS:  # whose name is that of its op, in other letters
-        op = kernel.replace("_", "")
-        assert any(op in name.lower() for name, _ in kernels_of(code, "step_kernel")), f"there is no step of {kernel}"
+                bits = 64 if access == "STG" and writes_codes_alone else 128  # a lane has 8 of them, a byte each
+                found = re.search(rf"\b{access}\.E[.\w]*\.{bits}\b", kernel.text)
+                assert found, f"{kernel.name} has no {access} of {bits // 8} bytes"
+            sums_many = function == "reduce_kernel" and "Li256E" in kernel.name  # in local memory
+            spilled = re.search(r"\b(STL|LDL)\b.*", kernel.text)
+            assert sums_many or not spilled, f"{kernel.name} uses local memory: {spilled}"
+    steps = [kernel.name.lower() for kernel in kernels if kernel.is_of("step_kernel")]
+    for name in KERNELS:  # which is that of its op, in other letters
+        assert any(name.replace("_", "") in step for step in steps), f"there is no step of {name}"
 
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return installed_tools() or downloaded_tools(tmp_path_factory.mktemp("cuda_tools"))
+    try:
+        return find_tools() or download_tools(tmp_path_factory.mktemp("cuda_tools"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_vector_accesses_and_no_spills(arch: str, tools: Path) -> None:
-    check_kernels(machine_code(Path(_C.__file__), arch, tools))
+    check_kernels(read_kernels(Path(_C.__file__), arch, tools))
+
+
+@pytest.fixture(scope="module")
+def hopper(tools: Path) -> list[Kernel]:
+    if "90" not in ARCHS:
+        pytest.skip("this build has no kernels for sm_90")
+    return read_kernels(Path(_C.__file__), "90", tools)
+
+
+@pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: " ".join((figures.kernel, *figures.parts)))
+def test_figures(figures: Figures, hopper: list[Kernel]) -> None:
+    (kernel,) = [kernel for kernel in hopper if kernel.is_of(figures.kernel, *figures.parts)]
+    assert kernel.registers <= figures.registers
+    loop = kernel.fewest_instructions(figures.loads, figures.stores)
+    assert loop is not None, "there is no loop with so many loads and stores"
+    assert len(loop) <= figures.instructions
+    assert sum(FLOAT64.search(code) is not None for code in loop) == figures.float64
