@@ -66,6 +66,11 @@ target_include_directories(cuda_kernels PRIVATE csrc)
 target_compile_options(cuda_kernels PRIVATE -fmad=false --threads=2 -Xcompiler=${warnings}
   $<$<BOOL:${ZEROOPT_WERROR}>:--Werror=all-warnings>)
 
+# Smaller by zstd, which drivers that CUDA 13 asks for unpack.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
+  target_compile_options(cuda_kernels PRIVATE --compress-mode=size)
+endif()
+
 set(ZEROOPT_WITH_CUDA 1)
 set(ZEROOPT_CUDA_SOURCES $<TARGET_OBJECTS:cuda_kernels>)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} kernels for ${ZEROOPT_CUDA_ARCHS}")
