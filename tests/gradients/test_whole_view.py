@@ -12,6 +12,7 @@ from torch import Tensor
 from zeroopt.gradients.norm_groups import NormGroups
 from zeroopt.gradients.view import GradientView
 from zeroopt.plan.params import ManagedParam
+from zeroopt.storage.gradient_store import scale_sums
 
 NOWHERE = NormGroups([])
 
@@ -147,7 +148,7 @@ def test_factors_are_settled_in_the_gradients() -> None:
     scene = Scene()
     before = [scene.own(managed).clone() for managed in scene.params]
     stores = scene.replica.reducer.stores
-    stores[0].scale(torch.tensor(0.5))
+    scale_sums([stores[0]], torch.tensor(0.5))
     scene.view.settle(stores)
     first = scene.replica.buckets[0].params
     for managed, value in zip(scene.params, before, strict=True):

@@ -14,6 +14,7 @@ from zeroopt.options.precision import Precision
 from zeroopt.plan.params import Grain
 from zeroopt.stepping.bucket_kernel import BucketKernel
 from zeroopt.stepping.rules import rule_for
+from zeroopt.storage.gradient_store import scale_sums
 
 BEFORE = [values((70,), 0), values((5, 9), 1).t(), values((), 2), values((33, 13), 3)]
 
@@ -33,7 +34,7 @@ class Kernel:
         rule = rule_for(self.step.optimizer)
         assert rule is not None and storage is not None
         self.rule = rule
-        self.kernel = BucketKernel(self.shard, storage, rule, self.step.optimizer)
+        self.kernel = BucketKernel([self.shard], storage, rule, self.step.optimizer)
 
     def run(self, active: Tensor, seed: int = 0) -> None:
         rows = [self.rule.hyper_row(group) for group in self.step.optimizer.param_groups]
@@ -89,7 +90,7 @@ def test_factors_of_the_sum_are_multiplied_by_on_the_way() -> None:
     made = Kernel()
     active = made.step.backward(0)
     for store in made.step.stores:
-        store.scale(torch.tensor(0.5))
+        scale_sums([store], torch.tensor(0.5))
     for twin in made.step.twins:
         assert twin.grad is not None
         twin.grad *= 0.5

@@ -12,6 +12,7 @@ from torch import Tensor
 from zeroopt.options.precision import Precision
 from zeroopt.plan.params import Grain
 from zeroopt.stepping.plain import call_on_leaves, step_plain
+from zeroopt.storage.gradient_store import scale_sums
 
 BEFORE = [values((70,), 0), values((5, 9), 1).t(), values((), 2), values((33, 3), 3)]
 MASTERS = [Precision(), Precision(torch.bfloat16), Precision(torch.float16)]
@@ -62,7 +63,7 @@ def test_factors_of_the_sum_are_multiplied_by() -> None:
     step = made()
     active = step.backward(0)
     for store in step.stores:
-        store.scale(torch.tensor(0.5))
+        scale_sums([store], torch.tensor(0.5))
     for twin in step.twins:
         twin.grad *= 0.5
     step_plain(step.optimizer, step.shards, active.tolist())

@@ -40,7 +40,7 @@ def kernel_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = BucketKernel.step_params
 
     def noted(self: BucketKernel, *args: Any) -> None:
-        names.append(self.bucket.name)
+        names.extend(bucket.name for bucket in self.buckets)
         original(self, *args)
 
     monkeypatch.setattr(BucketKernel, "step_params", noted)

@@ -13,7 +13,7 @@ from zeroopt.collectives import Wire
 from zeroopt.options.precision import Precision
 from zeroopt.plan.ownership import Ownership
 from zeroopt.storage.buffer_pool import BufferPool
-from zeroopt.storage.gradient_store import GradientStore
+from zeroopt.storage.gradient_store import GradientStore, scale_sums
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 STAGES = (0, 1, 2)
@@ -129,7 +129,7 @@ def test_zeros_that_somebody_has_changed_are_set_aside(how: str) -> None:
     if how == "an edit":
         made.store.part(segment).fill_(3.0)
     else:
-        made.store.scale(torch.tensor(torch.inf))  # of which nothing is left but NaN
+        scale_sums([made.store], torch.tensor(torch.inf))  # of which nothing is left but NaN
     filled = made.backward(2)
     changed = made.store.reduced - filled
     piece = changed[segment.offset : segment.offset + segment.numel]
@@ -213,9 +213,9 @@ def test_factors_multiply_when_the_sum_is_used(stage: int) -> None:
     made = Store(stage)
     filled = made.backward(1)
     given = torch.tensor(0.5)
-    made.store.scale(given)
+    scale_sums([made.store], given)
     given.zero_()
-    made.store.scale(factor(3.0))
+    scale_sums([made.store], factor(3.0))
     assert torch.equal(made.store.reduced, filled), "not yet"
     assert made.store.factor is not None and made.store.factor.item() == 1.5 and not made.store.factor.requires_grad
     for segment in made.bucket.segments:
@@ -232,7 +232,7 @@ def test_factors_multiply_when_the_sum_is_used(stage: int) -> None:
 def test_a_factor_is_of_the_sum_before_and_not_of_what_is_added() -> None:
     made = Store(2)
     before = made.backward(1)
-    made.store.scale(factor(0.5))
+    scale_sums([made.store], factor(0.5))
     after = made.backward(2)
     assert made.store.factor is None
     torch.testing.assert_close(made.store.reduced, before * 0.5 + after)
@@ -243,7 +243,7 @@ def test_a_factor_is_of_the_sum_before_and_not_of_what_is_added() -> None:
 def test_norm_and_factor_go_with_their_sum(how: str, stage: int) -> None:
     made = Store(stage)
     made.backward(1)
-    made.store.scale(factor(0.5))
+    scale_sums([made.store], factor(0.5))
     made.store.norm = (2.0, torch.tensor(1.0))
     if how == "start_reduce":
         made.backward(2)
@@ -291,7 +291,7 @@ def test_sum_of_squares(stage: int, dtype: torch.dtype, precision: Precision | N
 def test_sums_move_to_another_store() -> None:
     one, other = Store(2), Store(2)
     filled = one.backward(1)
-    one.store.scale(factor(2.0))
+    scale_sums([one.store], factor(2.0))
     other.store.norm = (2.0, torch.tensor(1.0))
     for segment, twin in zip(one.bucket.segments, other.bucket.segments, strict=True):
         assert other.store.arrays(twin) == {} or other.store.holds_sum

@@ -19,6 +19,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from ..feature import Feature, Step
 from ..gradients.overflow import Obstacle, agree_on_overflow
+from ..storage.gradient_store import scale_sums
 from ..trained import Trained
 from .clipping import Clipping
 from .join import Join, Phase
@@ -133,9 +134,7 @@ class GradScaling(Feature):
         elif step.grad_scale is not None:
             # As a GradScaler rounds it: gradients are the same wherever they are multiplied by it.
             inverse = step.grad_scale.detach().double().reshape(()).reciprocal().float().double()
-            for store in step.stores:
-                if store.holds_sum:
-                    store.scale(inverse)
+            scale_sums((store for store in step.stores if store.holds_sum), inverse)
             self._replica.reducer.view.changed()
 
     def _has_scaled_peers(self, scaler: GradScaler) -> bool:

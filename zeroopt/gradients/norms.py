@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..plan.params import ManagedParam
-from ..storage.gradient_store import GradientStore
+from ..storage.gradient_store import GradientStore, scale_sums
 from .norm_groups import NormGroups
 
 # As in torch.nn.utils.clip_grad_norm_: keeps the coefficient finite when all gradients are zero.
@@ -60,9 +60,7 @@ def clip_by(stores: Sequence[GradientStore], norm: Tensor, max_norm: float) -> N
     coefficient = (float(max_norm) / (norm + _EPSILON)).clamp(max=1.0)
     if coefficient.is_cpu and coefficient == 1:
         return
-    for store in stores:
-        if store.holds_sum:
-            store.scale(coefficient)
+    scale_sums((store for store in stores if store.holds_sum), coefficient)
 
 
 def note_norm(store: GradientStore, norm_type: float) -> Tensor:

@@ -17,7 +17,7 @@ from ..feature import Features
 from ..plan.params import ManagedParam
 from ..storage.assembling import assemble
 from ..storage.bucket import Bucket
-from ..storage.gradient_store import GradientStore
+from ..storage.gradient_store import GradientStore, scale_sums
 from ..storage.segment import Segment
 from ..untraced import untraced
 from . import tensor_operators
@@ -355,12 +355,14 @@ class ShardedView(GradientView):
 
     def _scale(self, indices: Sequence[int], factor: Tensor) -> None:
         self._prepare(indices)
+        whole: list[GradientStore] = []
         for bucket, chosen in self._by_bucket(indices):
             if self._is_all_of(bucket, chosen):
-                self._stores[bucket].scale(factor)
+                whole.append(self._stores[bucket])
                 self._note_changed(chosen)
             else:
                 self._change(chosen, lambda piece: piece.mul_(factor.to(piece.device)))
+        scale_sums(whole, factor)
 
     def check_and_unscale(self, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
         """What a GradScaler asks for: set `found_inf` to 1 when an element on any rank is not finite, and multiply by

@@ -4,7 +4,8 @@ In reading order; each imports from those above it:
 
     rules          which optimizers have a fused kernel, and how their options and state map to it
     segments       state of many segments, stepped in one call
-    bucket_kernel  `BucketKernel`: one bucket by a fused kernel
+    bucket_kernel  `BucketKernel`: some buckets by a fused kernel
+    grouping       which of them in one call
     paged_state    where the state lies that an optimizer's own step makes
     plain          by the optimizer's own step
     stepper        `ShardStepper`: chooses for each bucket

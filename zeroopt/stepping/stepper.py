@@ -18,6 +18,7 @@ from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
 from ..storage.own_shard import OwnShard
 from .bucket_kernel import BucketKernel
+from .grouping import in_groups
 from .plain import call_on_leaves, step_plain
 from .rules import FusedRule, fused_optimizers, rule_for
 
@@ -37,6 +38,7 @@ class ShardStepper:
         self._optimizer = optimizer
         self._precision = config.precision
         self._may_fuse = bool(config.fused)
+        self._one_by_one = config.step_in_backward
         self._kernels: dict[int, BucketKernel] = {}
         self.refusal = optimizer.register_step_pre_hook(self._refuse_direct_step)
         self.attach((), ())
@@ -76,9 +78,9 @@ class ShardStepper:
 
     def _step_fused(self, rule: FusedRule, active: Tensor) -> Iterator[Bucket]:
         groups, flags = self._hyper_table(rule), active.tolist()
-        for kernel in reversed(self._make_kernels(rule).values()):
+        for kernel in dict.fromkeys(reversed(self._make_kernels(rule).values())):
             self._step_kernel(kernel, flags, groups)
-            yield kernel.bucket
+            yield from reversed(kernel.buckets)
 
     def step_bucket(self, bucket: Bucket, flags: Sequence[int]) -> None:
         """Step the active parameters of one bucket, as `step` does those of all.
@@ -94,19 +96,19 @@ class ShardStepper:
             step_plain(self._optimizer, [shard for shard in self._plain if shard.bucket is bucket], flags)
 
     def _make_kernels(self, rule: FusedRule) -> dict[int, BucketKernel]:
-        """Those of the buckets that have one, by their index."""
+        """Those of the buckets that have one, by their index; several may have the same."""
         if not self._kernels:
-            self._kernels = {
-                shard.bucket.index: BucketKernel(shard, storage, rule, self._optimizer)
-                for shard, storage in self._fused
-            }
+            for shards, storage in in_groups(self._fused, one_by_one=self._one_by_one):
+                kernel = BucketKernel(shards, storage, rule, self._optimizer)
+                self._kernels.update((bucket.index, kernel) for bucket in kernel.buckets)
         return self._kernels
 
     def _hyper_table(self, rule: FusedRule) -> Tensor:
         return torch.tensor([rule.hyper_row(group) for group in self._optimizer.param_groups], dtype=torch.float64)
 
     def _step_kernel(self, kernel: BucketKernel, flags: Sequence[int], groups: Tensor) -> None:
-        with named_range("step", kernel.bucket.name):
+        first, *others = kernel.buckets
+        with named_range("step", f"{first.name} and {len(others)} more" if others else first.name):
             kernel.step_params(flags, groups, ops.StepControl(seed=self.seed))
 
     def apply(self, method: Callable[[torch.optim.Optimizer], object]) -> None:

@@ -15,6 +15,7 @@ master. Where the two differ, or what travels is no plain sum, stage 1 keeps its
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import cycle
 
 import torch
@@ -237,11 +238,6 @@ class GradientStore:
         self.norm = None
         self._shown.pop(managed, None)
 
-    def scale(self, factor: Tensor) -> None:
-        """Have the sum multiplied by a 0-dim tensor when it is used."""
-        factor = factor.detach().to(self.reduced.device)
-        self.factor = factor.clone() if self.factor is None else self.factor * factor
-
     def settle(self) -> None:
         """Multiply the sum by its factor now."""
         if self.factor is not None:
@@ -300,3 +296,14 @@ class GradientStore:
             self.zero()  # what else lies there is of an earlier step
             self.holds_sum = True
         self.part(segment).copy_(arrays[_SUM])
+
+
+def scale_sums(stores: Iterable[GradientStore], factor: Tensor) -> None:
+    """Have sums multiplied by a 0-dim tensor when they are used. Stores that had a factor in common have the product in common."""
+    products: dict[int, tuple[Tensor | None, Tensor]] = {}  # by identity of the factor before, which is kept
+    for store in stores:
+        before = store.factor
+        if id(before) not in products:
+            here = factor.detach().to(store.reduced.device)
+            products[id(before)] = before, here.clone() if before is None else before * here
+        store.factor = products[id(before)][1]

@@ -49,8 +49,8 @@ class OwnShard:
 
     @property
     def factor(self) -> Tensor | None:
-        """0-dim float32, by which the sum has yet to be multiplied; None: by nothing."""
-        return None if self._store.factor is None else self._store.factor.to(self.device, torch.float32)
+        """0-dim, wherever it lies, by which the sum has yet to be multiplied; None: by nothing. Shards may have one in common."""
+        return self._store.factor
 
     def fetch(self) -> None:
         """Bring the sum of gradients home, before a step that reads `grad`."""
