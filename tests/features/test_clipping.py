@@ -49,10 +49,11 @@ def test_shares_of_a_norm_are_ready_only_when_somebody_clips() -> None:
 def test_a_sum_that_every_rank_has_whole_is_left_for_later(spread: bool, noted: list[float]) -> None:
     class Store:
         sum_is_spread = spread
+        reduced = torch.zeros(1)
 
     seen: list[float] = []
     store: Any = Store()
-    with patch.object(clipping, "note_norm", lambda _, norm_type: seen.append(norm_type)):
+    with patch.object(clipping, "note_norms", lambda _, norm_type: seen.append(norm_type)):
         BucketNorms(Features()).bucket_reduced(store, store)
     assert seen == noted
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from zeroopt.gradients.norm_groups import NormGroups
 from zeroopt.gradients.view import GradientView
 from zeroopt.plan.params import ManagedParam
-from zeroopt.storage.gradient_store import scale_sums
+from zeroopt.storage.factors import scale_sums
 
 NOWHERE = NormGroups([])
 

@@ -14,7 +14,7 @@ from zeroopt.options.precision import Precision
 from zeroopt.plan.params import Grain
 from zeroopt.stepping.bucket_kernel import BucketKernel
 from zeroopt.stepping.rules import rule_for
-from zeroopt.storage.gradient_store import scale_sums
+from zeroopt.storage.factors import scale_sums
 
 BEFORE = [values((70,), 0), values((5, 9), 1).t(), values((), 2), values((33, 13), 3)]
 

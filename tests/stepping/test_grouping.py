@@ -13,6 +13,7 @@ from zeroopt import ops
 from zeroopt.stepping import grouping
 from zeroopt.stepping.grouping import in_groups
 
+CUDA = torch.device("cuda", 0)
 FLOAT32 = ops.Storage()
 BF16 = ops.Storage(torch.bfloat16, grad_dtype=torch.float32)
 
@@ -23,7 +24,7 @@ class Shard:
 
     name: str
     numel: int
-    device: torch.device = torch.device("cuda", 0)
+    device: torch.device = CUDA
 
     @property
     def master(self) -> Any:

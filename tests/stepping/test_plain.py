@@ -12,7 +12,7 @@ from torch import Tensor
 from zeroopt.options.precision import Precision
 from zeroopt.plan.params import Grain
 from zeroopt.stepping.plain import call_on_leaves, step_plain
-from zeroopt.storage.gradient_store import scale_sums
+from zeroopt.storage.factors import scale_sums
 
 BEFORE = [values((70,), 0), values((5, 9), 1).t(), values((), 2), values((33, 3), 3)]
 MASTERS = [Precision(), Precision(torch.bfloat16), Precision(torch.float16)]

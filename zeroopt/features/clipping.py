@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..feature import Feature, Features, Step
-from ..gradients.norms import clip_by, note_norm
+from ..gradients.norms import clip_by, note_norms
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
@@ -35,9 +35,10 @@ class BucketNorms(Feature):
         self._features.switch(self, on=True)
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
-        """Where every rank has the whole sum, its norm is taken parameter by parameter, later."""
-        if not store.sum_is_spread:
-            note_norm(store, self.norm_type)
+        """Where every rank has the whole sum, its norm is taken parameter by parameter, later. On a device those of all buckets are
+        taken in one launch, later, too."""
+        if not store.sum_is_spread and store.reduced.device.type in ("cpu", "meta"):
+            note_norms([store], self.norm_type)
 
 
 class Clipping(Feature):

@@ -19,7 +19,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from ..feature import Feature, Step
 from ..gradients.overflow import Obstacle, agree_on_overflow
-from ..storage.gradient_store import scale_sums
+from ..storage.factors import scale_sums
 from ..trained import Trained
 from .clipping import Clipping
 from .join import Join, Phase

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..plan.params import ManagedParam
-from ..storage.gradient_store import GradientStore, scale_sums
+from ..storage.factors import scale_sums
+from ..storage.gradient_store import GradientStore
+from ..storage.square_table import SquareTable
 from .norm_groups import NormGroups
 
 # As in torch.nn.utils.clip_grad_norm_: keeps the coefficient finite when all gradients are zero.
@@ -25,10 +27,10 @@ def norm_of_shards(
     Collective, also with the ranks that hold other parts of the model: one exchange of a scalar, and one for each of the groups
     `beyond` the data-parallel ranks.
     """
-    norms = [_norm_of(store, norm_type) for store in stores if store.holds_sum]
+    held = [store for store in stores if store.holds_sum]
     local = (
-        torch.linalg.vector_norm(torch.stack(norms), norm_type)
-        if norms
+        torch.linalg.vector_norm(_norms_of(held, norm_type), norm_type)
+        if held
         else torch.zeros((), dtype=torch.float64, device=stores[0].reduced.device)
     )
     local_sum = local if math.isinf(norm_type) else local.pow(norm_type)
@@ -63,29 +65,71 @@ def clip_by(stores: Sequence[GradientStore], norm: Tensor, max_norm: float) -> N
     scale_sums((store for store in stores if store.holds_sum), coefficient)
 
 
-def note_norm(store: GradientStore, norm_type: float) -> Tensor:
-    """The norm of a bucket's reduced gradients on this rank, before their factor; 0-dim float64, computed once for each sum.
+def note_norms(stores: Sequence[GradientStore], norm_type: float) -> None:
+    """Have the norms of buckets' reduced gradients on this rank ready, before their factors, in `store.norm`: 0-dim float64, computed
+    once for each sum.
 
     Gaps between parameters are zero, and so are the gradients of parameters that no rank used: whole shards can be taken.
     """
-    if store.norm is None or store.norm[0] != norm_type:
-        store.norm = norm_type, _compute_norm(store, norm_type)
-    return store.norm[1]
+    missing = [store for store in stores if store.norm is None or store.norm[0] != norm_type]
+    if norm_type == 2.0:
+        for together in _in_one_launch(missing):
+            for store, norm in zip(together, _square_sums(together).sqrt().unbind(), strict=True):
+                store.norm = norm_type, norm
+    else:
+        for store in missing:
+            store.norm = norm_type, _compute_norm(store, norm_type)
 
 
 def is_finite(store: GradientStore) -> Tensor:
     """Whether all reduced gradients of a bucket on this rank are finite; 0-dim bool."""
-    return torch.isfinite(note_norm(store, 2.0))
+    return torch.isfinite(_noted(store, 2.0))
 
 
-def _norm_of(store: GradientStore, norm_type: float) -> Tensor:
-    norm: Tensor = note_norm(store, norm_type) * store.norm_weight ** (1.0 / norm_type)
-    return norm if store.factor is None else norm * store.factor.abs()
+def _noted(store: GradientStore, norm_type: float) -> Tensor:
+    note_norms([store], norm_type)
+    assert store.norm is not None
+    return store.norm[1]
+
+
+def _norms_of(stores: Sequence[GradientStore], norm_type: float) -> Tensor:
+    """What each bucket counts for in the norm of the model, float64 [number of stores]."""
+    note_norms(stores, norm_type)
+    norms = torch.stack([_weighted(store, norm_type) for store in stores])
+    factors = [store.factor for store in stores]
+    if all(factor is factors[0] for factor in factors):
+        return norms if factors[0] is None else norms * factors[0].abs()
+    one = norms.new_ones(())
+    return norms.mul(torch.stack([one if factor is None else factor.double().abs() for factor in factors]))
+
+
+def _weighted(store: GradientStore, norm_type: float) -> Tensor:
+    norm = _noted(store, norm_type)
+    return norm if store.norm_weight == 1 else norm * store.norm_weight ** (1.0 / norm_type)
+
+
+def _in_one_launch(stores: Sequence[GradientStore]) -> list[list[GradientStore]]:
+    """Stores whose squares are summed in one call: on a device those of one storage, if there are kernels for it."""
+    together: dict[object, list[GradientStore]] = {}
+    for store in stores:
+        is_alone = store.reduced.is_cpu or not store.can_be_in_table
+        together.setdefault(store if is_alone else store.storage, []).append(store)
+    return list(together.values())
+
+
+def _square_sums(stores: Sequence[GradientStore]) -> Tensor:
+    """The sums of the squares of `reduced`, float64 [number of stores], each finite only where all elements are."""
+    first = stores[0]
+    if first.storage is None or not first.can_be_in_table:
+        norm: Tensor = torch.linalg.vector_norm(first.reduced, dtype=torch.float64)
+        return norm.square().reshape(1)
+    arrays = [store.in_table() for store in stores]
+    if first.squares is None or not first.squares.is_of(arrays):
+        first.squares = SquareTable(first.storage, arrays)
+    return first.squares.sums()
 
 
 def _compute_norm(store: GradientStore, norm_type: float) -> Tensor:
-    if norm_type == 2.0:
-        return store.square_sum().sqrt()
     wide = torch.float64 if store.reduced.dtype is torch.float64 else torch.float32
     norm: Tensor = torch.linalg.vector_norm(store.reduced, norm_type, dtype=wide)
     return norm.double()

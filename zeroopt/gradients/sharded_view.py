@@ -17,12 +17,13 @@ from ..feature import Features
 from ..plan.params import ManagedParam
 from ..storage.assembling import assemble
 from ..storage.bucket import Bucket
-from ..storage.gradient_store import GradientStore, scale_sums
+from ..storage.factors import Factors
+from ..storage.gradient_store import GradientStore
 from ..storage.segment import Segment
 from ..untraced import untraced
 from . import tensor_operators
 from .norm_groups import NormGroups
-from .norms import is_finite, norm_of_shards
+from .norms import is_finite, norm_of_shards, note_norms
 from .overflow import agree_on_overflow
 from .sharded_tensor import ShardedGradient
 from .view import GradientView, dense
@@ -68,6 +69,7 @@ class ShardedView(GradientView):
         self._mesh_groups = mesh_groups
         self._wait: weakref.WeakMethod[Callable[[], None]] | None = None
         self._norms: dict[float, dict[int, Tensor]] = {}  # by p and parameter, of those that have not changed since
+        self._factors = Factors()
         self._objects: list[ShardedGradient] = []
         self._shown: list[bool] = []
         self.local: dict[int, Tensor] = {}
@@ -106,6 +108,7 @@ class ShardedView(GradientView):
 
     def begin_backward(self) -> Collection[int]:
         self.checked.clear()
+        self._factors.clear()
         self.changed()
         cleared = {
             managed.index
@@ -362,7 +365,7 @@ class ShardedView(GradientView):
                 self._note_changed(chosen)
             else:
                 self._change(chosen, lambda piece: piece.mul_(factor.to(piece.device)))
-        scale_sums(whole, factor)
+        self._factors.scale(whole, factor)
 
     def check_and_unscale(self, indices: Sequence[int], found_inf: Tensor, inv_scale: Tensor) -> None:
         """What a GradScaler asks for: set `found_inf` to 1 when an element on any rank is not finite, and multiply by
@@ -370,6 +373,7 @@ class ShardedView(GradientView):
         self._prepare(indices)
         for unscaling in self._unscaling:
             unscaling(list(indices), inv_scale.item())
+        note_norms([self._stores[b] for b, chosen in self._by_bucket(indices) if self._is_all_of(b, chosen)], 2.0)
         finite = [flag for bucket, chosen in self._by_bucket(indices) for flag in self._are_finite(bucket, chosen)]
         found = bool(found_inf) or (bool(finite) and not torch.stack(finite).all())
         device, scale = self._stores[0].reduced.device, inv_scale.double().reciprocal().item()

@@ -74,7 +74,8 @@ def _divide(gradients: ShardedView, indices: Sequence[int], divisor: Tensor | fl
 def _number(value: Tensor | float) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float64)
-    return value.reshape(()) if value.is_floating_point() else value.reshape(()).double()  # a mask, say
+    scalar = value if value.dim() == 0 else value.reshape(())  # the same object where it can be: it may come again
+    return scalar if scalar.is_floating_point() else scalar.double()  # a mask, say
 
 
 def _zero(gradients: ShardedView, indices: Sequence[int]) -> None:

@@ -69,6 +69,7 @@ class StepKernel:
         groups: Tensor,
         control: StepControl = _NOTHING,
         reduce_squares: Callable[[Tensor], None] | None = None,
+        active_on_host: Tensor | None = None,
     ) -> None:
         """Step all active segments. Not collective.
 
@@ -82,6 +83,8 @@ class StepKernel:
             reduce_squares: of an optimizer of two passes, to which every segment is a parameter of its own; called between them
                 with float64 [n, 2], the sums of squares of each segment's parameter and of its update. Where a parameter is cut
                 into several segments it has to put the sum over them in each one's place.
+            active_on_host: `active` on the CPU, where it is known there. Without it, on a device every segment is expected to
+                have what an active one needs.
 
         Raises:
             ConfigError: a dtype, shape or device does not fit, or a state, gradient or group that is needed is missing, or the
@@ -89,7 +92,7 @@ class StepKernel:
         """
         has_passes = len(self.kernels) > 1
         require(has_passes or reduce_squares is None, f"expected no reduce_squares for {self.name}, which has one pass")
-        _check(self, table, active, steps, groups, control)
+        _check(self, table, active, steps, groups, control, active if active_on_host is None else active_on_host)
         squares = torch.zeros(len(table.segments), 2, dtype=torch.float64, device=table.device) if has_passes else None
         for number, kernel in enumerate(self.kernels):
             if number and squares is not None and reduce_squares is not None:
@@ -158,7 +161,13 @@ def squared_norms(table: SegmentTable, *, active: Tensor, found_inf: Tensor) -> 
 
 
 def _check(
-    kernel: StepKernel, table: SegmentTable, active: Tensor, steps: Tensor, groups: Tensor, control: StepControl
+    kernel: StepKernel,
+    table: SegmentTable,
+    active: Tensor,
+    steps: Tensor,
+    groups: Tensor,
+    control: StepControl,
+    known_active: Tensor,
 ) -> None:
     """Check the arguments of a step."""
     count = len(table.segments)
@@ -174,8 +183,9 @@ def _check(
     for field in ("grad_scale", "clip_coef", "found_inf"):
         _check_scalar(field, getattr(control, field), table)
     require(0 <= control.seed < 2**64, f"expected seed to be at least 0 and below 2**64, got {control.seed}")
-    _check_grads(table, active)
-    _check_states(kernel, table, groups if on_host else None, active)
+    check_table("active_on_host", known_active, torch.uint8, (count,), known_active)
+    _check_grads(table, known_active)
+    _check_states(kernel, table, groups if on_host else None, known_active)
 
 
 def _run(

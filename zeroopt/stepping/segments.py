@@ -113,6 +113,7 @@ class FusedSegments(ABC):
             steps=self._steps,
             groups=self._groups.hold(groups),
             control=control,
+            active_on_host=active,
         )
 
     def still_shows(self) -> bool:

@@ -8,6 +8,8 @@ In reading order; each imports from those above it:
     assembling      a whole tensor from the pieces that ranks have
     stripe          `Stripe`: a part of a bucket that travels by itself
     buffer_pool     `BufferPool`: full gradient buffers that buckets borrow
+    square_table    sums of squares of several buckets in one launch
     gradient_store  `GradientStore`: the gradients of a bucket
+    factors         what sums have yet to be multiplied by
     own_shard       `OwnShard`: what a step works on
 """

@@ -15,7 +15,6 @@ master. Where the two differ, or what travels is no plain sum, stage 1 keeps its
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from itertools import cycle
 
 import torch
@@ -30,6 +29,7 @@ from ..plan.params import ManagedParam, ParamState
 from .bucket import Bucket
 from .buffer_pool import BufferPool
 from .segment import Segment
+from .square_table import SquareTable
 from .stripe import cut_in_stripes
 
 _SUM = "sum"  # its name among what moves with a segment
@@ -47,6 +47,8 @@ class GradientStore:
         factor: 0-dim, what the sum has yet to be multiplied by, to clip or to unscale it; the step does that on its way, so
             that it takes no pass of its own. None: nothing.
         norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `gradients.norms`.
+        storage: how a kernel sees the own range; None: there is none for it.
+        squares: by which a kernel sums the squares of this one and of those behind it.
         is_open: backward fills it.
         sum_is_spread: stage 0: every rank is to have the sum of all slices.
         is_reducing: a reduce of it has started, and nobody has waited for it yet.
@@ -86,8 +88,8 @@ class GradientStore:
         self.is_open = False
         self.is_reducing = False
         self.norm: tuple[float, Tensor] | None = None
-        self._storage = bucket.precision.storage(bucket.dtype, sum_dtype)
-        self._table: ops.SegmentTable | None = None
+        self.storage = bucket.precision.storage(bucket.dtype, sum_dtype)
+        self.squares: SquareTable | None = None
         self.factor: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None
@@ -246,20 +248,16 @@ class GradientStore:
             self.norm = None
             self._is_zero = False
 
-    def square_sum(self) -> Tensor:
-        """The sum of the squares of `reduced`, a 0-dim float64 tensor, which is finite only where all elements are."""
+    @property
+    def can_be_in_table(self) -> bool:
+        """Whether a kernel can sum the squares of `reduced`."""
         bucket = self._bucket
-        # For which the kernel has no table.
         is_apart = bucket.master.is_away or bucket.own_param.is_meta
-        if self._storage is None or is_apart or not ops.has_kernels(self.reduced.device):
-            norm: Tensor = torch.linalg.vector_norm(self.reduced, dtype=torch.float64)
-            return norm.square()
-        if self._table is None:
-            arrays = ops.SegmentArrays(bucket.own_param, self.reduced, bucket.master.array)
-            self._table = ops.SegmentTable(self._storage, [arrays])
-        active = torch.ones(1, dtype=torch.uint8, device=self.reduced.device)
-        found_inf = torch.zeros(1, dtype=torch.float32, device=self.reduced.device)
-        return ops.squared_norms(self._table, active=active, found_inf=found_inf)[0]
+        return self.storage is not None and not is_apart and ops.has_kernels(self.reduced.device)
+
+    def in_table(self) -> ops.SegmentArrays:
+        """What a kernel's table has of it, where it can be in one."""
+        return ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master.array)
 
     def part_as(self, segment: Segment, dtype: torch.dtype) -> Tensor:
         """The sum for one segment in the shape of its shard and in a dtype, which is that of the sum or wider; not to be
@@ -296,14 +294,3 @@ class GradientStore:
             self.zero()  # what else lies there is of an earlier step
             self.holds_sum = True
         self.part(segment).copy_(arrays[_SUM])
-
-
-def scale_sums(stores: Iterable[GradientStore], factor: Tensor) -> None:
-    """Have sums multiplied by a 0-dim tensor when they are used. Stores that had a factor in common have the product in common."""
-    products: dict[int, tuple[Tensor | None, Tensor]] = {}  # by identity of the factor before, which is kept
-    for store in stores:
-        before = store.factor
-        if id(before) not in products:
-            here = factor.detach().to(store.reduced.device)
-            products[id(before)] = before, here.clone() if before is None else before * here
-        store.factor = products[id(before)][1]
