@@ -19,6 +19,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from ..feature import Feature, Step
 from ..gradients.overflow import Obstacle, agree_on_overflow
+from ..gradients.sharded_view import ShardedView
 from ..storage.factors import scale_sums
 from ..trained import Trained
 from .clipping import Clipping
@@ -40,9 +41,10 @@ class ScaledStep:
         self._state = scaler._per_optimizer_states[id(optimizer)]
 
     @property
-    def scale(self) -> float:
-        """By which losses are multiplied."""
-        return float(self._scaler.get_scale())
+    def scale(self) -> Tensor | float:
+        """By which losses are multiplied; where it lies."""
+        scale: Tensor | None = self._scaler._scale
+        return float(self._scaler.get_scale()) if scale is None else scale
 
     @property
     def is_unscaled(self) -> bool:
@@ -99,25 +101,33 @@ class GradScaling(Feature):
             scaled.look(unscale=not self.unscale_in_step)
         if obstacle is None and not scaled.found:
             obstacle = Obstacle.NO_GRADIENTS
-        found = any(bool(each) for each in scaled.found)
-        overflow = self.agree(found, scaled.scale, obstacle)
+        overflow = self.agree(self._found(scaled), scaled.scale, obstacle)
         if overflow:
             scaled.skip()
         return overflow
 
-    def agree(self, found: bool, scale: float = 0.0, obstacle: Obstacle | None = None) -> bool:
+    def _found(self, scaled: ScaledStep) -> Tensor | bool:
+        """Whether this rank has found an overflow: in stages 1 and 2, any rank."""
+        view = self._replica.reducer.view
+        if isinstance(view, ShardedView):
+            return any(map(view.has_found, scaled.found))
+        device = self._trained.buckets[0].device
+        found = [each.reshape(()).to(device) != 0 for each in scaled.found]
+        return torch.stack(found).any() if found else False
+
+    def agree(self, found: Tensor | bool, scale: Tensor | float = 0.0, obstacle: Obstacle | None = None) -> bool:
         """Whether any rank has found a gradient that is not finite, ranks with other parts of the model too. Collective.
 
         Args: as those of `agree_on_overflow`.
         """
         replica, reducer = self._replica, self._replica.reducer
         if self._join.is_on:
-            self._join.announce(Phase.OVERFLOW, self._trained.number, found)
+            self._join.announce(Phase.OVERFLOW, self._trained.number, bool(found))
         device = self._trained.buckets[0].device
         # In stages 1 and 2 the ranks have agreed when each one's gradients were looked at.
         if reducer.view.is_plain or obstacle is not None:
             found = agree_on_overflow(replica.transport, device, found=found, scale=scale, obstacle=obstacle)
-        overflow = bool(replica.norm_groups.max_over_model(torch.tensor(float(found), device=device)))
+        overflow = replica.norm_groups.any_over_model(bool(found), device)
         if overflow:
             reducer.note_skipped_step()
             self._clipping.note_overflow()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -48,6 +49,12 @@ class NormGroups:
         for group in self._groups:
             value = group.gather(value, "maximum over the model").max()
         return value
+
+    def any_over_model(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so in any part of the model, as `max_over_model`, on a device that the groups serve."""
+        if not self._groups:
+            return flag
+        return bool(self.max_over_model(torch.tensor(float(flag), device=device)))
 
 
 def check_norm_group(norm_group: dist.ProcessGroup | None, inner: Sequence[dist.ProcessGroup]) -> None:

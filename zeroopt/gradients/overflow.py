@@ -6,6 +6,7 @@ import math
 from enum import Enum
 
 import torch
+from torch import Tensor
 
 from ..collectives import Transport
 from ..errors import StateError
@@ -30,23 +31,26 @@ def agree_on_overflow(
     transport: Transport,
     device: torch.device,
     *,
-    found: bool = False,
-    scale: float = 0.0,
+    found: Tensor | bool = False,
+    scale: Tensor | float = 0.0,
     obstacle: Obstacle | None = None,
 ) -> bool:
-    """Whether any rank has found a gradient that is not finite. Collective.
+    """Whether any rank has found a gradient that is not finite. Collective. The host waits once, for what all ranks have said.
 
     Args:
-        found: this rank has.
+        found: this rank has, not 0.
         scale: by which this rank multiplies its loss; 0 when it does not know.
         obstacle: this rank cannot go on.
 
     Raises:
         StateError: on every rank: the scales differ, or some rank cannot go on.
     """
-    # One number says it all: its sign is that of `found`.
-    mine = math.copysign(scale, -1.0 if found else 1.0) if obstacle is None else obstacle.value
-    number = torch.tensor(mine, dtype=torch.float64, device=device)
+    if obstacle is None:
+        # One number says it all: its sign is that of `found`.
+        sign = torch.where(_on(device, found) != 0, -1.0, 1.0)
+        number = torch.copysign(_on(device, scale), sign)
+    else:
+        number = _on(device, obstacle.value)
     by_rank = transport.gather_scalar(number, label="loss scales").tolist()
     for each, message in _MESSAGES.items():
         if each.value in by_rank:
@@ -58,3 +62,10 @@ def agree_on_overflow(
             "state on all of them, and call its update() on all of them after each step"
         )
     return any(math.copysign(1.0, value) < 0 for value in by_rank)
+
+
+def _on(device: torch.device, value: Tensor | float) -> Tensor:
+    """0-dim float64."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device, torch.float64)
+    return torch.full((), float(value), dtype=torch.float64, device=device)  # filled there: nothing is copied

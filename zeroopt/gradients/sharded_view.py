@@ -70,6 +70,7 @@ class ShardedView(GradientView):
         self._wait: weakref.WeakMethod[Callable[[], None]] | None = None
         self._norms: dict[float, dict[int, Tensor]] = {}  # by p and parameter, of those that have not changed since
         self._factors = Factors()
+        self._found: tuple[Tensor | None, int, bool] = (None, 0, False)
         self._objects: list[ShardedGradient] = []
         self._shown: list[bool] = []
         self.local: dict[int, Tensor] = {}
@@ -375,13 +376,22 @@ class ShardedView(GradientView):
             unscaling(list(indices), inv_scale.item())
         note_norms([self._stores[b] for b, chosen in self._by_bucket(indices) if self._is_all_of(b, chosen)], 2.0)
         finite = [flag for bucket, chosen in self._by_bucket(indices) for flag in self._are_finite(bucket, chosen)]
-        found = bool(found_inf) or (bool(finite) and not torch.stack(finite).all())
-        device, scale = self._stores[0].reduced.device, inv_scale.double().reciprocal().item()
-        if agree_on_overflow(self._transport, device, found=found, scale=scale):
+        found = found_inf.reshape(()) != 0
+        if finite:
+            found = found | ~torch.stack(finite).all().to(found.device)
+        device = self._stores[0].reduced.device
+        overflow = agree_on_overflow(self._transport, device, found=found, scale=inv_scale.double().reciprocal())
+        if overflow:
             found_inf.fill_(1.0)
+        self._found = found_inf, found_inf._version, overflow
         self.checked.update(indices)
         if not (inv_scale.is_cpu and inv_scale == 1):
             self._scale(indices, inv_scale)
+
+    def has_found(self, found_inf: Tensor) -> bool:
+        """What a GradScaler's tensor says, which is known without looking if it is the one in which an overflow was noted last."""
+        last, version, overflow = self._found
+        return overflow if found_inf is last and found_inf._version == version else bool(found_inf)
 
     def _prepare(self, indices: Sequence[int]) -> None:
         """Before gradients are used: have them all reduced."""
