@@ -1,4 +1,4 @@
-"""Whoever writes a bucket comes behind who has opened it, and whoever starts its reduce behind all who have written."""
+"""Whoever packs a bucket comes behind all streams on which its gradients came, and whoever starts its reduce behind that."""
 
 from __future__ import annotations
 
@@ -25,29 +25,27 @@ def packing(count: int = 1, device: str = "cuda") -> PackingStreams:
 
 def test_one_stream_waits_for_nobody(streams: RecordedStreams) -> None:
     filling = packing()
-    filling.note_opened(0)
-    filling.enter(0)
     filling.note_waiting(0)
+    filling.join(0)
+    filling.note_opened(0)
     filling.join(0)
     assert streams.log == []
 
 
-def test_the_reduce_comes_behind_all_that_have_packed(streams: RecordedStreams) -> None:
+def test_the_reduce_comes_behind_who_has_packed(streams: RecordedStreams) -> None:
     filling = packing()
     with streams.stream("first"):
+        filling.note_waiting(0)
+    with streams.stream("second"):
         filling.note_opened(0)
-        filling.enter(0)
-    for _ in range(2):
-        with streams.stream("second"):
-            filling.enter(0)
+        filling.join(0)
     assert streams.log == ["second waits for first"]
     streams.log.clear()
     with streams.stream("second"):
         filling.join(0)
-    assert streams.log == ["second waits for first"]
-    streams.log.clear()
+    assert streams.log == []
     filling.join(0)
-    assert streams.log == ["main waits for first", "main waits for second"]
+    assert streams.log == ["main waits for second"]
 
 
 def test_gradients_that_wait_are_waited_for_by_who_packs_them(streams: RecordedStreams) -> None:
@@ -69,21 +67,10 @@ def test_their_memory_is_not_given_to_others_before(streams: RecordedStreams, mo
     assert list(map(id, streams.used_on["late"])) == list(map(id, grads))
 
 
-def test_a_buffer_is_opened_anew_in_each_backward(streams: RecordedStreams) -> None:
-    filling = packing()
-    for _ in range(2):
-        filling.note_opened(0)
-        with streams.stream("second"):
-            filling.enter(0)
-        filling.join(0)
-    assert streams.log == ["second waits for main", "main waits for second"] * 2
-
-
 def test_on_the_cpu_there_is_one_order(streams: RecordedStreams) -> None:
     filling = packing(device="cpu")
     filling.note_opened(0)
     with streams.stream("second"):
-        filling.enter(0)
         filling.note_waiting(0)
         filling.note_read([torch.ones(2)])
     filling.join(0)

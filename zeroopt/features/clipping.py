@@ -12,6 +12,7 @@ from ..gradients.norms import clip_by, note_norms
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
+from ..streams import has_streams
 from ..trained import Trained
 
 
@@ -37,7 +38,7 @@ class BucketNorms(Feature):
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
         """Where every rank has the whole sum, its norm is taken parameter by parameter, later. On a device those of all buckets are
         taken in one launch, later, too."""
-        if not store.sum_is_spread and store.reduced.device.type in ("cpu", "meta"):
+        if not store.sum_is_spread and not has_streams(store.reduced.device):
             note_norms([store], self.norm_type)
 
 

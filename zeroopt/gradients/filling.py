@@ -30,6 +30,8 @@ class Filling:
         unpacked: of each bucket, how many do not lie in it yet.
         order: indices, as the gradients of the last backward came.
         streams: on which they came.
+        packs_together: a bucket's gradients stay where they are until the last one has come, and one launch packs them. On the CPU
+            each is packed when it comes: a call costs nothing, and it is in the cache.
         scale: what gradients are multiplied by.
     """
 
@@ -58,6 +60,7 @@ class Filling:
                 self.bucket_of[managed.index] = bucket.index
         self._sizes = [len(bucket.params) for bucket in buckets]
         self.streams = PackingStreams(buckets)
+        self.packs_together = self.streams.are_there
         self.reset()
 
     def begin(self, scale: float) -> None:
@@ -85,7 +88,7 @@ class Filling:
                 )
 
     def pack(self, managed: ManagedParam, full: Tensor) -> bool:
-        """Move a gradient into its bucket; whether there was one."""
+        """Move a gradient of the CPU into its bucket; whether there was one."""
         grad: Tensor | None = managed.param.grad
         if not (
             type(grad) is Tensor
@@ -97,15 +100,11 @@ class Filling:
             grad = self._view.take_local(managed)
             if grad is None:
                 return False
-        if grad.is_cpu:
-            # Without the checks of `ops.pack`: this runs between two of autograd's own.
-            code = ops.DTYPE_CODES[grad.dtype]
-            address = full.data_ptr() + managed.offset * full.element_size()
-            numel, threads = managed.numel, torch.get_num_threads()
-            pack_unchecked(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
-        else:
-            self.streams.enter(self.bucket_of[managed.index])
-            ops.pack(grad, managed.view_in(full), scale=self.scale)
+        # Without the checks of `ops.pack`: this runs between two of autograd's own.
+        code = ops.DTYPE_CODES[grad.dtype]
+        address = full.data_ptr() + managed.offset * full.element_size()
+        numel, threads = managed.numel, torch.get_num_threads()
+        pack_unchecked(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
         self._view.packed(managed)
         self.packed[managed.index] = 1
         self.unpacked[self.bucket_of[managed.index]] -= 1
@@ -117,7 +116,7 @@ class Filling:
         return self._view.has_local(managed)
 
     def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
-        """Move into a bucket what had no buffer when it came or was left by a backward under `no_sync()`; zeros for the rest."""
+        """Move into a bucket what has not been moved when it came, or was left by a backward under `no_sync()`; zeros for the rest."""
         late = [managed for managed in bucket.params if not self.packed[managed.index]]
         waiting = [managed for managed in late if self._view.has_local(managed)]
         if waiting:
@@ -126,6 +125,7 @@ class Filling:
         for managed in late:
             if not self.packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
+        self.unpacked[bucket.index] = 0
 
     def take(self, bucket: Bucket) -> dict[ManagedParam, Tensor]:
         """Those gradients of a bucket that there are, as they lie in memory, 1-D. They count as packed; none has been before."""

@@ -1,12 +1,12 @@
 """On which streams of a device the gradients of each bucket come and are packed, so that none is missed.
 
-Autograd runs each parameter's hook on the stream on which the forward used it, so a model whose parts run on several streams fills
-one bucket from several. The first of them opens the bucket's buffer; each of the others comes behind that before it writes; and
-whoever starts the reduce comes behind all of them.
+Autograd runs each parameter's hook on the stream on which the forward used it, so the gradients of one bucket may come on several.
+They wait in `param.grad` until somebody packs all of them, who comes behind all of these streams; and whoever starts the reduce
+comes behind that.
 
-    stream 1   opens ──▶ packs ────────────────┐
-    stream 2     └─▶ packs ────────────────────┤
-    stream 3              gradient waits ──────┴─▶ packs the rest, starts the reduce
+    stream 1   gradient waits ──┐
+    stream 2   gradient waits ──┴─▶ opens the buffer, packs ──┐
+    stream 3                                                  └─▶ starts the reduce
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..storage.bucket import Bucket
-from ..streams import Mark, current_stream, has_streams, let_wait, note_use
+from ..streams import current_stream, has_streams, let_wait, note_use
 
 
 class PackingStreams:
@@ -27,19 +27,13 @@ class PackingStreams:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._device = buckets[0].device if buckets else torch.device("cpu")
         self.are_there = has_streams(self._device)
-        self._opened: list[Mark | None] = [None] * len(buckets)
+        self._opened_on: list[Any] = [None] * len(buckets)
         self._came_on: list[list[Any]] = [[] for _ in buckets]  # gradients that wait
 
     def note_opened(self, bucket: int) -> None:
-        """The current stream has got a buffer for a bucket, and may write it."""
+        """The current stream has got a buffer for a bucket, which nobody else packs."""
         if self.are_there:
-            self._opened[bucket] = Mark(self._device)
-
-    def enter(self, bucket: int) -> None:
-        """Before the current stream writes the buffer of a bucket."""
-        opened = self._opened[bucket]
-        if opened is not None:
-            opened.wait()
+            self._opened_on[bucket] = current_stream(self._device)
 
     def note_waiting(self, bucket: int) -> None:
         """A gradient has come, and stays where it is until the bucket has a buffer."""
@@ -52,9 +46,9 @@ class PackingStreams:
         """Let the current stream come behind all that others have done for a bucket."""
         if not self.are_there:
             return
-        current, opened = current_stream(self._device), self._opened[bucket]
-        for stream in dict.fromkeys([*self._came_on[bucket], *(() if opened is None else opened.passed_by)]):
-            if stream != current:
+        current = current_stream(self._device)
+        for stream in dict.fromkeys([*self._came_on[bucket], self._opened_on[bucket]]):
+            if stream is not None and stream != current:
                 let_wait(current, stream, self._device)
         self._came_on[bucket].clear()
 

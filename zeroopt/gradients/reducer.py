@@ -409,14 +409,15 @@ class GradientReducer:
         if filling.arrived[index]:
             self._refuse_second(managed)
         bucket = filling.bucket_of[index]
-        store = self.stores[bucket]
-        full = store.full if store.is_open else self._open(bucket)
+        full = None if filling.packs_together else self._full_of(bucket)
         if not (filling.leave(managed) if full is None else filling.pack(managed, full)):
             return
         filling.arrived[index] = 1
         filling.order.append(index)
         filling.missing[bucket] -= 1
         if filling.missing[bucket] == 0:
+            if filling.packs_together and self._sequence[self._next] != bucket:
+                self._pack_early(bucket)
             self._start_complete()
 
     def _leave_local(self, index: int) -> None:
@@ -453,6 +454,17 @@ class GradientReducer:
         self._later.clear()
         self._filling.begin(1.0 / self._turnout.divisor)
         self._used.forget(self.view.begin_backward())
+
+    def _full_of(self, bucket: int) -> Tensor | None:
+        store = self.stores[bucket]
+        return store.full if store.is_open else self._open(bucket)
+
+    def _pack_early(self, bucket: int) -> None:
+        """A bucket is complete before its turn: free the memory of its gradients, if there is a buffer for them."""
+        full = self._full_of(bucket)
+        if full is not None:
+            self._filling.streams.join(bucket)
+            self._filling.pack_rest(self._buckets[bucket], full)
 
     def _open(self, bucket: int) -> Tensor | None:
         """The full buffer of a bucket, or None: its gradients then stay where they are until it is the bucket's turn."""
@@ -492,7 +504,7 @@ class GradientReducer:
         if store.is_striped:
             self._start_stripes(bucket, store)
         else:
-            full = store.full if store.is_open else self._open(number)
+            full = self._full_of(number)
             assert full is not None
             if self._filling.unpacked[number]:
                 self._filling.pack_rest(bucket, full)

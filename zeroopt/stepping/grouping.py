@@ -8,6 +8,7 @@ import torch
 
 from .. import ops
 from ..storage.own_shard import OwnShard
+from ..streams import has_streams
 
 MOST_ELEMENTS = 2**28
 """Of one call. It takes a device a millisecond or two, beside which a launch is nothing; and gathers begin behind it."""
@@ -30,7 +31,7 @@ def in_groups(fused: Sequence[tuple[OwnShard, ops.Storage]], *, one_by_one: bool
     for shard, storage in reversed(fused):
         numel = shard.master.param.numel()
         shards, room = filling.get((storage, shard.device), ([], 0))
-        if numel > room or one_by_one or shard.device.type in ("cpu", "meta"):
+        if numel > room or one_by_one or not has_streams(shard.device):
             shards, room = [], MOST_ELEMENTS
             groups.append((shards, storage))
         shards.append(shard)

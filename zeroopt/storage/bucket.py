@@ -18,6 +18,7 @@ from ..own_storage import with_own_storage
 from ..pages import release, trim_heap
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
+from ..streams import has_streams
 from .masters import make_master
 from .segment import Segment, view_of
 
@@ -157,6 +158,9 @@ class Bucket:
 
     def zero_gaps(self, full: Tensor) -> None:
         """Clear what lies between and behind the parameters in a buffer that has been used for another bucket."""
+        if len(self.gaps) > 1 and has_streams(full.device):  # where a launch costs more than the bytes
+            full.zero_()
+            return
         for begin, end in self.gaps:
             full[begin:end].zero_()
 
