@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,21 @@ from .training import Loop, Trainer, train
 pytestmark = pytest.mark.slow
 
 HOST_WAITS = {"stage 2, GradScaler": 2, "stage 2, GradScaler and clipping": 2}  # what ranks agree on, and torch; else 0
+OF_THE_USER = ("zeroopt/module.py", "zeroopt/parameters/arriving.py")  # forward, and what is done to parameters
+CLIPPING = {
+    "zeroopt::squared_norms": 1,
+    "aten::zero_": 1,
+    "aten::sqrt.out": 1,
+    "aten::cat.out": 2,
+    "aten::linalg_vector_norm.out": 1,
+    "aten::pow.Tensor_Scalar_out": 2,
+    "aten::sum.IntList_out": 1,
+    "aten::add.out": 1,
+    "aten::reciprocal.out": 1,
+    "aten::mul.out": 1,
+    "aten::clamp.out": 1,
+    "aten::copy_": 3,
+}
 STEADY = [name for name, loop in LOOPS.items() if not loop.side and loop.options.get("fused", True)]
 
 
@@ -30,6 +46,47 @@ def _figures_of(loop: Loop) -> dict[str, Any]:
 def test_the_host_waits_for_nothing_in_a_step(name: str, on_pretend_cuda: PretendProcess) -> None:
     host_waits = on_pretend_cuda(_figures_of, LOOPS[name])["host_waits"]
     assert sum(host_waits.values()) == HOST_WAITS.get(name, 0), host_waits
+
+
+def _launched_by_zeroopt(loop: Loop) -> tuple[dict[str, int], dict[str, Any]]:
+    """What a step launches besides the model's own operators and those of the user, by name; and its figures."""
+    import _device
+
+    from .ranks import on_ranks
+
+    _, recording = on_ranks(2, lambda rank: train(loop, rank.number, rank.device, rank.recorded))
+    launched = Counter(
+        node.name
+        for node in recording.nodes
+        if node.kind == _device.Kind.LAUNCH
+        and recording.actors[node.actor].endswith("cuda:0")
+        and "zeroopt/" in node.where
+        and not any(file in node.where for file in OF_THE_USER)
+    )
+    return dict(launched), vars(recording.figures(0))
+
+
+@pytest.mark.parametrize("depth", [6, 148, 998], ids=lambda depth: f"{2 * depth + 5} parameters")
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("clips", [False, True], ids=["", "max_grad_norm"])
+def test_launches_go_by_buckets_alone(depth: int, stage: int, clips: bool, on_pretend_cuda: PretendProcess) -> None:
+    if clips and (stage == 0 or depth == 998):
+        pytest.skip("in stage 0 every gradient has a norm of its own; large models take long")
+    options = {"stage": stage, "bucket_mb": 0.02, **({"max_grad_norm": 0.1} if clips else {})}
+    launched, figures = on_pretend_cuda(_launched_by_zeroopt, Loop(options, depth=depth))
+    num_buckets = figures["collectives"]["reduce_scatter"]
+    assert num_buckets == {6: 1, 148: 3, 998: 19}[depth]
+    packed = {"zeroopt::pack_segments": num_buckets, "zeroopt::step": 1, "aten::copy_": 1}
+    if stage == 2:
+        packed["aten::zero_"] = num_buckets  # gaps between parameters of 8 elements
+    assert launched == (Counter(packed) + Counter(CLIPPING) if clips else packed)
+    assert figures["host_waits"] == {}
+    assert figures["uploads"] == 1  # which parameters had gradients
+    assert figures["collectives"] == {
+        "reduce_scatter": num_buckets,
+        "all_gather": num_buckets + clips,
+        "all_reduce": 1,
+    }
 
 
 def _count_another_step() -> list[str]:

@@ -14,6 +14,9 @@ LOOPS = {
     "stage 1, reduce_dtype": Loop({"stage": 1, "reduce_dtype": BF16["param_dtype"]}, accumulate=2, side="average"),
     "stage 2": Loop({"stage": 2}, side="average"),
     "stage 2, several streams": Loop({"stage": 2}, side="branch"),
+    "stage 2, several streams in one bucket": Loop(
+        {"stage": 2, "bucket_mb": 0.02}, accumulate=2, no_sync=True, side="branch"
+    ),
     "stage 2, bfloat16": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, accumulate=2),
     "stage 2, GradScaler and clipping": Loop({"stage": 2}, scaler=True, clip=0.1),
     "stage 2, no overlap": Loop({"stage": 2, "overlap": False}),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from zeroopt.collectives.comm_stream import CommStream, StreamCollective
-from zeroopt.gradients.packing_streams import PackingStreams
 from zeroopt.gradients.reducer import GradientReducer
 from zeroopt.parameters.gathers import ParamGathers
 from zeroopt.streams import Mark
@@ -81,14 +80,6 @@ FAULTS: dict[str, tuple[Callable[[], Any], Loop]] = {
     "a second branch does not wait for the gather that the first has waited for": (
         lambda: forgetting(ParamGathers, "attach", "arrived", Unmarked),
         Loop("in_one_stream", bucket_mb=SHARED),
-    ),
-    "who packs does not wait for who opened the buffer": (
-        lambda: patch.object(PackingStreams, "enter", nothing),
-        Loop("in_one_stream", bucket_mb=SHARED, bucket_buffers=1),
-    ),
-    "who starts a reduce does not wait for others that have packed": (
-        lambda: patch.object(PackingStreams, "join", nothing),
-        Loop("in_one_stream", bucket_mb=25.0),
     ),
     "who uses sums does not wait for who has waited for them": (
         lambda: forgetting(GradientReducer, "finish", "_finished", lambda: None),
