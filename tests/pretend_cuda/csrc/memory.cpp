@@ -12,16 +12,24 @@ namespace pretend {
 namespace {
 
 constexpr size_t kGranule = 512; // as of CUDA's allocator
+constexpr uint8_t kFence = 0xA7; // behind each block
 
 size_t rounded(size_t bytes) {
   return std::max(kGranule, (bytes + kGranule - 1) / kGranule * kGranule);
 }
 
 uintptr_t fresh(size_t bytes) {
-  void* memory = std::aligned_alloc(kGranule, bytes);
+  void* memory = std::aligned_alloc(kGranule, bytes + kGranule);
   if (memory == nullptr) throw std::bad_alloc();
   std::memset(memory, kPoison, bytes);
+  std::memset(static_cast<uint8_t*>(memory) + bytes, kFence, kGranule);
   return reinterpret_cast<uintptr_t>(memory);
+}
+
+/// Whether nobody has written past the end of a block.
+bool is_fenced(uintptr_t base, size_t bytes) {
+  const auto* fence = reinterpret_cast<const uint8_t*>(base) + bytes;
+  return std::all_of(fence, fence + kGranule, [](uint8_t byte) { return byte == kFence; });
 }
 
 std::vector<uint8_t> copy_of(uintptr_t base, size_t bytes) {
@@ -144,6 +152,8 @@ void Memory::begin() {
     idle_.emplace(std::make_tuple(block.device, block.stream, block.bytes), base);
   }
   limbo_.clear();
+  for (auto& [base, block] : blocks_) // orders that were tried have left their results there
+    if (!block.is_live) std::memset(reinterpret_cast<void*>(base), kPoison, block.bytes);
   for (auto it = pinned_.begin(); it != pinned_.end();) {
     if (it->second.is_live) {
       it->second.seen = copy_of(it->first, it->second.bytes);
@@ -186,11 +196,16 @@ void Memory::note_result() {
 
 std::vector<std::string> Memory::differences() const {
   std::vector<std::string> places;
+  for (const auto& [base, block] : blocks_)
+    if (!is_fenced(base, block.bytes)) places.push_back("what lies behind memory allocated at " + block.where);
   for (const auto& [base, bytes] : result_) {
     if (std::memcmp(reinterpret_cast<const void*>(base), bytes.data(), bytes.size()) != 0) {
       const Block& block = blocks_.at(base);
-      places.push_back(std::to_string(block.bytes) + " bytes of cuda:" + std::to_string(block.device) +
-                       ", allocated at " + block.where);
+      size_t first = 0;
+      while (reinterpret_cast<const uint8_t*>(base)[first] == bytes[first])
+        ++first;
+      places.push_back("byte " + std::to_string(first) + " of " + std::to_string(block.bytes) +
+                       " bytes of cuda:" + std::to_string(block.device) + ", allocated at " + block.where);
     }
   }
   return places;

@@ -128,7 +128,7 @@ void Trace::run_known(const Node& host_node) {
 /// Nobody tells when the host writes pinned memory, so whatever has changed there since the last node becomes one.
 void Trace::note_host_writes(int host_device) {
   for (auto& [base, block] : Memory::get().pinned()) {
-    if (!block.is_live || block.device != host_device) continue;
+    if (!block.is_live || host_of(block.device) != host_of(host_device)) continue;
     const auto* now = reinterpret_cast<const uint8_t*>(base);
     auto first = std::mismatch(block.seen.begin(), block.seen.end(), now).first - block.seen.begin();
     if (static_cast<size_t>(first) == block.bytes) continue;
