@@ -192,6 +192,9 @@ void Memory::note_result() {
   result_.clear();
   for (const auto& [base, block] : blocks_)
     if (block.is_live) result_[base] = copy_of(base, block.bytes);
+  pinned_result_.clear();
+  for (const auto& [base, block] : pinned_)
+    if (block.is_live) pinned_result_[base] = copy_of(base, block.bytes);
 }
 
 std::vector<std::string> Memory::differences() const {
@@ -208,6 +211,9 @@ std::vector<std::string> Memory::differences() const {
                        " bytes of cuda:" + std::to_string(block.device) + ", allocated at " + block.where);
     }
   }
+  for (const auto& [base, bytes] : pinned_result_)
+    if (std::memcmp(reinterpret_cast<const void*>(base), bytes.data(), bytes.size()) != 0)
+      places.push_back("pinned memory");
   return places;
 }
 

@@ -51,7 +51,7 @@ public:
   void snapshot();
   void restore();
   void note_result();
-  /// Where the live blocks whose bits are not those of `note_result` were allocated.
+  /// The live blocks, and pinned ones, whose bits are not those of `note_result`.
   std::vector<std::string> differences() const;
 
   void reset_peak(int device);
@@ -67,7 +67,7 @@ private:
   std::multimap<std::tuple<int, int64_t, size_t>, uintptr_t> idle_;
   std::vector<uintptr_t> limbo_; // freed, while a stream that was recorded may still use them
   std::map<uintptr_t, PinnedBlock> pinned_;
-  std::map<uintptr_t, std::vector<uint8_t>> before_, pinned_before_, result_;
+  std::map<uintptr_t, std::vector<uint8_t>> before_, pinned_before_, result_, pinned_result_;
   std::map<int, int64_t> live_, peak_;
 };
 
