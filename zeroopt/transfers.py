@@ -5,15 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import StateError
+from .streams import is_capturing
+
 
 def upload_into(target: Tensor, values: Tensor) -> None:
     """Let a tensor of a device have values of the host. They may be changed at once.
 
     Args:
         values: on the CPU, of the target's shape and dtype.
+
+    Raises:
+        StateError: a CUDA graph is captured, each replay of which would send the values of now.
     """
     if target.is_cpu or target.is_meta:
         target.copy_(values)
+    elif is_capturing(target.device):
+        raise StateError(
+            "a CUDA graph is captured, and what it would send to the device (options of param_groups, or which parameters have "
+            "gradients) has changed since the last step: take one more step as it is now, then capture"
+        )
     else:  # pinned, so that nobody waits for the copy; the allocator of pinned memory keeps it until the copy is done
         target.copy_(values.pin_memory(), non_blocking=True)
 
@@ -42,8 +53,8 @@ class Uploaded:
             self._there = torch.empty_like(values, device=self._device)
         elif torch.equal(self._sent, values):
             return self._there
-        self._sent = values
         upload_into(self._there, values)
+        self._sent = values
         return self._there
 
 

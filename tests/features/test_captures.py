@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Capturing:
 
 @pytest.mark.parametrize("event", ["look", "backward_begins", "before_step"])
 def test_it_is_seen_in_every_phase_and_not_forgotten(capturing: Capturing, event: str) -> None:
-    found = Captures(DEVICE)
+    found = Captures(DEVICE, Mock())
     args: tuple[Any, ...] = (None,) if event == "before_step" else ()
     getattr(found, event)(*args)
     assert not found.exist and capturing.asked == [DEVICE]
@@ -60,7 +61,7 @@ def test_the_cpu_has_no_graphs(capturing: Capturing) -> None:
 def test_parameters_that_a_graph_reads_cannot_leave_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     wrapped, optimizer = zeroopt.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    found = Captures(torch.device("cpu"))
+    found = Captures(torch.device("cpu"), Mock())
     monkeypatch.setattr(optimizer._growth, "_captures", found)
     found.exist = True
     kept = optimizer.param_groups[0]["params"]

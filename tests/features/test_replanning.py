@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ class Scene(Lone):
 
     def __init__(self, stage: int = 1, *, allowed: bool = True) -> None:
         super().__init__(stage, lambda params, lr: torch.optim.SGD(params, lr, momentum=0.5))
-        self.captures = Captures(torch.device("cpu"))
+        self.captures = Captures(torch.device("cpu"), Mock())
         self.replanning = Replanning(self.optimizer._trained, None, self.captures, allowed=allowed)
 
     def backward_in(self, order: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Faults that others have had, in small: with `is_mended` each does what its makers do by now.
+"""Known faults in small, with their sources where others have had them. With `is_mended`, the wait is there that was missing.
 
 Each function is one step of data parallelism on one rank: gradients go into a bucket, the bucket is reduced on a stream of its own
 while the next one fills, the sums are read.

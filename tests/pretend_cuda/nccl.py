@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_S = 20.0
+NO_HOST = -1  # whoever comes last lets a collective run, which waits for nothing that this rank's host has waited for
 _communicators: dict[int, Communicator] = {}
 _numbers = itertools.count(1)
 
@@ -138,13 +139,12 @@ class Communicator:
             for is_write, rows in ((False, inputs), (True, outputs))
             for tensor in itertools.chain(*rows)
         ]
-        device = calls[0].device
         begins = list(round_.begins.values())
         kind = _device.Kind.COLLECTIVE
-        run = _device.add(kind, self._actor, device, calls[0].name, ranges, begins, action)
+        run = _device.add(kind, self._actor, NO_HOST, calls[0].name, ranges, begins, action)
         for rank, call in zip(round_.ranks, calls, strict=True):
-            place = self._stream_actor(rank, call.device), call.device
-            round_.ends[rank] = _device.add(_device.Kind.MARK, *place, "NCCL ends", [], [run], None)
+            actor = self._stream_actor(rank, call.device)
+            round_.ends[rank] = _device.add(_device.Kind.MARK, actor, NO_HOST, "NCCL ends", [], [run], None)
 
 
 class PretendWork(dist.Work):

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWor
 
 from . import nccl as _nccl  # noqa: F401 - registers the backend
 from .trace import Recording
+from .training import Loop
 
 T = TypeVar("T")
 
@@ -35,8 +36,6 @@ class WorldOfDevice(ThreadLocalWorld):
         if device not in self.worlds:
             self.worlds[device] = WorldData(None, {}, {}, {}, {}, 0, {}, {}, {}, [])  # type: ignore[arg-type]
         return self.worlds[device]
-
-    """Draw random numbers as if no other rank did."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class Rank:
     def device(self) -> torch.device:
         """The current one of its threads."""
         return torch.device("cuda", self.number)
+
+    def device_for(self, loop: Loop) -> torch.device:
+        """Where a loop trains."""
+        return self.other_device if loop.device == "other" else self.device
 
     @property
     def other_device(self) -> torch.device:

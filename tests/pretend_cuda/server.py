@@ -6,18 +6,20 @@ import pickle
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from .build import load_device
 
 
 def serve(connection: Connection) -> None:
     """Answer with ("value", …) or ("error", text) until the connection ends."""
-    load_device()
+    device = load_device()
     import zeroopt._C
 
     from . import ranks, surface
     from .kernels import Kernels
 
+    device.set_package_folder(str(Path(zeroopt.__file__).parent))
     surface.install()
     ranks.install()
     Kernels().install(zeroopt._C)

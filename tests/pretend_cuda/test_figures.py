@@ -35,11 +35,12 @@ STEADY = [name for name, loop in LOOPS.items() if not loop.side and loop.options
 def _figures_of(loop: Loop) -> dict[str, Any]:
     from .ranks import Rank, on_ranks
 
-    def run(rank: Rank) -> None:
-        train(loop, rank.number, rank.device, rank.recorded)
+    def run(rank: Rank) -> int:
+        train(loop, rank.number, rank.device_for(loop), rank.recorded)
+        return rank.device_for(loop).index
 
-    _, recording = on_ranks(2, run)
-    return vars(recording.figures(0))
+    devices, recording = on_ranks(2, run)
+    return vars(recording.figures(devices[0]))
 
 
 @pytest.mark.parametrize("name", STEADY)

@@ -51,7 +51,7 @@ def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
     from .ranks import Rank, on_ranks
 
     def run(rank: Rank) -> list[torch.Tensor]:
-        return train(loop, rank.number, rank.other_device if loop.device == "other" else rank.device, rank.recorded)
+        return train(loop, rank.number, rank.device_for(loop), rank.recorded)
 
     params, recording = on_ranks(2, run)
     return {

@@ -1,4 +1,4 @@
-"""Every wait of zeroopt is there for a reason: leave one out, and there is a race, and an order that gives other bits."""
+"""Every wait of a stream in zeroopt is there for a reason: leave one out, and there is a race, and an order that gives other bits."""
 
 from __future__ import annotations
 

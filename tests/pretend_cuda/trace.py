@@ -30,16 +30,18 @@ class Figures:
     """What one device, or all of them, have been told to do.
 
     Attributes:
-        launches: kernels, by name.
+        launches: calls that launch, by name; a kernel of zeroopt's may be launched in two or three parts.
         host_waits: by what the host has waited for, and where.
         uploads: copies from the host to the device.
         collectives: by name.
+        peak_bytes: what memory was taken at most beyond that at the beginning; None for all devices together.
     """
 
     launches: Counter[str]
     host_waits: Counter[str]
     uploads: int
     collectives: Counter[str]
+    peak_bytes: int | None
 
 
 class Recording:
@@ -48,12 +50,18 @@ class Recording:
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.actors: list[str] = []
+        self._peaks: list[int] = []  # by device
 
     def begin(self) -> None:
         _device.begin()
+        devices = range(_device.NUM_DEVICES)
+        self._held = [_device.live_bytes(device) for device in devices]
+        for device in devices:
+            _device.reset_peak(device)
 
     def end(self) -> None:
         _device.end()
+        self._peaks = [_device.peak_bytes(device) - held for device, held in enumerate(self._held)]
         self.nodes, self.actors = _device.nodes(), _device.actors()
 
     def abandon(self) -> None:
@@ -125,6 +133,7 @@ class Recording:
             host_waits=Counter(f"{node.name} at {node.where}" for node in of_host),
             uploads=len(copies),
             collectives=Counter(node.name.split(" of ")[0] for node in collectives),
+            peak_bytes=None if device is None else self._peaks[device],
         )
 
     def _describe(self, node: Any) -> str:

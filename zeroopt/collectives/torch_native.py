@@ -41,9 +41,9 @@ class TorchTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group)
         self._stream = CommStream(device, blocks_host=Site(group, device).blocks_host)
-        self.needs_staging = (
-            self._stream.blocks_host
-        )  # else one has what it needs when the one before is through with it
+        # If not, the next one has what it needs when the one before is through with it.
+        self.needs_staging = self._stream.blocks_host
+        self.is_queued = not self._stream.blocks_host
         self._missing = the_other_rank(group)  # where a collective fails
         self.allocator: Any = None
 

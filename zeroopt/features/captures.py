@@ -10,6 +10,7 @@ import torch
 
 from ..errors import StateError
 from ..feature import Feature, Step
+from ..parameters.gathers import ParamGathers
 from ..streams import is_capturing
 from ..untraced import untraced
 
@@ -22,16 +23,19 @@ class Captures(Feature):
 
     Args:
         device: of the parameters.
+        gathers: of the model, for whose readers a graph does not wait when it is replayed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, gathers: ParamGathers) -> None:
         self._device = device
+        self._gathers = gathers
         self.exist = False
 
     @untraced
     def look(self) -> None:
         """Not collective."""
-        self.exist = self.exist or is_capturing(self._device)
+        if is_capturing(self._device):
+            self.exist = self._gathers.are_read_by_graphs = True
 
     def backward_begins(self) -> None:
         self.look()

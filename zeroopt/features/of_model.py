@@ -48,7 +48,7 @@ class ModelFeatures:
         self.features.add(self._joining, on=False)
         device = next(replica.module.parameters()).device
         if device.type == "cuda":
-            self.captures = Captures(device)
+            self.captures = Captures(device, replica.gathers)
             self.features.add(self.captures)
         # A user's features may look for the parameters of a bucket, and a step in backward has to.
         if config.placement.shard_gradient and not config.step_in_backward and not further:

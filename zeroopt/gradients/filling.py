@@ -74,6 +74,7 @@ class Filling:
         self.packed = bytearray(len(self.params))
         self.missing = list(self._sizes)
         self.unpacked = list(self._sizes)
+        self.streams.forget()
 
     def check_storage(self) -> None:
         """Raise StateError when a parameter no longer lies in its bucket."""

@@ -27,8 +27,14 @@ class PackingStreams:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._device = buckets[0].device if buckets else torch.device("cpu")
         self.are_there = has_streams(self._device)
-        self._opened_on: list[Any] = [None] * len(buckets)
-        self._came_on: list[list[Any]] = [[] for _ in buckets]  # gradients that wait
+        self._count = len(buckets)
+        self.forget()
+
+    def forget(self) -> None:
+        """A backward is through. The next one may run on other streams, that of a CUDA graph, say, which may wait for no other."""
+        if self.are_there:
+            self._opened_on: list[Any] = [None] * self._count
+            self._came_on: list[list[Any]] = [[] for _ in range(self._count)]  # gradients that wait
 
     def note_opened(self, bucket: int) -> None:
         """The current stream has got a buffer for a bucket, which nobody else packs."""

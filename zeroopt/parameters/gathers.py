@@ -25,6 +25,7 @@ class ParamGathers:
 
     Attributes:
         pending: by index of the bucket, those that nobody has waited for.
+        are_read_by_graphs: CUDA graphs read parameters, when nobody here can see it: no gather is left to its readers.
         arrived: on a device, those for which some stream has waited, and others may still have to.
 
     Args:
@@ -37,6 +38,7 @@ class ParamGathers:
         self._compiled = runs_compiled(module)
         self._lazy = lazy and not self._compiled
         self.pending: dict[int, PendingCollective] = {}
+        self.are_read_by_graphs = False
         self.arrived: dict[int, PendingCollective] = {}
         self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
@@ -93,14 +95,15 @@ class ParamGathers:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
         self._transport.flush()
         for bucket in list(self.pending):
-            # A CUDA graph ends with all that was started in it.
-            if self._lazy and self._may_mark(bucket) and not is_capturing(self._device):
+            if self._lazy and self._may_mark(bucket):
                 self._mark(bucket)
             else:
                 self.finish(bucket)
 
     def _may_mark(self, bucket: int) -> bool:
-        return self._markable[bucket] and not self._compiled and not has_compiled()
+        # A CUDA graph ends with all that was started in it, too.
+        read_unseen = self._compiled or self.are_read_by_graphs or is_capturing(self._device) or has_compiled()
+        return self._markable[bucket] and not read_unseen
 
     def _mark(self, bucket: int) -> None:
         """Have the parameters of a bucket wait when they are used."""

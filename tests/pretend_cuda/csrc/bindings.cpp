@@ -23,13 +23,15 @@ std::string line_of(PyFrameObject* frame) {
   return path + ":" + line + " " + function;
 }
 
+std::string package_folder = "/nowhere/"; // with a slash at its end
+
 bool is_of_package(const std::string& line) {
-  return line.find("/zeroopt/") != std::string::npos && line.find("/tests/") == std::string::npos;
+  return line.rfind(package_folder, 0) == 0;
 }
 
 std::string in_short(const std::string& line) {
-  size_t folder = line.rfind("/zeroopt/");
-  return folder == std::string::npos ? line.substr(line.rfind('/') + 1) : line.substr(folder + 1);
+  if (!is_of_package(line)) return line.substr(line.rfind('/') + 1);
+  return "zeroopt/" + line.substr(package_folder.size());
 }
 
 /// The innermost three lines of the package, or the innermost line of whoever it is.
@@ -130,6 +132,7 @@ void bind_trace(py::module_& m) {
   m.def("add", &add, py::arg("kind"), py::arg("actor"), py::arg("host_device"), py::arg("name"), py::arg("ranges"),
         py::arg("after"), py::arg("action"));
   m.def("stream_actor", [](int device, int64_t stream) { return Trace::get().stream_actor(device, stream); });
+  m.def("set_package_folder", [](const std::string& folder) { package_folder = folder + "/"; });
   m.def("host_actor", [](int device) { return Trace::get().host_actor(device); });
   m.def("share_host", [](int device, int with_device) { Trace::get().share_host(device, with_device); });
   m.def("host_of", [](int device) { return Trace::get().host_of(device); });

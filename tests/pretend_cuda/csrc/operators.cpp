@@ -116,6 +116,8 @@ private:
   Tensor translate_tensor(const Tensor& tensor, bool written) {
     if (!tensor.defined()) return tensor;
     if (!tensor.is_cuda()) return written ? tensor : value_of(tensor);
+    TORCH_CHECK(device_ < 0 || device_ == tensor.device().index(), "expected all tensors of ", name(),
+                " on one device, got cuda:", device_, " and ", tensor.device());
     device_ = tensor.device().index();
     if (tensor.numel() > 0) ranges_.push_back(range_of(tensor, written));
     Tensor alias = on_cpu(tensor);

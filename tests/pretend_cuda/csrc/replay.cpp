@@ -29,6 +29,9 @@ Replay::Replay(const std::set<NodeId>& left_out) {
     for (NodeId before : nodes[id].after)
       order(before, static_cast<int64_t>(id));
   }
+  // Actors of earlier recordings have nothing to do here.
+  of_actor_.erase(std::remove_if(of_actor_.begin(), of_actor_.end(), [](const auto& row) { return row.empty(); }),
+                  of_actor_.end());
 }
 
 std::vector<std::string> Replay::run(uint64_t seed) {

@@ -13,10 +13,13 @@ Trace& Trace::get() {
 }
 
 void Trace::begin() {
+  // Dropping actions takes Python's lock, so that comes when ours has been given back.
+  std::deque<Node> nodes;
+  std::vector<std::pair<NodeId, Action>> unknown;
   std::lock_guard lock(mutex_);
-  nodes_.clear();
+  nodes_.swap(nodes);
   events_.clear();
-  unknown_.clear();
+  unknown_.swap(unknown);
   std::fill(last_.begin(), last_.end(), kNone);
   Memory::get().begin();
   Memory::get().snapshot();

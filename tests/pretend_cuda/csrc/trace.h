@@ -1,6 +1,7 @@
 // What a program has told the device to do, and what of it has to come before what.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -92,7 +93,7 @@ private:
   void note_host_writes(int host_device);
 
   mutable std::recursive_mutex mutex_;
-  bool is_on_ = false;
+  std::atomic<bool> is_on_ = false;
   std::deque<Node> nodes_;
   std::vector<std::string> names_;
   std::map<std::pair<int, int64_t>, int> streams_;
