@@ -27,7 +27,7 @@ def run(setting: Setting, limit_s: float) -> Findings:
     """Build where what is in place was not built of these sources for these GPUs, and say what is there then."""
     archs = [] if setting.rehearses else archs_at_hand()
     built = Ended(0, 0.0, "") if setting.rehearses or is_built_for(archs) else build(archs, limit_s)
-    told = run_command([sys.executable, "-m", "zeroopt", "env"], limit_s=60)
+    told = run_command([sys.executable, "-m", "zeroopt", "env"], limit_s=240)
     note = f"Built for {', '.join(archs)} in {built.seconds:.0f} s." if built.seconds else "Taken as it is."
     return Findings(
         built.problem or told.problem,
@@ -47,7 +47,7 @@ def is_built_for(archs: list[str]) -> bool:
     """Whether the module in place has machine code for all of them, and no source is newer."""
     if not module().exists() or newest_source_s() > module().stat().st_mtime:
         return False
-    told = run_command([sys.executable, "-c", TELL_ARCHS], limit_s=60)
+    told = run_command([sys.executable, "-c", TELL_ARCHS], limit_s=240)
     if told.status != 0:
         return False
     built = {arch.partition("-")[0] for arch in json.loads(told.output.splitlines()[-1])}

@@ -114,12 +114,12 @@ def test_without_time_no_part_is_begun(tmp_path: Path, on_gpu: Setting) -> None:
 
 def test_a_command_is_stopped_with_all_that_it_has_started(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(alive)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(15); pathlib.Path({str(alive)!r}).touch()"
     parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    ended = run_command([sys.executable, "-c", parent], limit_s=1.0)
+    ended = run_command([sys.executable, "-c", parent], limit_s=8.0)
     assert ended.status is None
-    assert ended.problem == "stopped after 1 s"
-    time.sleep(2)
+    assert ended.problem == "stopped after 8 s"
+    time.sleep(10)
     assert not alive.exists()
 
 
@@ -139,7 +139,7 @@ def test_what_became_of_tests_is_known_when_they_are_stopped(tmp_path: Path) -> 
     file, record = tmp_path / "test_three.py", tmp_path / "record"
     file.write_text(THREE_TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.record", "--rootdir", str(tmp_path), str(file)]
-    ended = run_command(command, 8.0, {VARIABLE: str(record)})
+    ended = run_command(command, 60.0, {VARIABLE: str(record)})
     assert ended.status is None
     good, bad = outcomes_in(record)
     assert (good.outcome, bad.outcome) == ("passed", "failed")
