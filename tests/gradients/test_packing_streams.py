@@ -59,6 +59,17 @@ def test_gradients_that_wait_are_waited_for_by_who_packs_them(streams: RecordedS
     assert streams.log == ["main waits for of bucket 1"]
 
 
+def test_a_later_backward_waits_for_no_stream_of_an_earlier_one(streams: RecordedStreams) -> None:
+    """It may be captured into a CUDA graph, whose streams must not wait for any outside of it."""
+    filling = packing()
+    with streams.stream("warm-up"):
+        filling.note_waiting(0)
+        filling.note_opened(0)
+    filling.forget()
+    filling.join(0)
+    assert streams.log == []
+
+
 def test_their_memory_is_not_given_to_others_before(streams: RecordedStreams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zeroopt.streams.has_streams", lambda device: True)  # also of the CPU, where these are
     grads = [torch.ones(2), torch.ones(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,10 @@ from torch import Tensor
 from worker_pool import RunOnRanks
 
 from .process import PretendProcess
-from .training import Loop, train
+from .training import BF16, Loop, train
 
 pytestmark = pytest.mark.slow
 
-BF16 = {"param_dtype": torch.bfloat16}
 LOOPS = {
     **{f"stage {stage}": Loop({"stage": stage}, accumulate=2) for stage in (0, 1, 2)},
     "bfloat16": Loop({"stage": 2, **BF16}, accumulate=2),
@@ -27,14 +27,14 @@ SIZES = [1, 2, 8, 9, 256, 257, 700]  # numbers of slices
 
 
 def _train_on_cpu(loop: Loop) -> list[Tensor]:
-    loop.options["transport"] = "pairwise"
+    loop = replace(loop, options={**loop.options, "transport": "pairwise"})
     return train(loop, torch.distributed.get_rank(), torch.device("cpu"))
 
 
 def _train_here(loop: Loop, world_size: int) -> dict[str, Any]:
     from .ranks import Rank, on_ranks
 
-    loop.options["transport"] = "auto"
+    loop = replace(loop, options={**loop.options, "transport": "auto"})
 
     def run(rank: Rank) -> list[Tensor]:
         return train(loop, rank.number, rank.device, rank.recorded)

@@ -40,13 +40,11 @@ def _capture(loop: Loop, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_step_can_be_captured(name: str, size: int, on_pretend_cuda: PretendProcess) -> None:
+def test_a_step_that_is_captured_leaves_the_host_alone(name: str, size: int, on_pretend_cuda: PretendProcess) -> None:
     on_pretend_cuda(_capture, LOOPS[name], size)
 
 
 def _look_at_the_host() -> str:
-    import torch
-
     from .surface import capturing
 
     with capturing(0):
@@ -91,3 +89,64 @@ def _capture_without_a_gradient() -> str:
 def test_a_parameter_without_a_gradient_is_refused_in_a_capture(on_pretend_cuda: PretendProcess) -> None:
     message = on_pretend_cuda(_capture_without_a_gradient)
     assert "a CUDA graph cannot capture a step in which parameters have no gradient, here 2 of 4" in message
+
+
+def _capture_with_another_learning_rate() -> str:
+    from zeroopt.errors import StateError
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    loop = Loop({"stage": 2}, steps=2)
+
+    def run(rank: Rank) -> str:
+        trainer = Trainer(loop, rank.number, rank.device)
+        for _ in range(loop.warm_up):
+            trainer.step()
+        trainer.optimizer.param_groups[0]["lr"] *= 0.5
+        try:
+            with capturing(rank.device):
+                trainer.step()
+        except StateError as error:
+            return str(error)
+        return "nothing"
+
+    return on_ranks(2, run)[0][0]
+
+
+def test_options_that_have_changed_are_refused_in_a_capture(on_pretend_cuda: PretendProcess) -> None:
+    message = on_pretend_cuda(_capture_with_another_learning_rate)
+    assert "what it would send to the device" in message
+    assert "take one more step as it is now, then capture" in message
+
+
+def _gathers_that_are_left_to_readers() -> tuple[int, int]:
+    from torch import nn
+
+    import zeroopt
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> tuple[int, int]:
+        model = nn.Linear(4, 4).to(rank.device)
+        wrapped, optimizer = zeroopt.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), transport="torch")
+        inputs = torch.ones(2, 4, device=rank.device)
+
+        def left_by_a_step() -> int:
+            wrapped(inputs).sum().backward()
+            optimizer.step()
+            return len(wrapped.replica.gathers.pending)
+
+        before = left_by_a_step()
+        with capturing(rank.device), torch.no_grad():
+            wrapped(inputs)
+        return before, left_by_a_step()
+
+    return on_ranks(2, run)[0][0]
+
+
+def test_no_gather_is_left_to_a_graph_that_reads_parameters(on_pretend_cuda: PretendProcess) -> None:
+    """A replay waits for none: nobody sees it."""
+    before, after = on_pretend_cuda(_gathers_that_are_left_to_readers)
+    assert (before, after) == (1, 0)

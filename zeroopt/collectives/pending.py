@@ -31,7 +31,8 @@ class PendingCollective(ABC):
         """
 
     def wait_until_read(self) -> None:
-        """After `finish`: block until this rank's input may be overwritten, for no other rank still reads it.
+        """After `finish`: wait until this rank's input may be overwritten, for no other rank still reads it: as `finish` waits, the
+        host, or on a device the current stream.
 
         Raises:
             CollectiveError: as `finish`.

@@ -1,7 +1,7 @@
 """From autograd to reduced gradients: hooks fill buckets, and full buckets start to travel while backward goes on.
 
-A parameter's hook copies its gradient, divided by the number of ranks, into its bucket and frees it. The last one in completes
-the bucket. Buckets start to travel in an order that all ranks share, whatever the order in which they were completed, so that
+A parameter's hook copies its gradient, divided by the number of ranks, into its bucket and frees it; on a device the gradients of
+a bucket wait until the last of them has come, and are copied together. The last one in completes the bucket. Buckets start to travel in an order that all ranks share, whatever the order in which they were completed, so that
 all ranks start the same collectives in the same order. When backward ends, what has not arrived on this rank (a parameter that
 this rank did not use) counts as zero, and the remaining buckets start.
 """

@@ -178,7 +178,7 @@ def _sum_apart(slices: Sequence[Tensor]) -> Tensor:
 def _fit_to_reduce(slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
     """Whether `_check_reduce` has nothing to say, without its many calls: this comes once a bucket, while backward runs."""
     dtype, device, begin = out.dtype, out.device, out.data_ptr()
-    if not slices or out.dim() != 1 or not out.is_contiguous():
+    if not slices or out.is_meta or out.dim() != 1 or not out.is_contiguous():
         return False
     of_slices = slices[0].dtype
     if of_slices not in DTYPE_CODES or (
