@@ -11,7 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import TIERS, Recipe, all_of, assert_all_same, assert_same, train, whole_state, wrap_all, wrapped
+from checkpoints import (
+    TIERS,
+    Model,
+    Recipe,
+    all_of,
+    assert_all_same,
+    assert_same,
+    train,
+    whole_state,
+    wrap_all,
+    wrapped,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import StepLR
@@ -256,6 +267,48 @@ def change_heads(path: Path, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("tier", ["float32", "int8"])
 def test_heads_that_only_one_of_both_has(run_on_ranks: RunOnRanks, tmp_path: Path, tier: str) -> None:
     run_on_ranks(2, change_heads, tmp_path, {**TIERS[tier], "param_dtype": None, "master_weights": "float32"})
+
+
+def adapted(seed: int) -> tuple[Model, zeroopt.ZeroOptimizer]:
+    """A frozen base with batch norm, whose buffers change, and adapters in 16 bits that are trained."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3))
+    return zeroopt.wrap(net, torch.optim.AdamW(net[2].parameters(), lr=0.1), param_dtype=torch.bfloat16)
+
+
+def save_and_load_adapters(path: Path) -> None:
+    """What is trained is exact again, and everything else stays as it is."""
+    if not path.exists():
+        saved, its_optimizer = adapted(1)
+        for step in range(3):
+            saved(torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).bfloat16()).sum().backward()
+            its_optimizer.step()
+            its_optimizer.zero_grad()
+        zeroopt.checkpoint.save(path / "adapters", saved, its_optimizer, trained_only=True)
+        zeroopt.checkpoint.save(path / "all", saved, its_optimizer)
+        if dist.get_rank() == 0:
+            torch.save(all_of(saved, [its_optimizer]), path / "expected.pt")
+        else:
+            all_of(saved, [its_optimizer])
+        dist.barrier()
+    expected, expected_state = torch.load(path / "expected.pt")
+    for name in ("adapters", "all"):
+        model, optimizer = adapted(2)
+        before, _ = all_of(model, [optimizer])
+        zeroopt.checkpoint.load(path / name, model, optimizer, trained_only=True)
+        values, state = all_of(model, [optimizer])
+        for key, value in values.items():
+            assert_same(value, expected[key] if key.startswith("2.") else before[key], key)
+        assert_same(state, expected_state)
+    with pytest.raises(CheckpointError, match="the checkpoint lacks 'model.0.bias', 'model.0.weight'"):
+        zeroopt.checkpoint.load(path / "adapters", model, optimizer)
+
+
+def test_trained_parameters_alone(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, save_and_load_adapters, tmp_path / "runs")
+    run_on_ranks(3, save_and_load_adapters, tmp_path / "runs")
+    keys = [tensor.key for tensor in inspect(tmp_path / "runs" / "adapters").tensors]
+    assert sorted(key for key in keys if key.startswith("model.")) == ["model.2.bias", "model.2.weight"]
 
 
 def load_beside_numbered_modules(path: Path) -> None:

@@ -35,8 +35,12 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def model_contents(model: ZeroDataParallel) -> dict[str, Any]:
-    """What this rank writes of a model, by name. Live tensors."""
+def model_contents(model: ZeroDataParallel, *, trained_only: bool = False) -> dict[str, Any]:
+    """What this rank writes of a model, by name. Live tensors.
+
+    Args:
+        trained_only: of its state dict, only parameters that optimizers train.
+    """
     parts = {s.owner.param: _exact_part(bucket, s, r) for bucket, s, r in _parts(model.replica.buckets, model)}
     managed = {m.param for m in model.replica.params}
     rank, size = model.replica.transport.control.rank, model.replica.transport.control.size
@@ -45,6 +49,8 @@ def model_contents(model: ZeroDataParallel) -> dict[str, Any]:
         if isinstance(value, nn.Parameter) and value in managed:
             if value in parts or value.numel() == 0:  # of no elements no rank has a part
                 contents[clean_name(name)] = parts.get(value, value.detach())
+        elif trained_only:
+            continue
         elif is_distributed(value) or rank == (number % size if isinstance(value, nn.Parameter) else 0):
             # Of a DTensor every rank has another part; buffers, which ranks may have different ones of, are those of the first.
             contents[clean_name(name)] = value.detach() if isinstance(value, Tensor) else value

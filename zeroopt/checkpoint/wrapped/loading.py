@@ -36,6 +36,7 @@ def load(
     rank_extra: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     strict: bool = True,
+    trained_only: bool = False,
     model_key: str = "model",
     optimizer_key: str = "optimizer",
 ) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def load(
             where as many ranks saved.
         strict: the model and the checkpoint have to have the same names; else what both have is loaded, and the values, state
             and options of all other parameters stay as they are. Shapes have to be the same.
+        trained_only: of the model, load only the parameters that its optimizers train; frozen ones and buffers stay as they are,
+            whether or not the checkpoint has them.
         model_key, optimizer_key: under which names a checkpoint that zeroopt did not write has the model and the optimizer.
 
     Returns:
@@ -75,13 +78,13 @@ def load(
         optimizers = optimizers_of(model, optimizer)
         check_group(model, group)
         identity = source.open(with_optimizer=bool(optimizers))
-        return _Opened(
-            identity, list(model_names(model, source.model)) if model.replica.transport.control.rank == 0 else []
-        )
+        is_first = model.replica.transport.control.rank == 0
+        return _Opened(identity, list(model_names(model, source.model, trained_only=trained_only)) if is_first else [])
 
     def compare(opened: list[_Opened]) -> list[None]:
         _check_same([one.identity for one in opened])
-        check_names({name for one in opened for name in one.names}, source.model, strict=strict)
+        wanted = {name for one in opened for name in one.names}
+        check_names(wanted, source.model, strict=strict, has_more=trained_only)
         return [None] * len(opened)
 
     together(group, f"opening the checkpoint {path}", open_source, compare)
@@ -90,7 +93,7 @@ def load(
 
     def read() -> None:
         reading.take_extra(source.checkpoint, extra, rank_extra, group)
-        reading.take_model(source, model)
+        reading.take_model(source, model, trained_only=trained_only)
         for one in optimizers_of(model, optimizer):
             reading.take_state(source, one, strict=strict)
 
@@ -213,9 +216,9 @@ class _Reading:
             self.rank_extra = checkpoint.side_file(rank_file(group.rank())) or {}
             check_extra(rank_extra, self.rank_extra)
 
-    def take_model(self, source: _Source, model: ZeroDataParallel) -> None:
+    def take_model(self, source: _Source, model: ZeroDataParallel, *, trained_only: bool) -> None:
         """Read this rank's part of the model."""
-        target = model_target(model, source.model)
+        target = model_target(model, source.model, trained_only=trained_only)
         values = source.checkpoint.read(target.entries)
         self._trained = [partial(commit, values) for commit in target.trained]
         self._rest = [partial(commit, values) for commit in target.rest]

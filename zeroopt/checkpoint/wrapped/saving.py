@@ -41,6 +41,7 @@ def save(
     rank_extra: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keep: int | None = None,
+    trained_only: bool = False,
 ) -> None:
     """Save a wrapped model and its optimizer to the directory `path`, which is there entirely or not at all.
 
@@ -61,6 +62,8 @@ def save(
         process_group: ranks that together hold the model: all ranks when None. With other models on other ranks, or ranks that
             train replicas alone (`average_every`), those of this one.
         keep: how many checkpoints next to `path` remain, with this one; the oldest are removed. All when None.
+        trained_only: of the model, save only the parameters that its optimizers train, where all else is kept elsewhere (the base
+            model of adapters, or the weights that a trainer saves besides). `load` needs the same then.
 
     Raises:
         CheckpointError: on all ranks, with the rank, the file and the reason: it cannot be written, or not be saved like
@@ -69,7 +72,7 @@ def save(
         StateError: there is no process group, or within `join()`.
     """
     group = begin(model, process_group)
-    snapshot = _take(path, model, optimizer, extra, rank_extra, group)
+    snapshot = _take(path, model, optimizer, extra, rank_extra, group, trained_only=trained_only)
     write_checkpoint(path, snapshot.entries, snapshot.facts, snapshot.side_files, group, keep)
 
 
@@ -82,6 +85,7 @@ def async_save(
     rank_extra: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keep: int | None = None,
+    trained_only: bool = False,
 ) -> Future[None]:
     """As `save`, but return as soon as this rank's part has been copied to CPU memory, and write it in the background.
 
@@ -94,7 +98,7 @@ def async_save(
         A future. `result()` waits until the checkpoint is in place, and raises what `save` would.
     """
     group = begin(model, process_group)
-    snapshot = _take(path, model, optimizer, extra, rank_extra, group, copies=True)
+    snapshot = _take(path, model, optimizer, extra, rank_extra, group, trained_only=trained_only, copies=True)
     background = _background_group(group)
     pending = _thread().submit(
         write_checkpoint, path, snapshot.entries, snapshot.facts, snapshot.side_files, background, keep
@@ -156,11 +160,13 @@ def _take(
     rank_extra: Mapping[str, Any] | None,
     group: dist.ProcessGroup,
     *,
+    trained_only: bool,
     copies: bool = False,
 ) -> _Snapshot:
     """What this rank is to write. Collective.
 
     Args:
+        trained_only: as for `save`.
         copies: take copies.
     """
     taken: list[_Snapshot] = []
@@ -177,7 +183,7 @@ def _take(
         side_files: dict[str, Any] = {} if rank_extra is None else {rank_file(group.rank()): pack_extra(rank_extra)}
         if group.rank() == 0:
             side_files[EXTRA] = pack_extra(extra)
-        entries: dict[str, Any] = {"model": model_contents(model)}
+        entries: dict[str, Any] = {"model": model_contents(model, trained_only=trained_only)}
         if optimizers:
             entries["optimizer"] = {"state": state}
         snapshot = _Snapshot(entries, {}, side_files)

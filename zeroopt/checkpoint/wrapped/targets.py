@@ -93,19 +93,31 @@ class Names:
         return key in self._saved
 
 
-def model_names(model: ZeroDataParallel, names: Names) -> dict[str, tuple[str, Any]]:
-    """What a model's state dict has, by the checkpoint's keys: name and live value."""
-    state_dict = model.module.state_dict(keep_vars=True)
-    return {f"{names.prefix}.{clean_name(name)}": (name, value) for name, value in state_dict.items()}
+def model_names(model: ZeroDataParallel, names: Names, *, trained_only: bool) -> dict[str, tuple[str, Any]]:
+    """What a model's state dict has, by the checkpoint's keys: name and live value.
+
+    Args:
+        trained_only: only parameters that optimizers train.
+    """
+    trained = {managed.param for managed in model.replica.params}
+    return {
+        f"{names.prefix}.{clean_name(name)}": (name, value)
+        for name, value in model.module.state_dict(keep_vars=True).items()
+        if not trained_only or (isinstance(value, nn.Parameter) and value in trained)
+    }
 
 
-def check_names(wanted: AbstractSet[str], names: Names, *, strict: bool) -> None:
+def check_names(wanted: AbstractSet[str], names: Names, *, strict: bool, has_more: bool = False) -> None:
     """Raise CheckpointError for names that only the model, in all its parts, or only the checkpoint has; when not strict, where
-    they have none in common."""
+    they have none in common.
+
+    Args:
+        has_more: the checkpoint may have more names.
+    """
     known = {key: _saved_as(key, names) for key in wanted}
     missing = sorted(key for key, saved in known.items() if not saved)
     expected = {key for saved in known.values() for key in saved}
-    unexpected = [key for key, _ in names.below() if key not in expected]
+    unexpected = [] if has_more else [key for key, _ in names.below() if key not in expected]
     if missing and len(missing) == len(known):
         raise CheckpointError(
             f"the model and the checkpoint have no name in common under {names.prefix!r}: the checkpoint lacks {_shown(missing)}, the "
@@ -124,10 +136,10 @@ def _saved_as(key: str, names: Names) -> list[str]:
     return [key] if key in names else [below for below, _ in names.below(path)] if path.endswith(_EXTRA) else []
 
 
-def model_target(model: ZeroDataParallel, names: Names) -> Target:
+def model_target(model: ZeroDataParallel, names: Names, *, trained_only: bool) -> Target:
     """The model's part, as far as the checkpoint has it."""
     target = Target()
-    wanted = model_names(model, names)
+    wanted = model_names(model, names, trained_only=trained_only)
     aliases: dict[nn.Parameter, list[str]] = {}
     for key, (_, value) in wanted.items():
         if isinstance(value, nn.Parameter):
