@@ -22,7 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .surface import stream_of
+
 TIMEOUT_S = 20.0
+keeps_by_record_stream = False
+"""Tensors are told to the allocator, as torch's NCCL did before 2.8: their memory comes back late. Else whoever waits keeps them."""
+
 NO_HOST = -1  # whoever comes last lets a collective run, which waits for nothing that this rank's host has waited for
 _communicators: dict[int, Communicator] = {}
 _numbers = itertools.count(1)
@@ -91,6 +96,9 @@ class Communicator:
                 self.wait(self._rounds[channel, number - 1])
             round_ = self._rounds.setdefault((channel, number), Round(ranks))
             round_.begins[rank] = self._begin(rank, call.device)
+            if keeps_by_record_stream:
+                for tensor in (*call.inputs, *call.outputs):
+                    tensor.record_stream(stream_of(call.device, self._streams[rank, call.device]))
             round_.calls[rank] = call
             if len(round_.calls) == len(ranks):
                 self._run(round_)
@@ -148,7 +156,7 @@ class Communicator:
 
 
 class PretendWork(dist.Work):
-    """Keeps its tensors until it is waited for, as torch's does."""
+    """Keeps its tensors until it is waited for, as torch's has done since 2.8."""
 
     def __init__(
         self, communicator: Communicator, round_: Round, rank: int, call: Call, host_waits: bool = False
@@ -159,7 +167,7 @@ class PretendWork(dist.Work):
         self._rank = rank
         self._host_waits = host_waits
         self._device = call.device
-        self._kept = [*call.inputs, *call.outputs]
+        self._kept = [] if keeps_by_record_stream else [*call.inputs, *call.outputs]
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
         self._communicator.wait(self._round)

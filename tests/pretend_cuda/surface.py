@@ -29,7 +29,7 @@ class Stream(torch.Stream):
 
 def external_stream(pointer: int, device: Any = None) -> Stream:
     """torch.cuda.ExternalStream. 1 is how DLPack calls the default stream."""
-    return _stream(_index(device), 0 if pointer == 1 else pointer)
+    return stream_of(_index(device), 0 if pointer == 1 else pointer)
 
 
 class Event(torch.Event):
@@ -52,17 +52,18 @@ def _index(device: Any = None) -> int:
     return _device.current_device() if index is None else index
 
 
-def _stream(index: int, number: int) -> Stream:
+def stream_of(index: int, number: int) -> Stream:
+    """A stream of a device, by its number."""
     return Stream(stream_id=number, device_index=index, device_type=CUDA_TYPE)
 
 
 def current_stream(device: Any = None) -> Stream:
     index = _index(device)
-    return _stream(index, _device.current_stream(index))
+    return stream_of(index, _device.current_stream(index))
 
 
 def default_stream(device: Any = None) -> Stream:
-    return _stream(_index(device), 0)
+    return stream_of(_index(device), 0)
 
 
 def set_stream(stream: torch.Stream) -> None:

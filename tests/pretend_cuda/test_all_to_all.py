@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ LOOPS = {
     "step in backward": Loop({"stage": 2, "step_in_backward": True}),
 }
 SIZES = [1, 2, 8, 9, 256, 257, 700]  # numbers of slices
+SLICE_BYTES = 4096
 
 
 def _train_on_cpu(loop: Loop) -> list[Tensor]:
@@ -81,3 +83,29 @@ def _reduce(device: str) -> list[Tensor]:
 def test_any_number_of_slices_has_the_same_sum(on_pretend_cuda: PretendProcess) -> None:
     for mine, theirs in zip(on_pretend_cuda(_reduce, "cuda"), _reduce("cpu"), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def _peak_of(num_buckets: int, dtype: torch.dtype) -> int | None:
+    """Bytes that reduces of so many buckets take, with an NCCL that tells the allocator of its stream: what is dropped comes back late."""
+    from zeroopt.collectives import connect_transport
+
+    from . import nccl
+    from .ranks import Rank, on_ranks
+
+    def run(rank: Rank) -> None:
+        transport = connect_transport("all_to_all", torch.distributed.group.WORLD, rank.device)
+        full = torch.ones(SLICE_BYTES // dtype.itemsize * rank.size, dtype=dtype, device=rank.device)
+        out = torch.zeros(len(full) // rank.size, device=rank.device)
+        with rank.recorded():
+            for _ in range(num_buckets):
+                transport.start_reduce_scatter(full, out).finish()
+            transport.flush()
+
+    with patch.object(nccl, "keeps_by_record_stream", True):
+        return on_ranks(2, run)[1].figures(0).peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_received_has_one_place_for_all_buckets(dtype: torch.dtype, on_pretend_cuda: PretendProcess) -> None:
+    for num_buckets in (1, 10):
+        assert on_pretend_cuda(_peak_of, num_buckets, dtype) == 2 * SLICE_BYTES

@@ -21,6 +21,7 @@ In reading order; each imports from those above it:
     pairwise           messages between pairs, for Gloo
     hybrid             several hosts: shared memory within, messages between
     comm_stream        the stream of a device on which collectives run
+    scratch            memory for what they receive
     torch_native       torch's own reduce-scatter and all-gather, for NCCL
     all_to_all         slices exchanged by the backend, and summed here
     select             picks one of them, by name or for a group

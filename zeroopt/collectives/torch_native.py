@@ -17,6 +17,7 @@ from .base import Transport
 from .comm_stream import CommStream, StreamCollective
 from .failure import named_failures, the_other_rank
 from .pending import PendingCollective, PendingWork
+from .scratch import Scratch
 from .site import Site
 from .wire import PLAIN, Wire
 
@@ -41,6 +42,7 @@ class TorchTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group)
         self._stream = CommStream(device, blocks_host=Site(group, device).blocks_host)
+        self._scratch = Scratch(self._stream)
         # If not, the next one has what it needs when the one before is through with it.
         self.needs_staging = self._stream.blocks_host
         self.is_queued = not self._stream.blocks_host
@@ -68,10 +70,9 @@ class TorchTransport(Transport):
             return self._start_exchange(full, out, base, wire, label)
         self._count(full)
         self._stream.fall_in(full, out, base)
-        with self._stream.entered():
-            # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
-            apart = base is not None or out.dtype is not full.dtype
-            total = torch.empty_like(out, dtype=full.dtype) if apart else out
+        # The sum has a place of its own when it is added to an earlier one, or is wider than what travels.
+        apart = base is not None or out.dtype is not full.dtype
+        total = self._scratch.take(out.numel(), full) if apart else out
         return self._start(
             f"reduce-scatter of {label}",
             partial(_reduce_scatter, total, full),
@@ -85,8 +86,7 @@ class TorchTransport(Transport):
         """Let every rank have all slices that it owns, and sum them."""
         self._count(full)
         self._stream.fall_in(full, out, base)
-        with self._stream.entered():
-            received = torch.empty_like(full)
+        received = self._scratch.take(full.numel(), full)
         slices = received.view(self.num_slices, -1).unbind()
         return self._start(
             f"exchange of {label}",
@@ -106,6 +106,9 @@ class TorchTransport(Transport):
         with self._stream.entered():
             out.copy_(flags)
         return self._start(f"max of {label}", partial(dist.all_reduce, out, dist.ReduceOp.MAX), (flags, out))
+
+    def flush(self) -> None:
+        self._scratch.drop()
 
     def _start(
         self,

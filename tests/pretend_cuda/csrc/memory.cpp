@@ -74,14 +74,15 @@ void Memory::free(void* address) {
   auto base = reinterpret_cast<uintptr_t>(address);
   Block& block = blocks_.at(base);
   block.is_live = false;
-  live_[block.device] -= static_cast<int64_t>(block.bytes);
   size_t bytes = block.bytes;
   Action poison = [base, bytes] {
     std::memset(reinterpret_cast<void*>(base), kPoison, bytes);
     return true;
   };
   Node node{Kind::kFree, 0, "free", from + ", allocated at " + block.where, {{base, base + bytes, true}}, {}, poison};
+  int device = block.device;
   if (block.users.empty()) {
+    live_[device] -= static_cast<int64_t>(bytes);
     idle_.emplace(std::make_tuple(block.device, block.stream, bytes), base);
     node.actor = trace.stream_actor(block.device, block.stream);
   } else {
@@ -91,6 +92,10 @@ void Memory::free(void* address) {
     for (int64_t stream : block.users)
       node.after.push_back(trace.last(trace.stream_actor(block.device, stream)));
     node.after.push_back(trace.last(trace.stream_actor(block.device, block.stream)));
+    trace.run_when_known(node.after, [this, device, bytes] {
+      live_[device] -= static_cast<int64_t>(bytes);
+      return true;
+    });
   }
   trace.add(std::move(node), block.device);
   poison();

@@ -56,6 +56,7 @@ public:
 
   void reset_peak(int device);
   int64_t peak_bytes(int device) const;
+  /// With what has been freed and the host does not know yet to be out of use.
   int64_t live_bytes(int device) const;
 
   std::map<uintptr_t, PinnedBlock>& pinned() { return pinned_; }

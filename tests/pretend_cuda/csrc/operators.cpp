@@ -362,7 +362,7 @@ void copy_to_host(const Tensor& to, const Tensor& from, bool non_blocking) {
     Tensor now = source.clone();
     NodeId node =
         record(Kind::kCopy, device, "copy to pinned memory", {range_of(from, false), written}, std::move(again));
-    Trace::get().run_when_known(node, [target, now, written] {
+    Trace::get().run_when_known({node}, [target, now, written] {
       target.copy_(now);
       Memory::get().note_seen(written.begin, written.end);
       return true;

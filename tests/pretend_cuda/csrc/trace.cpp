@@ -15,7 +15,7 @@ Trace& Trace::get() {
 void Trace::begin() {
   // Dropping actions takes Python's lock, so that comes when ours has been given back.
   std::deque<Node> nodes;
-  std::vector<std::pair<NodeId, Action>> unknown;
+  std::vector<std::pair<std::vector<NodeId>, Action>> unknown;
   std::lock_guard lock(mutex_);
   nodes_.swap(nodes);
   events_.clear();
@@ -28,7 +28,7 @@ void Trace::begin() {
 
 void Trace::end() {
   std::lock_guard lock(mutex_);
-  for (auto& [node, action] : unknown_)
+  for (auto& [nodes, action] : unknown_)
     action();
   unknown_.clear();
   Memory::get().note_result();
@@ -104,12 +104,13 @@ NodeId Trace::add(Node node, int host_device) {
   return id;
 }
 
-void Trace::run_when_known(NodeId node, Action action) {
+void Trace::run_when_known(std::vector<NodeId> nodes, Action action) {
   std::lock_guard lock(mutex_);
-  if (node == kNone)
+  nodes.erase(std::remove(nodes.begin(), nodes.end(), kNone), nodes.end());
+  if (nodes.empty())
     action();
   else
-    unknown_.emplace_back(node, std::move(action));
+    unknown_.emplace_back(std::move(nodes), std::move(action));
 }
 
 void Trace::run_known(const Node& host_node) {
@@ -118,12 +119,12 @@ void Trace::run_known(const Node& host_node) {
     size_t actor = node.actor;
     return actor < host_node.clock.size() && node.clock[actor] <= host_node.clock[actor];
   };
-  std::vector<std::pair<NodeId, Action>> left;
-  for (auto& [id, action] : unknown_) {
-    if (is_known(id))
+  std::vector<std::pair<std::vector<NodeId>, Action>> left;
+  for (auto& [nodes, action] : unknown_) {
+    if (std::all_of(nodes.begin(), nodes.end(), is_known))
       action();
     else
-      left.emplace_back(id, std::move(action));
+      left.emplace_back(std::move(nodes), std::move(action));
   }
   unknown_ = std::move(left);
 }

@@ -73,8 +73,8 @@ public:
 
   /// Record a node; a stream's comes after what its host has waited for so far. Its action is not run.
   NodeId add(Node node, int host_device);
-  /// Run an action that writes host memory no earlier than the host may know of it.
-  void run_when_known(NodeId node, Action action);
+  /// Run an action when the host of some nodes may know that all of them are through: it has waited for them.
+  void run_when_known(std::vector<NodeId> nodes, Action action);
 
   /// The last node of an actor, or kNone.
   NodeId last(int actor) const;
@@ -100,7 +100,7 @@ private:
   std::map<int, int> hosts_, shared_;
   std::vector<NodeId> last_;
   std::map<int64_t, NodeId> events_;
-  std::vector<std::pair<NodeId, Action>> unknown_;
+  std::vector<std::pair<std::vector<NodeId>, Action>> unknown_;
 };
 
 /// Where in Python a node comes from: the innermost lines of the package, or of whoever called it. Takes Python's lock.
