@@ -37,6 +37,7 @@ In reading order; each imports from those above it:
     checkpoint        directories of checkpoints
     wrap              `wrap`
     unwrap            `unwrap`
+    integrations      frameworks that people train in
     planner           what a training will hold, before there is one
     __main__          the command line
 

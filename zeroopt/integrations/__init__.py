@@ -1,0 +1,6 @@
+"""zeroopt within the frameworks that people train in: a module each, which imports its framework and no other.
+
+In reading order; each imports from those above it:
+
+    accelerate    Hugging Face Accelerate
+"""
