@@ -8,8 +8,10 @@ one. Compiled code is left at such a function and entered again behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import ParamSpec, TypeVar, cast
 
+import torch
 from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
 
@@ -36,3 +38,18 @@ def untraced_hook(function: Callable[_P, _R]) -> Callable[_P, _R]:
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
+
+
+def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have compiled functions that a function calls run as they were written, in torch 2.6 and later: for trials, whose tensors never
+    come again. Of a function that is first called under a dispatch mode, the compiler would give up the code for good.
+    """
+    if not hasattr(torch.compiler, "set_stance"):
+        return untraced(function)
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args, **kwargs)
+
+    return untraced(run)

@@ -265,6 +265,25 @@ class FirstHasMore(torch.optim.SGD):
         return super().step(closure)
 
 
+class Quantised(torch.Tensor):
+    """Codes that nobody may copy."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("clone", "detach"):
+            raise NotImplementedError(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class KeepsQuantised(torch.optim.SGD):
+    """Momentum in tensors of a class of their own, as torchao has it."""
+
+    def step(self, closure: Any = None) -> Any:
+        for param in self.param_groups[0]["params"]:
+            self.state[param].setdefault("codes", torch.zeros_like(param).as_subclass(Quantised))
+        return super().step(closure)
+
+
 class Lookahead(torch.optim.Optimizer):
     """Slow weights around another optimizer, with which it shares param_groups."""
 
@@ -489,6 +508,7 @@ def test_whole_parameters(name: str) -> None:
         (partial(OwnDict, key=str), "OwnDict keeps tensors for parameters in its attribute 'moments'"),
         (OwnList, "OwnList keeps references to parameters in its attribute 'mine'"),
         (GlobalState, "GlobalState keeps state under 'k', which is no parameter"),
+        (KeepsQuantised, "KeepsQuantised keeps state in tensors of the class Quantised"),
         (Lookahead, "Lookahead keeps another optimizer, AdamW, in its attribute 'base'"),
         (Langevin, "Langevin draws random numbers in its step"),
     ],

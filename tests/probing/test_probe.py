@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
+from worker_pool import RunOnRanks
 
 from zeroopt.errors import NotSupportedError
 from zeroopt.probing.probe import Trial, is_per_element, is_torchs_own, step_without_hooks, try_out
@@ -269,3 +270,43 @@ def test_attributes_that_all_optimizers_have_are_torchs_own() -> None:
     own = {name for name in vars(optimizer) if not is_torchs_own(name)}
     assert own <= {"step", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured"}, own
     assert not is_torchs_own("moments")
+
+
+def descend(param: torch.Tensor, grad: torch.Tensor, lr: float) -> None:
+    param.sub_(grad * lr)
+
+
+class Compiled(torch.optim.SGD):
+    """Compiles its step when it first takes one."""
+
+    def __init__(self, of: Iterable[Any]) -> None:
+        super().__init__(of, lr=1.0)
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def step(self, closure: Any = None) -> None:
+        update = torch.compile(descend, fullgraph=True, backend=self.note)
+        for param in self.param_groups[0]["params"]:
+            update(param.detach(), param.grad, self.param_groups[0]["lr"])
+
+    def note(self, graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def try_a_compiled_step() -> tuple[list[float], int, list[float], int]:
+    """What a trial changes, how often it compiles, and the same for a real step after it."""
+    optimizer = Compiled(params(2))
+    trial = try_out(optimizer, 0, ALONE, GRADS, watched=True)
+    in_trial = len(cast(Compiled, trial.probe).graphs)
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones(2)
+    optimizer.step()
+    return trial.outcomes[0].changes[0].tolist(), in_trial, param.tolist(), len(optimizer.graphs)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 compiles in a trial, too")
+def test_a_compiled_step_is_tried_as_it_was_written_and_compiled_afterwards(run_on_ranks: RunOnRanks) -> None:
+    """On a worker, for in this process nothing is compiled."""
+    ((changes, in_trial, param, graphs),) = run_on_ranks(1, try_a_compiled_step)
+    assert changes == pytest.approx([-0.0075, -0.03]) and in_trial == 0
+    assert param == [0.0, 0.0] and graphs == 1

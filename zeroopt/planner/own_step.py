@@ -12,6 +12,7 @@ from ..options.config import Config
 from ..probing.probe import copy_with, step_without_hooks
 from ..stepping.rules import rule_for
 from ..storage.segment import Segment
+from ..untraced import uncompiled
 from .live_bytes import LiveBytes
 from .rehearsal import Rehearsal
 
@@ -45,6 +46,7 @@ def _of_group(optimizer: torch.optim.Optimizer, group: int, segments: Sequence[S
     return own
 
 
+@uncompiled
 def _of_tensor(optimizer: torch.optim.Optimizer, group: int, shard: nn.Parameter) -> int:
     param = nn.Parameter(torch.empty_like(shard, device="meta"))
     try:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import NotSupportedError
 from ..plan.dtensors import local_of
+from ..untraced import uncompiled
 
 _LR = 0.01
 # The next step but one is the thousandth, then one that most periods divide.
@@ -95,6 +96,7 @@ def try_out(
         return _try_out(optimizer, group, groups, grads, later_steps, seed, watched=watched, with_state=True)
 
 
+@uncompiled
 def _try_out(
     optimizer: torch.optim.Optimizer,
     group: int,
@@ -222,8 +224,8 @@ def _leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
 
 
 def _copied(value: Any) -> Any:
-    """State as it is now, since the next steps go on with it."""
-    if isinstance(value, Tensor):
+    """State as it is now, since the next steps go on with it. Tensors of classes of their own, some of which cannot be copied, stay."""
+    if type(value) in (Tensor, nn.Parameter):
         return value.detach().clone()
     if isinstance(value, dict):
         return {name: _copied(part) for name, part in value.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..untraced import uncompiled
 from .probe import copy_with, step_without_hooks
 
 _FLAT_NUMEL = 4096
@@ -53,6 +54,7 @@ class StateSize:
         scale = {prod(small): prod(shape), **dict(zip(small, shape, strict=True))}
         return sum(value.element_size() * prod(scale.get(size, size) for size in value.shape) for value in state)
 
+    @uncompiled
     def _step(self, start: Tensor, *, with_state: bool = False) -> list[Tensor]:
         """The state after some steps."""
         param = nn.Parameter(start)
