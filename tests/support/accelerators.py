@@ -13,16 +13,21 @@ from accelerate.state import AcceleratorState, GradientState
 
 
 @contextmanager
-def accelerator(**options: Any) -> Iterator[Accelerator]:
-    """A new one, on the CPU; Accelerate keeps what it knows of the processes, and of precision, for all that are made later."""
+def as_started() -> Iterator[None]:
+    """As torchrun starts a process: Accelerate keeps what it knows of the processes, and of precision, from one test to the next."""
     _forget()
-    with patch.dict(
-        os.environ, LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"], OMP_NUM_THREADS="1"
-    ):  # as torchrun sets them
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"], OMP_NUM_THREADS="1"):
         try:
-            yield Accelerator(cpu=True, **options)
+            yield
         finally:
             _forget()
+
+
+@contextmanager
+def accelerator(**options: Any) -> Iterator[Accelerator]:
+    """A new one, on the CPU."""
+    with as_started():
+        yield Accelerator(cpu=True, **options)
 
 
 def _forget() -> None:

@@ -3,4 +3,5 @@
 In reading order; each imports from those above it:
 
     accelerate    Hugging Face Accelerate
+    transformers  Trainer of transformers, and what builds on it
 """
