@@ -35,11 +35,15 @@ def _train(rank: int, device: torch.device, stage: int, *, captured: bool) -> tu
 
 
 def _capture_forward(model: Any, device: torch.device) -> None:
-    from .surface import capturing
+    import _device
 
     x = torch.ones(4, WIDTH, device=device)
-    with capturing(device), torch.no_grad():
-        model(x)
+    _device.set_capturing(device.index, True)
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        _device.set_capturing(device.index, False)
 
 
 def _train_here(stage: int, captured: list[bool]) -> list[tuple[list[Tensor], bool]]:

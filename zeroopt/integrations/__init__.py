@@ -2,6 +2,9 @@
 
 In reading order; each imports from those above it:
 
-    accelerate    Hugging Face Accelerate
-    transformers  Trainer of transformers, and what builds on it
+    accelerate            Hugging Face Accelerate
+    transformers          Trainer of transformers, and what builds on it
+    lightning_strategies  what the next two have in common
+    lightning             Lightning 2, as the package `lightning`
+    pytorch_lightning     the same as the packages `pytorch_lightning` and `lightning_fabric`
 """

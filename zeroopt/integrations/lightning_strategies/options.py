@@ -1,0 +1,69 @@
+"""Which of a strategy's options go to `zeroopt.wrap`, and which to Lightning."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ...errors import ConfigError
+from ...options.checks import check_one_of
+from ...options.placement import PLACEMENTS
+from ...wrap import wrap
+
+_OF_WRAP = frozenset(inspect.signature(wrap).parameters) - {"model", "optimizer"}
+_WITH_FIRST = ("features", "init", "device")
+_OF_DDP = {
+    "find_unused_parameters": "parameters without gradients need none",
+    "static_graph": "whatever the graph is needs none",
+    "gradient_as_bucket_view": "gradients lie in buckets as it is",
+    "bucket_cap_mb": "zeroopt.wrap calls it bucket_mb",
+    "ddp_comm_state": "zeroopt has no communication hooks",
+    "ddp_comm_hook": "zeroopt has none; pass reduce_dtype=torch.bfloat16 to send gradients in 16 bits",
+    "ddp_comm_wrapper": "zeroopt has no communication hooks",
+    "model_averaging_period": "pass average_every=k to average parameters every k steps",
+}
+
+
+@dataclass(frozen=True)
+class WrapOptions:
+    """Options of `zeroopt.wrap` for a model and all of its optimizers."""
+
+    values: Mapping[str, Any]
+
+    def wrap_all(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> tuple[nn.Module, list[Optimizer]]:
+        """Wrap a model with each of its optimizers in turn. Collective; raises what `zeroopt.wrap` raises."""
+        wrapped: list[Optimizer] = []
+        for optimizer in optimizers:
+            options = {name: value for name, value in self.values.items() if not wrapped or name not in _WITH_FIRST}
+            model, one = wrap(model, optimizer, **options)
+            # LearningRateMonitor looks here for the optimizer that schedulers know, by whose class it names learning rates.
+            vars(one)["optimizer"] = optimizer
+            wrapped.append(one)
+        return model, wrapped
+
+
+def split_options(options: Mapping[str, Any], init: Callable[..., None]) -> tuple[WrapOptions, dict[str, Any]]:
+    """Options of `zeroopt.wrap`, and those of Lightning's own strategy, which `init` takes.
+
+    Raises:
+        ConfigError: neither has such an option, or there is no such stage.
+    """
+    parameters = inspect.signature(init).parameters.values()
+    of_lightning = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    for name in options.keys() - _OF_WRAP - (of_lightning - _OF_DDP.keys()):
+        hint = _OF_DDP.get(name, f"zeroopt.wrap has {', '.join(sorted(_OF_WRAP))}")
+        raise ConfigError(f"{name!r} is no option of zeroopt.wrap, nor one that Lightning has for it: {hint}")
+    check_one_of("stage", options.get("stage", 2), tuple(PLACEMENTS))
+    of_wrap = {name: value for name, value in options.items() if name in _OF_WRAP}
+    return WrapOptions(of_wrap), {name: value for name, value in options.items() if name not in _OF_WRAP}
+
+
+def register(registry: Any, strategy: type) -> None:
+    """Let `strategy="zeroopt_stage_2"`, and so on, mean a strategy."""
+    for stage in PLACEMENTS:
+        registry.register(f"zeroopt_stage_{stage}", strategy, f"ZeRO stage {stage} by zeroopt", stage=stage)
