@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from recorded_streams import recorded_streams
 
-from zeroopt.streams import Mark, has_streams, note_use
+from zeroopt.streams import Mark, capture_number, has_streams, note_use
 
 CUDA = torch.device("cuda")
 
@@ -39,6 +41,19 @@ def test_a_graph_waits_for_what_belongs_to_it() -> None:
         with streams.stream("fork"):
             mark.wait()
         assert streams.log == ["fork waits for graph"]
+
+
+def test_a_graph_does_not_wait_for_another_one() -> None:
+    number_of = {"graph": 1, "another graph": 2}
+    with recorded_streams() as streams, patch("zeroopt.streams._number_of_capture", number_of.__getitem__):
+        streams.captured.add("another graph")
+        with streams.stream("graph"):
+            mark = Mark(CUDA)
+        with streams.stream("another graph"):
+            assert capture_number(CUDA) == 2
+            mark.wait()
+        assert capture_number(CUDA) == 0
+        assert streams.log == []
 
 
 def test_without_streams_nothing_is_asked_of_them() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,31 @@ def current_stream(device: torch.device) -> Any:
 def is_capturing(device: torch.device) -> bool:
     """Whether what is queued now becomes part of a CUDA graph."""
     return device.type == "cuda" and bool(torch.get_device_module(device).is_current_stream_capturing())
+
+
+def capture_number(device: torch.device) -> int:
+    """Of which CUDA graph what is queued now becomes part: a number that no other capture of this process has. 0: of none."""
+    return _number_of_capture(current_stream(device)) if is_capturing(device) else 0
+
+
+def _number_of_capture(stream: Any) -> int:
+    """Of a stream that is captured; torch does not tell it. 1 where the driver cannot be asked."""
+    driver = _driver()
+    if driver is None:
+        return 1
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    pointer = ctypes.c_void_p(stream.cuda_stream)
+    failed = driver.cuStreamGetCaptureInfo(pointer, ctypes.byref(status), ctypes.byref(number))
+    return 1 if failed else number.value
+
+
+@cache
+def _driver() -> ctypes.CDLL | None:
+    """That of CUDA, which torch has loaded."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 def let_wait(waiting: Any, stream: Any, device: torch.device) -> None:
@@ -50,7 +77,7 @@ class Mark:
         self.passed_by: list[Any] = []
         if self._has_streams:
             self.passed_by.append(current_stream(device))
-            self._is_captured = is_capturing(device)
+            self._capture = capture_number(device)
             self._event = torch.get_device_module(device).Event()
             self._event.record(self.passed_by[0])
 
@@ -60,7 +87,8 @@ class Mark:
             return
         for stream in (current_stream(self._device), *streams):
             if stream not in self.passed_by:
-                # When a graph is captured, all is over that came before; in it, only what belongs to it can be waited for.
-                if self._is_captured is is_capturing(self._device):
+                # When a graph is captured, all is over that came before; in it, only what belongs to it can be waited for. What another
+                # graph has begun is over when this one is replayed behind it.
+                if self._capture == capture_number(self._device):
                     self._event.wait(stream)
                 self.passed_by.append(stream)

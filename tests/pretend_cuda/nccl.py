@@ -69,6 +69,7 @@ class Round:
     calls: dict[int, Call] = field(default_factory=dict)
     begins: dict[int, int] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
+    captures: dict[int, int] = field(default_factory=dict)
     error: str = ""
 
     @property
@@ -96,6 +97,7 @@ class Communicator:
                 self.wait(self._rounds[channel, number - 1])
             round_ = self._rounds.setdefault((channel, number), Round(ranks))
             round_.begins[rank] = self._begin(rank, call.device)
+            round_.captures[rank] = _device.capture_of(call.device, self._streams[rank, call.device])
             if keeps_by_record_stream:
                 for tensor in (*call.inputs, *call.outputs):
                     tensor.record_stream(stream_of(call.device, self._streams[rank, call.device]))
@@ -121,9 +123,11 @@ class Communicator:
         return _device.stream_actor(device, self._streams[rank, device])
 
     def _begin(self, rank: int, device: int) -> int:
-        current = _device.stream_actor(device, _device.current_stream(device))
-        after = [_device.last(current)]
-        return _device.add(_device.Kind.MARK, self._stream_actor(rank, device), device, "NCCL begins", [], after, None)
+        number = _device.current_stream(device)
+        after = [_device.last(_device.stream_actor(device, number))]
+        actor = self._stream_actor(rank, device)
+        _device.come_behind(_device.capture_of(device, number), device, self._streams[rank, device])
+        return _device.add(_device.Kind.MARK, actor, device, "NCCL begins", [], after, None)
 
     def _run(self, round_: Round) -> None:
         names = {rank: round_.calls[rank].name for rank in round_.ranks}
@@ -174,6 +178,7 @@ class PretendWork(dist.Work):
         device = self._device
         number = _device.current_stream(device)
         end = self._round.ends[self._rank]
+        _device.come_behind(self._round.captures[self._rank], device, number)
         actor = _device.stream_actor(device, number)
         _device.add(_device.Kind.WAIT, actor, device, "wait for NCCL", [], [end], None)
         if self._host_waits:

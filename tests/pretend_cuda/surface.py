@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+import zeroopt.streams
+
 CUDA_TYPE = 1  # c10::DeviceType::CUDA
+WORK = (_device.Kind.LAUNCH, _device.Kind.COPY)
 
 
 class Stream(torch.Stream):
@@ -102,13 +105,35 @@ class use_device:
 
 @contextmanager
 def capturing(device: Any = None) -> Iterator[None]:
-    """As if a CUDA graph were captured on a device: whatever makes the host wait, or ask, raises. All else runs, once."""
+    """As torch.cuda.graph, on a stream of its own: whatever makes the host wait, or ask, raises, and so does a stream that would wait
+    for what is not captured. All else runs, once. In a recording, streams that have not come back to the first one are told at the end.
+    """
     index = _index(device)
-    _device.set_capturing(index, True)
-    try:
-        yield
-    finally:
-        _device.set_capturing(index, False)
+    synchronize(index)
+    stream = Stream(index)
+    with use_stream(stream):
+        capture = _device.begin_capture(index, stream.stream_id)
+        first_node = _device.num_nodes()
+        try:
+            yield
+            if _device.is_on():
+                _check_joined(index, stream.stream_id, _device.streams_in(capture), first_node)
+        finally:
+            _device.end_capture(capture)
+
+
+def _check_joined(index: int, origin: int, streams: list[int], first_node: int) -> None:
+    """Whether the first stream of a capture comes behind what the others have done in it."""
+    nodes = _device.nodes()[first_node:]
+    first = _device.stream_actor(index, origin)
+    behind = next((node.clock for node in reversed(nodes) if node.actor == first), [])
+    for stream in streams:
+        actor = _device.stream_actor(index, stream)
+        done = [node for node in nodes if node.actor == actor and (node.kind in WORK or node.name.startswith("NCCL"))]
+        if actor != first and done and (actor >= len(behind) or behind[actor] < done[-1].clock[actor]):
+            raise RuntimeError(
+                f"capturing stream has unjoined work: {done[-1].name} on {_device.actors()[actor]} at {done[-1].where}"
+            )
 
 
 def synchronize(device: Any = None) -> None:
@@ -126,6 +151,7 @@ def set_rng_state(state: Tensor, device: Any = "cuda") -> None:
 def install() -> None:
     """Put all of it where torch has what refuses to work."""
     cuda = torch.cuda
+    zeroopt.streams._number_of_capture = lambda stream: _device.capture_of(stream.device_index, stream.stream_id)
     names: dict[str, Any] = {
         "Stream": Stream,
         "Event": Event,

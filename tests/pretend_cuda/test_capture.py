@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ def _capture(loop: Loop, size: int) -> None:
         trainer = Trainer(loop, rank.number, rank.device)
         for _ in range(loop.warm_up):
             trainer.step()
-        with capturing(rank.device):
+        with rank.recorded(), capturing(rank.device):
             trainer.step()
 
     on_ranks(size, run)
@@ -57,6 +59,90 @@ def _look_at_the_host() -> str:
 
 def test_what_makes_the_host_wait_is_refused_in_a_capture(on_pretend_cuda: PretendProcess) -> None:
     assert "operation not permitted when stream is capturing" in on_pretend_cuda(_look_at_the_host)
+
+
+def _wait_across_borders() -> list[str]:
+    """What is said to streams that wait for what their capture does not know, or has left."""
+    from .surface import capturing
+
+    found = []
+
+    def attempt(wait: Callable[[], object]) -> None:
+        try:
+            wait()
+        except RuntimeError as error:
+            found.append(str(error).splitlines()[0])
+
+    outside, fork = torch.cuda.Event(), torch.cuda.Stream()
+    outside.record()
+    with capturing(0):
+        attempt(lambda: torch.cuda.current_stream().wait_event(outside))
+        inside = torch.cuda.Event()
+        inside.record()
+        fork.wait_event(inside)
+        found.append(f"a fork is captured: {fork.is_capturing()}")
+    attempt(inside.wait)
+    attempt(inside.query)
+    with capturing(0):
+        attempt(inside.wait)
+    return found
+
+
+def test_streams_do_not_wait_across_the_borders_of_a_capture(on_pretend_cuda: PretendProcess) -> None:
+    assert on_pretend_cuda(_wait_across_borders) == [
+        "dependency created on uncaptured work in another stream",
+        "a fork is captured: True",
+        *["operation not permitted on an event last recorded in a capturing stream, whose capture is over"],
+        "operation not permitted on an event last recorded in a capturing stream",
+        *["operation not permitted on an event last recorded in a capturing stream, whose capture is over"],
+    ]
+
+
+def _fork(comes_back: bool) -> str:
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> str:
+        fork, values = torch.cuda.Stream(), torch.ones(3, device=rank.device)
+        try:
+            with rank.recorded(), capturing(rank.device):
+                fork.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(fork):
+                    values += 1
+                if comes_back:
+                    torch.cuda.current_stream().wait_stream(fork)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(1, run)[0][0]
+
+
+def test_a_fork_that_does_not_come_back_is_found(on_pretend_cuda: PretendProcess) -> None:
+    assert on_pretend_cuda(_fork, True) == ""
+    assert "capturing stream has unjoined work: aten::add" in on_pretend_cuda(_fork, False)
+
+
+def _capture_in_two_graphs(loop: Loop) -> None:
+    """Two whole steps, each in a graph of its own."""
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> None:
+        trainer = Trainer(loop, rank.number, rank.device)
+        for _ in range(loop.warm_up):
+            trainer.step()
+        for _ in range(2):
+            with capturing(rank.device):
+                trainer.step()
+        trainer.step()
+
+    on_ranks(2, run)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_one_graph_has_begun_another_does_not_wait_for(name: str, on_pretend_cuda: PretendProcess) -> None:
+    on_pretend_cuda(_capture_in_two_graphs, replace(LOOPS[name], steps=3))
 
 
 def _capture_without_a_gradient() -> str:

@@ -35,15 +35,11 @@ def _train(rank: int, device: torch.device, stage: int, *, captured: bool) -> tu
 
 
 def _capture_forward(model: Any, device: torch.device) -> None:
-    import _device
+    from .surface import capturing
 
     x = torch.ones(4, WIDTH, device=device)
-    _device.set_capturing(device.index, True)
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        _device.set_capturing(device.index, False)
+    with capturing(device), torch.no_grad():
+        model(x)
 
 
 def _train_here(stage: int, captured: list[bool]) -> list[tuple[list[Tensor], bool]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..streams import is_capturing
+from ..streams import capture_number
 from .comm_stream import CommStream
 
 
@@ -25,7 +25,7 @@ class Scratch:
         self._stream = stream
         self._most_bytes = 0
         self._memory: Tensor | None = None
-        self._is_captured = False
+        self._capture = 0
 
     def take(self, numel: int, like: Tensor) -> Tensor:
         """[numel], with whatever there is in it, to be used on the communication stream, until another one is taken.
@@ -37,10 +37,10 @@ class Scratch:
         self._most_bytes = max(self._most_bytes, num_bytes)
         if self._stream.blocks_host:
             return self._allocate(num_bytes, like).view(like.dtype)
-        is_captured = is_capturing(self._stream.device)
-        if self._memory is None or self._memory.numel() < num_bytes or self._is_captured is not is_captured:
+        capture = capture_number(self._stream.device)
+        if self._memory is None or self._memory.numel() < num_bytes or self._capture != capture:
             self._memory = self._allocate(self._most_bytes, like)
-            self._is_captured = is_captured  # a CUDA graph keeps memory of its own
+            self._capture = capture  # a CUDA graph has memory of its own, which nobody else may write
         return self._memory[:num_bytes].view(like.dtype)
 
     def drop(self) -> None:

@@ -150,7 +150,11 @@ void bind_device(py::module_& m) {
   m.def("set_device", &set_device);
   m.def("set_stream", &set_stream);
   m.def("new_stream", &new_stream);
-  m.def("set_capturing", &set_capturing);
+  m.def("begin_capture", &begin_capture);
+  m.def("end_capture", &end_capture);
+  m.def("capture_of", &capture_of);
+  m.def("streams_in", &streams_in);
+  m.def("come_behind", &come_behind);
   m.def("reset_peak", [](int device) { Memory::get().reset_peak(device); });
   m.def("peak_bytes", [](int device) { return Memory::get().peak_bytes(device); });
   m.def("live_bytes", [](int device) { return Memory::get().live_bytes(device); });

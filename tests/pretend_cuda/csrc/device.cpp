@@ -5,7 +5,12 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <algorithm>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "memory.h"
 #include "trace.h"
@@ -18,7 +23,36 @@ thread_local c10::DeviceIndex device = 0;
 thread_local int64_t streams[kDevices] = {};
 std::atomic<int64_t> num_streams[kDevices] = {};
 std::atomic<int64_t> num_events{0};
-std::atomic<bool> capturing[kDevices] = {};
+
+/// Captures of CUDA graphs: which streams belong to one, and which events were last recorded in one. 0 is none.
+struct Captures {
+  std::mutex mutex;
+  int64_t num_begun = 0;
+  std::map<int64_t, int> open; // and its device
+  std::map<std::pair<int, int64_t>, int64_t> of_stream;
+  std::map<int64_t, int64_t> of_event;
+
+  int64_t of(int device, int64_t stream) const {
+    auto found = of_stream.find({device, stream});
+    return found == of_stream.end() ? 0 : found->second;
+  }
+};
+Captures& captures = *new Captures;
+
+void note_recorded(int64_t event, const c10::Stream& on) {
+  std::lock_guard lock(captures.mutex);
+  captures.of_event[event] = captures.of(on.device_index(), on.id());
+}
+
+int64_t capture_of_event(int64_t event) {
+  std::lock_guard lock(captures.mutex);
+  auto found = captures.of_event.find(event);
+  return found == captures.of_event.end() ? 0 : found->second;
+}
+
+void check_not_captured(int64_t event) {
+  TORCH_CHECK(capture_of_event(event) == 0, "operation not permitted on an event last recorded in a capturing stream");
+}
 
 NodeId mark(Kind kind, int device, int64_t stream, const char* name, std::vector<NodeId> after) {
   Trace& trace = Trace::get();
@@ -66,17 +100,20 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
   void record(void** event, const c10::Stream& on, const c10::DeviceIndex, const c10::EventFlag) const override {
     if (*event == nullptr) *event = reinterpret_cast<void*>(++num_events);
+    note_recorded(reinterpret_cast<int64_t>(*event), on);
     NodeId node = mark(Kind::kMark, on.device_index(), on.id(), "event", {});
     Trace::get().set_event(reinterpret_cast<int64_t>(*event), node);
   }
   void block(void* event, const c10::Stream& on) const override {
     if (event == nullptr) return; // never recorded: nothing to wait for
+    come_behind(capture_of_event(reinterpret_cast<int64_t>(event)), on.device_index(), on.id());
     NodeId node = Trace::get().event(reinterpret_cast<int64_t>(event));
     if (node != kNone) mark(Kind::kWait, on.device_index(), on.id(), "wait", {node});
   }
   bool queryEvent(void* event) const override {
     check_not_capturing(device, "Event.query");
     if (event != nullptr) {
+      check_not_captured(reinterpret_cast<int64_t>(event));
       host_waits(device, Trace::get().event(reinterpret_cast<int64_t>(event)), Kind::kHostQuery, "Event.query");
     }
     return true;
@@ -84,6 +121,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeEvent(void* event) const override {
     check_not_capturing(device, "Event.synchronize");
     if (event != nullptr) {
+      check_not_captured(reinterpret_cast<int64_t>(event));
       host_waits(device, Trace::get().event(reinterpret_cast<int64_t>(event)), Kind::kHostWait, "Event.synchronize");
     }
   }
@@ -98,7 +136,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream& of) const override {
     host_waits_for_stream(of.device_index(), of.id(), "Stream.synchronize");
   }
-  bool isStreamCapturing(const c10::Stream& of) const override { return capturing[of.device_index()]; }
+  bool isStreamCapturing(const c10::Stream& of) const override { return capture_of(of.device_index(), of.id()) != 0; }
   void synchronizeDevice(const c10::DeviceIndex of) const override {
     host_waits_for_stream(of, 0, "device synchronize");
     for (int64_t i = 0; i < num_streams[of]; ++i)
@@ -168,12 +206,50 @@ void host_waits_for_stream(int of, int64_t stream, const char* why) {
   host_waits(of, trace.last(trace.stream_actor(of, stream)), Kind::kHostWait, why);
 }
 
-void set_capturing(int of, bool is_capturing) {
-  capturing[of] = is_capturing;
+int64_t begin_capture(int of, int64_t stream) {
+  TORCH_CHECK(stream != 0, "operation not permitted: the default stream cannot be captured");
+  std::lock_guard lock(captures.mutex);
+  TORCH_CHECK(captures.of(of, stream) == 0, "the stream is capturing already");
+  captures.open[++captures.num_begun] = of;
+  captures.of_stream[{of, stream}] = captures.num_begun;
+  return captures.num_begun;
+}
+
+void end_capture(int64_t capture) {
+  std::lock_guard lock(captures.mutex);
+  captures.open.erase(capture);
+  for (auto it = captures.of_stream.begin(); it != captures.of_stream.end();)
+    it = it->second == capture ? captures.of_stream.erase(it) : std::next(it);
+}
+
+int64_t capture_of(int of, int64_t stream) {
+  std::lock_guard lock(captures.mutex);
+  return captures.of(of, stream);
+}
+
+std::vector<int64_t> streams_in(int64_t capture) {
+  std::lock_guard lock(captures.mutex);
+  std::vector<int64_t> found;
+  for (auto [stream, in] : captures.of_stream)
+    if (in == capture) found.push_back(stream.second);
+  return found;
+}
+
+void come_behind(int64_t capture, int of, int64_t stream) {
+  std::lock_guard lock(captures.mutex);
+  int64_t own = captures.of(of, stream);
+  if (own == capture) return;
+  TORCH_CHECK(capture != 0, "dependency created on uncaptured work in another stream");
+  TORCH_CHECK(captures.open.count(capture) != 0,
+              "operation not permitted on an event last recorded in a capturing stream, whose capture is over");
+  TORCH_CHECK(own == 0, "operation would result in a merge of two independent capture sequences");
+  captures.of_stream[{of, stream}] = capture;
 }
 
 void check_not_capturing(int of, const char* what) {
-  TORCH_CHECK(!capturing[of], "operation not permitted when stream is capturing: the host waits (", what, ")");
+  std::lock_guard lock(captures.mutex);
+  bool is_on = std::any_of(captures.open.begin(), captures.open.end(), [of](auto& each) { return each.second == of; });
+  TORCH_CHECK(!is_on, "operation not permitted when stream is capturing: the host waits (", what, ")");
 }
 
 } // namespace pretend

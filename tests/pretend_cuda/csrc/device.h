@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace pretend {
 
@@ -16,8 +17,16 @@ int64_t new_stream(int device);
 /// A stream's place in the trace is where the host has got to.
 void host_waits_for_stream(int device, int64_t stream, const char* why);
 
-/// Whether a graph is being captured on a device. Then the host must not wait.
-void set_capturing(int device, bool capturing);
+/// Captures of CUDA graphs have numbers from 1 on. A stream belongs to one when it is begun on it, and when it waits
+/// for what is captured, until the capture ends.
+int64_t begin_capture(int device, int64_t stream);
+void end_capture(int64_t capture);
+/// The capture to which a stream belongs, or 0.
+int64_t capture_of(int device, int64_t stream);
+std::vector<int64_t> streams_in(int64_t capture);
+/// A stream is to wait for what was queued in a capture, or in none: raises where CUDA refuses that.
+void come_behind(int64_t capture, int device, int64_t stream);
+/// Where a graph is being captured on a device, the host must not wait.
 void check_not_capturing(int device, const char* what);
 
 } // namespace pretend
