@@ -80,11 +80,11 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
         _load(by_wrapped[id(one)], state)
     for one in given:
         groups = one.param_groups
-        _replace(one, _UnwrappedOptimizer, keep=("defaults", "step"))
+        _replace(one, UnwrappedOptimizer, keep=("defaults", "step"))
         vars(one)["param_groups"] = groups
     forget_wrapped(model, *plain)
     release(replica)
-    _replace(model, _UnwrappedModel)
+    _replace(model, UnwrappedModel)
     if optimizer is None:
         return module
     result = [by_wrapped[id(one)] for one in given]
@@ -147,14 +147,14 @@ def _refuse(name: str) -> Any:
     )
 
 
-class _UnwrappedModel(nn.Module):
+class UnwrappedModel(nn.Module):
     """What a wrapped model is after `unwrap`."""
 
     def __getattr__(self, name: str) -> Any:
         return _refuse(name)
 
 
-class _UnwrappedOptimizer(torch.optim.Optimizer):
+class UnwrappedOptimizer(torch.optim.Optimizer):
     """What a wrapped optimizer is after `unwrap`. Schedulers made for it go on, since the groups are those of the plain one."""
 
     _opt_called = True  # which a scheduler looks at to warn of steps that were left out

@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState, GradientState
 def as_started() -> Iterator[None]:
     """As torchrun starts a process: Accelerate keeps what it knows of the processes, and of precision, from one test to the next."""
     _forget()
-    with patch.dict(os.environ, LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"], OMP_NUM_THREADS="1"):
+    # As torchrun sets them, on the ranks of a test; in a process of its own, there are none.
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=os.environ.get("WORLD_SIZE", "1"), OMP_NUM_THREADS="1"):
         try:
             yield
         finally:

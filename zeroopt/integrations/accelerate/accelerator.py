@@ -1,23 +1,30 @@
-"""An Accelerator whose `prepare` wraps with zeroopt."""
+"""An Accelerator whose methods know of zeroopt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DynamoBackend, broadcast_object_list
+from accelerate.utils.other import compile_regions_deepspeed, is_compiled_module
 from torch import Tensor, nn
 
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
-from ...wrap import wrap
-from .models import AwaitingModel, PreparedModel, prepare_again, prepared_from, prepared_with
+from ...unwrap import UnwrappedModel, UnwrappedOptimizer
+from .models import AwaitingModel, prepared_from
 from .optimizers import PreparedOptimizer, plain_optimizer
+from .pairing import pair, params_of
+from .saving import load_models, newest_whole, save_models, wrapped_models
+from .uneven import batches_made_even, model_to_join
 
 
 class ZeroMixin:
@@ -33,11 +40,16 @@ class ZeroMixin:
     zeroopt_options: dict[str, Any]
     _models: list[nn.Module]
     _optimizers: list[AcceleratedOptimizer]
+    step: int
+    _states_of_wrapped: list[Any] | None = None  # while they are saved, those that Accelerate has asked for
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
         """As that of Accelerate, with zeroopt in the place of DistributedDataParallel. Collective, where it completes a pair.
+
+        What is to be compiled is compiled in place, within what zeroopt puts around it. A model on the meta device stays there: it
+        is made when its optimizer comes.
 
         Returns:
             A `PreparedModel`; the model itself with `evaluation_mode`, and where none of its parameters requires gradients.
@@ -45,12 +57,17 @@ class ZeroMixin:
         place = super().prepare_model  # type: ignore[misc]  # on the device, under autocast
         if evaluation_mode or isinstance(model, ZeroDataParallel):
             return place(model, device_placement, evaluation_mode=True)  # type: ignore[no-any-return]
-        ready = place(model, device_placement, evaluation_mode=True)
-        if not any(param.requires_grad for param in ready.parameters()):
-            return ready  # type: ignore[no-any-return]
-        prepared = prepared_from(ready) or AwaitingModel(ready)
-        self._models[:] = [one for one in self._models if one is not ready and one is not prepared]
-        self._models.append(prepared)
+        self._forget_unwrapped()
+        if any(param.is_meta for param in model.parameters()):
+            device_placement = False
+        with self._compiling_later():
+            model = place(model, device_placement, evaluation_mode=True)
+        self._compile(model)
+        if not any(param.requires_grad for param in model.parameters()):
+            return model
+        prepared = prepared_from(model) or AwaitingModel(model)
+        self._models[:] = [one for one in self._models if one is not model]
+        self._take_up(prepared)
         for optimizer in self._optimizers:
             if isinstance(optimizer, PreparedOptimizer) and optimizer.awaits_model:
                 self._pair(optimizer)
@@ -75,29 +92,39 @@ class ZeroMixin:
         return prepared
 
     def _pair(self, optimizer: PreparedOptimizer) -> None:
-        """Wrap an optimizer and the model that has its parameters, if that is there. Collective then."""
-        plain = plain_optimizer(optimizer)
-        params = {*chain.from_iterable(group["params"] for group in plain.param_groups)}
-        model = prepared_with(params)
-        if model is None:
-            return
-        if not params.isdisjoint(_trained_params(model)):
-            self._forget(model)
-            model = prepare_again(model)
-        if isinstance(model, AwaitingModel):
-            wrapped, wrapped_optimizer = wrap(model.module, plain, **self.zeroopt_options)
-            model.become(wrapped)
-        else:
-            further = {name: value for name, value in self.zeroopt_options.items() if name != "features"}
-            _, wrapped_optimizer = wrap(model, plain, **further)
-        optimizer.become(wrapped_optimizer)
-        if model not in self._models:
+        """Wrap it and its model, if that has been prepared. Collective then."""
+        model = pair(optimizer, self.zeroopt_options)
+        if model is not None:
+            self._forget_unwrapped()  # optimizers that this one has taken the place of
+            self._take_up(model)
+
+    def _take_up(self, model: nn.Module) -> None:
+        if not any(one is model for one in self._models):
             self._models.append(model)
 
-    def _forget(self, model: PreparedModel) -> None:
-        """The optimizers of a model are about to be given up."""
-        gone = {*map(id, model.optimizers)}
-        self._optimizers[:] = [one for one in self._optimizers if id(plain_optimizer(one)) not in gone]
+    def _forget_unwrapped(self) -> None:
+        gone = UnwrappedModel, UnwrappedOptimizer
+        self._models[:] = [one for one in self._models if not isinstance(one, gone)]
+        self._optimizers[:] = [one for one in self._optimizers if not isinstance(plain_optimizer(one), gone)]
+
+    @contextmanager
+    def _compiling_later(self) -> Iterator[None]:
+        plugin = self.state.dynamo_plugin  # type: ignore[attr-defined]
+        backend, plugin.backend = plugin.backend, DynamoBackend.NO
+        try:
+            yield
+        finally:
+            plugin.backend = backend
+
+    def _compile(self, model: nn.Module) -> None:
+        plugin = self.state.dynamo_plugin  # type: ignore[attr-defined]
+        is_compiled = is_compiled_module(model) or model._compiled_call_impl is not None
+        if plugin.backend == DynamoBackend.NO or is_compiled:
+            return
+        if plugin.use_regional_compilation:
+            compile_regions_deepspeed(model, **plugin.to_kwargs())  # of any model, in place
+        else:
+            model.compile(**plugin.to_kwargs())
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """As that of Accelerate. The scheduler may have been made for the optimizer before or after `prepare`."""
@@ -111,28 +138,114 @@ class ZeroMixin:
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2
     ) -> Tensor | None:
-        """As that of Accelerate; where these are all parameters of one optimizer, in the same pass as its step."""
+        """As that of Accelerate; where these are all parameters of one optimizer, in the same pass as its step. Collective."""
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         wanted = {param for param in parameters if param.requires_grad}
         for optimizer in map(plain_optimizer, self._optimizers):
-            if isinstance(optimizer, ZeroOptimizer) and self.sync_gradients and wanted == _params_of(optimizer):  # type: ignore[attr-defined]
+            if isinstance(optimizer, ZeroOptimizer) and self.sync_gradients and wanted == params_of(optimizer):  # type: ignore[attr-defined]
                 self.unscale_gradients()  # type: ignore[attr-defined]
                 return optimizer.clip_grad_norm_(max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)  # type: ignore[misc,no-any-return]
 
+    @contextmanager
+    def join_uneven_inputs(self, joinables: Sequence[Any], even_batches: bool | None = None) -> Iterator[None]:
+        """As that of Accelerate, on the CPU too; for a wrapped model, `ZeroDataParallel.join`. Collective.
+
+        Raises:
+            ConfigError: there is something else beside a wrapped model and its optimizers.
+        """
+        model = model_to_join(joinables)
+        if model is None:
+            with super().join_uneven_inputs(joinables, even_batches):  # type: ignore[misc]
+                yield
+            return
+        even = self.even_batches if even_batches is None else even_batches  # type: ignore[attr-defined]
+        with batches_made_even(self._dataloaders, even_batches), model.join(enable=not even):  # type: ignore[attr-defined]
+            yield
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
+        """As that of Accelerate. Not collective: every rank holds all parameters."""
+        state = super().get_state_dict(model, unwrap)  # type: ignore[misc]
+        if self._states_of_wrapped is not None and wrapped_models([model]):
+            self._states_of_wrapped.append(state)
+        return state
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        trained_only: bool = False,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        """As that of Accelerate; wrapped models and their optimizers go to `zeroopt_0`, … in the folder, by
+        `zeroopt.checkpoint.save`. Collective, and all ranks have to see the folder.
+
+        Args:
+            trained_only: of wrapped models, save only what their optimizers train.
+        """
+        models = wrapped_models(self._models)
+        self._states_of_wrapped = []
+        hook = self.register_save_state_pre_hook(self._leave_out_wrapped)  # type: ignore[attr-defined]  # the last one to be called
+        optimizers = list(self._optimizers)
+        try:
+            self._leave_out_optimizers()
+            folder = Path(super().save_state(output_dir, safe_serialization, **save_model_func_kwargs))  # type: ignore[misc]
+        finally:
+            self._optimizers[:] = optimizers
+            self._states_of_wrapped = None
+            hook.remove()
+        save_models(folder, models, trained_only=trained_only)
+        return folder
+
+    def _leave_out_wrapped(self, _: object, states: list[Any], folder: object) -> None:
+        """Hooks of the user's have seen all of them, and may have taken some away."""
+        states[:] = [one for one in states if not any(one is other for other in self._states_of_wrapped or ())]
+
+    def _leave_out_optimizers(self) -> None:
+        self._optimizers[:] = [one for one in self._optimizers if not isinstance(plain_optimizer(one), ZeroOptimizer)]
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        *,
+        trained_only: bool = False,
+        **load_model_func_kwargs: Any,
+    ) -> None:
+        """As that of Accelerate; what `save_state` has saved of wrapped models loads on any number of ranks. Collective.
+
+        What was saved without zeroopt loads, too. Of the newest of the checkpoints that Accelerate has named, one that was not
+        finished is passed over.
+
+        Args:
+            trained_only: of wrapped models, load only what their optimizers train.
+
+        Raises:
+            CheckpointError: a part that zeroopt has saved is missing or damaged, or of another model. Nothing has been changed.
+        """
+        models = wrapped_models(self._models)
+        strict = load_model_func_kwargs.get("strict", True)
+
+        def load(others: list[nn.Module], folder: str) -> None:
+            if load_models(Path(folder), models, strict=strict, trained_only=trained_only):
+                others[:] = [one for one in others if not any(one is model for model in models)]
+                self._leave_out_optimizers()
+
+        hook = self.register_load_state_pre_hook(load)  # type: ignore[attr-defined]
+        optimizers = list(self._optimizers)
+        try:
+            if input_dir is None and self.project_configuration.automatic_checkpoint_naming:  # type: ignore[attr-defined]
+                input_dir = newest_whole(Path(self.project_dir) / "checkpoints", models)  # type: ignore[attr-defined]
+            super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)  # type: ignore[misc]
+        finally:
+            self._optimizers[:] = optimizers
+            hook.remove()
+        # It is in the file of a rank's random state, which ranks that have joined since then do not have.
+        (self.step,) = broadcast_object_list([self.step])
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self).__bases__[-1],), vars(self)
-
-
-def _params_of(optimizer: torch.optim.Optimizer) -> set[Tensor]:
-    """Those that require gradients."""
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return {param for param in params if param.requires_grad}
-
-
-def _trained_params(model: PreparedModel) -> set[Tensor]:
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in model.optimizers)
-    return {*chain.from_iterable(group["params"] for group in groups)}
 
 
 class ZeroAccelerator(ZeroMixin, Accelerator):  # type: ignore[misc]

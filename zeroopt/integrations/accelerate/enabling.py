@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any, TypeVar
 
@@ -10,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ...errors import ConfigError, NotSupportedError, StateError
-from ...wrap import wrap
 from .accelerator import ZeroMixin, with_zeroopt
+from .options import choose
 
 AnyAccelerator = TypeVar("AnyAccelerator", bound=Accelerator)
 
-_OPTIONS = inspect.signature(wrap).parameters.keys() - {"model", "optimizer"}
+_SPLITS = "tp_size", "cp_size", "sp_size", "dp_shard_size"
 _OTHERS = (
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
@@ -46,11 +45,8 @@ def enable(accelerator: AnyAccelerator, stage: int = 2, **options: Any) -> AnyAc
     """
     if not isinstance(accelerator, Accelerator):
         raise ConfigError(f"expected an accelerate.Accelerator, got {type(accelerator).__name__}")
-    unknown = sorted(options.keys() - _OPTIONS)
-    if unknown:
-        raise ConfigError(f"zeroopt.wrap has no option {unknown[0]!r}; it has {', '.join(sorted(_OPTIONS))}")
     _check_kind(accelerator)
-    chosen = {"stage": stage, **options}
+    chosen = choose({"stage": stage, **options}, accelerator.ddp_handler)
     if isinstance(accelerator, ZeroMixin) and accelerator.zeroopt_options == chosen:
         return accelerator
     _check_in_time(accelerator)
@@ -67,6 +63,13 @@ def _check_kind(accelerator: Any) -> None:
             f"this Accelerator was set up for {kind.value}, which splits the training state itself; zeroopt goes with plain data "
             "parallelism (MULTI_GPU, MULTI_CPU, one process): leave the plugin, its environment variables (ACCELERATE_USE_…) and the "
             "distributed_type of the accelerate config out"
+        )
+    sizes = {name: getattr(accelerator.parallelism_config, name, 1) for name in _SPLITS}
+    split = next((name for name, size in sizes.items() if size > 1), None)
+    if split is not None:
+        raise NotSupportedError(
+            f"this Accelerator was set up with {split}={sizes[split]}, which splits models; zeroopt goes with plain data parallelism here: "
+            "leave parallelism_config out, or use zeroopt.wrap(process_group=…) with a mesh of your own"
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == DistributedType.NO and started > 1:

@@ -100,13 +100,17 @@ def prepare_again(model: PreparedModel) -> AwaitingModel:
 
 def prepared_from(module: nn.Module) -> PreparedModel | None:
     """What an earlier `prepare` has made of a model, if anybody still has it."""
-    return next((model for model in _prepared if vars(model).get("module") is module), None)
+    return next((model for model in _still_prepared() if model.module is module), None)
 
 
 def prepared_with(params: Iterable[Tensor]) -> PreparedModel | None:
     """The prepared model that has one of these parameters, if there is one."""
     wanted = {*map(id, params)}
     return next(
-        (model for model in _prepared if any(id(param) in wanted for param in model.parameters())),
-        None,
+        (model for model in _still_prepared() if any(id(param) in wanted for param in model.parameters())), None
     )
+
+
+def _still_prepared() -> list[PreparedModel]:
+    """Without those that `zeroopt.unwrap` has made something else of."""
+    return [model for model in _prepared if isinstance(model, PreparedModel)]
