@@ -92,6 +92,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
         self._join = features.join
+        self._captures = features.captures
         self._of_model = features.features
         self._growth = Growth(trained, features.check_between_steps, self._follow_growth, features.captures)
         self._growth.begin(params)
@@ -357,7 +358,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: the state belongs to other parameters, some of it is missing, or its groups are of other sizes; or
-                within `join()`. Nothing has been changed.
+                within `join()`; or a CUDA graph of a step has been captured. Nothing has been changed.
             RankMismatchError: so it is on another rank, or ranks were given different options. Nothing has been changed.
         """
         self._join.check_outside("load_state_dict()")
@@ -384,6 +385,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         problem: Exception | None = None
         lines: list[str] = []
         try:
+            self.check_may_load("load_state_dict()")
             loaded = self._state_dicts.read(given.shards(), of_all_ranks=given.of_all_ranks)
             lines = self._state_dicts.describe_loaded(loaded)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
@@ -392,6 +394,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         agree(groups, problem, "load_state_dict")
         assert loaded is not None
         return loaded
+
+    def check_may_load(self, what: str) -> None:
+        """Raise StateError where a CUDA graph steps by the state that there is. Not collective."""
+        if self._captures is not None:
+            self._captures.check_may_replace_state(what)
 
     def adopt(self, loaded: LoadedState) -> None:
         """Let state that was read be this optimizer's. Not collective."""

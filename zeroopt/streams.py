@@ -64,6 +64,21 @@ def note_use(tensor: Tensor) -> None:
         tensor.record_stream(current_stream(tensor.device))
 
 
+class ReadByGraphs:
+    """What CUDA graphs read whenever they are replayed, which nobody here sees. It stays where it is as long as this lives."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, object] = {}
+
+    def note(self, thing: object, device: torch.device) -> None:
+        """The current stream of a device reads something. Where a graph is captured, it stays."""
+        if is_capturing(device):
+            self._kept[id(thing)] = thing
+
+    def __contains__(self, thing: object) -> bool:
+        return id(thing) in self._kept
+
+
 class Mark:
     """The place which the current stream has come to, for others to come behind it. Without streams there is nothing to it.
 

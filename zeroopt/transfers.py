@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import StateError
-from .streams import is_capturing
+from .streams import ReadByGraphs, is_capturing
 
 
 def upload_into(target: Tensor, values: Tensor) -> None:
@@ -22,8 +22,8 @@ def upload_into(target: Tensor, values: Tensor) -> None:
         target.copy_(values)
     elif is_capturing(target.device):
         raise StateError(
-            "a CUDA graph is captured, and what it would send to the device (options of param_groups, or which parameters have "
-            "gradients) has changed since the last step: take one more step as it is now, then capture"
+            "a CUDA graph is captured, and what it would send to the device (options of param_groups, which parameters have "
+            "gradients, or where they lie) has changed since the last step: take one more step as it is now, then capture"
         )
     else:  # pinned, so that nobody waits for the copy; the allocator of pinned memory keeps it until the copy is done
         target.copy_(values.pin_memory(), non_blocking=True)
@@ -40,6 +40,7 @@ class Uploaded:
         self._device = device
         self._sent: Tensor | None = None
         self._there: Tensor | None = None
+        self._read_by_graphs = ReadByGraphs()
 
     def hold(self, values: Tensor) -> Tensor:
         """These values on the device.
@@ -51,10 +52,11 @@ class Uploaded:
             return values
         if self._there is None or self._sent is None or self._sent.shape != values.shape:
             self._there = torch.empty_like(values, device=self._device)
-        elif torch.equal(self._sent, values):
-            return self._there
-        upload_into(self._there, values)
-        self._sent = values
+            self._sent = None
+        if self._sent is None or not torch.equal(self._sent, values):
+            upload_into(self._there, values)
+            self._sent = values
+        self._read_by_graphs.note(self._there, self._device)
         return self._there
 
 

@@ -24,11 +24,11 @@ class Capturing:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = False
         self.asked: list[torch.device] = []
-        monkeypatch.setattr(captures, "is_capturing", self._ask)
+        monkeypatch.setattr(captures, "capture_number", self._ask)
 
-    def _ask(self, device: torch.device) -> bool:
+    def _ask(self, device: torch.device) -> int:
         self.asked.append(device)
-        return self.now
+        return int(self.now)
 
 
 @pytest.fixture
@@ -71,3 +71,31 @@ def test_parameters_that_a_graph_reads_cannot_leave_their_groups(monkeypatch: py
     optimizer.param_groups[0]["params"] = kept
     wrapped(torch.ones(1, 2)).sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_a_step_belongs_into_the_graph_of_its_backward(capturing: Capturing, is_captured: bool) -> None:
+    found = Captures(DEVICE, Mock())
+    capturing.now = is_captured
+    found.backward_begins()
+    found.before_step(Mock())
+    assert found.hold_steps is is_captured
+    capturing.now = not is_captured
+    with pytest.raises(StateError, match="is captured in" if capturing.now else "was captured in"):
+        found.before_step(Mock())
+    found.gradients_cleared()
+    found.backward_begins()
+    found.before_step(Mock())
+
+
+def test_state_that_a_graph_steps_by_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    lone = Lone()
+    lone.step()
+    found = Captures(torch.device("cpu"), Mock())
+    monkeypatch.setattr(lone.optimizer, "_captures", found)
+    state = lone.optimizer.state_dict()
+    found.exist = True
+    lone.optimizer.load_state_dict(state)
+    found.hold_steps = True
+    with pytest.raises(StateError, match=r"load_state_dict\(\) would replace the optimizer's state"):
+        lone.optimizer.load_state_dict(state)

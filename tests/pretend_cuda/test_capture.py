@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from zeroopt.gradients.norms import note_norms
 
 from .process import PretendProcess
 from .training import BF16, Loop, Trainer
@@ -236,3 +239,177 @@ def test_no_gather_is_left_to_a_graph_that_reads_parameters(on_pretend_cuda: Pre
     """A replay waits for none: nobody sees it."""
     before, after = on_pretend_cuda(_gathers_that_are_left_to_readers)
     assert (before, after) == (1, 0)
+
+
+def _said_to(loop: Loop, captured: Callable[[Trainer], None], after: Callable[[Trainer], None]) -> list[str]:
+    """What is said to ranks that capture one thing, and do another thing then."""
+    from zeroopt.errors import StateError
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> str:
+        trainer = Trainer(loop, rank.number, rank.device)
+        for _ in range(loop.warm_up):
+            trainer.step()
+        try:
+            with rank.recorded(), capturing(rank.device):
+                captured(trainer)
+            after(trainer)
+        except StateError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(2, run)[0]
+
+
+def _update(trainer: Trainer) -> None:
+    trainer._update()
+
+
+def _backward(trainer: Trainer) -> None:
+    trainer._backward_passes()
+
+
+def _nothing(trainer: Trainer) -> None:
+    pass
+
+
+def _step_without_its_backward(loop: Loop) -> tuple[list[str], list[str]]:
+    def both(trainer: Trainer) -> None:
+        _backward(trainer)
+        trainer.optimizer.zero_grad()
+
+    return _said_to(loop, _backward, _update), _said_to(loop, both, Trainer.step)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_step_behind_a_captured_backward_is_refused(name: str, on_pretend_cuda: PretendProcess) -> None:
+    said, cleared = on_pretend_cuda(_step_without_its_backward, replace(LOOPS[name], steps=2))
+    for message in said:
+        assert message.startswith("a backward was captured in a CUDA graph, and step() is not captured with it")
+    assert cleared == ["", ""]
+
+
+def _capture_a_step_alone() -> list[str]:
+    from zeroopt.errors import StateError
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> str:
+        trainer = Trainer(Loop({"stage": 2}), rank.number, rank.device)
+        for _ in range(2):
+            trainer.step()
+        trainer._backward_passes()
+        try:
+            with capturing(rank.device):
+                trainer._update()
+        except StateError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(2, run)[0]
+
+
+def test_a_captured_step_without_its_backward_is_refused(on_pretend_cuda: PretendProcess) -> None:
+    for message in on_pretend_cuda(_capture_a_step_alone):
+        assert message.startswith("step() is captured in a CUDA graph, and a backward whose gradients it takes is not")
+
+
+def _load(trainer: Trainer) -> None:
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+
+
+def _load_after_capture() -> tuple[list[str], list[str]]:
+    loop = Loop({"stage": 2}, steps=2)
+    return _said_to(loop, Trainer.step, _load), _said_to(loop, _nothing, _load)
+
+
+def test_state_that_a_graph_steps_by_is_not_replaced(on_pretend_cuda: PretendProcess) -> None:
+    said, not_captured = on_pretend_cuda(_load_after_capture)
+    for message in said:
+        assert message.startswith(
+            "load_state_dict() would replace the optimizer's state: a CUDA graph of a step has been captured"
+        )
+    assert not_captured == ["", ""]
+
+
+def _tables_of_a_graph() -> list[tuple[bool, bool]]:
+    """Whether the table of squares was replaced after a capture, and whether that of the graph is still there."""
+    import gc
+    import weakref
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> tuple[bool, bool]:
+        loop = Loop({"stage": 2, "max_grad_norm": 0.1}, steps=3)
+        trainer = Trainer(loop, rank.number, rank.device)
+        for _ in range(loop.warm_up):
+            trainer.step()
+        with capturing(rank.device):
+            trainer.step()
+        stores = trainer.optimizer._trained.stores
+        first = next(store for store in stores if store.squares is not None)
+        rows = weakref.ref(first.squares._table.rows)
+        table = weakref.ref(first.squares)
+        for store in stores[:-1]:
+            store.norm = None
+        note_norms([store for store in stores if store is not stores[-1]], 2.0)  # of fewer buckets
+        gc.collect()
+        is_replaced = first.squares is not table()
+        return is_replaced, table() is not None and rows() is not None
+
+    return on_ranks(2, run)[0]
+
+
+def test_a_table_that_a_graph_reads_stays_when_another_takes_its_place(on_pretend_cuda: PretendProcess) -> None:
+    assert on_pretend_cuda(_tables_of_a_graph) == [(True, True)] * 2
+
+
+def _gradients_elsewhere() -> list[str]:
+    """What a fused optimizer says whose gradients lie elsewhere when it is captured, and whether a graph's rows stay when they move."""
+    import gc
+    import weakref
+
+    import zeroopt
+    from zeroopt.errors import StateError
+
+    from .surface import capturing
+
+    param = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    optimizer = zeroopt.optim.FusedAdamW([param], lr=0.1)
+    grads = [torch.ones(8, device="cuda") for _ in range(2)]
+
+    def step(grad: Tensor) -> None:
+        param.grad = grad
+        optimizer.step()
+
+    found = []
+    step(grads[0])
+    try:
+        with capturing():
+            step(grads[1])
+    except StateError as error:
+        found.append(str(error))
+    step(grads[0])
+    with capturing():
+        step(grads[0])
+    tables = [
+        each for each in gc.get_objects() if isinstance(each, zeroopt.ops.SegmentTable) and each.device.type == "cuda"
+    ]
+    rows = [weakref.ref(table.rows) for table in tables if table.segments[0].param.data_ptr() == param.data_ptr()]
+    del tables
+    step(grads[1])
+    gc.collect()
+    found.append(f"{len(rows)} tables, of a graph that can be replayed: {all(each() is not None for each in rows)}")
+    return found
+
+
+def test_a_table_that_would_change_in_a_capture_is_refused(on_pretend_cuda: PretendProcess) -> None:
+    refused, kept = on_pretend_cuda(_gradients_elsewhere)
+    assert (
+        "or where they lie) has changed since the last step: take one more step as it is now, then capture" in refused
+    )
+    assert kept == "1 tables, of a graph that can be replayed: True"

@@ -1,7 +1,10 @@
 """CUDA graphs of the model: they replay the addresses at which parameters were when they were captured.
 
-So parameters stay where they are once there is a graph. Otherwise it would go on reading, and differentiating by, memory that is
-somebody else's, without a word.
+So parameters stay where they are once there is a graph, and so does what a step that was captured works on. Otherwise it would go on
+reading, and differentiating by, memory that is somebody else's, without a word.
+
+What is captured runs no Python when it is replayed: neither would a step outside of the graph know that there are gradients, nor a
+backward outside that a step has been taken. So a step belongs into the graph of its backward, and a backward into that of its step.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import torch
 from ..errors import StateError
 from ..feature import Feature, Step
 from ..parameters.gathers import ParamGathers
-from ..streams import is_capturing
+from ..streams import capture_number
 from ..untraced import untraced
 
 
@@ -20,6 +23,7 @@ class Captures(Feature):
 
     Attributes:
         exist: this rank has captured one.
+        hold_steps: one of them has a step in it.
 
     Args:
         device: of the parameters.
@@ -29,19 +33,35 @@ class Captures(Feature):
     def __init__(self, device: torch.device, gathers: ParamGathers) -> None:
         self._device = device
         self._gathers = gathers
-        self.exist = False
+        self.exist = self.hold_steps = False
+        self._backwards: set[int] = set()  # the captures, or 0, in which the gradients have come that there are
 
     @untraced
-    def look(self) -> None:
-        """Not collective."""
-        if is_capturing(self._device):
+    def look(self) -> int:
+        """The number of the capture that is on, or 0. Not collective."""
+        number = capture_number(self._device)
+        if number:
             self.exist = self._gathers.are_read_by_graphs = True
+        return number
 
     def backward_begins(self) -> None:
-        self.look()
+        self._backwards.add(self.look())
+
+    def gradients_cleared(self) -> None:
+        self._backwards.clear()
 
     def before_step(self, step: Step) -> None:
-        self.look()
+        number = self.look()
+        if self._backwards - {number}:
+            raise StateError(
+                "a backward was captured in a CUDA graph, and step() is not captured with it: a replay would tell nobody that there "
+                "are gradients. Capture backward and step() in one graph, or neither"
+                if not number
+                else "step() is captured in a CUDA graph, and a backward whose gradients it takes is not: a replay would tell nobody "
+                "that they have been used. Capture backward and step() in one graph, and clear gradients before"
+            )
+        if number:
+            self.hold_steps = True
 
     def check_may_leave(self) -> None:
         """Raise StateError when parameters must not leave their buckets. Not collective."""
@@ -49,4 +69,16 @@ class Captures(Feature):
             raise StateError(
                 "parameters cannot leave the param_groups: a CUDA graph of this model has been captured, and would go on reading the "
                 "memory where they were. Take them out before capturing"
+            )
+
+    def check_may_replace_state(self, what: str) -> None:
+        """Raise StateError when the arrays that a step works on must not be replaced. Not collective.
+
+        Args:
+            what: is about to replace them.
+        """
+        if self.hold_steps:
+            raise StateError(
+                f"{what} would replace the optimizer's state: a CUDA graph of a step has been captured, and would go on with the state "
+                "that there was. Do it before capturing"
             )

@@ -108,8 +108,11 @@ class Growth:
                     self._members,
                     trained.config.placement.home,
                 )
-                if edit.gone and self._captures is not None:
-                    self._captures.check_may_leave()
+                if self._captures is not None:
+                    if edit.gone:
+                        self._captures.check_may_leave()
+                    if edit.new:
+                        self._captures.check_may_replace_state("taking up parameters")
                 replica.count_copies(edit.new)
                 check_param_dtypes(trained.config, {managed.name: managed.param.dtype for managed in edit.new})
                 check_fused(trained.inner, [*edit.places, *edit.new], trained.config)

@@ -126,6 +126,7 @@ def _square_sums(stores: Sequence[GradientStore]) -> Tensor:
     arrays = [store.in_table() for store in stores]
     if first.squares is None or not first.squares.is_of(arrays):
         first.squares = SquareTable(first.storage, arrays)
+    first.read_by_graphs.note(first.squares, first.squares.device)
     return first.squares.sums()
 
 

@@ -24,7 +24,7 @@ from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import BufferPool
 from ..storage.gradient_store import GradientStore
-from ..streams import Mark
+from ..streams import Mark, is_capturing
 from ..untraced import untraced_hook
 from .filling import Filling
 from .hooks import GradientHook
@@ -551,7 +551,7 @@ class GradientReducer:
         self._running = False
         self._left_local = False
         self._transport.progress()
-        if view.waits:
+        if view.waits or is_capturing(self._buckets[0].device):  # a CUDA graph ends with all that was started in it
             self.finish()
         elif not everything:
             self._used.finish()

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..streams import ReadByGraphs
+from ..transfers import upload_into
 from .checks import (
     GRAD_COLUMN,
     GROUP_COLUMN,
@@ -80,6 +82,7 @@ class SegmentTable:
     num_groups: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self._read_by_graphs = ReadByGraphs()
         self.device = self.segments[0].param.device if self.segments else torch.device("cpu")
         self._numels = [segment.param.numel() for segment in self.segments]
         self.total_numel = sum(self._numels)
@@ -119,6 +122,7 @@ class SegmentTable:
 
         Raises:
             ConfigError: a gradient cannot be right. Nothing has been changed.
+            StateError: a CUDA graph is captured, and gradients lie elsewhere than before.
         """
         require(
             len(grads) == len(self._numels),
@@ -145,8 +149,14 @@ class SegmentTable:
     def _upload(self) -> None:
         if self.device.type == "cpu":
             self.rows = self._host
-        else:  # pinned, so that the copy is queued behind no synchronisation
-            self.rows = self._host.pin_memory().to(self.device, non_blocking=True)
+            return
+        rows = torch.empty_like(self._host, device=self.device)  # not those of before, which a CUDA graph may read
+        upload_into(rows, self._host)
+        self.rows = rows
+
+    def note_launch(self) -> None:
+        """A kernel reads the rows on the current stream of the table's device, and does so again when a CUDA graph is replayed."""
+        self._read_by_graphs.note(self.rows, self.device)
 
     def _check(self, name: str, segment: SegmentArrays) -> None:
         numel = segment.param.numel()

@@ -156,6 +156,7 @@ def squared_norms(table: SegmentTable, *, active: Tensor, found_inf: Tensor) -> 
         with torch.cuda.device(table.device):
             num_bytes = _C.cuda_norm_workspace_bytes(count, table.total_numel)
             workspace = torch.empty(num_bytes, dtype=torch.uint8, device=table.device)
+            table.note_launch()
             _C.cuda_squared_norms(*addresses, table.total_numel, workspace.data_ptr(), current_stream(table.rows))
     return squares[:, 0]
 
@@ -219,6 +220,7 @@ def _run(
     with torch.cuda.device(table.device):
         num_bytes = _C.cuda_step_workspace_bytes(kernel, len(table.segments), table.total_numel)
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=table.device)
+        table.note_launch()
         _C.cuda_step(*arguments, table.total_numel, workspace.data_ptr(), current_stream(table.rows))
 
 

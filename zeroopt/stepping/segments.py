@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..own_storage import with_own_storage
 from ..plan.params import ParamState
+from ..streams import ReadByGraphs
 from ..transfers import Uploaded
 from .rules import FusedRule
 
@@ -51,6 +52,7 @@ class FusedSegments(ABC):
         # torch's SGD has no step count in its state, but random numbers depend on it.
         self._shows_step = rule.has_step or storage.is_stochastic
         self._table: ops.SegmentTable | None = None  # of the arrays that there are
+        self._read_by_graphs = ReadByGraphs()
         self._names: list[tuple[str, ...] | None] = [None] * len(leaves)  # of the state that is shown
         self._begun = [False] * len(leaves)  # whether a segment ever had state
         self._shown: list[tuple[ParamState, list[Any]] | None] = [None] * len(
@@ -107,6 +109,7 @@ class FusedSegments(ABC):
             self._table = self._make_table()
         if grads is not None:
             self._table.set_grads(grads)
+        self._read_by_graphs.note(self._table, self._device)
         self._rule.kernel(
             self._table,
             active=self._active.hold(active),

@@ -26,6 +26,7 @@ from ..own_storage import with_own_storage
 from ..pages import paged_zeros_like, release
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
+from ..streams import ReadByGraphs
 from .bucket import Bucket
 from .buffer_pool import BufferPool
 from .segment import Segment
@@ -49,6 +50,7 @@ class GradientStore:
         norm: p and the p-norm of `reduced`, without the factor, where somebody has asked for it; see `gradients.norms`.
         storage: how a kernel sees the own range; None: there is none for it.
         squares: by which a kernel sums the squares of this one and of those behind it.
+        read_by_graphs: tables that another one may take the place of.
         is_open: backward fills it.
         sum_is_spread: stage 0: every rank is to have the sum of all slices.
         is_reducing: a reduce of it has started, and nobody has waited for it yet.
@@ -90,6 +92,7 @@ class GradientStore:
         self.norm: tuple[float, Tensor] | None = None
         self.storage = bucket.precision.storage(bucket.dtype, sum_dtype)
         self.squares: SquareTable | None = None
+        self.read_by_graphs = ReadByGraphs()
         self.factor: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None

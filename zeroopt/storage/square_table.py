@@ -23,6 +23,11 @@ class SquareTable:
         self._active = torch.ones(len(arrays), dtype=torch.uint8, device=self._table.device)
         self._found_inf = torch.zeros(1, dtype=torch.float32, device=self._table.device)  # nobody reads it
 
+    @property
+    def device(self) -> torch.device:
+        """Of the arrays."""
+        return self._table.device
+
     def is_of(self, arrays: Sequence[ops.SegmentArrays]) -> bool:
         """Whether it has been made for these arrays."""
         return self._addresses == _addresses(arrays)

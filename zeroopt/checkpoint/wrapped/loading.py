@@ -225,6 +225,7 @@ class _Reading:
 
     def take_state(self, source: _Source, optimizer: ZeroOptimizer, *, strict: bool) -> None:
         """Read this rank's part of an optimizer's state."""
+        optimizer.check_may_load("load()")
         matched = match_groups(optimizer, source.groups, strict=strict)
         target = state_target(optimizer, source.optimizer, by_position=has_positions(source.groups))
         state = target.assemble(source.checkpoint.read(target.entries))
