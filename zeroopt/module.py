@@ -21,7 +21,7 @@ from .parameters.arriving import remove_idle_hooks
 from .parameters.buffers import BufferSync
 from .plan.params import ManagedParam
 from .replica import Replica
-from .untraced import untraced
+from .untraced import untraced, untraced_frame
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,6 +85,7 @@ class ZeroDataParallel(nn.Module):
         """Add an optimizer that trains parameters of the model."""
         self._optimizers.append(optimizer)
 
+    @untraced_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
 
@@ -105,7 +106,7 @@ class ZeroDataParallel(nn.Module):
         elif self._buffer_sync is not None:
             self._buffer_sync.take_sent()
         if self._input_dtype is not None:
-            args, kwargs = tree_map(self._cast_input, (args, kwargs))
+            args, kwargs = self._cast_inputs(args, kwargs)
         return self.module(*args, **kwargs)
 
     @untraced
@@ -127,6 +128,10 @@ class ZeroDataParallel(nn.Module):
     def _take_over_buffers(self) -> None:
         if self._buffer_sync is not None:
             self._buffer_sync.take_over(self._features.turnout.source)
+
+    @untraced
+    def _cast_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tree_map(self._cast_input, (args, kwargs))
 
     def _cast_input(self, value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
@@ -331,6 +336,10 @@ class ZeroDataParallel(nn.Module):
     def _note_writing(self) -> None:
         for optimizer in self._optimizers:
             optimizer.take_up_writes()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`module.compile()`: what comes before a forward is not part of the code."""
+        self.module.compile(*args, **kwargs)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -28,6 +28,19 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return cast(Callable[_P, _R], _disable_dynamo(function))
 
 
+def untraced_frame(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have torch.compile run a function as it stands, at no cost a call, and compile what it calls.
+
+    That is where it is called as it stands itself. In the middle of what is being compiled it is traced like any other.
+    """
+    if hasattr(eval_frame, "set_code_exec_strategy"):
+        strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    else:  # torch before 2.7
+        eval_frame.skip_code(function.__code__)
+    return function
+
+
 def untraced_hook(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The same, at no cost a call, for what autograd calls: compiled code must not call the function itself.
 

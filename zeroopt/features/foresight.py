@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..collectives import Transport
 from ..feature import Feature
+from ..parameters.compiled import has_compiled
 from ..parameters.first_uses import FirstUses
-from ..parameters.gathers import has_compiled
 from ..plan.buckets import agree_on_order
 from ..plan.params import ManagedParam
 from ..profiling import named_range

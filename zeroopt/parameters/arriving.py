@@ -17,6 +17,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..untraced import untraced, untraced_frame, untraced_hook
+from .compiled import callees_compiler, is_made_by_compiler
+
 
 class Gathers(Protocol):
     """Who knows what is on its way.
@@ -112,30 +115,46 @@ def read_only(params: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 class ForwardHook:
-    """Waits for the buckets of a module's own parameters: some modules hand them to compiled code, past `__torch_function__`.
+    """Waits for the buckets of a module's parameters before its forward: some modules hand their own to compiled code, past
+    `__torch_function__`, and where the forward itself is compiled, that goes for those of all modules below.
 
     Attributes:
-        params: of the module, that lie in buckets.
-        buckets: in which, by index.
+        own: where the module's own parameters are, by index of the bucket.
+        below: where its own and those of all modules below are.
     """
 
-    def __init__(self, gathers: weakref.ref[Gathers], params: list[nn.Parameter]) -> None:
+    def __init__(self, gathers: weakref.ref[Gathers]) -> None:
         self._gathers = gathers
-        self.params = params
-        self.buckets: list[int] = []
+        self.own: list[int] = []
+        self.below: list[int] = []
 
+    @untraced_frame
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Compiled code that contains it has been waited for. Calls nothing that torch.compile would take for the user's."""
         if torch.compiler.is_compiling():
             return
         gathers = self._gathers()
         if gathers is None or not (gathers.pending or gathers.arrived):
             return
-        for bucket in self.buckets:
-            if bucket in gathers.pending or bucket in gathers.arrived:
-                gathers.finish(bucket)
+        is_compiled = callees_compiler() is not None or is_made_by_compiler(module.forward)
+        _finish(gathers, self.below if is_compiled else self.own)
+
+    @untraced_hook
+    def finish_below(self) -> None:
+        """Wait for the parameters of the module, and of all below."""
+        gathers = self._gathers()
+        if gathers is not None and (gathers.pending or gathers.arrived):
+            _finish(gathers, self.below)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return take_idle_hook, ()  # a copy of the model has parameters of its own
+
+
+@untraced
+def _finish(gathers: Gathers, buckets: Sequence[int]) -> None:
+    for bucket in buckets:
+        if bucket in gathers.pending or bucket in gathers.arrived:
+            gathers.finish(bucket)
 
 
 def take_idle_hook() -> Callable[[nn.Module, Any], None]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .arriving import take_idle_hook
-from .gathers import runs_compiled
+from .compiled import runs_compiled
 
 
 class FirstUses:

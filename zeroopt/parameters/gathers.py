@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from ..storage.bucket import Bucket
 from ..streams import has_streams, is_capturing
 from ..untraced import untraced
 from .arriving import ForwardHook, arriving_class, read_only
+from .compiled import hook_compiled_calls, is_below_compiled_call, is_scripted, unhook_compiled_calls, watch_compiler
 
 
 class ParamGathers:
@@ -35,20 +35,21 @@ class ParamGathers:
     def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool) -> None:
         self._module = module
         self._transport = transport
-        self._compiled = runs_compiled(module)
-        self._lazy = lazy and not self._compiled
+        self._lazy = lazy and not is_scripted(module)
         self.pending: dict[int, PendingCollective] = {}
         self.are_read_by_graphs = False
         self.arrived: dict[int, PendingCollective] = {}
-        self._hooks: list[ForwardHook] = []
+        self._hooks: weakref.WeakKeyDictionary[nn.Module, ForwardHook] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._buckets: list[Bucket] = []
+        self._is_left = False  # to whoever reads parameters
+        self._compiler_was_here = False
+        self._compiled_again: set[str] = set()
+        self._are_read_unseen = False
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         """Take up buckets of further parameters."""
         self.finish_all()
-        if self._lazy:
-            self._hook_forwards(buckets)
         self.attach([*self._buckets, *buckets])
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
@@ -61,10 +62,8 @@ class ParamGathers:
         self._classes = [arriving_class(bucket.index) for bucket in buckets]
         # A user's own class of parameters stays as it is. Methods of a DTensor get at its values past `__torch_function__`.
         self._markable = [all(type(param) is nn.Parameter for param in params) for params in self._params]
-        bucket_of = {managed.param: bucket.index for bucket in buckets for managed in bucket.params}
-        for hook in self._hooks:
-            hook.params = [param for param in hook.params if param in bucket_of]
-            hook.buckets = sorted({bucket_of[param] for param in hook.params})
+        if self._lazy:
+            self._hook_modules()
 
     def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
         """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`.
@@ -75,6 +74,7 @@ class ParamGathers:
         """
         if readers is not None:
             readers.finish()
+        self._is_left = False
         self.arrived.pop(bucket.index, None)
         self.pending[bucket.index] = self.gather(bucket)
 
@@ -86,6 +86,7 @@ class ParamGathers:
     def close(self, bucket: Bucket, until: PendingCollective) -> None:
         """Let whoever uses a parameter of a bucket from now on wait for something else, which comes before its gather."""
         self.finish(bucket.index)
+        self._is_left = False
         self.arrived.pop(bucket.index, None)
         self.pending[bucket.index] = until
         if self._may_mark(bucket.index):
@@ -94,15 +95,39 @@ class ParamGathers:
     def leave_to_readers(self) -> None:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
         self._transport.flush()
+        if self._lazy:
+            self._follow_compiler()
         for bucket in list(self.pending):
             if self._lazy and self._may_mark(bucket):
                 self._mark(bucket)
             else:
                 self.finish(bucket)
+        self._is_left = True
+
+    def _follow_compiler(self) -> None:
+        """Wait in front of what has been compiled since the last step."""
+        watch_compiler(self)
+        if self._compiler_was_here:
+            self._compiler_was_here = False
+            self._hook_modules()
+
+    def compiler_starts(self, function: str, *, again: bool) -> None:
+        """Wait for all that is on its way, so that code is made for parameters that have arrived.
+
+        Where nobody has waited in front of that code, it may be a function that reads parameters as a user has passed them. Then their
+        class is why it is compiled again, and would be in each step: from the second time on nothing is left to readers.
+        """
+        self._compiler_was_here = True
+        if not (self._is_left and self.pending):
+            return
+        if again and not is_below_compiled_call():
+            self._are_read_unseen |= function in self._compiled_again
+            self._compiled_again.add(function)
+        self.finish_all()
 
     def _may_mark(self, bucket: int) -> bool:
         # A CUDA graph ends with all that was started in it, too.
-        read_unseen = self._compiled or self.are_read_by_graphs or is_capturing(self._device) or has_compiled()
+        read_unseen = self._are_read_unseen or self.are_read_by_graphs or is_capturing(self._device)
         return self._markable[bucket] and not read_unseen
 
     def _mark(self, bucket: int) -> None:
@@ -140,19 +165,29 @@ class ParamGathers:
         """Within it, `copy_` into a parameter does nothing: another rank writes the memory that they share."""
         return read_only([param for params in self._params for param in params])
 
-    def _hook_forwards(self, buckets: Sequence[Bucket]) -> None:
-        managed = {managed.param for bucket in buckets for managed in bucket.params}
-        for submodule in self._module.modules():
-            own = [param for param in submodule.parameters(recurse=False) if param in managed]
-            if own:
-                hook = ForwardHook(weakref.ref(self), own)
-                self._hooks.append(hook)
-                self._handles.append(submodule.register_forward_pre_hook(hook))
+    def _hook_modules(self) -> None:
+        """Have forwards, and what has been compiled of them, wait for the parameters that are in buckets now."""
+        bucket_of = {
+            param: bucket.index for bucket, params in zip(self._buckets, self._params, strict=True) for param in params
+        }
+        for module in self._module.modules():
+            below = sorted({bucket_of[param] for param in module.parameters() if param in bucket_of})
+            hook = self._hooks.get(module)
+            if hook is None:
+                if not below:
+                    continue
+                hook = self._hooks[module] = ForwardHook(weakref.ref(self))
+                self._handles.append(module.register_forward_pre_hook(hook))
+            hook.own = sorted({bucket_of[param] for param in module.parameters(recurse=False) if param in bucket_of})
+            hook.below = below
+            hook_compiled_calls(module, hook.finish_below)
 
     def remove_hooks(self) -> None:
         """Let forwards wait for nothing any more. After `finish_all`."""
         for handle in self._handles:
             handle.remove()
+        for module in self._hooks:
+            unhook_compiled_calls(module)
 
 
 class NoGathers(ParamGathers):
@@ -164,17 +199,3 @@ class NoGathers(ParamGathers):
     def gather(self, bucket: Bucket) -> PendingCollective:
         """Nothing travels."""
         return Done()
-
-
-def has_compiled() -> bool:
-    """Whether torch.compile has compiled anything: its code would be compiled again for each change of a parameter's class."""
-    dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and bool(dynamo.utils.counters["stats"].get("unique_graphs"))
-
-
-def runs_compiled(module: nn.Module) -> bool:
-    """Whether some part of the model runs without Python's seeing its parameters."""
-    compiled: tuple[type, ...] = (torch.jit.ScriptModule,)
-    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and 70 MB
-        compiled += (torch._dynamo.OptimizedModule,)
-    return any(isinstance(part, compiled) or part._compiled_call_impl is not None for part in module.modules())
