@@ -1,6 +1,7 @@
 """Step time of zeroopt's transports against DistributedDataParallel and against a run without communication.
 
     python -m bench.steps --world-size 2
+    python -m bench.steps --world-size 2 --compile blocks
 
 All methods live side by side in the same processes and take turns, a few steps at a time, so that a busy moment of the
 machine favours none of them. Every method trains its own copy of a GPT with AdamW in float32. Prints a table; --out writes
@@ -55,8 +56,10 @@ METHODS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Wrapped]] = {
     DDP: ddp,
     "stage 1": zero(stage=1),
     "stage 2": zero(stage=2),
+    "stage 2, overlap=False": zero(stage=2, overlap=False),
     "stage 2, share_parameters": zero(stage=2, share_parameters=True),
     "stage 2, pairwise": zero(stage=2, transport="pairwise"),
+    "stage 2, pairwise, overlap=False": zero(stage=2, transport="pairwise", overlap=False),
 }
 
 
@@ -108,7 +111,13 @@ def work(args: argparse.Namespace) -> dict[str, Times]:
 def enter(name: str, args: argparse.Namespace) -> Contestant:
     torch.manual_seed(0)
     net = make_model(VOCABULARY, args.tokens, args.layers, args.width)
-    return Contestant(*METHODS[name](net, torch.optim.AdamW(net.parameters(), fused=True)))
+    if args.compile == "blocks":
+        for block in net.blocks:
+            block.compile()
+    model, optimizer = METHODS[name](net, torch.optim.AdamW(net.parameters(), fused=True))
+    if args.compile == "whole":
+        model = torch.compile(model)  # type: ignore[assignment]
+    return Contestant(model, optimizer)
 
 
 @dataclass
@@ -138,7 +147,8 @@ def bound_s(local: Figures, world_size: int) -> float:
 
 def make_table(results: dict[str, Figures], parameters: int, args: argparse.Namespace) -> Table:
     table = Table(
-        title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank",
+        title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank"
+        + (f", compiled: {args.compile}" if args.compile else ""),
         box=box.SIMPLE,
     )
     table.add_column("method", no_wrap=True)
@@ -181,6 +191,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128, help="tokens a rank and step")
+    parser.add_argument(
+        "--compile", choices=("whole", "blocks"), help="what torch.compile is given, of every method's model"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     return parser.parse_args()

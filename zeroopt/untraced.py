@@ -37,7 +37,7 @@ def untraced_frame(function: Callable[_P, _R]) -> Callable[_P, _R]:
         strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
         eval_frame.set_code_exec_strategy(function.__code__, strategy)
     else:  # torch before 2.7
-        eval_frame.skip_code(function.__code__)
+        eval_frame.skip_code(function.__code__)  # type: ignore[attr-defined]
     return function
 
 

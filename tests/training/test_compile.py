@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from follow import STEPS, Prepare, follow, inputs, sgd, values, with_ddp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from training import build, loss_of
 from worker_pool import RunOnRanks, forget_compiled_code
 
@@ -23,6 +26,13 @@ from zeroopt.parameters.arriving import ArrivingParameter
 
 TIMEOUT_S = 180.0  # a worker's first use of the compiler imports half of torch
 BACKEND = "aot_eager"
+
+
+def count(of: str) -> int:
+    """What the compiler has done so far: "unique_graphs", or "graph_break"."""
+    from torch._dynamo.utils import counters  # imports half of torch
+
+    return sum(counters[of].values()) if of == "graph_break" else counters["stats"][of]
 
 
 @contextmanager
@@ -146,14 +156,12 @@ def test_compiled_models_follow_ddp(
 
 def compiled_graphs(how: str, foresight: bool) -> int:
     """How often a compiler is asked, in three steps of stage 2."""
-    from torch._dynamo.utils import counters
-
     net = build("mlp")
     model, optimizer = zeroopt.wrap(net, sgd(net))
     assert model.features.foresight is not None
     if not foresight:
         model.features.foresight.forget()
-    before = counters["stats"]["unique_graphs"]
+    before = count("unique_graphs")
     runs: nn.Module = model
     if how == "in parts":
         for layer in net.layers[::2]:
@@ -162,7 +170,7 @@ def compiled_graphs(how: str, foresight: bool) -> int:
         runs = torch.compile(model if how == "around" else net, backend=BACKEND)  # type: ignore[assignment]
     train(runs, optimizer, range(3))
     assert not model.replica.reducer.is_ahead
-    return counters["stats"]["unique_graphs"] - before
+    return count("unique_graphs") - before
 
 
 @no_trace_of_compilation()
@@ -190,3 +198,191 @@ def follow_machine_code(cache: str) -> None:
 
 def test_machine_code_follows_ddp(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     run_on_ranks(2, follow_machine_code, str(tmp_path), timeout=TIMEOUT_S)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Blocks that are alike, as those of a transformer, between layers that are not."""
+
+    def __init__(self, checkpoints: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(7, 16)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(3))
+        self.head = nn.Linear(16, 5, bias=False)
+        self.checkpoints = checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+        return self.head(x)
+
+
+def whole(net: nn.Module, model: nn.Module) -> nn.Module:
+    """Compiled around what `wrap` has returned."""
+    return torch.compile(model, backend=GRAPHS_ONLY, fullgraph=True)  # type: ignore[return-value]
+
+
+def bare(net: nn.Module, model: nn.Module) -> nn.Module:
+    """The model that was wrapped."""
+    return torch.compile(net, backend=GRAPHS_ONLY, fullgraph=True)  # type: ignore[return-value]
+
+
+def in_place(net: nn.Module, model: nn.Module) -> nn.Module:
+    model.compile(backend=GRAPHS_ONLY, fullgraph=True)
+    return model
+
+
+def blocks_in_place(net: Net, model: nn.Module) -> nn.Module:
+    for block in net.blocks:
+        block.compile(backend=GRAPHS_ONLY, fullgraph=True)
+    return model
+
+
+def blocks_replaced(net: Net, model: nn.Module) -> nn.Module:
+    for number, block in enumerate(net.blocks):
+        net.blocks[number] = torch.compile(block, backend=GRAPHS_ONLY, fullgraph=True)
+    return model
+
+
+def blocks_forward(net: Net, model: nn.Module) -> nn.Module:
+    for block in net.blocks:
+        block.forward = torch.compile(block.forward, backend=GRAPHS_ONLY, fullgraph=True)  # type: ignore[method-assign]
+    return model
+
+
+def layer_of_torchs(net: Net, model: nn.Module) -> nn.Module:
+    """Whose forward is none that a compiler looks into by itself."""
+    net.embed = torch.compile(net.embed, backend=GRAPHS_ONLY, fullgraph=True)
+    return model
+
+
+def both(net: Net, model: nn.Module) -> nn.Module:
+    """Blocks, and all around them."""
+    return whole(net, blocks_in_place(net, model))
+
+
+Way = Callable[[Any, nn.Module], nn.Module]
+GRAPHS_ONLY = "eager"  # a backend that makes nothing of graphs: bits are those of the model that is not compiled
+SIZES = (4, 4, 4, 6, 4, 5, 4)  # rows of a batch: a dimension that is found to be dynamic
+SETTLED = 4  # steps, after which nothing is compiled any more
+
+
+@dataclass
+class Course:
+    """What a training has come to.
+
+    Attributes:
+        params: in the end.
+        new_graphs: by step.
+        on_their_way: parameters that `step()` has left to their readers, by step.
+        breaks: of graphs, in all.
+    """
+
+    params: list[Tensor]
+    new_graphs: list[int]
+    on_their_way: list[int]
+    breaks: int
+
+
+def run_course(way: Way | None, *, before: bool, checkpoints: bool) -> Course:
+    """Train compiled (or not) from the second step on, or from before wrapping."""
+    torch.manual_seed(0)
+    net = Net(checkpoints)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    if way is not None and before:
+        way(net, net)
+    runs, optimizer = zeroopt.wrap(net, optimizer, bucket_mb=0.004)
+    course = Course([], [], [], 0)
+    for step, rows in enumerate(SIZES):
+        if way is not None and not before and step == 1:
+            runs = way(net, runs)  # type: ignore[assignment]
+        graphs = count("unique_graphs")
+        loss_of(runs(inputs(step, rows, 7))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        course.new_graphs.append(count("unique_graphs") - graphs)
+        course.on_their_way.append(sum(isinstance(param, ArrivingParameter) for param in net.parameters()))
+    course.params = values(net)
+    course.breaks = count("graph_break")
+    return course
+
+
+@no_trace_of_compilation()
+def run_compiled_and_not(way: Way, *, before: bool, checkpoints: bool) -> tuple[Course, Course]:
+    forget_compiled_code()
+    plain = run_course(None, before=before, checkpoints=checkpoints)
+    assert not count("unique_graphs")
+    return plain, run_course(way, before=before, checkpoints=checkpoints)
+
+
+WAYS: dict[str, tuple[Way, dict[str, bool]]] = {
+    "whole": (whole, {}),
+    "whole, checkpoints": (whole, {"checkpoints": True}),
+    "bare": (bare, {}),
+    "in place": (in_place, {}),
+    "in place, before wrap": (in_place, {"before": True}),
+    "blocks in place": (blocks_in_place, {}),
+    "blocks in place, before wrap": (blocks_in_place, {"before": True}),
+    "blocks in place, checkpoints": (blocks_in_place, {"checkpoints": True}),
+    "blocks replaced": (blocks_replaced, {}),
+    "blocks replaced, before wrap": (blocks_replaced, {"before": True}),
+    "blocks' forward": (blocks_forward, {}),
+    "a layer of torch's": (layer_of_torchs, {}),
+    "blocks and whole": (both, {}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_parameters_stay_on_their_way_and_nothing_is_compiled_for_that(run_on_ranks: RunOnRanks, name: str) -> None:
+    way, options = WAYS[name]
+    options = {"before": False, "checkpoints": False} | options
+    for plain, compiled in run_on_ranks(2, run_compiled_and_not, way, **options, timeout=TIMEOUT_S):
+        assert all(map(torch.equal, plain.params, compiled.params))
+        assert compiled.on_their_way == plain.on_their_way == [len(plain.params)] * len(SIZES)
+        assert compiled.breaks == 0
+        assert sum(compiled.new_graphs) > 0
+        assert compiled.new_graphs[SETTLED:] == [0] * (len(SIZES) - SETTLED)
+        assert sum(compiled.new_graphs) == (
+            3 if name == "blocks and whole" else 2
+        )  # one of them for all sizes but the first
+
+
+@no_trace_of_compilation()
+def run_step_compiled() -> tuple[list[int], list[int], int]:
+    """One function that holds all of a training step: new graphs and parameters on their way by step, and breaks in the later ones."""
+    forget_compiled_code()
+    torch.manual_seed(0)
+    net = Net()
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.004)
+
+    @torch.compile(backend=GRAPHS_ONLY)
+    def step(x: Tensor) -> None:
+        loss_of(model(x)).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    new_graphs, on_their_way, breaks = [], [], 0
+    for number in range(5):
+        graphs, breaks = count("unique_graphs"), count("graph_break")
+        step(inputs(number, 4, 7))
+        new_graphs.append(count("unique_graphs") - graphs)
+        on_their_way.append(sum(isinstance(param, ArrivingParameter) for param in net.parameters()))
+    return new_graphs, on_their_way, count("graph_break") - breaks
+
+
+def test_a_compiled_training_step_leaves_parameters_on_their_way(run_on_ranks: RunOnRanks) -> None:
+    for new_graphs, on_their_way, breaks in run_on_ranks(2, run_step_compiled, timeout=TIMEOUT_S):
+        assert new_graphs[0] > 0 and new_graphs[2:] == [0, 0, 0]
+        assert set(on_their_way[1:]) == {len(list(Net().parameters()))}
+        assert breaks == 0
