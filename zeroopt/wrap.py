@@ -343,7 +343,7 @@ def _wrap_model(
         of_model.join.check_outside,
         found.building,
     )
-    of_model.add_all(replica, found.config, features)
+    of_model.add_all(replica, found.config, found.params[0].param.device, features)
     wrapped = ZeroDataParallel(replica, of_model)
     if group.rank() == 0:
         warn_of_missing_kernels(found.params[0].param.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lone import Lone
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def features_of(*further: Feature, **options: Any) -> ModelFeatures:
     """Those of a model that is wrapped with these options."""
     lone = Lone(stage=1, **options)
     found = ModelFeatures(lone.replica.transport)
-    found.add_all(lone.replica, lone.replica.config, further)
+    found.add_all(lone.replica, lone.replica.config, torch.device("cpu"), further)
     return found
 
 

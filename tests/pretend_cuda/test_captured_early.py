@@ -65,3 +65,21 @@ def test_parameters_stay_where_a_graph_reads_them(
         assert stayed is any(captured)
         for param, other in zip(params, expected[0], strict=True):
             torch.testing.assert_close(param, other, rtol=0, atol=0)
+
+
+def _with_a_frozen_parameter_on_the_cpu() -> bool:
+    """Whether graphs are looked for."""
+    from .ranks import Rank, on_ranks
+
+    def run(rank: Rank) -> bool:
+        net = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH))
+        net[0].requires_grad_(False)
+        net[1].to(rank.device)
+        model, _ = zeroopt.wrap(net, torch.optim.SGD(net[1].parameters(), lr=0.1), transport="torch")
+        return model._captures is not None
+
+    return on_ranks(1, run)[0][0]
+
+
+def test_graphs_are_looked_for_where_parameters_are_trained(on_pretend_cuda: PretendProcess) -> None:
+    assert on_pretend_cuda(_with_a_frozen_parameter_on_the_cpu)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from ..collectives import Transport
 from ..collectives.turnout import Turnout
 from ..feature import Feature, Features
@@ -42,11 +44,14 @@ class ModelFeatures:
         self.step_in_backward: StepInBackward | None = None
         self._joining: Joining | None = None
 
-    def add_all(self, replica: Replica, config: Config, further: Sequence[Feature] = ()) -> None:
-        """Take up the features that the options ask for, and what a user brings."""
+    def add_all(self, replica: Replica, config: Config, device: torch.device, further: Sequence[Feature] = ()) -> None:
+        """Take up the features that the options ask for, and what a user brings.
+
+        Args:
+            device: of the parameters that are trained; others may be frozen, and elsewhere.
+        """
         self._joining = Joining(self.join, replica.reducer.view, self.turnout)
         self.features.add(self._joining, on=False)
-        device = next(replica.module.parameters()).device
         if device.type == "cuda":
             self.captures = Captures(device, replica.gathers)
             self.features.add(self.captures)
