@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -500,3 +501,20 @@ def test_options_are_taken_over_into_the_tensors_that_are_there() -> None:
     assert groups[0]["lr"] is lr and lr == torch.tensor(0.25)
     assert groups[0]["betas"] == (beta, 0.99) and groups[0]["betas"][0] is beta and beta == torch.tensor(0.8)
     assert groups[0]["eps"] == 1e-8 and groups[0]["flag"] == (1, 2)
+
+
+class Betas(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_options_in_other_containers_are_taken_over_likewise() -> None:
+    first, weight = torch.tensor(0.9), torch.tensor(1.0)
+    theirs = [{"betas": Betas(torch.tensor(0.8), 0.99), "more": OrderedDict(a=torch.tensor(2.0), b=[3])}]
+    groups: list[dict[str, Any]] = [{"betas": Betas(first, 0.9), "more": OrderedDict(a=weight, b=[4])}]
+    take_options(groups, pack_options(theirs))
+    assert groups[0]["betas"] == Betas(first, 0.99) and groups[0]["betas"].first is first
+    assert first == torch.tensor(0.8)
+    assert groups[0]["more"] == OrderedDict(a=weight, b=[3]) and groups[0]["more"]["a"] is weight
+    assert weight == torch.tensor(2.0)
+    assert theirs[0]["more"]["b"] == [3] and theirs[0]["more"]["a"] is not weight, "the sender's own stay its own"

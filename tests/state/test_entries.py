@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,16 @@ from zeroopt.plan.regions import FlatLayout
 from zeroopt.state.entries import block_of, is_array, map_leaves, map_tensors, on_cpu, pack_state, pack_value
 from zeroopt.state.shard_tensor import ShardTensor
 from zeroopt.storage.segment import Segment
+
+
+class Default(defaultdict[str, Any]):
+    """A dict that is made in a way of its own."""
+
+    def __init__(self, x: Any) -> None:
+        super().__init__(list, x=x)
+
+    def __copy__(self) -> Default:
+        return Default(self["x"])
 
 
 class Pair(NamedTuple):
@@ -51,6 +62,19 @@ def test_only_tensors_are_replaced_and_nothing_is_changed_in_place() -> None:
     mapped = map_tensors(value, lambda one: one * 2)
     assert mapped["a"][0].tolist() == [2, 2] and mapped["a"][1] is text
     assert value["a"][0] is tensor
+
+
+def test_named_tuples_stay_what_they_are() -> None:
+    assert map_leaves(Pair(1, [2]), lambda _, leaf: 10 * leaf) == Pair(10, [20])
+
+
+def test_tensors_go_to_the_cpu_out_of_containers_of_any_class() -> None:
+    with FakeTensorMode():
+        there = torch.ones(2, device="cuda")
+        moved = on_cpu({"pair": Pair(there, 0.99), "ordered": OrderedDict(a=1, b=[there]), "default": Default(there)})
+    assert type(moved["pair"]) is Pair and moved["pair"].first.is_cpu and moved["pair"].second == 0.99
+    assert type(moved["ordered"]) is OrderedDict and moved["ordered"]["b"][0].is_cpu
+    assert type(moved["default"]) is Default and moved["default"]["x"].is_cpu and moved["default"]["y"] == []
 
 
 def test_tensors_go_to_the_cpu_out_of_plain_containers() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from ..collectives.turnout import Turnout
 from ..errors import CollectiveError, RankMismatchError, StateError
 from ..feature import Feature, Step
 from ..gradients.view import GradientView
-from ..state.entries import on_cpu
+from ..state.entries import on_cpu, sequence_like
 
 _WHAT = "what ranks in join() do next"  # for messages
 
@@ -296,8 +297,13 @@ def _taken(mine: Any, value: Any) -> Any:
     """A value of an option, in the tensors that it has here."""
     if isinstance(mine, Tensor) and isinstance(value, Tensor):
         return mine.copy_(value)
-    if type(mine) is type(value) and type(value) in (list, tuple) and len(mine) == len(value):
-        return type(value)(map(_taken, mine, value))
+    if type(mine) is not type(value):
+        return value
+    if isinstance(value, (list, tuple)) and len(mine) == len(value):
+        return sequence_like(value, list(map(_taken, mine, value)))
+    if isinstance(value, dict):
+        value = copy(value)  # of its class
+        value.update({name: _taken(mine.get(name), part) for name, part in value.items()})
     return value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -24,8 +26,13 @@ def map_leaves(value: Any, function: Callable[[Path, Any], Any], path: Path = ()
     if isinstance(value, dict):
         return {name: map_leaves(part, function, (*path, name)) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map_leaves(part, function, (*path, i)) for i, part in enumerate(value))
+        return sequence_like(value, [map_leaves(part, function, (*path, i)) for i, part in enumerate(value)])
     return function(path, value)
+
+
+def sequence_like(value: Any, parts: Sequence[Any]) -> Any:
+    """A list or tuple of other parts; named tuples take them one by one."""
+    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -34,12 +41,20 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def on_cpu(value: Any) -> Any:
-    """A value, or plain containers of some, with all tensors on the CPU; what is there already stays the same object."""
+    """A value, or dicts, lists and tuples of some, with all tensors on the CPU; what is there already stays the same object."""
     if isinstance(value, Tensor):
         return value if value.is_cpu else value.detach().cpu()
-    if type(value) is dict:
-        return {name: on_cpu(part) for name, part in value.items()}
-    return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        parts = {name: on_cpu(part) for name, part in value.items()}
+        if all(part is value[name] for name, part in parts.items()):
+            return value
+        moved = copy(value)  # of its class, with whatever else that knows
+        moved.update(parts)
+        return moved
+    if isinstance(value, (list, tuple)):
+        listed = [on_cpu(part) for part in value]
+        return value if all(map(operator.is_, listed, value)) else sequence_like(value, listed)
+    return value
 
 
 def block_of(name: str) -> int:
