@@ -9,6 +9,12 @@ from .errors import StateError
 from .streams import ReadByGraphs, is_capturing
 
 
+def pins_for(device: torch.device) -> bool:
+    """Whether torch makes pinned memory for a device where it is not told for which: before 2.6 it did for CUDA alone."""
+    accelerator = getattr(torch, "accelerator", None)
+    return device.type == "cuda" or (accelerator is not None and accelerator.is_available())
+
+
 def upload_into(target: Tensor, values: Tensor) -> None:
     """Let a tensor of a device have values of the host. They may be changed at once.
 
@@ -25,6 +31,8 @@ def upload_into(target: Tensor, values: Tensor) -> None:
             "a CUDA graph is captured, and what it would send to the device (options of param_groups, which parameters have "
             "gradients, or where they lie) has changed since the last step: take one more step as it is now, then capture"
         )
+    elif not pins_for(target.device):
+        target.copy_(values)
     else:  # pinned, so that nobody waits for the copy; the allocator of pinned memory keeps it until the copy is done
         target.copy_(values.pin_memory(), non_blocking=True)
 
@@ -67,7 +75,11 @@ class Download:
         self._values = values
         self._source: Tensor | None = values  # kept until it has been copied: its memory may belong to another stream
         self._event = None
-        if not values.is_cpu:
+        if values.is_cpu:
+            return
+        if not pins_for(values.device):
+            self._values = values.cpu()
+        else:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
                 values, non_blocking=True
             )
