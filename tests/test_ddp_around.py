@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -78,3 +79,10 @@ def ddp_around() -> None:
 
 def test_ddp_around_a_wrapped_model_is_refused(run_on_ranks: RunOnRanks) -> None:
     run_on_ranks(2, ddp_around)
+
+
+def test_who_goes_through_all_attributes_is_no_ddp() -> None:
+    net = build("mlp")
+    model, _ = zeroopt.wrap(net, optimizer_for("sgd", net))
+    members = dict(inspect.getmembers(model))
+    assert "_ddp_params_and_buffers_to_ignore" not in members and members["module"] is net

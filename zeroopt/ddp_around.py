@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,11 @@ def check_ddp_around(params: Iterable[nn.Parameter]) -> None:
     outer: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if outer is not None and not {*map(id, params)}.isdisjoint(map(id, outer._module_parameters)):
         refuse_ddp_around()
+
+
+def is_of_ddp(frame: FrameType) -> bool:
+    """Whether code of DistributedDataParallel runs there."""
+    return frame.f_globals.get("__name__") == DistributedDataParallel.__module__
 
 
 def refuse_ddp_around() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .ddp_around import check_ddp_around, refuse_ddp_around
+from .ddp_around import check_ddp_around, is_of_ddp, refuse_ddp_around
 from .errors import ConfigError, NotSupportedError
 from .features.join import JoinCalls, Phase
 from .features.of_model import ModelFeatures
@@ -253,8 +254,11 @@ class ZeroDataParallel(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> None:
-        """Asked for by DistributedDataParallel, when it is put around this model. Raises ConfigError."""
-        refuse_ddp_around()
+        """Asked for by DistributedDataParallel, when it is put around this model: raises ConfigError. Whoever else goes through all
+        attributes finds none of that name."""
+        if is_of_ddp(sys._getframe(1)):
+            refuse_ddp_around()
+        raise AttributeError("_ddp_params_and_buffers_to_ignore")
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
         """Raises NotSupportedError: DistributedDataParallel has such hooks, mostly to send gradients in 16 bits."""
