@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from worker_pool import RunOnRanks
+
+import zeroopt
+from zeroopt.checkpoint.inspection import inspect
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerators import as_started
-from trainers import (
-    GLOBAL_BATCH,
-    Log,
-    Sequences,
-    assert_same_log,
-    llama,
-    log_of,
-    make,
-    values,
+from trainers import GLOBAL_BATCH, Log, Sequences, arguments, assert_same_log, llama, log_of, make, values
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
-import zeroopt
+from zeroopt.errors import ConfigError, NotSupportedError, StateError
+from zeroopt.integrations.transformers import ZeroTrainerMixin, enable
 
 NORM_ORDER = 2e-6  # what the order in which squares are summed may change of a norm, and of what is clipped by it
 ROUNDING = 2e-5  # the same of gradients that are summed over other numbers of ranks, in a few steps
@@ -188,34 +192,326 @@ def test_best_model_and_rotation(run_on_ranks: RunOnRanks, tmp_path: Path, optio
 # Evaluation, and training more than once.
 
 
-def evaluate_around(folder: Path, zero: dict[str, Any] | None) -> tuple[list[dict[str, float]], Tensor, Log]:
-    """Metrics before and after training, predictions, and the log of a second training."""
+def evaluate_around(folder: Path, zero: dict[str, Any] | None, before: bool) -> tuple[list[float], Tensor, Log]:
+    """Losses of evaluations before and after training, predictions, and the log of a second training."""
     with as_started():
         trainer = make(folder, zero, max_grad_norm=0.0)
-        metrics = [trainer.evaluate()]
+        losses = [trainer.evaluate()["eval_loss"]] if before else []
         trainer.train()
-        metrics.append(trainer.evaluate())
+        losses.append(trainer.evaluate()["eval_loss"])
         predicted = torch.as_tensor(trainer.predict(Sequences(GLOBAL_BATCH)).predictions)
         trainer.train()
-        metrics.append(trainer.evaluate())
-        return [{"eval_loss": one["eval_loss"]} for one in metrics], predicted, without_norms(log_of(trainer))
+        losses.append(trainer.evaluate()["eval_loss"])
+        return losses, predicted, without_norms(log_of(trainer))
 
 
 def test_evaluation_before_training_and_a_second_training(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     """With DDP, Trainer trains the bare model after an evaluation, each rank for itself."""
-    first, second = run_on_ranks(2, evaluate_around, tmp_path, UNFUSED)
-    assert first[0] == second[0] and first[2] == second[2]
-    torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
-    expected, _ = run_on_ranks(2, train_twice, tmp_path)[0]
-    assert_same_log(first[2], expected)
+    first, second = run_on_ranks(2, evaluate_around, tmp_path, UNFUSED, True)
+    expected = run_on_ranks(2, evaluate_around, tmp_path, None, False)[0]
+    for one in (first, second):
+        assert one[0][1:] == expected[0] and one[0][0] > 4
+        torch.testing.assert_close(one[1], expected[1], rtol=0, atol=0)
+        assert_same_log(one[2], expected[2])
 
 
-def train_twice(folder: Path) -> tuple[Log, None]:
+# A second Trainer, and a Trainer that begins anew with smaller batches.
+
+
+def two_trainers(folder: Path, zero: dict[str, Any] | None) -> list[Log]:
     with as_started():
-        trainer = make(folder, None, max_grad_norm=0.0)
+        model = llama()
+        first = make(folder, zero, model, max_grad_norm=0.0)
+        first.train()
+        second = make(folder, zero, model, max_grad_norm=0.0)
+        second.train()
+        second.evaluate()
+        return [without_norms(log_of(first)), without_norms(log_of(second))]
+
+
+def test_a_second_trainer_of_the_same_model(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for log, expected in zip(
+        run_on_ranks(2, two_trainers, tmp_path, UNFUSED)[0],
+        run_on_ranks(2, two_trainers, tmp_path, None)[0],
+        strict=True,
+    ):
+        assert_same_log(log, expected)
+
+
+class TooLarge(nn.Module):
+    """Says in training that there is no memory for a batch of more than three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        if self.training and len(input_ids) > 3:
+            raise RuntimeError("CUDA out of memory.")
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def find_batch_size(folder: Path, zero: dict[str, Any] | None) -> tuple[Log, int]:
+    with as_started():
+        trainer = make(folder, zero, TooLarge(), max_grad_norm=0.0, auto_find_batch_size=True)
         trainer.train()
-        trainer.evaluate()
-        trainer.predict(Sequences(GLOBAL_BATCH))
+        return without_norms(log_of(trainer)), trainer._train_batch_size
+
+
+def test_finding_a_batch_size(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    log, size = run_on_ranks(2, find_batch_size, tmp_path, UNFUSED)[0]
+    expected, its_size = run_on_ranks(2, find_batch_size, tmp_path, None)[0]
+    assert size == its_size <= 3
+    assert_same_log(log, expected)
+
+
+# Optimizers.
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw_torch": {},
+    "adamw_torch_fused": {},
+    "adafactor": {},
+    "sgd": {"optim_args": "momentum=0.9"},
+    "adagrad": {},
+    "rmsprop": {},
+    "schedule_free_adamw": {"optim_args": None, "lr_scheduler_type": "constant"},
+    "schedule_free_sgd": {"optim_args": None, "lr_scheduler_type": "constant"},
+    "schedule_free_radam": {"optim_args": None, "lr_scheduler_type": "constant"},
+}
+
+
+def try_optimizer(folder: Path, name: str, given: dict[str, Any]) -> None:
+    with as_started():
+        given = {
+            "optim": name,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            **given,
+        }
+        reference = make(folder, None, **given)
+        reference.train()
+        for stage in (1, 2):
+            trainer = make(folder, {"stage": stage}, **given)
+            trainer.train()
+            assert_same_log(without_norms(log_of(trainer)), without_norms(log_of(reference)), ROUNDING)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(run_on_ranks: RunOnRanks, tmp_path: Path, name: str) -> None:
+    if name.startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
+    run_on_ranks(2, try_optimizer, tmp_path, name, OPTIMIZERS[name])
+
+
+# What builds on Trainer.
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=61,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def generate(folder: Path, zero: dict[str, Any] | None) -> tuple[Log, Any]:
+    """With a metric of what was generated."""
+    with as_started():
+        args = arguments(
+            Seq2SeqTrainingArguments,
+            folder,
+            max_grad_norm=0.0,
+            predict_with_generate=True,
+            generation_max_length=6,
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+        trainer = Seq2SeqTrainer(
+            model=t5(),
+            args=args,
+            train_dataset=Sequences(),
+            eval_dataset=Sequences(GLOBAL_BATCH),
+            compute_metrics=lambda result: {"mean": float(result.predictions.mean())},
+        )
+        if zero is not None:
+            enable(trainer, **zero)
         trainer.train()
-        trainer.evaluate()
-        return without_norms(log_of(trainer)), None
+        return without_norms(log_of(trainer)), trainer.predict(Sequences(GLOBAL_BATCH)).predictions
+
+
+def test_seq2seq_with_generate(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    log, tokens = run_on_ranks(2, generate, tmp_path, UNFUSED)[0]
+    expected, its_tokens = run_on_ranks(2, generate, tmp_path, None)[0]
+    assert_same_log(log, expected)
+    assert (tokens == its_tokens).all() and (tokens[:, 1:] != 0).any()
+
+
+def adapted(seed: int = 0) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def train_adapters(
+    folder: Path, zero: dict[str, Any] | None, from_checkpoint: str | None
+) -> tuple[Log, dict[str, Tensor]]:
+    with as_started():
+        trainer = make(
+            folder,
+            zero,
+            adapted(0 if from_checkpoint is None else 1),
+            max_grad_norm=0.0,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            **SAVING,
+        )
+        trainer.train(resume_from_checkpoint=from_checkpoint)
+        return without_norms(log_of(trainer)), values(trainer.model)
+
+
+@pytest.mark.parametrize("options", [{}, {"param_dtype": torch.bfloat16}], ids=str)
+def test_peft(run_on_ranks: RunOnRanks, tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    zero = {**UNFUSED, **options}
+    log, here = run_on_ranks(2, train_adapters, tmp_path / "zeroopt", zero, None)[0]
+    expected, its_values = run_on_ranks(2, train_adapters, tmp_path / "ddp", None, None)[0]
+    assert_same_log(log, expected, 0.003 if options else 0.0)
+    if not options:
+        torch.testing.assert_close(here, its_values, rtol=0, atol=0)
+    saved = tmp_path / "zeroopt" / "checkpoint-2"
+    keys = [tensor.key for tensor in inspect(saved / "zeroopt").tensors]
+    assert keys and all("lora_" in key for key in keys), "the frozen model is not saved once more"
+    resumed, again = run_on_ranks(2, train_adapters, tmp_path / "zeroopt", zero, str(saved))[0]
+    assert_same_log(resumed[:-1], log[:-1])
+    torch.testing.assert_close(again, here, rtol=0, atol=0)
+
+
+def fine_tune(folder: Path, zero: dict[str, Any] | None, packing: bool) -> Log:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    with as_started():
+        rows = [sequence["input_ids"].tolist() for sequence in map(Sequences().__getitem__, range(5 * GLOBAL_BATCH))]
+        trainer = SFTTrainer(
+            model=llama(),
+            args=arguments(
+                SFTConfig, folder, max_grad_norm=0.0, max_length=12, packing=packing, gradient_accumulation_steps=2
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            processing_class=tokenizer(),
+        )
+        if zero is not None:
+            enable(trainer, **zero)
+        trainer.train()
+        return without_norms(log_of(trainer))
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(59)} | {"<pad>": 59, "<eos>": 60}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "w0")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def test_sft_trainer(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    log = run_on_ranks(2, fine_tune, tmp_path, UNFUSED, False, timeout=200)[0]
+    expected = run_on_ranks(2, fine_tune, tmp_path, None, False)[0]
+    assert_same_log(log, expected)
+
+
+# What zeroopt adds, and what it refuses.
+
+
+def step_in_backward(folder: Path) -> None:
+    with as_started():
+        reference = make(folder, None, max_grad_norm=0.0)
+        reference.train()
+        trainer = make(folder, {"step_in_backward": True, **UNFUSED}, max_grad_norm=0.0)
+        trainer.train()
+        assert_same_log(log_of(trainer), without_norms(log_of(reference)))
+
+
+def test_step_in_backward(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    """There is no norm in the log, for there are no gradients."""
+    run_on_ranks(2, step_in_backward, tmp_path)
+
+
+class Counting(ZeroTrainerMixin, Trainer):
+    zeroopt_options: ClassVar[Mapping[str, Any]] = {"stage": 1, **UNFUSED}
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_losses = getattr(self, "num_losses", 0) + 1
+        return super().compute_loss(*args, **kwargs)
+
+
+def train_a_class_of_its_own(folder: Path) -> None:
+    """Written with the mix-in, and enabled later."""
+    with as_started():
+        given: dict[str, Any] = {"args": arguments(TrainingArguments, folder), "train_dataset": Sequences()}
+        one = Counting(model=llama(), **given)
+        plain_class = type("Plain", (Trainer,), {})
+        other = plain_class(model=llama(), **given)
+        assert enable(other, stage=1, **UNFUSED) is other
+        assert enable(other, stage=1, **UNFUSED) is other
+        assert isinstance(other, plain_class) and type(other).__name__ == "Plain"
+        for trainer in (one, other):
+            trainer.train()
+            assert isinstance(trainer.model_wrapped, zeroopt.ZeroDataParallel)
+            assert trainer.model_wrapped.optimizers[0].stage == 1
+        assert one.num_losses == 4
+        assert_same_log(log_of(one), log_of(other))
+
+
+def test_classes_of_ones_own(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, train_a_class_of_its_own, tmp_path)
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
+    ({"max_grad_norm": 1.0}, {}, ConfigError, r"TrainingArguments\(max_grad_norm"),
+    ({"average_every": 4}, {}, NotSupportedError, "what rank 0 has"),
+    ({"step_in_backward": True}, {}, ConfigError, r"TrainingArguments\(max_grad_norm=0\)"),
+    (
+        {"step_in_backward": True},
+        {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2},
+        ConfigError,
+        "gradient_accumulation_steps=1",
+    ),
+    ({}, {"save_on_each_node": True}, ConfigError, "whole_state=True"),
+    ({"buckets": 3}, {}, ConfigError, "buckets"),
+]
+
+
+def refuse(folder: Path) -> None:
+    with as_started():
+        for zero, given, error, text in REFUSED:
+            trainer = make(folder, None, **given)
+            with pytest.raises(error, match=text):
+                enable(trainer, **zero)
+            assert type(trainer) is Trainer
+        with pytest.raises(ConfigError, match="expected a transformers.Trainer, got Linear"):
+            enable(nn.Linear(1, 1))
+        trainer = make(folder, None, max_steps=1)
+        trainer.train()
+        with pytest.raises(StateError, match="before its first train"):
+            enable(trainer)
+
+
+def test_what_does_not_go_together_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, refuse, tmp_path)

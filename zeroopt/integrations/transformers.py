@@ -62,6 +62,13 @@ class ZeroTrainerMixin:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         enable_accelerator(self, self.zeroopt_options)
 
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Trainer begins anew with smaller batches, for which it unwraps the model; here it can stay wrapped."""
+        model = self.model_wrapped
+        super()._update_auto_batch_size(batch_size)  # type: ignore[misc]
+        if isinstance(model, ZeroDataParallel):
+            self.model_wrapped = model
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         """For the log. With `step_in_backward` gradients are gone by now."""
         if self.zeroopt_options.get("step_in_backward"):
@@ -135,7 +142,7 @@ def enable(trainer: AnyTrainer, stage: int = 2, *, whole_state: bool = False, **
     """Have a Trainer train with zeroopt in the place of DistributedDataParallel.
 
     Call it on every rank, before `trainer.train()`. The trainer stays the same object; its class becomes a subclass of the one that
-    it had. Everything that TrainingArguments say holds, `ddp_broadcast_buffers` and `ddp_bucket_cap_mb` too.
+    it had. What TrainingArguments say holds, except how DistributedDataParallel is to find its buckets and unused parameters.
 
     Args:
         trainer: a `transformers.Trainer` or of a subclass, such as Seq2SeqTrainer and `trl.SFTTrainer`.
@@ -179,10 +186,6 @@ def enable_accelerator(trainer: Any, chosen: Mapping[str, Any]) -> None:
     options = {"stage": 2, **chosen}
     whole_state = options.pop("whole_state", False)
     _check(trainer.args, options, whole_state=whole_state)
-    if trainer.args.ddp_broadcast_buffers is not None:
-        options.setdefault("broadcast_buffers", trainer.args.ddp_broadcast_buffers)
-    if trainer.args.ddp_bucket_cap_mb is not None:
-        options.setdefault("bucket_mb", trainer.args.ddp_bucket_cap_mb)
     of_accelerate.enable(trainer.accelerator, **options)
 
 
