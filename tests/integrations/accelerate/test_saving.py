@@ -68,7 +68,7 @@ SETUP: Setup = {"gradient_accumulation_steps": 2}
 
 
 def save_and_go_on(folder: Path) -> list[Tensor]:
-    """Save in the middle of an accumulation, and return what comes then."""
+    """Save between two steps, and return what comes then."""
     with accelerator(**SETUP) as acc:
         run = Run(enable(acc, bucket_mb=0.001))
         run.steps(range(4))
