@@ -1,46 +1,44 @@
-"""Lightning's Trainer and Fabric: as under their own DDP."""
+"""Lightning's Trainer: it trains as under its own DDP."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from lightning_runs import Net, Outcome, as_by_torchrun, batches, module_of, outcome, trainer_of
+from lightning_runs import (
+    DDP,
+    PL,
+    Net,
+    Outcome,
+    as_by_torchrun,
+    assert_alike,
+    batches,
+    fit,
+    module_of,
+    outcome,
+    trainer_of,
+    zero,
+)
+from paths import ROOT
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from worker_pool import RunOnRanks
 
+from zeroopt import ConfigError
+
 pytest.importorskip("lightning")
-
-PL = "lightning.pytorch"
-
-
-def zero(stage: int, **options: Any) -> Any:
-    from zeroopt.integrations.lightning import ZeroStrategy
-
-    return ZeroStrategy(stage, fused=False, **options)
-
-
-def fit(strategy: Any, kind: type = Net, package: str = PL, **options: Any) -> Outcome:
-    module, trainer = module_of(package, kind), trainer_of(package, strategy, **options)
-    trainer.fit(module, batches(), batches())
-    return outcome(trainer, module)
 
 
 def fit_each(stages: Sequence[int] = (0, 1, 2), kind: type = Net, **options: Any) -> list[Outcome]:
     """Under DDP, then in each stage."""
     with as_by_torchrun():
-        return [fit(strategy, kind, **options) for strategy in ("ddp_find_unused_parameters_true", *map(zero, stages))]
-
-
-def assert_alike(outcomes: Sequence[Outcome], steps: int, tolerance: float = 0.0) -> None:
-    """Bit for bit, unless gradients are clipped by a norm, whose squares are added up in another order, or averaged twice by DDP."""
-    ddp, *stages = outcomes
-    assert len(ddp.losses) == steps and len({*ddp.losses}) == steps
-    for one in stages:
-        torch.testing.assert_close(one._asdict(), ddp._asdict(), rtol=tolerance, atol=tolerance)
+        return [fit(strategy, kind, **options) for strategy in (DDP, *map(zero, stages))]
 
 
 def test_automatic_optimization(run_on_ranks: RunOnRanks) -> None:
@@ -113,75 +111,236 @@ def test_precision(run_on_ranks: RunOnRanks, precision: str) -> None:
         assert_alike(one, 12)
 
 
-def checkpoint_of(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
+def fit_twin() -> list[Outcome]:
+    from zeroopt.integrations import pytorch_lightning
 
-
-def assert_same_checkpoints(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """What a Trainer's files hold, but for paths and times."""
-    for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
-
-
-def keep_best_and_last(folder: Path) -> Any:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    return ModelCheckpoint(folder, "{step}", "val", save_last=True, save_top_k=2, every_n_train_steps=None)
-
-
-def fit_and_save(strategies: Sequence[tuple[str, Any]], folder: Path, **options: Any) -> list[list[str]]:
-    """The files of each run, by name."""
+    own = pytorch_lightning.ZeroStrategy(2, fused=False)
     with as_by_torchrun():
-        for name, make in strategies:
-            kept = keep_best_and_last(folder / name)
-            trainer = trainer_of(PL, make() if callable(make) else make, callbacks=[kept], **options)
-            trainer.fit(module_of(PL), batches(), batches())
-            trainer.save_checkpoint(folder / name / "after.ckpt")
-    return [sorted(path.name for path in (folder / name).iterdir()) for name, _ in strategies]
+        fit("zeroopt_stage_1", package="pytorch_lightning")
+        return [fit(strategy, package="pytorch_lightning") for strategy in (DDP, own)]
 
 
-DDP = "ddp_find_unused_parameters_true"
+def test_the_other_package(run_on_ranks: RunOnRanks) -> None:
+    pytest.importorskip("pytorch_lightning")
+    for one in run_on_ranks(2, fit_twin):
+        assert_alike(one, 12)
 
 
-def test_checkpoints_are_those_of_ddp(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
-    """The best two and the last while it trains, and one after it; all of it whole, in the same files."""
-    ddp, stage_2 = run_on_ranks(2, fit_and_save, [("ddp", DDP), ("zero", zero_2)], tmp_path, max_epochs=4)[0]
-    assert ddp == stage_2 and len(ddp) == 4
-    for name in ddp:
-        assert_same_checkpoints(checkpoint_of(tmp_path / "ddp" / name), checkpoint_of(tmp_path / "zero" / name))
+class Layers(Net):
+    """Without what 16-bit parameters cannot feed on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[1] = nn.LayerNorm(10)
 
 
-def zero_2() -> Any:
-    return zero(2)
+class Unmade(Layers):
+    """Its parts are built by ranks, on the meta device."""
+
+    def configure_model(self) -> None:
+        torch.manual_seed(9)
+        with torch.device("meta"):
+            self.body, self.head = nn.Linear(6, 10), nn.Linear(10, 4)
 
 
-def resume(strategy: Any, path: Path, **options: Any) -> Outcome:
-    """Up to the fourth epoch, from a file, with a validation of the loaded weights before and a prediction after."""
+class Made(Layers):
+    def configure_model(self) -> None:
+        torch.manual_seed(9)
+        self.body, self.head = nn.Linear(6, 10), nn.Linear(10, 4)
+
+
+def fit_with_options() -> tuple[list[Outcome], Outcome, Outcome]:
+    """What gives DDP's results with options of zeroopt; under autocast, and so with parameters in bfloat16 that have masters."""
     with as_by_torchrun():
-        module, trainer = module_of(PL), trainer_of(PL, strategy() if callable(strategy) else strategy, max_epochs=4)
-        before = trainer.validate(module, batches(), ckpt_path=path, verbose=False, weights_only=True)
-        trainer.fit(module, batches(), batches(), ckpt_path=path, weights_only=True)
-        predicted = torch.cat(trainer.predict(module, batches(), return_predictions=True))
-        trainer.callback_metrics.update(predicted=predicted.sum(), before=torch.tensor(before[0]["val"]))
-        return outcome(trainer, module)
+        exact = [fit(DDP, Made), fit(zero(2), Made), fit(zero(2), Unmade)]
+        exact += [fit(zero(2, **{option: True}), Made) for option in ("share_parameters", "step_in_backward")]
+        mixed = fit(zero(2), Layers, precision="bf16-mixed")
+        module = module_of(PL, Layers)
+        trainer = trainer_of(PL, zero(2, param_dtype=torch.bfloat16), precision="bf16-mixed")
+        module.on_train_end = lambda: dtypes.append(module.head.weight.dtype)
+        dtypes: list[torch.dtype] = []
+        trainer.fit(module, batches(), batches())
+        assert dtypes == [torch.bfloat16]
+        return exact, mixed, outcome(trainer, module)
 
 
-def test_resuming_on_two_ranks(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
-    """By zeroopt from DDP's file and from its own, and by DDP from zeroopt's: all as DDP from its own."""
-    run_on_ranks(2, fit_and_save, [("ddp", DDP), ("zero", zero_2)], tmp_path)
-    runs = [(DDP, "ddp"), (zero_2, "ddp"), (DDP, "zero"), (zero_2, "zero")]
-    for rank in zip(
-        *(run_on_ranks(2, resume, how, tmp_path / source / "last.ckpt") for how, source in runs), strict=True
-    ):
-        assert_alike(rank, 12)
+def test_options_of_wrap(run_on_ranks: RunOnRanks) -> None:
+    for exact, mixed, rounded in run_on_ranks(2, fit_with_options):
+        assert_alike(exact, 12)
+        torch.testing.assert_close(rounded.losses, mixed.losses, rtol=0.02, atol=0)
+        assert all(value.dtype is torch.float32 for value in rounded.values.values()), "the masters, behind fit"
 
 
-@pytest.mark.parametrize(("ranks", "tolerance"), [(1, 0.0), (3, 1e-3)])
-def test_resuming_on_other_numbers_of_ranks(
-    run_on_ranks: RunOnRanks, tmp_path: Path, ranks: int, tolerance: float
-) -> None:
-    """DDP sums the gradients of three in another order, and Adam makes more of it."""
-    run_on_ranks(2, fit_and_save, [("zero", zero_2)], tmp_path)
-    path = tmp_path / "zero" / "last.ckpt"
-    for rank in zip(*(run_on_ranks(ranks, resume, how, path) for how in (DDP, zero_2)), strict=True):
-        assert_alike(rank, 2 * 12 // ranks, tolerance)
+def average(strategy: Any, callback: str, **options: Any) -> Outcome:
+    from lightning.pytorch import callbacks
+
+    return fit(
+        strategy, Layers, callbacks=[getattr(callbacks, callback)(**options)], enable_checkpointing=False, max_epochs=4
+    )
+
+
+def fit_averages(callback: str, options: dict[str, Any]) -> list[Outcome]:
+    with as_by_torchrun():
+        return [average(strategy, callback, **options) for strategy in (DDP, zero(2))]
+
+
+@pytest.mark.parametrize(
+    ("callback", "options"),
+    [
+        ("StochasticWeightAveraging", {"swa_lrs": 0.01, "swa_epoch_start": 2, "annealing_epochs": 1}),
+        ("EMAWeightAveraging", {"decay": 0.8}),
+    ],
+)
+def test_averages_of_weights(run_on_ranks: RunOnRanks, callback: str, options: dict[str, Any]) -> None:
+    for one in run_on_ranks(2, fit_averages, callback, options):
+        assert_alike(one, 24)
+
+
+def watch(folder: Path) -> list[Any]:
+    """Names and values that LearningRateMonitor finds, those of a learning-rate finder, and a fit after it."""
+    from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.tuner import Tuner
+
+    seen = []
+    with as_by_torchrun():
+        for strategy in (DDP, zero(2)):
+            monitor = LearningRateMonitor()
+            fit(
+                strategy, callbacks=[monitor], enable_checkpointing=False, logger=CSVLogger(folder), log_every_n_steps=1
+            )
+            seen.append(monitor.lrs)
+        for strategy in (DDP, zero(2)):
+            module, trainer = module_of(PL), trainer_of(PL, strategy, default_root_dir=folder)
+            module.lr = 0.1
+            module.configure_optimizers = partial(_with_rate, module)
+            found = Tuner(trainer).lr_find(
+                module, batches(), num_training=8, early_stop_threshold=None, update_attr=False
+            )
+            trainer.fit(module, batches(), batches())
+            seen.append((found.results["loss"], outcome(trainer, module)._asdict()))
+    return seen
+
+
+def _with_rate(module: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=module.lr)
+
+
+def test_learning_rates_are_found_and_watched(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for ddp_rates, rates, ddp_found, found in run_on_ranks(2, watch, tmp_path):
+        assert rates == ddp_rates == {"lr-AdamW": [0.02, 0.01]}
+        torch.testing.assert_close(found, ddp_found, rtol=0, atol=0)
+
+
+def fit_again() -> list[Outcome]:
+    """One module by DDP and by zeroopt in turns, with one Trainer and another, and evaluated in between."""
+    outcomes = []
+    with as_by_torchrun():
+        for strategies in ((DDP, DDP), (zero(1), zero(2)), (zero(2), DDP), (DDP, zero(0))):
+            module, first, second = module_of(PL), *(trainer_of(PL, one) for one in strategies)
+            first.fit(module, batches(), batches())
+            first.fit_loop.max_epochs = 3
+            first.fit(module, batches(), batches())
+            first.test(module, batches(), verbose=False)
+            assert type(first.optimizers[0]) is torch.optim.AdamW and first.model is module
+            second.fit(module, batches(), batches())
+            second.callback_metrics.update(first.callback_metrics)
+            outcomes.append(outcome(second, module))
+    return outcomes
+
+
+def test_a_module_is_fitted_again(run_on_ranks: RunOnRanks) -> None:
+    for one in run_on_ranks(2, fit_again):
+        assert_alike(one, 30)
+
+
+def fit_compiled() -> list[Outcome]:
+    with as_by_torchrun():
+        eager = fit(DDP, limit_train_batches=3)
+        module, trainer = module_of(PL), trainer_of(PL, zero(2), limit_train_batches=3)
+        trainer.fit(torch.compile(module, backend="eager"), batches(), batches())
+        return [eager, outcome(trainer, module)]
+
+
+def test_a_compiled_module(run_on_ranks: RunOnRanks) -> None:
+    for one in run_on_ranks(2, fit_compiled):
+        assert_alike(one, 6)
+
+
+class ReturnsNone(Net):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class ByHand(ReturnsNone):
+    automatic_optimization = False
+
+
+class Raises(Net):
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        if index == 2 and torch.distributed.get_rank() == 1:
+            raise ValueError("no such batch")
+        return super().training_step(batch, index)
+
+
+def fail() -> list[str]:
+    from zeroopt.integrations.lightning import ZeroStrategy
+
+    attempts: list[Callable[[], Any]] = [
+        lambda: ZeroStrategy(stage=3),
+        lambda: ZeroStrategy(static_graph=True),
+        lambda: ZeroStrategy(bucket=1),
+        lambda: ZeroStrategy(state_dict_type="whole"),
+        lambda: fit(ZeroStrategy(param_dtype=torch.bfloat16), precision="bf16-true"),
+        lambda: fit(zero(2), ByHand),
+        lambda: fit(zero(2, bucket_mb=-1.0), Unmade),
+    ]
+    messages = []
+    with as_by_torchrun():
+        assert len(fit(zero(2), ReturnsNone).losses) == 12
+        for attempt in attempts:
+            with pytest.raises(ConfigError) as raised:
+                attempt()
+            messages.append(str(raised.value))
+    return messages
+
+
+def test_errors(run_on_ranks: RunOnRanks) -> None:
+    words = ["stage", "static_graph", "'bucket'", "state_dict_type", "bf16-mixed", "configure_optimizers", "bucket_mb"]
+    for messages in run_on_ranks(2, fail):
+        for message, word in zip(messages, words, strict=True):
+            assert word in message
+
+
+def fit_until_it_raises() -> None:
+    with as_by_torchrun():
+        fit(zero(2), Raises)
+
+
+def test_the_error_of_one_rank_is_told(run_on_ranks: RunOnRanks) -> None:
+    """It leaves without waiting for the others in its teardown; the others notice that it has."""
+    error = run_on_ranks.outcomes(2, fit_until_it_raises)[1]
+    assert (error.type_name, error.message) == ("ValueError", "no such batch")
+
+
+def run_page(page: str, folder: Path) -> None:
+    """The examples of the docs, in order."""
+    names = {
+        "torch": torch,
+        "folder": folder,
+        "module": module_of(PL),
+        "loader": batches(),
+        "model": nn.Linear(6, 4),
+        "batches": DataLoader(TensorDataset(torch.randn(8, 6)), 2),
+    }
+    names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
+    with as_by_torchrun(), patch("os.getcwd", lambda: str(folder)):  # in which a Trainer writes its logs
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(block, "lightning.md", "exec"), names)  # noqa: S102
+
+
+def test_examples_of_the_docs(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "frameworks" / "lightning.md").read_text()
+    assert page.count("```python") == 4
+    run_on_ranks(2, run_page, page, tmp_path)
+    assert (tmp_path / "fabric.ckpt").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 SAMPLES, FEATURES, CLASSES, BATCH = 48, 6, 4, 4
+PL = "lightning.pytorch"
+DDP = "ddp_find_unused_parameters_true"
 FIT = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "max_epochs": 2}
 
 
@@ -100,9 +102,31 @@ class Outcome(NamedTuple):
     rates: list[float]
 
 
+def zero(stage: int, **options: Any) -> Any:
+    """A strategy for `lightning`'s Trainer that computes as DDP does."""
+    from zeroopt.integrations.lightning import ZeroStrategy
+
+    return ZeroStrategy(stage, fused=False, **options)
+
+
 def outcome(trainer: Any, module: Any) -> Outcome:
     """What has become of a module."""
     values = {name: value.clone() for name, value in module.state_dict().items()}
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return Outcome(module.losses, values, metrics, rates)
+
+
+def fit(strategy: Any, kind: type = Net, package: str = PL, **options: Any) -> Outcome:
+    """Within `as_by_torchrun`."""
+    module, trainer = module_of(package, kind), trainer_of(package, strategy, **options)
+    trainer.fit(module, batches(), batches())
+    return outcome(trainer, module)
+
+
+def assert_alike(outcomes: Sequence[Outcome], steps: int, tolerance: float = 0.0) -> None:
+    """Bit for bit, unless gradients are clipped by a norm, whose squares are added up in another order, or averaged twice by DDP."""
+    ddp, *others = outcomes
+    assert len(ddp.losses) == steps and len({*ddp.losses}) == steps
+    for one in others:
+        torch.testing.assert_close(one._asdict(), ddp._asdict(), rtol=tolerance, atol=tolerance)

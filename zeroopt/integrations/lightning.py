@@ -18,6 +18,7 @@ except ImportError as error:
 
 from .lightning_strategies.fabric import FabricStrategy
 from .lightning_strategies.options import register
+from .lightning_strategies.saving import consolidate
 from .lightning_strategies.trainer import TrainerStrategy
 
 
@@ -31,3 +32,5 @@ class ZeroFabricStrategy(FabricStrategy, _FabricDDPStrategy):
 
 register(StrategyRegistry, ZeroStrategy)
 register(STRATEGY_REGISTRY, ZeroFabricStrategy)
+
+__all__ = ["ZeroFabricStrategy", "ZeroStrategy", "consolidate"]

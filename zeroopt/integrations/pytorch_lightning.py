@@ -15,6 +15,7 @@ except ImportError as error:
 
 from .lightning_strategies.fabric import FabricStrategy
 from .lightning_strategies.options import register
+from .lightning_strategies.saving import consolidate
 from .lightning_strategies.trainer import TrainerStrategy
 
 
@@ -28,3 +29,5 @@ class ZeroFabricStrategy(FabricStrategy, _FabricDDPStrategy):  # type: ignore[mi
 
 register(StrategyRegistry, ZeroStrategy)
 register(STRATEGY_REGISTRY, ZeroFabricStrategy)
+
+__all__ = ["ZeroFabricStrategy", "ZeroStrategy", "consolidate"]

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
-from .options import split_options
+from .options import check_precision, split_options
 from .saving import whole_state
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class FabricStrategy(_Strategy):
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Wrap a model with its optimizers. Collective."""
-        model, wrapped = self._wrap_options.wrap_all(module, optimizers)
+        check_precision(self._wrap_options, self.precision)
+        model, wrapped = self._wrap_options.wrap_all(module, optimizers, self.root_device)
         return model, wrapped, scheduler
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -35,11 +36,20 @@ class WrapOptions:
 
     values: Mapping[str, Any]
 
-    def wrap_all(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> tuple[nn.Module, list[Optimizer]]:
-        """Wrap a model with each of its optimizers in turn. Collective; raises what `zeroopt.wrap` raises."""
+    def wrap_all(
+        self, model: nn.Module, optimizers: Iterable[Optimizer], device: torch.device
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        """Wrap a model with each of its optimizers in turn. Collective; raises what `zeroopt.wrap` raises.
+
+        Args:
+            device: where what is on the meta device is made.
+        """
         wrapped: list[Optimizer] = []
+        values = dict(self.values)
+        if has_meta(model):
+            values.setdefault("device", device)
         for optimizer in optimizers:
-            options = {name: value for name, value in self.values.items() if not wrapped or name not in _WITH_FIRST}
+            options = {name: value for name, value in values.items() if not wrapped or name not in _WITH_FIRST}
             model, one = wrap(model, optimizer, **options)
             # LearningRateMonitor looks here for the optimizer that schedulers know, by whose class it names learning rates.
             vars(one)["optimizer"] = optimizer
@@ -67,3 +77,18 @@ def register(registry: Any, strategy: type) -> None:
     """Let `strategy="zeroopt_stage_2"`, and so on, mean a strategy."""
     for stage in PLACEMENTS:
         registry.register(f"zeroopt_stage_{stage}", strategy, f"ZeRO stage {stage} by zeroopt", stage=stage)
+
+
+def has_meta(model: nn.Module) -> bool:
+    """Whether parts of it are on the meta device."""
+    return any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def check_precision(options: WrapOptions, plugin: Any) -> None:
+    """Raise ConfigError where Lightning rounds parameters of which zeroopt is to keep what rounding takes away."""
+    precision = getattr(plugin, "precision", None)
+    if options.values.get("param_dtype") is not None and precision in ("bf16-true", "16-true"):
+        raise ConfigError(
+            f"with precision={precision!r} Lightning rounds the parameters before zeroopt can keep what that takes away: with "
+            f"param_dtype pass precision={precision.replace('true', 'mixed')!r}, under which parameters are as small and autocast casts the rest"
+        )

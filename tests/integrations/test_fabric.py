@@ -1,0 +1,112 @@
+"""Lightning's Fabric: as under its own DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning_runs import as_by_torchrun, batches
+from torch import Tensor, nn
+from worker_pool import RunOnRanks
+
+pytest.importorskip("lightning")
+
+DDP = "ddp_find_unused_parameters_true"
+ZERO = "zeroopt"
+
+
+def fabric_of(strategy: Any, **options: Any) -> Any:
+    import lightning.fabric
+
+    from zeroopt.integrations.lightning import ZeroFabricStrategy
+
+    if strategy == ZERO:
+        strategy = ZeroFabricStrategy(stage=2, fused=False)
+    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, **options)
+    fabric.launch()
+    return fabric
+
+
+def build() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """A network, and two optimizers of its parts."""
+    torch.manual_seed(7)
+    body, head = nn.Sequential(nn.Linear(6, 10, bias=False), nn.BatchNorm1d(10), nn.GELU()), nn.Linear(10, 4)
+    optimizers = [torch.optim.RMSprop(body.parameters(), lr=0.01), torch.optim.ASGD(head.parameters(), lr=0.1)]
+    return nn.Sequential(body, head), optimizers
+
+
+def train(fabric: Any, model: Any, optimizers: Sequence[Any], steps: slice, clipping: dict[str, float]) -> list[float]:
+    """Two micro-batches a step, of which the first communicates nothing."""
+    losses = []
+    loader = fabric.setup_dataloaders(batches())
+    for index, (x, y) in enumerate(loader):
+        if not steps.start <= index < steps.stop:
+            continue
+        with fabric.no_backward_sync(model, enabled=index % 2 == 0):
+            loss = nn.functional.cross_entropy(model(x).float(), y)
+            fabric.backward(loss)
+        losses.append(loss.item())
+        if index % 2:
+            for optimizer in optimizers:
+                if clipping:
+                    fabric.clip_gradients(model, optimizer, **clipping)
+                optimizer.step()
+                optimizer.zero_grad()
+    return losses
+
+
+def values_of(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def train_and_save(strategy: str, path: Path, clipping: dict[str, float], precision: str) -> Any:
+    """Losses, weights, and those of going on from the file that was written half-way."""
+    with as_by_torchrun():
+        fabric = fabric_of(strategy, precision=precision)
+        model, *optimizers = fabric.setup(*_flat(build()))
+        losses = train(fabric, model, optimizers, slice(0, 4), clipping)
+        fabric.save(path, {"model": model, "first": optimizers[0], "second": optimizers[1], "step": 4})
+        return losses + train(fabric, model, optimizers, slice(4, 6), clipping), values_of(model)
+
+
+def go_on(strategy: str, path: Path, clipping: dict[str, float], precision: str) -> Any:
+    with as_by_torchrun():
+        fabric = fabric_of(strategy, precision=precision)
+        model, *optimizers = fabric.setup(*_flat(build()))
+        state = {"model": model, "first": optimizers[0], "second": optimizers[1], "step": 0}
+        assert fabric.load(path, state, weights_only=True) == {} and state["step"] == 4
+        return train(fabric, model, optimizers, slice(4, 6), clipping), values_of(model)
+
+
+def _flat(built: tuple[nn.Module, list[torch.optim.Optimizer]]) -> list[Any]:
+    return [built[0], *built[1]]
+
+
+@pytest.mark.parametrize(
+    ("precision", "clipping", "tolerance"),
+    [
+        ("32-true", {"clip_val": 0.01}, 0.0),
+        ("32-true", {"max_norm": 0.1}, 1e-6),
+        ("bf16-mixed", {}, 0.0),
+        ("16-mixed", {}, 0.0),
+    ],
+)
+def test_training_saving_and_going_on(
+    run_on_ranks: RunOnRanks, tmp_path: Path, precision: str, clipping: dict[str, float], tolerance: float
+) -> None:
+    """Files written by either are read by the other."""
+    runs = {how: run_on_ranks(2, train_and_save, how, tmp_path / how, clipping, precision) for how in (DDP, ZERO)}
+    for ddp, ours in zip(*runs.values(), strict=True):
+        torch.testing.assert_close(ours, ddp, rtol=tolerance, atol=tolerance)
+        assert len({*ddp[0]}) == 6
+    files = [torch.load(tmp_path / how, weights_only=True) for how in (DDP, ZERO)]
+    torch.testing.assert_close(files[1], files[0], rtol=tolerance, atol=tolerance)
+    for source in (DDP, ZERO):
+        for (losses, values), whole in zip(
+            run_on_ranks(2, go_on, ZERO, tmp_path / source, clipping, precision), runs[ZERO], strict=True
+        ):
+            torch.testing.assert_close((losses, values), (whole[0][4:], whole[1]), rtol=tolerance, atol=tolerance)
