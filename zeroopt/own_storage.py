@@ -5,8 +5,8 @@ storage for one tensor, `torch.save` writes the whole storage of a view, and DTe
 So whatever others get to see of a bucket has a storage of its own, over its part of the bucket's memory.
 
 Each of these storages keeps all of the memory alive. On CUDA, the allocator knows the buffer and not its parts:
-`record_stream` of a part does nothing, and a part cannot go to another process as a CUDA IPC handle. Buckets are only freed
-when their parameters move out of them, on the stream on which they were made.
+`record_stream` of a part does nothing, or, with `backend:cudaMallocAsync`, is an error, and a part cannot go to another process as a
+CUDA IPC handle. Buckets are only freed when their parameters move out of them, on the stream on which they were made.
 """
 
 from __future__ import annotations

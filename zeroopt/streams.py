@@ -60,7 +60,9 @@ def let_wait(waiting: Any, stream: Any, device: torch.device) -> None:
 def note_use(tensor: Tensor) -> None:
     """Tell the allocator that the current stream uses a tensor, which another one may have allocated: when it is dropped, its memory goes
     to nobody else before this stream is through."""
-    if has_streams(tensor.device):
+    # Memory that was handed over as it is (`own_storage`) has another owner, who keeps it, and cannot grow. torch's allocator is not
+    # interested in it, and that of `backend:cudaMallocAsync` takes it for an error.
+    if has_streams(tensor.device) and tensor.untyped_storage().resizable():
         tensor.record_stream(current_stream(tensor.device))
 
 

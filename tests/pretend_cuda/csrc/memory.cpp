@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -104,7 +106,9 @@ void Memory::free(void* address) {
 void Memory::record_stream(void* base, int64_t stream) {
   std::lock_guard lock(Trace::get().mutex());
   auto found = blocks_.find(reinterpret_cast<uintptr_t>(base));
-  if (found != blocks_.end() && found->second.stream != stream) found->second.users.insert(stream);
+  // As with PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync; torch's own allocator leaves alone what is not its own.
+  if (base != nullptr) TORCH_INTERNAL_ASSERT(found != blocks_.end(), "ptr not found in ptr_info");
+  if (base != nullptr && found->second.stream != stream) found->second.users.insert(stream);
 }
 
 void* Memory::allocate_pinned(size_t bytes, int device) {
