@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ from lightning_runs import as_by_torchrun, batches
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
+from zeroopt import ConfigError
+
 pytest.importorskip("lightning")
+
+from zeroopt.integrations.lightning import ZeroFabricStrategy, unwrap
 
 DDP = "ddp_find_unused_parameters_true"
 ZERO = "zeroopt"
@@ -21,8 +25,6 @@ ZERO = "zeroopt"
 
 def fabric_of(strategy: Any, **options: Any) -> Any:
     import lightning.fabric
-
-    from zeroopt.integrations.lightning import ZeroFabricStrategy
 
     if strategy == ZERO:
         strategy = ZeroFabricStrategy(stage=2, fused=False)
@@ -110,3 +112,59 @@ def test_training_saving_and_going_on(
             run_on_ranks(2, go_on, ZERO, tmp_path / source, clipping, precision), runs[ZERO], strict=True
         ):
             torch.testing.assert_close((losses, values), (whole[0][4:], whole[1]), rtol=tolerance, atol=tolerance)
+
+
+def train_plain(again: bool) -> Any:
+    """What was set up for one step is plain again, and goes on with DDP."""
+    with as_by_torchrun():
+        model, optimizers = build()
+        if again:
+            fabric = fabric_of(ZERO)
+            model, *optimizers = fabric.setup(model, *optimizers)
+            train(fabric, model, optimizers, slice(0, 2), {})
+            model, *optimizers = unwrap(model, *optimizers)
+            assert [type(one) for one in optimizers] == [torch.optim.RMSprop, torch.optim.ASGD]
+        fabric = fabric_of(DDP)
+        model, *optimizers = fabric.setup(model, *optimizers)
+        losses = train(fabric, model, optimizers, slice(2 if again else 0, 6), {})
+        return losses[-4:], values_of(model)
+
+
+def test_unwrap(run_on_ranks: RunOnRanks) -> None:
+    for ours, ddp in zip(*(run_on_ranks(2, train_plain, again) for again in (True, False)), strict=True):
+        torch.testing.assert_close(ours, ddp, rtol=0, atol=0)
+
+
+def use_in_other_ways() -> dict[str, str]:
+    """By the name of what was tried: the error."""
+    errors = {}
+    with as_by_torchrun():
+        fabric = fabric_of("zeroopt_stage_1")
+        model, optimizers = build()
+        errors["setup_optimizers"] = _error(lambda: fabric.setup_optimizers(*optimizers))
+        alone = fabric.setup(model)
+        with torch.no_grad():
+            assert torch.equal(alone.eval()(torch.ones(2, 6)), model(torch.ones(2, 6)))
+        errors["no_backward_sync"] = _error(lambda: fabric.no_backward_sync(alone).__enter__())
+        model, *optimizers = fabric.setup(model.train(), *optimizers)
+        fabric.backward(model(torch.full((4, 6), float("inf"))).sum())
+        errors["clip"] = _error(lambda: fabric.clip_gradients(model, optimizers[1], max_norm=1.0))
+        norm = fabric.clip_gradients(model, optimizers[1], max_norm=1.0, error_if_nonfinite=False)
+        assert not norm.isfinite()
+        rounded = fabric_of(ZeroFabricStrategy(param_dtype=torch.bfloat16), precision="bf16-true")
+        errors["precision"] = _error(lambda: rounded.setup(*_flat(build())))
+    return errors
+
+
+def _error(attempt: Callable[[], Any]) -> str:
+    with pytest.raises((RuntimeError, TypeError, ConfigError)) as raised:
+        attempt()
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_what_else_is_asked_of_it(run_on_ranks: RunOnRanks) -> None:
+    for errors in run_on_ranks(2, use_in_other_ways):
+        assert errors["setup_optimizers"].startswith("RuntimeError") and "jointly" in errors["setup_optimizers"]
+        assert errors["no_backward_sync"].startswith("TypeError") and "together with" in errors["no_backward_sync"]
+        assert errors["clip"].startswith("RuntimeError") and "error_if_nonfinite" in errors["clip"]
+        assert errors["precision"].startswith("ConfigError") and "bf16-mixed" in errors["precision"]

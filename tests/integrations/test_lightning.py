@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,14 @@ from lightning_runs import (
     trainer_of,
     zero,
 )
+from pages import snippets
 from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from worker_pool import RunOnRanks
 
-from zeroopt import ConfigError
+import zeroopt
+from zeroopt import ConfigError, NotSupportedError
 
 pytest.importorskip("lightning")
 
@@ -256,15 +257,15 @@ def test_a_module_is_fitted_again(run_on_ranks: RunOnRanks) -> None:
 
 def fit_compiled() -> list[Outcome]:
     with as_by_torchrun():
-        eager = fit(DDP, limit_train_batches=3)
-        module, trainer = module_of(PL), trainer_of(PL, zero(2), limit_train_batches=3)
+        eager = fit(DDP, limit_train_batches=3, max_epochs=1)
+        module, trainer = module_of(PL), trainer_of(PL, zero(2), limit_train_batches=3, max_epochs=1)
         trainer.fit(torch.compile(module, backend="eager"), batches(), batches())
         return [eager, outcome(trainer, module)]
 
 
 def test_a_compiled_module(run_on_ranks: RunOnRanks) -> None:
     for one in run_on_ranks(2, fit_compiled):
-        assert_alike(one, 6)
+        assert_alike(one, 3)
 
 
 class ReturnsNone(Net):
@@ -274,6 +275,13 @@ class ReturnsNone(Net):
 
 class ByHand(ReturnsNone):
     automatic_optimization = False
+
+
+class SecondIsRefused(Net):
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.body.parameters(), lr=0.1), torch.optim.LBFGS(self.head.parameters())
 
 
 class Raises(Net):
@@ -302,11 +310,25 @@ def fail() -> list[str]:
             with pytest.raises(ConfigError) as raised:
                 attempt()
             messages.append(str(raised.value))
+        module = module_of(PL, SecondIsRefused)
+        with pytest.raises(NotSupportedError) as refused:
+            trainer_of(PL, zero(2)).fit(module, batches())
+        messages.append(str(refused.value))
+        zeroopt.wrap(module, torch.optim.SGD(module.parameters()))  # nothing of it is wrapped
     return messages
 
 
 def test_errors(run_on_ranks: RunOnRanks) -> None:
-    words = ["stage", "static_graph", "'bucket'", "state_dict_type", "bf16-mixed", "configure_optimizers", "bucket_mb"]
+    words = [
+        "stage",
+        "static_graph",
+        "'bucket'",
+        "state_dict_type",
+        "bf16-mixed",
+        "configure_optimizers",
+        "bucket_mb",
+        "LBFGS",
+    ]
     for messages in run_on_ranks(2, fail):
         for message, word in zip(messages, words, strict=True):
             assert word in message
@@ -323,24 +345,22 @@ def test_the_error_of_one_rank_is_told(run_on_ranks: RunOnRanks) -> None:
     assert (error.type_name, error.message) == ("ValueError", "no such batch")
 
 
-def run_page(page: str, folder: Path) -> None:
-    """The examples of the docs, in order."""
-    names = {
+def run_page(folder: Path) -> None:
+    net = nn.Linear(6, 4)
+    names: dict[str, Any] = {
         "torch": torch,
         "folder": folder,
         "module": module_of(PL),
         "loader": batches(),
-        "model": nn.Linear(6, 4),
+        "model": net,
+        "optimizer": torch.optim.AdamW(net.parameters()),
         "batches": DataLoader(TensorDataset(torch.randn(8, 6)), 2),
     }
-    names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
     with as_by_torchrun(), patch("os.getcwd", lambda: str(folder)):  # in which a Trainer writes its logs
-        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-            exec(compile(block, "lightning.md", "exec"), names)  # noqa: S102
+        for snippet in snippets(ROOT / "docs" / "frameworks" / "lightning.md"):
+            exec(snippet, names)  # noqa: S102
+    assert (folder / "fabric.ckpt").exists() and Path(names["path"]).is_dir()
 
 
-def test_examples_of_the_docs(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "frameworks" / "lightning.md").read_text()
-    assert page.count("```python") == 4
-    run_on_ranks(2, run_page, page, tmp_path)
-    assert (tmp_path / "fabric.ckpt").exists()
+def test_the_page_runs(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, run_page, tmp_path)

@@ -32,6 +32,7 @@ from zeroopt import CheckpointError, ZeroOptError
 pytest.importorskip("lightning")
 
 ZERO, PARTS = "zero", "parts"
+OLD = "old"  # of torch before 1.6
 
 
 def strategy_of(how: str) -> Any:
@@ -129,7 +130,10 @@ class Unmade(Net):
 def test_resuming_on_two_ranks(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     """From what each has saved: all as DDP from its own."""
     run_on_ranks(2, fit_and_save, tmp_path, [DDP, ZERO, PARTS])
-    runs = [(DDP, DDP), (ZERO, DDP), (DDP, ZERO), (ZERO, ZERO), (ZERO, PARTS), (PARTS, PARTS)]
+    (tmp_path / OLD).mkdir()
+    saved = torch.load(tmp_path / ZERO / "last.ckpt", weights_only=True)
+    torch.save(saved, tmp_path / OLD / "last.ckpt", _use_new_zipfile_serialization=False)
+    runs = [(DDP, DDP), (ZERO, DDP), (DDP, ZERO), (ZERO, ZERO), (ZERO, OLD), (ZERO, PARTS), (PARTS, PARTS)]
     outcomes = [run_on_ranks(2, resume, how, tmp_path / saved / "last.ckpt") for how, saved in runs]
     outcomes += [run_on_ranks(2, resume, ZERO, tmp_path / saved / "last.ckpt", Unmade) for saved in (DDP, PARTS)]
     for rank in zip(*outcomes, strict=True):

@@ -16,7 +16,7 @@ except ImportError as error:
         "pytorch_lightning, import zeroopt.integrations.pytorch_lightning"
     ) from error
 
-from .lightning_strategies.fabric import FabricStrategy
+from .lightning_strategies.fabric import FabricStrategy, unwrap
 from .lightning_strategies.options import register
 from .lightning_strategies.saving import consolidate
 from .lightning_strategies.trainer import TrainerStrategy
@@ -33,4 +33,4 @@ class ZeroFabricStrategy(FabricStrategy, _FabricDDPStrategy):
 register(StrategyRegistry, ZeroStrategy)
 register(STRATEGY_REGISTRY, ZeroFabricStrategy)
 
-__all__ = ["ZeroFabricStrategy", "ZeroStrategy", "consolidate"]
+__all__ = ["ZeroFabricStrategy", "ZeroStrategy", "consolidate", "unwrap"]

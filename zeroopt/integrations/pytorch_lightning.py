@@ -13,7 +13,7 @@ except ImportError as error:
         "the package lightning, import zeroopt.integrations.lightning"
     ) from error
 
-from .lightning_strategies.fabric import FabricStrategy
+from .lightning_strategies.fabric import FabricStrategy, unwrap
 from .lightning_strategies.options import register
 from .lightning_strategies.saving import consolidate
 from .lightning_strategies.trainer import TrainerStrategy
@@ -30,4 +30,4 @@ class ZeroFabricStrategy(FabricStrategy, _FabricDDPStrategy):  # type: ignore[mi
 register(StrategyRegistry, ZeroStrategy)
 register(STRATEGY_REGISTRY, ZeroFabricStrategy)
 
-__all__ = ["ZeroFabricStrategy", "ZeroStrategy", "consolidate"]
+__all__ = ["ZeroFabricStrategy", "ZeroStrategy", "consolidate", "unwrap"]

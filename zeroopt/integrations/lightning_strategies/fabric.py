@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
+from ...unwrap import unwrap as zeroopt_unwrap
 from .options import check_precision, split_options
 from .saving import whole_state
 
@@ -93,3 +94,17 @@ class _BackwardSync(_SyncControl):
                 f"expected a model that fabric.setup(model, optimizer) has returned together with its optimizer, got {type(module).__name__}"
             )
         return module.no_sync()
+
+
+def unwrap(model: Any, *optimizers: Any) -> Any:
+    """Undo `fabric.setup(model, optimizer, …)`: the plain model and the plain optimizers again, each with its whole state. Collective.
+
+    Args:
+        model, optimizers: all that `fabric.setup` has returned, and the model was set up with.
+
+    Raises:
+        ConfigError: they are something else. On all ranks; nothing has been changed.
+    """
+    inner = getattr(model, "_forward_module", model)
+    plain, states = zeroopt_unwrap(inner, [getattr(one, "_optimizer", one) for one in optimizers])
+    return (plain, *states) if states else plain

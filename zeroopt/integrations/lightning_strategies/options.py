@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ...errors import ConfigError
+from ...errors import ConfigError, KernelUnavailableError, NotSupportedError, RankMismatchError
+from ...module import ZeroDataParallel
+from ...optimizer import ZeroOptimizer
 from ...options.checks import check_one_of
 from ...options.placement import PLACEMENTS
+from ...unwrap import unwrap
 from ...wrap import wrap
 
 _OF_WRAP = frozenset(inspect.signature(wrap).parameters) - {"model", "optimizer"}
 _WITH_FIRST = ("features", "init", "device")
+_REFUSALS = (ConfigError, KernelUnavailableError, NotSupportedError, RankMismatchError)
 _OF_DDP = {
     "find_unused_parameters": "parameters without gradients need none",
     "static_graph": "whatever the graph is needs none",
@@ -39,22 +43,27 @@ class WrapOptions:
     def wrap_all(
         self, model: nn.Module, optimizers: Iterable[Optimizer], device: torch.device
     ) -> tuple[nn.Module, list[Optimizer]]:
-        """Wrap a model with each of its optimizers in turn. Collective; raises what `zeroopt.wrap` raises.
+        """Wrap a model with each of its optimizers in turn. Collective; raises what `zeroopt.wrap` raises, and leaves nothing wrapped.
 
         Args:
             device: where what is on the meta device is made.
         """
-        wrapped: list[Optimizer] = []
+        wrapped: list[ZeroOptimizer] = []
         values = dict(self.values)
         if has_meta(model):
             values.setdefault("device", device)
-        for optimizer in optimizers:
-            options = {name: value for name, value in values.items() if not wrapped or name not in _WITH_FIRST}
-            model, one = wrap(model, optimizer, **options)
-            # LearningRateMonitor looks here for the optimizer that schedulers know, by whose class it names learning rates.
-            vars(one)["optimizer"] = optimizer
-            wrapped.append(one)
-        return model, wrapped
+        try:
+            for optimizer in optimizers:
+                options = {name: value for name, value in values.items() if not wrapped or name not in _WITH_FIRST}
+                model, one = wrap(model, optimizer, **options)
+                # LearningRateMonitor looks here for the optimizer that schedulers know, by whose class it names learning rates.
+                vars(one)["optimizer"] = optimizer
+                wrapped.append(one)
+        except _REFUSALS:  # on all ranks
+            if isinstance(model, ZeroDataParallel):
+                unwrap(model, wrapped)
+            raise
+        return model, [*wrapped]
 
 
 def split_options(options: Mapping[str, Any], init: Callable[..., None]) -> tuple[WrapOptions, dict[str, Any]]:

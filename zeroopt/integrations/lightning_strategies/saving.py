@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ...errors import CheckpointError, NotSupportedError
 from ...module import ZeroDataParallel
@@ -30,6 +31,18 @@ def whole_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """What the plain optimizer's state dict would be, on rank 0; elsewhere nothing. Collective."""
     optimizer.consolidate_state_dict(to=0)
     return optimizer.full_state_dict() if optimizer.replica.control.rank == 0 else {}
+
+
+def read_file(path: str | os.PathLike[str], weights_only: bool | None) -> dict[str, Any]:
+    """A file of a Trainer. It is mapped, so that the ranks of a host share what they read of it, and none holds all.
+
+    Raises:
+        RuntimeError: it is of a format that cannot be mapped, or no file of torch.save.
+    """
+    content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    # What callbacks keep would otherwise hold on to the file, also when it has been removed.
+    rest = {name: value for name, value in content.items() if name not in _PARTS}
+    return {**content, **tree_map_only(Tensor, Tensor.clone, rest)}
 
 
 def save_parts(path: str | os.PathLike[str], content: Mapping[str, Any], model: ZeroDataParallel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -18,7 +18,7 @@ from ...optimizer import ZeroOptimizer
 from ...options.checks import check_one_of
 from ...unwrap import unwrap
 from .options import check_precision, has_meta, split_options
-from .saving import is_parts, load_parts, open_parts, save_parts, whole_state
+from .saving import is_parts, load_parts, open_parts, read_file, save_parts, whole_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -127,6 +127,10 @@ class TrainerStrategy(_Strategy):
         """Read a file or a directory, whatever this strategy saves. Collective."""
         if os.path.isdir(checkpoint_path):
             return open_parts(checkpoint_path, weights_only, torch.distributed.group.WORLD)
+        # Another plugin, or another file system, has its own way.
+        if type(self.checkpoint_io).__name__ == "TorchCheckpointIO" and os.path.isfile(checkpoint_path):
+            with suppress(RuntimeError):
+                return read_file(checkpoint_path, weights_only)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
