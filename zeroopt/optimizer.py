@@ -33,6 +33,7 @@ from .state.dcp_options import ranks_that_want_all, takes_state_alone, wants_par
 from .state.dicts import LoadedState, StateDicts
 from .state.given import GivenState
 from .state.live import LiveState
+from .state.own_format import in_torchs_format
 from .storage.assembling import assemble
 from .storage.bucket import Bucket
 from .trained import Trained
@@ -377,7 +378,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, dict(state_dict))
             state_dict = state_dict if changed is None else changed
-        return state_dict
+        return in_torchs_format(self._inner, state_dict)
 
     def _read_together(self, given: GivenState) -> LoadedState:
         """What is to become of this rank's state, once every rank has read its own. Collective."""

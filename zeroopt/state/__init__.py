@@ -7,6 +7,7 @@ In reading order; each imports from those above it:
     layout          `ShardLayout`: which elements a state dict has
     tiers           8-bit moments, decoded
     torch_releases  state dicts of older torch releases, brought up to date
+    own_format      state dicts of optimizers that have a format of their own
     saved           what a saved state has for a piece of a parameter
     consolidate     all state on one rank
     sent            a step count and the like on its way to other ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,29 @@ def resume(package: str, name: str, folder: Path) -> None:
 def test_a_checkpoint_goes_on_bit_for_bit(run_on_ranks: RunOnRanks, tmp_path: Path, package: str, name: str) -> None:
     pytest.importorskip(package)
     run_on_ranks(2, resume, package, name, tmp_path)
+
+
+def take_over_from_ddp(name: str) -> None:
+    """A plain optimizer's state dict, in the format of bitsandbytes, goes on in a wrapped one."""
+    make = maker("bitsandbytes.optim", name)
+    net = Net()
+    model, optimizer = with_ddp()(net, make(net))
+    run(model, optimizer, range(STEPS // 2))
+    saved, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(STEPS // 2, STEPS))
+    for stage in (0, 2):
+        other = Net()
+        other_model, other_optimizer = with_zeroopt(stage=stage)(other, make(other))
+        other_model.load_state_dict(saved)
+        other_optimizer.load_state_dict(state)
+        run(other_model, other_optimizer, range(STEPS // 2, STEPS))
+        assert all(torch.equal(a, b) for a, b in zip(values(net), values(other), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
+def test_state_dicts_of_bitsandbytes_load(run_on_ranks: RunOnRanks, name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    run_on_ranks(2, take_over_from_ddp, name)
 
 
 def refuse(package: str, name: str) -> str:
