@@ -46,8 +46,9 @@ def test_model_parallelism_is_refused() -> None:
             enable(acc)
 
 
-def test_processes_that_accelerate_does_not_know_of_are_refused() -> None:
-    several = patch.dict(os.environ, WORLD_SIZE="2")
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_accelerate_does_not_know_of_are_refused(name: str) -> None:
+    several = patch.dict(os.environ, {name: "2"})
     with accelerator() as acc, several, pytest.raises(zeroopt.StateError, match=r"2 processes were started.*cpu=True"):
         enable(acc)
 

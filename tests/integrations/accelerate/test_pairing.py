@@ -203,3 +203,34 @@ def built_where_it_lies() -> None:
 
 def test_a_model_on_the_meta_device_is_made_when_its_optimizer_comes(run_on_ranks: RunOnRanks) -> None:
     run_on_ranks(2, built_where_it_lies)
+
+
+def wrapped_by_hand(acc: Accelerator) -> list[Tensor]:
+    """The user has called `zeroopt.wrap`, for the weights, and leaves the biases to `prepare`."""
+    net = layers()
+    weights: Any = torch.optim.SGD([p for p in net.parameters() if p.ndim > 1], lr=0.1, momentum=0.9)
+    biases: Any = torch.optim.SGD([p for p in net.parameters() if p.ndim == 1], lr=0.1)
+    model: nn.Module = net
+    if isinstance(acc, ZeroAccelerator):
+        model, weights = zeroopt.wrap(net, weights, fused=False, bucket_mb=0.001)
+    model, weights = acc.prepare(model, weights)
+    biases = acc.prepare(biases)
+    for number in range(3):
+        acc.backward(model(inputs(number, 4, WIDTH)).square().mean())
+        for optimizer in (weights, biases):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert acc.unwrap_model(model) is net
+    return values(net)
+
+
+def by_hand() -> None:
+    with accelerator(mixed_precision="bf16") as acc:
+        expected = wrapped_by_hand(acc)
+    with accelerator(mixed_precision="bf16") as acc:
+        got = wrapped_by_hand(enable(acc, fused=False, bucket_mb=0.001))
+        assert all(map(torch.equal, expected, got))
+
+
+def test_what_was_wrapped_by_hand_is_prepared(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, by_hand)

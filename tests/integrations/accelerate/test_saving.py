@@ -80,9 +80,9 @@ def save_and_go_on(folder: Path) -> list[Tensor]:
         return run.steps(range(4, 8))
 
 
-def load_and_go_on(folder: Path, stage: int) -> list[Tensor]:
+def load_and_go_on(folder: Path, options: Setup) -> list[Tensor]:
     with accelerator(**SETUP) as acc:
-        run = Run(enable(acc, stage=stage, bucket_mb=0.002))
+        run = Run(enable(acc, bucket_mb=0.002, **options))
         run.steps(range(10, 12))
         acc.step = 17  # as on a rank that was not there
         acc.load_state(folder)
@@ -92,8 +92,8 @@ def load_and_go_on(folder: Path, stage: int) -> list[Tensor]:
 
 def test_a_run_goes_on(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     expected = run_on_ranks(2, save_and_go_on, tmp_path / "state")
-    for stage in (0, 2):
-        for want, got in zip(expected, run_on_ranks(2, load_and_go_on, tmp_path / "state", stage), strict=True):
+    for options in ({"stage": 0}, {"stage": 2, "share_parameters": True}):
+        for want, got in zip(expected, run_on_ranks(2, load_and_go_on, tmp_path / "state", options), strict=True):
             assert all(map(torch.equal, want, got))
 
 

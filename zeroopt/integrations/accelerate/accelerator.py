@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...unwrap import UnwrappedModel, UnwrappedOptimizer
-from .models import AwaitingModel, prepared_from
+from .models import AwaitingModel, prepared_by_hand, prepared_from
 from .optimizers import PreparedOptimizer, plain_optimizer
 from .pairing import pair, params_of
 from .saving import load_models, newest_whole, save_models, wrapped_models
@@ -55,7 +55,10 @@ class ZeroMixin:
             A `PreparedModel`; the model itself with `evaluation_mode`, and where none of its parameters requires gradients.
         """
         place = super().prepare_model  # type: ignore[misc]  # on the device, under autocast
-        if evaluation_mode or isinstance(model, ZeroDataParallel):
+        if isinstance(model, ZeroDataParallel):
+            # Where its parameters lie, they have to stay.
+            return place(prepared_by_hand(model), device_placement=False, evaluation_mode=True)  # type: ignore[no-any-return]
+        if evaluation_mode:
             return place(model, device_placement, evaluation_mode=True)  # type: ignore[no-any-return]
         self._forget_unwrapped()
         if any(param.is_meta for param in model.parameters()):

@@ -14,6 +14,7 @@ from .options import choose
 
 AnyAccelerator = TypeVar("AnyAccelerator", bound=Accelerator)
 
+_STARTED = "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"  # how many processes torchrun or MPI has started
 _SPLITS = "tp_size", "cp_size", "sp_size", "dp_shard_size"
 _OTHERS = (
     DistributedType.DEEPSPEED,
@@ -71,11 +72,11 @@ def _check_kind(accelerator: Any) -> None:
             f"this Accelerator was set up with {split}={sizes[split]}, which splits models; zeroopt goes with plain data parallelism here: "
             "leave parallelism_config out, or use zeroopt.wrap(process_group=…) with a mesh of your own"
         )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = max(int(os.environ.get(name, "1")) for name in _STARTED)
     if kind == DistributedType.NO and started > 1:
         raise StateError(
             f"{started} processes were started, and this Accelerator knows of one: on the CPU, pass Accelerator(cpu=True) or set "
-            "ACCELERATE_USE_CPU=true"
+            "ACCELERATE_USE_CPU=true; on GPUs, start them with torchrun, or set RANK, WORLD_SIZE and LOCAL_RANK"
         )
 
 

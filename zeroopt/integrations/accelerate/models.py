@@ -98,6 +98,14 @@ def prepare_again(model: PreparedModel) -> AwaitingModel:
     return model
 
 
+def prepared_by_hand(model: ZeroDataParallel) -> PreparedModel:
+    """What the user's own `zeroopt.wrap` has returned, from now on as if `prepare` had."""
+    if not isinstance(model, PreparedModel):
+        model.__class__ = PreparedModel
+        _prepared.add(model)  # type: ignore[arg-type]
+    return model  # type: ignore[return-value]
+
+
 def prepared_from(module: nn.Module) -> PreparedModel | None:
     """What an earlier `prepare` has made of a model, if anybody still has it."""
     return next((model for model in _still_prepared() if model.module is module), None)
