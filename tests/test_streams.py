@@ -43,6 +43,19 @@ def test_a_graph_waits_for_what_belongs_to_it() -> None:
         assert streams.log == ["fork waits for graph"]
 
 
+def test_the_host_asks_whether_a_mark_is_over_outside_of_graphs_alone() -> None:
+    with recorded_streams() as streams:
+        mark = Mark(CUDA)
+        assert not mark.is_over()
+        streams.is_through = True
+        assert mark.is_over()
+        with streams.stream("graph"):
+            assert not mark.is_over()
+            captured = Mark(CUDA)
+        assert not captured.is_over()
+        assert Mark(torch.device("cpu")).is_over()
+
+
 def test_a_graph_does_not_wait_for_another_one() -> None:
     number_of = {"graph": 1, "another graph": 2}
     with recorded_streams() as streams, patch("zeroopt.streams._number_of_capture", number_of.__getitem__):

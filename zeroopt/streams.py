@@ -98,6 +98,12 @@ class Mark:
             self._event = torch.get_device_module(device).Event()
             self._event.record(self.passed_by[0])
 
+    def is_over(self) -> bool:
+        """Whether all before it is through, and nobody has to wait; no where the host must not ask, because of a CUDA graph."""
+        if not self._has_streams:
+            return True
+        return not self._capture and not is_capturing(self._device) and bool(self._event.query())
+
     def wait(self, *streams: Any) -> None:
         """Let the current stream wait, and these."""
         if not self._has_streams:

@@ -134,6 +134,21 @@ def test_on_a_device_each_forward_and_reader_of_all_waits_on_its_own_stream() ->
     assert not gathers.arrived
 
 
+def test_on_a_device_nobody_waits_any_more_when_it_is_through() -> None:
+    model, transport = Model(), Slow()
+    gathers = gathers_of(model, transport)
+    gathers._device = torch.device("cuda")
+    start_all(gathers)
+    with patch("zeroopt.parameters.gathers.is_capturing", lambda _: False):
+        gathers.leave_to_readers()
+    model(torch.ones(1, 4))
+    assert len(gathers.arrived) == 2
+    waited = list(transport.events)
+    with patch.object(Gather, "is_over", lambda _: True):
+        model(torch.ones(1, 4))
+    assert not gathers.arrived and transport.events == waited
+
+
 def test_a_graph_ends_with_all_that_was_started_in_it() -> None:
     model, transport = Model(), Slow()
     gathers = gathers_of(model, transport)

@@ -104,6 +104,16 @@ class use_device:
 
 
 @contextmanager
+def host_is_ahead() -> Iterator[None]:
+    """Within it, no event has come when the host asks, unless the host has waited for it. Otherwise all have."""
+    _device.set_host_ahead(True)
+    try:
+        yield
+    finally:
+        _device.set_host_ahead(False)
+
+
+@contextmanager
 def capturing(device: Any = None) -> Iterator[None]:
     """As torch.cuda.graph, on a stream of its own: whatever makes the host wait, or ask, raises, and so does a stream that would wait
     for what is not captured. All else runs, once. In a recording, streams that have not come back to the first one are told at the end.

@@ -33,8 +33,10 @@ _OF_THE_HOST = ("copy ", "aten::", "Event.")
 def _leave_out_each_wait(loop: Loop, num_orders: int) -> dict[str, tuple[int, int]]:
     """By the lines of each wait of zeroopt: races without it, and orders that give other bits."""
     from .ranks import on_ranks
+    from .surface import host_is_ahead
 
-    _, recording = on_ranks(2, lambda rank: train(loop, rank.number, rank.device, rank.recorded))
+    with host_is_ahead():
+        _, recording = on_ranks(2, lambda rank: train(loop, rank.number, rank.device, rank.recorded))
     assert not recording.races()
     found = {}
     for place, nodes in recording.waits().items():

@@ -91,12 +91,14 @@ FAULTS: dict[str, tuple[Callable[[], Any], Loop]] = {
 def _record(name: str | None, loop: Loop) -> tuple[list[str], list[int]]:
     """Races, and seeds of orders with other bits."""
     from .ranks import Rank, on_ranks
+    from .surface import host_is_ahead
 
     def run(rank: Rank) -> list[Tensor]:
         return train(*loop.case, rank.number, rank.device, rank.recorded)
 
     def look() -> tuple[list[str], list[int]]:
-        _, recording = on_ranks(2, run)
+        with host_is_ahead():
+            _, recording = on_ranks(2, run)
         return [str(race) for race in recording.races()], list(recording.wrong_orders(range(10)))
 
     if name is None:

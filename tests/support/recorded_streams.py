@@ -19,6 +19,7 @@ class RecordedStreams:
         used_on: tensors of which the allocator has been told, by stream.
         captured: streams that are part of a graph, as those become that wait for one.
         log: one line each.
+        is_through: all that was queued is over.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class RecordedStreams:
         self.captured = {"graph"}
         self.used_on: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.log: list[str] = []
+        self.is_through = False
 
     def Stream(self, device: torch.device, priority: int) -> str:
         assert priority < 0  # which is a high one
@@ -57,6 +59,9 @@ class RecordedEvent:
 
     def record(self, stream: str) -> None:
         self._after = stream
+
+    def query(self) -> bool:
+        return self._streams.is_through
 
     def wait(self, stream: str) -> None:
         self._streams.log.append(f"{stream} waits for {self._after}")

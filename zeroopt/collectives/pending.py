@@ -30,6 +30,10 @@ class PendingCollective(ABC):
             CollectiveError: a rank did not do its part: it died, gave up, or the group's timeout went by.
         """
 
+    def is_over(self) -> bool:
+        """After `finish`: whether no stream has to wait any more, as far as the host can tell at once."""
+        return False
+
     def wait_until_read(self) -> None:
         """After `finish`: wait until this rank's input may be overwritten, for no other rank still reads it: as `finish` waits, the
         host, or on a device the current stream.

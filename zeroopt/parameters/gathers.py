@@ -26,7 +26,7 @@ class ParamGathers:
     Attributes:
         pending: by index of the bucket, those that nobody has waited for.
         are_read_by_graphs: CUDA graphs read parameters, when nobody here can see it: no gather is left to its readers.
-        arrived: on a device, those for which some stream has waited, and others may still have to.
+        arrived: on a device, those for which some stream has waited, and others may still have to, until the device is through.
 
     Args:
         lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
@@ -142,8 +142,11 @@ class ParamGathers:
         """Wait until a bucket's parameters are all there: on a device, let the current stream."""
         pending = self.pending.get(bucket)
         if pending is None:
-            if bucket in self.arrived:
-                self.arrived[bucket].finish()
+            arrived = self.arrived.get(bucket)
+            if arrived is not None and arrived.is_over():
+                del self.arrived[bucket]
+            elif arrived is not None:
+                arrived.finish()
             return
         with named_range("wait_for_gather", self._buckets[bucket].name):
             pending.finish()

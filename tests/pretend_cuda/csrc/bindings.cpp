@@ -150,6 +150,7 @@ void bind_device(py::module_& m) {
   m.def("set_device", &set_device);
   m.def("set_stream", &set_stream);
   m.def("new_stream", &new_stream);
+  m.def("set_host_ahead", &set_host_ahead);
   m.def("begin_capture", &begin_capture);
   m.def("end_capture", &end_capture);
   m.def("capture_of", &capture_of);

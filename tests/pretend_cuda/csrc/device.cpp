@@ -38,6 +38,7 @@ struct Captures {
   }
 };
 Captures& captures = *new Captures;
+std::atomic<bool> is_host_ahead = false;
 
 void note_recorded(int64_t event, const c10::Stream& on) {
   std::lock_guard lock(captures.mutex);
@@ -114,6 +115,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     check_not_capturing(device, "Event.query");
     if (event != nullptr) {
       check_not_captured(reinterpret_cast<int64_t>(event));
+      if (is_host_ahead && !Trace::get().host_knows(device, Trace::get().event(reinterpret_cast<int64_t>(event))))
+        return false;
       host_waits(device, Trace::get().event(reinterpret_cast<int64_t>(event)), Kind::kHostQuery, "Event.query");
     }
     return true;
@@ -185,6 +188,10 @@ int current_device() {
 
 int64_t current_stream(int of) {
   return streams[of];
+}
+
+void set_host_ahead(bool is_ahead) {
+  is_host_ahead = is_ahead;
 }
 
 void set_device(int next) {

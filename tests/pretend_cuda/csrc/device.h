@@ -17,6 +17,9 @@ int64_t new_stream(int device);
 /// A stream's place in the trace is where the host has got to.
 void host_waits_for_stream(int device, int64_t stream, const char* why);
 
+/// Whether an event has come, when the host asks, only where it knows that already: it runs ahead of all devices.
+void set_host_ahead(bool is_ahead);
+
 /// Captures of CUDA graphs have numbers from 1 on. A stream belongs to one when it is begun on it, and when it waits
 /// for what is captured, until the capture ends.
 int64_t begin_capture(int device, int64_t stream);

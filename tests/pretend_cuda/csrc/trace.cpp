@@ -157,6 +157,16 @@ void Trace::note_host_writes(int host_device) {
   }
 }
 
+bool Trace::host_knows(int device, NodeId id) {
+  std::lock_guard lock(mutex_);
+  if (id == kNone) return true;
+  NodeId host = last_[host_actor(device)];
+  if (host == kNone) return false;
+  const auto& clock = nodes_[host].clock;
+  size_t actor = nodes_[id].actor;
+  return actor < clock.size() && nodes_[id].clock[actor] <= clock[actor];
+}
+
 NodeId Trace::last(int actor) const {
   std::lock_guard lock(mutex_);
   return last_[actor];

@@ -76,6 +76,9 @@ public:
   /// Run an action when the host of some nodes may know that all of them are through: it has waited for them.
   void run_when_known(std::vector<NodeId> nodes, Action action);
 
+  /// Whether the host of a device has waited for what comes behind a node.
+  bool host_knows(int device, NodeId node);
+
   /// The last node of an actor, or kNone.
   NodeId last(int actor) const;
 
