@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from pages import snippets
+from paths import ROOT
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
@@ -305,6 +307,48 @@ def test_optimizers(run_on_ranks: RunOnRanks, tmp_path: Path, name: str) -> None
     run_on_ranks(2, try_optimizer, tmp_path, name, OPTIMIZERS[name])
 
 
+def train_with_objects(folder: Path) -> None:
+    """A class from elsewhere by its name, and an optimizer and a scheduler that were made before the Trainer."""
+    from lion_pytorch import Lion
+
+    def by_class(zero: dict[str, Any] | None) -> Trainer:
+        return make(folder, zero, besides={"optimizer_cls_and_kwargs": (Lion, {"lr": 1e-3})}, max_grad_norm=0.0)
+
+    def made_before(zero: dict[str, Any] | None) -> Trainer:
+        model = llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        return make(folder, zero, model, {"optimizers": (optimizer, scheduler)}, max_grad_norm=0.0)
+
+    with as_started():
+        for build in (by_class, made_before):
+            reference, trainer = build(None), build(UNFUSED)
+            reference.train()
+            trainer.train()
+            assert_same_log(without_norms(log_of(trainer)), without_norms(log_of(reference)))
+
+
+def test_optimizers_given_as_objects(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    pytest.importorskip("lion_pytorch")
+    run_on_ranks(2, train_with_objects, tmp_path)
+
+
+def compile_it(folder: Path) -> None:
+    """Compiled under DDP, the model's name is lost, by which Trainer shifts labels: the reference is not compiled."""
+    with as_started():
+        given = {"max_grad_norm": 0.0, "label_smoothing_factor": 0.1, "eval_strategy": "steps", "eval_steps": 2}
+        reference = make(folder, None, **given)
+        reference.train()
+        trainer = make(folder, UNFUSED, **given, torch_compile=True, torch_compile_backend="aot_eager")
+        trainer.train()
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+        assert_same_log(without_norms(log_of(trainer)), without_norms(log_of(reference)), ROUNDING)
+
+
+def test_torch_compile(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, compile_it, tmp_path, timeout=300)
+
+
 # What builds on Trainer.
 
 
@@ -505,6 +549,10 @@ def refuse(folder: Path) -> None:
             with pytest.raises(error, match=text):
                 enable(trainer, **zero)
             assert type(trainer) is Trainer
+        trainer = make(folder, None)
+        trainer.model.is_distributed_loading_by_transformers = True
+        with pytest.raises(NotSupportedError, match="sharded when it was loaded"):
+            enable(trainer)
         with pytest.raises(ConfigError, match="expected a transformers.Trainer, got Linear"):
             enable(nn.Linear(1, 1))
         trainer = make(folder, None, max_steps=1)
@@ -515,3 +563,23 @@ def refuse(folder: Path) -> None:
 
 def test_what_does_not_go_together_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     run_on_ranks(2, refuse, tmp_path)
+
+
+def run_page(folder: Path) -> None:
+    """What docs/frameworks/transformers.md shows."""
+    with as_started():
+        names: dict[str, Any] = {
+            "model": llama(),
+            "arguments": arguments(TrainingArguments, folder, max_steps=1),
+            "dataset": Sequences(),
+        }
+        for snippet in snippets(ROOT / "docs" / "frameworks" / "transformers.md"):
+            exec(snippet, names)  # noqa: S102
+        assert isinstance(names["trainer"].model_wrapped, zeroopt.ZeroDataParallel)
+        made = names["MyTrainer"](llama(), names["arguments"], train_dataset=Sequences())
+        made.train()
+        assert isinstance(made.model_wrapped, zeroopt.ZeroDataParallel)
+
+
+def test_the_page_runs(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, run_page, tmp_path)

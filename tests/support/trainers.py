@@ -70,17 +70,26 @@ def arguments(cls: type[TrainingArguments], folder: Path, **given: Any) -> Any:
     return cls(**{**defaults, **given})
 
 
-def make(folder: Path, zero: Mapping[str, Any] | None, model: nn.Module | None = None, **given: Any) -> Trainer:
+def make(
+    folder: Path,
+    zero: Mapping[str, Any] | None,
+    model: nn.Module | None = None,
+    besides: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> Trainer:
     """A Trainer of a Llama on random sequences.
 
     Args:
         zero: options for `enable`; None: as transformers has it, with DistributedDataParallel.
+        besides: what Trainer takes besides the model, the data and TrainingArguments.
+        given: TrainingArguments.
     """
     trainer = Trainer(
         model=llama() if model is None else model,
         args=arguments(TrainingArguments, folder, **given),
         train_dataset=Sequences(),
         eval_dataset=Sequences(GLOBAL_BATCH),
+        **(besides or {}),
     )
     return trainer if zero is None else enable(trainer, **zero)
 

@@ -186,6 +186,11 @@ def enable_accelerator(trainer: Any, chosen: Mapping[str, Any]) -> None:
     options = {"stage": 2, **chosen}
     whole_state = options.pop("whole_state", False)
     _check(trainer.args, options, whole_state=whole_state)
+    if getattr(trainer.model, "is_distributed_loading_by_transformers", False):
+        raise NotSupportedError(
+            "this model was sharded when it was loaded, and averages gradients itself: load it without distributed_config, or train it "
+            "without zeroopt"
+        )
     of_accelerate.enable(trainer.accelerator, **options)
 
 
