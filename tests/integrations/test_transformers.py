@@ -549,8 +549,7 @@ def refuse(folder: Path) -> None:
             with pytest.raises(error, match=text):
                 enable(trainer, **zero)
             assert type(trainer) is Trainer
-        trainer = make(folder, None)
-        trainer.model.is_distributed_loading_by_transformers = True
+        trainer = make(folder, None, type("Sharded", (TooLarge,), {"is_distributed_loading_by_transformers": True})())
         with pytest.raises(NotSupportedError, match="sharded when it was loaded"):
             enable(trainer)
         with pytest.raises(ConfigError, match="expected a transformers.Trainer, got Linear"):
