@@ -4,6 +4,7 @@ In reading order; each imports from those above it:
 
     accelerate            Hugging Face Accelerate
     transformers          Trainer of transformers, and what builds on it
+    axolotl               a plugin of axolotl, which builds on that Trainer
     lightning_strategies  what the next two have in common
     lightning             Lightning 2, as the package `lightning`
     pytorch_lightning     the same as the packages `pytorch_lightning` and `lightning_fabric`
