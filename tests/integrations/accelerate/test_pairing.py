@@ -156,7 +156,7 @@ def test_what_has_not_met_its_other_half_does_not_train(run_on_ranks: RunOnRanks
 def trained_again(acc: Accelerator) -> list[Tensor]:
     """Twice, with the same model and new optimizers: as a second Trainer does, and as a loop that looks for a batch size."""
     net = layers()
-    model = None
+    model, former = None, None
     for given in (net, net, "model", "unwrapped"):
         if given == "unwrapped" and isinstance(model, zeroopt.ZeroDataParallel):
             assert zeroopt.unwrap(model, plain_optimizer(optimizer))[0] is net  # noqa: F821
@@ -170,6 +170,10 @@ def trained_again(acc: Accelerator) -> list[Tensor]:
             optimizer.zero_grad()
         if isinstance(model, zeroopt.ZeroDataParallel):
             assert acc._models == [model] and acc._optimizers == [optimizer]
+            if former is not None:
+                with pytest.raises(zeroopt.StateError, match=r"zeroopt\.unwrap has undone that"):
+                    former.step()
+        former = optimizer
     return values(net)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from ...errors import StateError
 from ...module import ZeroDataParallel
 from ...unwrap import unwrap
 
-_prepared: weakref.WeakSet[PreparedModel] = weakref.WeakSet()
+# In the order of preparing, which is that of all ranks.
+_prepared: weakref.WeakValueDictionary[int, PreparedModel] = weakref.WeakValueDictionary()
+_numbers = count()
 
 
 class PreparedModel(ZeroDataParallel, nn.DataParallel):  # type: ignore[type-arg]
@@ -36,7 +39,7 @@ class AwaitingModel(PreparedModel):
         self.__dict__["_modules"] = module._modules
         self.training = module.training
         vars(self)["_is_accelerate_prepared"] = True  # by which Accelerate knows it
-        _prepared.add(self)
+        _prepared[next(_numbers)] = self
 
     def become(self, wrapped: ZeroDataParallel) -> None:
         """From now on be the model that `zeroopt.wrap` has made of `.module`."""
@@ -102,7 +105,7 @@ def prepared_by_hand(model: ZeroDataParallel) -> PreparedModel:
     """What the user's own `zeroopt.wrap` has returned, from now on as if `prepare` had."""
     if not isinstance(model, PreparedModel):
         model.__class__ = PreparedModel
-        _prepared.add(model)  # type: ignore[arg-type]
+        _prepared[next(_numbers)] = model  # type: ignore[assignment]
     return model  # type: ignore[return-value]
 
 
@@ -120,5 +123,6 @@ def prepared_with(params: Iterable[Tensor]) -> PreparedModel | None:
 
 
 def _still_prepared() -> list[PreparedModel]:
-    """Without those that `zeroopt.unwrap` has made something else of."""
-    return [model for model in _prepared if isinstance(model, PreparedModel)]
+    """The last one first, for an earlier one may only wait to be collected; without those that `zeroopt.unwrap` has made something
+    else of."""
+    return [model for _, model in sorted(_prepared.items(), reverse=True) if isinstance(model, PreparedModel)]

@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from ...errors import StateError
 from ...optimizer import ZeroOptimizer
+from ...unwrap import UnwrappedOptimizer
 
 
 class PreparedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
@@ -18,8 +19,8 @@ class PreparedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
     @property
     def awaits_model(self) -> bool:
-        """Whether it has not been wrapped by zeroopt yet."""
-        return not isinstance(self.optimizer, ZeroOptimizer)
+        """Whether it has not been wrapped by zeroopt yet. What `zeroopt.unwrap` has undone awaits nothing any more."""
+        return not isinstance(self.optimizer, (ZeroOptimizer, UnwrappedOptimizer))
 
     def become(self, wrapped: ZeroOptimizer) -> None:
         """From now on be around the optimizer that `zeroopt.wrap` has made."""

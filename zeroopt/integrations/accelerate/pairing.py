@@ -28,7 +28,7 @@ def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any]) -> PreparedMo
         The model.
 
     Raises:
-        What `zeroopt.wrap` does. Nothing has been changed.
+        What `zeroopt.wrap` does. Nothing has been changed, except that the optimizers that were to be replaced have been given up.
     """
     plain = plain_optimizer(optimizer)
     params = params_of(plain)
