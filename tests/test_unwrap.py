@@ -64,7 +64,10 @@ def go_on_with_ddp(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
     steps(DistributedDataParallel(net), optimizer, range(3, 6))
     model, wrapped = zeroopt.wrap(net, optimizer, fused=False, **options)
     steps(model, wrapped, range(6, 9))
-    return expected, values(zeroopt.unwrap(model))
+    plain = zeroopt.unwrap(model)
+    with pytest.raises(zeroopt.StateError, match=r"zeroopt\.unwrap has undone that"):
+        wrapped.step()  # whose state was given up
+    return expected, values(plain)
 
 
 @pytest.mark.parametrize("options", [{"stage": 0}, {"stage": 2}, {"stage": 2, "share_parameters": True}], ids=str)

@@ -78,7 +78,7 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
     by_wrapped = dict(zip(map(id, model.optimizers), plain, strict=True))
     for one, state in zip(given, states, strict=True):
         _load(by_wrapped[id(one)], state)
-    for one in given:
+    for one in model.optimizers:
         groups = one.param_groups
         _replace(one, UnwrappedOptimizer, keep=("defaults", "step"))
         vars(one)["param_groups"] = groups

@@ -160,7 +160,7 @@ def trained_again(acc: Accelerator) -> list[Tensor]:
     for given in (net, net, "model", "unwrapped"):
         if given == "unwrapped" and isinstance(model, zeroopt.ZeroDataParallel):
             assert zeroopt.unwrap(model, plain_optimizer(optimizer))[0] is net  # noqa: F821
-        if given != "unwrapped":
+        if given is net:
             acc.free_memory()
         optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         model, optimizer = acc.prepare(model if given == "model" else net, optimizer)
