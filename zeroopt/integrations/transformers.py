@@ -1,8 +1,10 @@
 """transformers' Trainer, and those that build on it (Seq2SeqTrainer, trl's), train with zeroopt.
 
-trainer = Trainer(model=model, args=args, train_dataset=dataset)
-zeroopt.integrations.transformers.enable(trainer, stage=2)
-trainer.train()
+    trainer = Trainer(model=model, args=args, train_dataset=dataset)
+    zeroopt.integrations.transformers.enable(trainer, stage=2)
+    trainer.train()
+
+docs/frameworks/transformers.md says what that changes.
 """
 
 from __future__ import annotations
@@ -108,8 +110,8 @@ class ZeroTrainerMixin:
         else:
             from .. import checkpoint  # imports torch.distributed.checkpoint, which takes long
 
-            model, optimizers = self._trained(optimizer)
-            checkpoint.save(os.path.join(output_dir, STATE_FOLDER), model, optimizers, trained_only=True)
+            model = self._wrapped_model()
+            checkpoint.save(os.path.join(output_dir, STATE_FOLDER), model, model.optimizers, trained_only=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
@@ -123,8 +125,8 @@ class ZeroTrainerMixin:
         if os.path.isdir(parts):
             from ..checkpoint import load
 
-            model, optimizers = self._trained(optimizer)
-            load(parts, model, optimizers, trained_only=True)
+            model = self._wrapped_model()
+            load(parts, model, model.optimizers, trained_only=True)
         elif os.path.isfile(whole):
             optimizer.load_state_dict(torch.load(whole, map_location="cpu", mmap=True, weights_only=True))
         else:  # it was saved with save_only_model
@@ -132,10 +134,9 @@ class ZeroTrainerMixin:
         scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
-    def _trained(self, optimizer: ZeroOptimizer) -> tuple[ZeroDataParallel, list[ZeroOptimizer]]:
-        model = self.model_wrapped
-        assert isinstance(model, ZeroDataParallel)
-        return model, list(model.optimizers)
+    def _wrapped_model(self) -> ZeroDataParallel:
+        assert isinstance(self.model_wrapped, ZeroDataParallel)
+        return self.model_wrapped
 
 
 def enable(trainer: AnyTrainer, stage: int = 2, *, whole_state: bool = False, **options: Any) -> AnyTrainer:
