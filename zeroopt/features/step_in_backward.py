@@ -171,7 +171,7 @@ class StepInBackward(Feature):
             with torch._C.DisableTorchFunctionSubclass():
                 each.trained.note_versions()
         for closed in self._closed.values():
-            closed.is_over = True
+            closed.backward_is_over = True
         self._replica.gathers.leave_to_readers()
 
     def before_step(self, step: Step) -> None:
@@ -215,22 +215,25 @@ class _Closed(PendingCollective):
 
     Attributes:
         gather: that has been started.
-        is_over: backward is through.
+        backward_is_over: backward is through.
     """
 
     def __init__(self, bucket: Bucket) -> None:
         self._name = bucket.name
         self.gather: PendingCollective = Done()
-        self.is_over = False
+        self.backward_is_over = False
 
     def finish(self) -> None:
-        if not self.is_over:
+        if not self.backward_is_over:
             raise StateError(
                 f"a parameter of {self._name} was used while backward runs, after the gradients of that bucket were complete; "
                 "with step_in_backward=True it is being stepped by then. Wrap with step_in_backward=False for models or hooks "
                 "that do so. If that backward has raised, start the job again from a checkpoint"
             )
         self.gather.finish()
+
+    def is_over(self) -> bool:
+        return self.backward_is_over and self.gather.is_over()
 
 
 def check_steps_by_bucket(optimizer: torch.optim.Optimizer) -> None:
