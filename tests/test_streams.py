@@ -46,14 +46,14 @@ def test_a_graph_waits_for_what_belongs_to_it() -> None:
 def test_the_host_asks_whether_a_mark_is_over_outside_of_graphs_alone() -> None:
     with recorded_streams() as streams:
         mark = Mark(CUDA)
-        assert not mark.is_over()
+        assert not mark.is_past()
         streams.is_through = True
-        assert mark.is_over()
+        assert mark.is_past()
         with streams.stream("graph"):
-            assert not mark.is_over()
+            assert not mark.is_past()
             captured = Mark(CUDA)
-        assert not captured.is_over()
-        assert Mark(torch.device("cpu")).is_over()
+        assert not captured.is_past()
+        assert Mark(torch.device("cpu")).is_past()
 
 
 def test_a_graph_does_not_wait_for_another_one() -> None:

@@ -98,7 +98,7 @@ class Mark:
             self._event = torch.get_device_module(device).Event()
             self._event.record(self.passed_by[0])
 
-    def is_over(self) -> bool:
+    def is_past(self) -> bool:
         """Whether all before it is through, and nobody has to wait; no where the host must not ask, because of a CUDA graph."""
         if not self._has_streams:
             return True

@@ -144,7 +144,7 @@ def test_on_a_device_nobody_waits_any_more_when_it_is_through() -> None:
     model(torch.ones(1, 4))
     assert len(gathers.arrived) == 2
     waited = list(transport.events)
-    with patch.object(Gather, "is_over", lambda _: True):
+    with patch.object(Gather, "is_past", lambda _: True):
         model(torch.ones(1, 4))
     assert not gathers.arrived and transport.events == waited
 

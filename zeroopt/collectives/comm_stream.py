@@ -92,8 +92,8 @@ class StreamCollective(PendingCollective):
             self._done = self._queue()
         self._done.wait(*self._started_on)
 
-    def is_over(self) -> bool:
-        return self._done is not None and self._done.is_over()
+    def is_past(self) -> bool:
+        return self._done is not None and self._done.is_past()
 
     def wait_until_read(self) -> None:
         self.finish()

@@ -30,7 +30,7 @@ class PendingCollective(ABC):
             CollectiveError: a rank did not do its part: it died, gave up, or the group's timeout went by.
         """
 
-    def is_over(self) -> bool:
+    def is_past(self) -> bool:
         """After `finish`: whether no stream has to wait any more, as far as the host can tell at once."""
         return False
 

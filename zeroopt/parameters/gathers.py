@@ -143,7 +143,7 @@ class ParamGathers:
         pending = self.pending.get(bucket)
         if pending is None:
             arrived = self.arrived.get(bucket)
-            if arrived is not None and arrived.is_over():
+            if arrived is not None and arrived.is_past():
                 del self.arrived[bucket]
             elif arrived is not None:
                 arrived.finish()
