@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -343,6 +345,18 @@ def test_the_error_of_one_rank_is_told(run_on_ranks: RunOnRanks) -> None:
     """It leaves without waiting for the others in its teardown; the others notice that it has."""
     error = run_on_ranks.outcomes(2, fit_until_it_raises)[1]
     assert (error.type_name, error.message) == ("ValueError", "no such batch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_without_the_package(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import zeroopt.integrations.{package}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"ImportError: zeroopt.integrations.{package} needs {package} (tried with 2.6.6): pip install"
+    )
 
 
 def run_page(folder: Path) -> None:

@@ -12,8 +12,8 @@ try:
     from lightning.pytorch.strategies import StrategyRegistry
 except ImportError as error:
     raise ImportError(
-        "zeroopt.integrations.lightning needs the package lightning, 2.2 or newer: pip install lightning. For the package "
-        "pytorch_lightning, import zeroopt.integrations.pytorch_lightning"
+        "zeroopt.integrations.lightning needs lightning (tried with 2.6.6): pip install lightning. For the package pytorch_lightning, import "
+        "zeroopt.integrations.pytorch_lightning"
     ) from error
 
 from .lightning_strategies.fabric import FabricStrategy, unwrap

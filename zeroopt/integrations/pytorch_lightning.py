@@ -9,8 +9,8 @@ try:
     from pytorch_lightning.strategies import StrategyRegistry
 except ImportError as error:
     raise ImportError(
-        "zeroopt.integrations.pytorch_lightning needs the package pytorch_lightning, 2.2 or newer: pip install pytorch-lightning. For "
-        "the package lightning, import zeroopt.integrations.lightning"
+        "zeroopt.integrations.pytorch_lightning needs pytorch_lightning (tried with 2.6.6): pip install pytorch-lightning. For the package lightning, import "
+        "zeroopt.integrations.lightning"
     ) from error
 
 from .lightning_strategies.fabric import FabricStrategy, unwrap
