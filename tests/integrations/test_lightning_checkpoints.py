@@ -185,3 +185,38 @@ def test_what_cannot_be_saved_in_parts(run_on_ranks: RunOnRanks, tmp_path: Path)
         ):
             assert words in message
     assert not (tmp_path / "refused.ckpt").exists()
+
+
+class Layers(Net):
+    """Without what 16-bit parameters cannot feed on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[1] = nn.LayerNorm(10)
+
+
+def train_on(folder: Path, state_dict_type: str) -> list[Outcome]:
+    """Parameters in bfloat16: in one go, and in two, by way of a checkpoint."""
+    options = {"param_dtype": torch.bfloat16, "state_dict_type": state_dict_type}
+    outcomes = []
+    with as_by_torchrun():
+        for epochs, path in ((4, None), (2, None), (4, folder / "last.ckpt")):
+            kept = keep_best_and_last(folder) if epochs == 2 else None
+            trainer = trainer_of(
+                PL,
+                zero(2, **options),
+                precision="bf16-mixed",
+                max_epochs=epochs,
+                **({"callbacks": [kept]} if kept else {}),
+            )
+            module = module_of(PL, Layers)
+            trainer.fit(module, batches(), batches(), ckpt_path=path, weights_only=True)
+            outcomes.append(outcome(trainer, module))
+    whole, *parts = outcomes
+    return [whole, parts[1]._replace(losses=parts[0].losses + parts[1].losses)]
+
+
+@pytest.mark.parametrize("state_dict_type", ["full", "sharded"])
+def test_masters_go_along(run_on_ranks: RunOnRanks, tmp_path: Path, state_dict_type: str) -> None:
+    for one in run_on_ranks(2, train_on, tmp_path, state_dict_type):
+        assert_alike(one, 24)
