@@ -232,8 +232,8 @@ class _Closed(PendingCollective):
             )
         self.gather.finish()
 
-    def is_over(self) -> bool:
-        return self.backward_is_over and self.gather.is_over()
+    def is_past(self) -> bool:
+        return self.backward_is_over and self.gather.is_past()
 
 
 def check_steps_by_bucket(optimizer: torch.optim.Optimizer) -> None:
