@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from recorded_streams import recorded_streams
 
-from zeroopt.streams import Mark, capture_number, has_streams, note_use
+from zeroopt.streams import Mark, capture_number, has_streams, note_use, stream_teller
 
 CUDA = torch.device("cuda")
 
@@ -22,6 +22,17 @@ def test_each_stream_waits_once() -> None:
                 mark.wait("third")
         assert streams.log == ["other waits for main", "third waits for main"]
         assert mark.passed_by == ["main", "other", "third"]
+
+
+def test_streams_are_told_apart() -> None:
+    with recorded_streams() as streams:
+        for device in (CUDA, torch.device("cuda", 1), torch.device("xpu", 0)):
+            tell = stream_teller(device)
+            main = tell()
+            with streams.stream("other"):
+                assert tell() != main
+                assert tell() == tell()
+            assert tell() == main
 
 
 def test_what_a_graph_is_captured_behind_is_over() -> None:

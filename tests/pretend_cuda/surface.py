@@ -187,5 +187,6 @@ def install() -> None:
     }
     for name, value in names.items():
         setattr(cuda, name, value)
+    torch._C._cuda_getCurrentRawStream = _device.current_stream  # type: ignore[attr-defined]
     torch.empty(0, device="cuda").cpu()  # so that torch knows of the device
     torch.zeros(0).pin_memory()

@@ -75,6 +75,7 @@ def recorded_streams() -> Iterator[RecordedStreams]:
     streams = RecordedStreams()
     with (
         patch("torch.get_device_module", lambda _: streams),
+        patch("torch._C._cuda_getCurrentRawStream", lambda _: streams.current, create=True),
         patch.object(torch.Tensor, "record_stream", lambda tensor, stream: streams.used_on[stream].append(tensor)),
     ):
         yield streams

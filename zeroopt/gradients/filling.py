@@ -59,6 +59,8 @@ class Filling:
             for managed in bucket.params:
                 self.bucket_of[managed.index] = bucket.index
         self._sizes = [len(bucket.params) for bucket in buckets]
+        self._leaves = [[managed.param for managed in bucket.params] for bucket in buckets]
+        self._tables: dict[int, ops.PackTable] = {}  # of buckets whose gradients have been packed together
         self.streams = PackingStreams(buckets)
         self.packs_together = self.streams.are_there
         self.reset()
@@ -111,13 +113,15 @@ class Filling:
         self.unpacked[self.bucket_of[managed.index]] -= 1
         return True
 
-    def leave(self, managed: ManagedParam) -> bool:
-        """Let a gradient wait where it is until its bucket has a buffer; whether there is one."""
+    def leave(self, managed: ManagedParam, grad: Tensor) -> bool:
+        """Let what is in `param.grad` wait there until its bucket has a buffer; whether it is something to wait for."""
         self.streams.note_waiting(self.bucket_of[managed.index])
-        return self._view.has_local(managed)
+        return type(grad) is Tensor or self._view.has_local(managed)
 
     def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
         """Move into a bucket what has not been moved when it came, or was left by a backward under `no_sync()`; zeros for the rest."""
+        if self.unpacked[bucket.index] == len(bucket.params) and self._pack_all(bucket, full):
+            return
         late = [managed for managed in bucket.params if not self.packed[managed.index]]
         waiting = [managed for managed in late if self._view.has_local(managed)]
         if waiting:
@@ -127,6 +131,28 @@ class Filling:
             if not self.packed[managed.index]:
                 full[managed.offset : managed.offset + managed.numel].zero_()
         self.unpacked[bucket.index] = 0
+
+    def _pack_all(self, bucket: Bucket, full: Tensor) -> bool:
+        """Move all gradients of a bucket into it, if each is what nearly all gradients on a device are: as autograd has left it, laid
+        out as its parameter. Whether they were."""
+        leaves = self._leaves[bucket.index]
+        grads: list[Tensor] = [grad for leaf in leaves if type(grad := leaf.grad) is Tensor]
+        if not self.packs_together or len(grads) < len(leaves) or any(grad.is_neg() for grad in grads):
+            return False
+        if bucket.index not in self._tables:
+            params = bucket.params
+            self._tables[bucket.index] = ops.PackTable(
+                [managed.shape for managed in params],
+                [managed.stride for managed in params],
+                [managed.offset for managed in params],
+            )
+        with named_range("pack", bucket.name):
+            if not self._tables[bucket.index].pack(grads, full, scale=self.scale):
+                return False
+        self.streams.note_read(grads)
+        self._note_packed(bucket.params)
+        self.unpacked[bucket.index] = 0
+        return True
 
     def take(self, bucket: Bucket) -> dict[ManagedParam, Tensor]:
         """Those gradients of a bucket that there are, as they lie in memory, 1-D. They count as packed; none has been before."""

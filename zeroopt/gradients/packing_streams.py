@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..storage.bucket import Bucket
-from ..streams import current_stream, has_streams, let_wait, note_use
+from ..streams import current_stream, has_streams, let_wait, stream_teller
 
 
 class PackingStreams:
@@ -28,38 +28,41 @@ class PackingStreams:
         self._device = buckets[0].device if buckets else torch.device("cpu")
         self.are_there = has_streams(self._device)
         self._count = len(buckets)
+        if self.are_there:
+            self._tell = stream_teller(self._device)
         self.forget()
 
     def forget(self) -> None:
         """A backward is through. The next one may run on other streams, that of a CUDA graph, say, which may wait for no other."""
         if self.are_there:
-            self._opened_on: list[Any] = [None] * self._count
-            self._came_on: list[list[Any]] = [[] for _ in range(self._count)]  # gradients that wait
+            # Streams by what tells them apart.
+            self._opened_on: list[dict[object, Any]] = [{} for _ in range(self._count)]
+            self._came_on: list[dict[object, Any]] = [{} for _ in range(self._count)]  # gradients that wait
 
     def note_opened(self, bucket: int) -> None:
         """The current stream has got a buffer for a bucket, which nobody else packs."""
         if self.are_there:
-            self._opened_on[bucket] = current_stream(self._device)
+            self._opened_on[bucket] = {self._tell(): current_stream(self._device)}
 
     def note_waiting(self, bucket: int) -> None:
         """A gradient has come, and stays where it is until the bucket has a buffer."""
-        if self.are_there:
-            stream = current_stream(self._device)
-            if stream not in self._came_on[bucket]:
-                self._came_on[bucket].append(stream)
+        if self.are_there and (here := self._tell()) not in self._came_on[bucket]:
+            self._came_on[bucket][here] = current_stream(self._device)
 
     def join(self, bucket: int) -> None:
         """Let the current stream come behind all that others have done for a bucket."""
         if not self.are_there:
             return
-        current = current_stream(self._device)
-        for stream in dict.fromkeys([*self._came_on[bucket], self._opened_on[bucket]]):
-            if stream is not None and stream != current:
-                let_wait(current, stream, self._device)
+        others = {**self._came_on[bucket], **self._opened_on[bucket]}
+        others.pop(self._tell(), None)
+        for stream in others.values():
+            let_wait(current_stream(self._device), stream, self._device)
         self._came_on[bucket].clear()
 
     def note_read(self, grads: Iterable[Tensor]) -> None:
         """Gradients that have waited are read on the current stream, and dropped then."""
         if self.are_there:
+            stream = current_stream(self._device)
             for grad in grads:
-                note_use(grad)
+                if grad.untyped_storage().resizable():  # as `note_use` says
+                    grad.record_stream(stream)

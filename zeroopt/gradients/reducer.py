@@ -404,13 +404,17 @@ class GradientReducer:
         # This runs between two of autograd's own kernels, once a parameter: few calls, and no more than they need.
         filling = self._filling
         managed = filling.params[index]
-        if managed.param.grad is None:  # a hook of the user's has cleared it
+        grad = managed.param.grad
+        if grad is None:  # a hook of the user's has cleared it
             return
         if filling.arrived[index]:
             self._refuse_second(managed)
         bucket = filling.bucket_of[index]
-        full = None if filling.packs_together else self._full_of(bucket)
-        if not (filling.leave(managed) if full is None else filling.pack(managed, full)):
+        full = None
+        if not filling.packs_together:
+            store = self.stores[bucket]
+            full = store.full if store.is_open else self._open(bucket)
+        if not (filling.leave(managed, grad) if full is None else filling.pack(managed, full)):
             return
         filling.arrived[index] = 1
         filling.order.append(index)

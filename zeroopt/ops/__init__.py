@@ -14,6 +14,7 @@ In reading order; each imports from those above it:
     segments  the arrays that a step works on
     by_torch  what move does, for devices without kernels
     move      cast and scale, copy, sum
+    pack_table  cast and scale, of arrays that come again and again
     quantize  8-bit codes with a scale for every 256 elements
     steps     one step of an optimizer over all segments of a table
 """
@@ -21,6 +22,7 @@ In reading order; each imports from those above it:
 from .checks import DTYPE_CODES
 from .devices import has_kernels, missing_kernels
 from .move import copy, pack, pack_segments, reduce
+from .pack_table import PackTable
 from .quantize import dequantize, encode_again, quantize, requantize
 from .segments import SegmentArrays, SegmentTable
 from .steps import (
@@ -45,6 +47,7 @@ __all__ = [
     "QUANT_BLOCK",
     "SCALES",
     "SCALE_SUFFIX",
+    "PackTable",
     "SegmentArrays",
     "SegmentTable",
     "StepControl",

@@ -156,6 +156,7 @@ void bind_device(py::module_& m) {
   m.def("capture_of", &capture_of);
   m.def("streams_in", &streams_in);
   m.def("come_behind", &come_behind);
+  m.def("set_idle", &set_idle);
   m.def("reset_peak", [](int device) { Memory::get().reset_peak(device); });
   m.def("peak_bytes", [](int device) { return Memory::get().peak_bytes(device); });
   m.def("live_bytes", [](int device) { return Memory::get().live_bytes(device); });

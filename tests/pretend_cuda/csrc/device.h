@@ -32,4 +32,8 @@ void come_behind(int64_t capture, int device, int64_t stream);
 /// Where a graph is being captured on a device, the host must not wait.
 void check_not_capturing(int device, const char* what);
 
+/// Whether operators do nothing that give back but what they have written, and copies. What is left is what it costs
+/// the host to have them run.
+void set_idle(bool idle);
+
 } // namespace pretend
