@@ -1,8 +1,9 @@
-"""Buckets in memory that the backend knows: NCCL then reads and writes them without copies of its own.
+"""Buckets in memory that the backend has allocated and registered itself.
 
-With NCCL that is memory of `ncclMemAlloc`, registered with the communicator. Its collectives take fewer of the device's
-multiprocessors then, and where NVLink's switches can gather or sum, they may. It is taken from no cache, in pieces of 2 MiB or more, so every
-buffer takes up to that much more.
+With NCCL that is memory of `ncclMemAlloc`, which torch registers with the communicator when it is taken. NCCL may then leave out copies
+of its own and use fewer of the device's multiprocessors; whether it does depends on its release, its algorithm and the links
+between the devices, and has not been measured. The memory comes from no cache, in pieces of 2 MiB or more, so every buffer takes up to
+that much more.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ In reading order; each imports from those above it:
     live_bytes      `LiveBytes`: bytes of tensors that are alive while code runs
     activations     what one forward and backward hold
     rehearsal       `Rehearsal`: a model wrapped on the meta device, as one rank of many has it
-    first_backward  gradients that wait while the order of buckets is but a guess
+    waiting_gradients  those that lie apart until their bucket has a buffer or, on a device, is complete
     own_step        what an optimizer's own step takes for itself
     runtime         what libraries and allocators take
     phases          what is held in each phase of a training

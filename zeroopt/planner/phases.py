@@ -13,10 +13,10 @@ from ..plan.params import Grain
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import num_buffers
 from .activations import Activations
-from .first_backward import waiting_gradients
 from .own_step import own_step_bytes
 from .rehearsal import Cluster, Rehearsal, Trainee
 from .runtime import runtime_bytes
+from .waiting_gradients import waiting_gradients
 
 PARTS = (
     "parameters",
@@ -120,7 +120,6 @@ class _Course:
         in_backward = {"buffers": self.buffers, "staging": self.staging}
         on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
         own_step = own_step_bytes(self.rehearsal, self.setting.optimizer, self.config, self.setting.cluster.device)
-        peak = 0 if self.activations is None else self.activations.peak
         if self.setting.module is None:
             yield self._phase("building", {"parameters": self.setting.built - self.setting.frozen, "rest": self.rest})
         yield self._wrapping()
@@ -128,7 +127,7 @@ class _Course:
         if self.activations is None or self._moves():
             yield self._moving()
         yield self._phase("first step", {**kept, **state, **on_the_way})
-        yield self._phase("forward and backward", {**kept, **state, **in_backward, "activations": peak})
+        yield self._phase("forward and backward", {**kept, **state, **in_backward, "activations": self._most_in_backward(self.rehearsal)})
         yield self._phase("step", {**kept, **state, **on_the_way, "scratch": own_step})
         yield self._phase("saving", {**kept, **state, **on_the_way, "scratch": self._largest_piece()})
         yield self._phase("saving in the background", {**kept, **state, **on_the_way, "scratch": self._written()})
@@ -178,10 +177,16 @@ class _Course:
         if self.activations is None:
             return self._phase("first backward", parts)
         planned = self.rehearsal if self._is_foreseen else self.guessed
-        waiting = waiting_gradients(planned, self.activations, num_buffers(self.config))
         # Buckets take memory as gradients come, but of the activations that go meanwhile the C heap keeps most.
-        most = max(peak + waits for peak, waits in zip(self.activations.peaks, waiting, strict=True))
-        return self._phase("first backward", {**parts, "activations": most})
+        return self._phase("first backward", {**parts, "activations": self._most_in_backward(planned)})
+
+    def _most_in_backward(self, rehearsal: Rehearsal) -> int:
+        """Activations, and gradients that lie beside the buckets of a rehearsal."""
+        if self.activations is None:
+            return 0
+        buffers, on_device = num_buffers(self.config), not self.is_lazy
+        waiting = waiting_gradients(rehearsal, self.activations, buffers, packs_together=on_device)
+        return max(peak + waits for peak, waits in zip(self.activations.peaks, waiting, strict=True))
 
     @property
     def _is_foreseen(self) -> bool:

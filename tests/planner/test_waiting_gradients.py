@@ -13,7 +13,7 @@ from worker_pool import RunOnRanks
 import zeroopt
 from zeroopt.planner.activations import trace_activations
 from zeroopt.planner.estimator import config_of
-from zeroopt.planner.first_backward import waiting_gradients
+from zeroopt.planner.waiting_gradients import waiting_gradients
 from zeroopt.planner.rehearsal import Cluster, Rehearsal, find_trainees
 from zeroopt.storage.buffer_pool import num_buffers
 
@@ -43,21 +43,22 @@ class Net(nn.Module):
 OPTIONS: dict[str, Any] = {"stage": 2, "bucket_mb": SIZE / 2**20}
 
 
-def planned(order: list[int], **options: Any) -> list[int]:
+def planned(order: list[int], *, packs_together: bool = False, **options: Any) -> list[int]:
     """Gradients that wait, as each comes."""
     net = Net(order)
     config = config_of({**OPTIONS, **options})
     rehearsal = Rehearsal(find_trainees(net, torch.optim.SGD(net.parameters(), lr=0.1)), config, Cluster(2, 2))
-    assert len(rehearsal.buckets) == LAYERS
     traced = trace_activations(net, torch.randn(2, WIDTH))
-    return [wait // SIZE for wait in waiting_gradients(rehearsal, traced, num_buffers(config))]
+    waiting = waiting_gradients(rehearsal, traced, num_buffers(config), packs_together=packs_together)
+    return [num_bytes // SIZE for num_bytes in waiting]
 
 
-def really_waiting(order: list[int], options: dict[str, Any]) -> list[int]:
+def really_waiting(order: list[int], options: dict[str, Any], packs_together: bool) -> list[int]:
     """The same in the first backward of a wrapped model."""
     net = Net(order)
     model, _ = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), **{**OPTIONS, **options})
     reducer = model.replica.reducer
+    reducer._filling.packs_together = packs_together
     waiting = [0]
     taken = reducer.take_up
 
@@ -75,7 +76,19 @@ def really_waiting(order: list[int], options: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize("options", [{}, {"bucket_buffers": 3}, {"overlap": False}], ids=str)
 def test_they_are_those_that_really_wait(order: str, options: dict[str, Any], run_on_ranks: RunOnRanks) -> None:
     expected = planned(ORDERS[order], **options)
-    for waiting in run_on_ranks(2, really_waiting, ORDERS[order], options):
+    for waiting in run_on_ranks(2, really_waiting, ORDERS[order], options, False):
+        assert waiting == expected
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("options", [{}, {"bucket_buffers": 3}, {"stage": 1}], ids=str)
+def test_on_a_device_they_wait_for_all_of_their_bucket(
+    order: str, options: dict[str, Any], run_on_ranks: RunOnRanks
+) -> None:
+    of_two = {"bucket_mb": 2 * SIZE / 2**20, **options}
+    expected = planned(ORDERS[order], packs_together=True, **of_two)
+    assert max(expected) > 0
+    for waiting in run_on_ranks(2, really_waiting, ORDERS[order], of_two, True):
         assert waiting == expected
 
 
