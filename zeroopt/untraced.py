@@ -7,6 +7,7 @@ one. Compiled code is left at such a function and entered again behind it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar, cast
@@ -66,3 +67,9 @@ def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
 
     return untraced(run)
+
+
+def is_compiled_backward() -> bool:
+    """Whether this is called in a backward that compiled autograd runs."""
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled_autograd is not None and bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))

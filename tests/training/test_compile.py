@@ -22,6 +22,7 @@ from training import build, loss_of
 from worker_pool import RunOnRanks, forget_compiled_code
 
 import zeroopt
+from zeroopt.errors import NotSupportedError
 from zeroopt.parameters.arriving import ArrivingParameter
 
 TIMEOUT_S = 180.0  # a worker's first use of the compiler imports half of torch
@@ -386,3 +387,35 @@ def test_a_compiled_training_step_leaves_parameters_on_their_way(run_on_ranks: R
         assert new_graphs[0] > 0 and new_graphs[2:] == [0, 0, 0]
         assert set(on_their_way[1:]) == {len(list(Net().parameters()))}
         assert breaks == 0
+
+
+@no_trace_of_compilation()
+def run_compiled_backward(stage: int) -> None:
+    """It is refused before anything has been reduced, so training goes on without it."""
+    from torch._dynamo import compiled_autograd  # imports half of torch
+
+    expected = train_after(stage, lambda loss: None)
+
+    def backward(loss: Tensor) -> None:
+        with (
+            pytest.raises(NotSupportedError, match="compiled autograd runs this backward"),
+            compiled_autograd._enable(torch.compile(backend=GRAPHS_ONLY)),
+        ):
+            loss.backward()
+
+    assert all(map(torch.equal, train_after(stage, backward), expected))
+
+
+def train_after(stage: int, first: Callable[[Tensor], None]) -> list[Tensor]:
+    """Do something with a loss, clear gradients, and train."""
+    net = build("mlp")
+    model, optimizer = zeroopt.wrap(net, sgd(net), stage=stage)
+    first(loss_of(model(inputs(0, 4, 7))))
+    optimizer.zero_grad()
+    train(model, optimizer, range(2))
+    return values(net)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_compiled_autograd_is_refused(run_on_ranks: RunOnRanks, stage: int) -> None:
+    run_on_ranks(2, run_compiled_backward, stage, timeout=TIMEOUT_S)

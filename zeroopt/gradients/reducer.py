@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..collectives import Transport
 from ..collectives.turnout import Turnout
-from ..errors import StateError
+from ..errors import NotSupportedError, StateError
 from ..feature import Features
 from ..parameters.buffers import BufferSync
 from ..plan.params import ManagedParam
@@ -25,7 +25,7 @@ from ..storage.bucket import Bucket
 from ..storage.buffer_pool import BufferPool
 from ..storage.gradient_store import GradientStore
 from ..streams import Mark, is_capturing
-from ..untraced import untraced_hook
+from ..untraced import is_compiled_backward, untraced_hook
 from .filling import Filling
 from .hooks import GradientHook
 from .in_flight import InFlight
@@ -442,6 +442,12 @@ class GradientReducer:
             self._begin()
 
     def _begin(self) -> None:
+        if is_compiled_backward():
+            raise NotSupportedError(
+                "compiled autograd runs this backward, and tells nobody when it is through, which averaging gradients over ranks needs "
+                "(DistributedDataParallel refuses it, too): call backward() without it. torch.compile of the model, or of a function "
+                "that calls backward(), compiles the backward as well"
+            )
         self._start_backward()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
