@@ -13,8 +13,8 @@ from worker_pool import RunOnRanks
 import zeroopt
 from zeroopt.planner.activations import trace_activations
 from zeroopt.planner.estimator import config_of
-from zeroopt.planner.waiting_gradients import waiting_gradients
 from zeroopt.planner.rehearsal import Cluster, Rehearsal, find_trainees
+from zeroopt.planner.waiting_gradients import waiting_gradients
 from zeroopt.storage.buffer_pool import num_buffers
 
 WIDTH, LAYERS = 32, 6

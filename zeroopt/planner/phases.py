@@ -127,7 +127,10 @@ class _Course:
         if self.activations is None or self._moves():
             yield self._moving()
         yield self._phase("first step", {**kept, **state, **on_the_way})
-        yield self._phase("forward and backward", {**kept, **state, **in_backward, "activations": self._most_in_backward(self.rehearsal)})
+        yield self._phase(
+            "forward and backward",
+            {**kept, **state, **in_backward, "activations": self._most_in_backward(self.rehearsal)},
+        )
         yield self._phase("step", {**kept, **state, **on_the_way, "scratch": own_step})
         yield self._phase("saving", {**kept, **state, **on_the_way, "scratch": self._largest_piece()})
         yield self._phase("saving in the background", {**kept, **state, **on_the_way, "scratch": self._written()})
