@@ -22,6 +22,7 @@ from ..gradients.overflow import Obstacle, agree_on_overflow
 from ..gradients.sharded_view import ShardedView
 from ..storage.factors import scale_sums
 from ..trained import Trained
+from ..transfers import pins_for
 from .clipping import Clipping
 from .join import Join, Phase
 
@@ -63,10 +64,15 @@ class ScaledStep:
         else:
             self._scaler._check_inf_per_device(self._optimizer)
 
+    def tell(self, overflow: bool) -> None:
+        """Let it read what ranks have agreed on. It is on the host, so that the host does not wait for a device once more; `update`
+        sends it there."""
+        found = self._state["found_inf_per_device"]
+        for device, flag in found.items():
+            found[device] = torch.full_like(flag, float(overflow), device="cpu", pin_memory=pins_for(flag.device))
+
     def skip(self) -> None:
-        """Let it go on as when it has unscaled gradients and found an overflow: it will not step, or tell a step of it."""
-        for each in self.found:
-            each.fill_(1.0)
+        """Let it go on as when it has unscaled gradients: having found an overflow it will not step, or tell a step of it."""
         self._state["stage"] = OptState.UNSCALED
 
 
@@ -102,6 +108,7 @@ class GradScaling(Feature):
         if obstacle is None and not scaled.found:
             obstacle = Obstacle.NO_GRADIENTS
         overflow = self.agree(self._found(scaled), scaled.scale, obstacle)
+        scaled.tell(overflow)
         if overflow:
             scaled.skip()
         return overflow
