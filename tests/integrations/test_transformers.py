@@ -28,10 +28,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
-from zeroopt.errors import ConfigError, NotSupportedError, StateError
+from zeroopt.errors import CheckpointError, ConfigError, NotSupportedError, StateError
+from zeroopt.integrations.accelerate import plain_optimizer
 from zeroopt.integrations.transformers import ZeroTrainerMixin, enable
 
 NORM_ORDER = 2e-6  # what the order in which squares are summed may change of a norm, and of what is clipped by it
@@ -152,6 +154,58 @@ def test_resuming_from_ddp_and_with_it(run_on_ranks: RunOnRanks, tmp_path: Path)
     log, here = run_on_ranks(2, resume, tmp_path / "zeroopt", None, given)[0]
     assert_same_log(without_norms(log[:-1]), without_norms(expected[:-1]))
     torch.testing.assert_close(here, its_values, rtol=0, atol=0)
+
+
+WAYS_OF_SAVING: dict[str, dict[str, Any] | None] = {"without": None, "parts": UNFUSED, "whole": TIERS["whole state"]}
+
+
+class StateAtTheStart(TrainerCallback):
+    """Takes the first moments by parameter when training begins, after a checkpoint has been loaded."""
+
+    def on_train_begin(self, *args: Any, optimizer: Any, **given: Any) -> None:
+        self.moments = moments(optimizer)
+
+
+def moments(optimizer: Any) -> dict[int, Tensor]:
+    plain = plain_optimizer(optimizer)
+    if isinstance(plain, zeroopt.ZeroOptimizer):
+        plain.consolidate_state_dict(to=dist.get_rank())
+    return {position: entry["exp_avg"].clone() for position, entry in plain.state_dict()["state"].items()}
+
+
+def write_over(folder: Path, first: str, second: str) -> str | None:
+    """Two runs of other weights save the same checkpoint. From it a third one gets the state of the second run, or an error."""
+    saved = []
+    with as_started():
+        for seed, way in enumerate((first, second)):
+            run = make(folder, WAYS_OF_SAVING[way], llama(seed), max_steps=1, save_steps=1, save_strategy="steps")
+            run.train()
+            if dist.get_world_size() == 1:
+                saved.append(moments(run.optimizer))
+        start = StateAtTheStart()
+        third = make(folder, UNFUSED, llama(2), {"callbacks": [start]}, max_steps=2)
+        try:
+            third.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        except CheckpointError as error:
+            return str(error)
+    assert start.moments.keys() == saved[0].keys() == saved[1].keys() != set()
+    assert all(torch.equal(start.moments[position], saved[1][position]) for position in saved[1])
+    assert not all(torch.equal(start.moments[position], saved[0][position]) for position in saved[0])
+    return None
+
+
+@pytest.mark.parametrize(("first", "second"), [("parts", "whole"), ("whole", "parts"), ("without", "parts")])
+def test_a_checkpoint_written_over(run_on_ranks: RunOnRanks, tmp_path: Path, first: str, second: str) -> None:
+    assert run_on_ranks(1, write_over, tmp_path / "alone", first, second) == [None]
+    names = {path.name for path in (tmp_path / "alone" / "checkpoint-1").iterdir()}
+    assert [name for name in names if "zeroopt" in name or "optimizer" in name] == [
+        "zeroopt" if second == "parts" else "optimizer.pt"
+    ]
+
+
+def test_a_checkpoint_written_over_without_zeroopt_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for error in run_on_ranks(2, write_over, tmp_path, "parts", "without"):
+        assert error is not None and "checkpoint-1 has the optimizer's state twice" in error
 
 
 def keep_the_best(

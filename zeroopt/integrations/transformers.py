@@ -10,9 +10,11 @@ docs/frameworks/transformers.md says what that changes.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError, NotSupportedError, StateError
+from ..errors import CheckpointError, ConfigError, NotSupportedError, StateError
 from ..module import ZeroDataParallel
 from ..optimizer import ZeroOptimizer
 from . import accelerate as of_accelerate
@@ -101,7 +103,10 @@ class ZeroTrainerMixin:
         if not isinstance(optimizer, ZeroOptimizer):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        if self.zeroopt_options.get("whole_state"):
+        whole = self.zeroopt_options.get("whole_state")
+        if self.args.should_save:
+            _remove_former_state(output_dir, STATE_FOLDER if whole else OPTIMIZER_NAME)
+        if whole:
             for rank, saves in enumerate(gather_object([self.args.should_save])):
                 if saves:
                     optimizer.consolidate_state_dict(to=rank)
@@ -116,12 +121,22 @@ class ZeroTrainerMixin:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Of a checkpoint by whichever number of ranks, or of one that Trainer has saved without zeroopt. Collective."""
+        """Of a checkpoint by whichever number of ranks, or of one that Trainer has saved without zeroopt. Collective.
+
+        Raises:
+            CheckpointError: it has the optimizer's state twice, or `zeroopt.checkpoint.load` raises it. On all ranks; nothing has
+                been loaded of that state.
+        """
         optimizer = of_accelerate.plain_optimizer(self.optimizer)
         if checkpoint is None or not isinstance(optimizer, ZeroOptimizer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         parts, whole = os.path.join(checkpoint, STATE_FOLDER), os.path.join(checkpoint, OPTIMIZER_NAME)
+        if any(gather_object([os.path.isdir(parts) and os.path.isfile(whole)])):
+            raise CheckpointError(
+                f"{checkpoint} has the optimizer's state twice, by parts in {STATE_FOLDER}/ and whole in {OPTIMIZER_NAME}, saved by "
+                "two runs: remove the one that is not of the same run as its model"
+            )
         if os.path.isdir(parts):
             from ..checkpoint import load
 
@@ -137,6 +152,19 @@ class ZeroTrainerMixin:
     def _wrapped_model(self) -> ZeroDataParallel:
         assert isinstance(self.model_wrapped, ZeroDataParallel)
         return self.model_wrapped
+
+
+def _remove_former_state(checkpoint: str, name: str) -> None:
+    """What another run has left of its optimizer in a checkpoint that is written over, in the form that is not written now.
+
+    It goes before the new state comes: it does not belong to the model, which has been saved already. Of a directory a crash may
+    leave some files, which `zeroopt.checkpoint.load` refuses.
+    """
+    former = Path(checkpoint, name)
+    if former.is_dir():
+        shutil.rmtree(former)
+    else:
+        former.unlink(missing_ok=True)
 
 
 def enable(trainer: AnyTrainer, stage: int = 2, *, whole_state: bool = False, **options: Any) -> AnyTrainer:
