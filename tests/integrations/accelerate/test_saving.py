@@ -236,3 +236,99 @@ def incomplete(folder: Path) -> None:
 
 def test_a_checkpoint_of_fewer_models_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     run_on_ranks(2, incomplete, tmp_path)
+
+
+def over_each_other(folder: Path) -> None:
+    with accelerator() as acc:
+        plain = Run(acc)
+        plain.steps(range(2))
+        acc.save_state(str(folder))
+    with accelerator() as acc:
+        run = Run(enable(acc, bucket_mb=0.001))
+        run.steps(range(3))
+        acc.save_state(str(folder))
+        acc.wait_for_everyone()
+        left = {path.name for path in folder.iterdir()}
+        assert {"zeroopt_0", "zeroopt_1"} <= left
+        assert not [name for name in left if name.startswith(("model", "optimizer"))]
+        expected = [*values(run.net), *values(run.other)]
+        run.steps(range(3, 4))
+        acc.load_state(folder)
+        assert all(map(torch.equal, expected, [*values(run.net), *values(run.other)]))
+        acc.save_model(run.model, folder)  # only weights: nobody asked for another checkpoint
+        acc.wait_for_everyone()
+        acc.load_state(folder)
+        acc.save_state(str(folder))
+        acc.wait_for_everyone()
+        assert (folder / "model.safetensors").exists()
+    with accelerator() as acc:
+        Run(acc)
+        acc.save_state(str(folder))
+    with accelerator() as acc:
+        run = Run(enable(acc, bucket_mb=0.001))
+        before = [one.clone() for one in values(run.net)]
+        with pytest.raises(zeroopt.CheckpointError, match=r"two checkpoints.*zeroopt_0.*optimizer_1\.bin"):
+            acc.load_state(folder)
+        assert all(map(torch.equal, before, values(run.net)))
+
+
+def test_one_checkpoint_over_another(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, over_each_other, tmp_path / "state")
+
+
+def numbered_without_zeroopt(folder: Path) -> None:
+    project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True)
+    with accelerator(project_config=project) as acc:
+        run = Run(enable(acc, bucket_mb=0.001))
+        run.steps(range(1))
+        acc.save_state()
+    with accelerator(project_config=project) as acc:
+        run = Run(acc)
+        run.steps(range(3))
+        acc.save_state()
+        expected = values(run.net)
+    with accelerator(project_config=project) as acc:
+        run = Run(enable(acc, bucket_mb=0.001))
+        acc.load_state()
+        assert all(map(torch.equal, expected, values(run.net)))
+        acc.wait_for_everyone()
+        if acc.is_main_process:
+            (folder / "checkpoints" / "checkpoint_1" / "random_states_0.pkl").unlink()  # broken off before
+        acc.wait_for_everyone()
+        acc.load_state()
+        assert not torch.equal(expected[0], values(run.net)[0])
+
+
+def test_the_newest_checkpoint_may_be_one_without_zeroopt(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, numbered_without_zeroopt, tmp_path)
+
+
+def more_than_prepared(folder: Path) -> None:
+    with accelerator() as acc:
+        Run(enable(acc))
+        acc.save_state(str(folder))
+    with accelerator() as acc:
+        enable(acc)
+        net = layers()
+        acc.prepare(net, torch.optim.AdamW(net.parameters(), lr=0.01))
+        with pytest.raises(zeroopt.CheckpointError, match="holds 2 wrapped models, and 1 are prepared"):
+            acc.load_state(folder)
+        acc.save_state(str(folder))
+        acc.wait_for_everyone()
+        assert [path.name for path in folder.glob("zeroopt_*")] == ["zeroopt_0"]
+
+
+def test_a_checkpoint_of_more_models_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, more_than_prepared, tmp_path)
+
+
+def on_each_node(folder: Path) -> None:
+    with accelerator(project_config=ProjectConfiguration(str(folder), save_on_each_node=True)) as acc:
+        Run(enable(acc))
+        with pytest.raises(zeroopt.ConfigError, match="with save_on_each_node"):
+            acc.save_state(str(folder / "state"))
+        assert not (folder / "state").exists()
+
+
+def test_saving_on_each_node_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, on_each_node, tmp_path)

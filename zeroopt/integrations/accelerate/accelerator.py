@@ -17,13 +17,14 @@ from accelerate.utils import DynamoBackend, broadcast_object_list
 from accelerate.utils.other import compile_regions_deepspeed, is_compiled_module
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...unwrap import UnwrappedModel, UnwrappedOptimizer
 from .models import AwaitingModel, prepared_by_hand, prepared_from
 from .optimizers import PreparedOptimizer, plain_optimizer
 from .pairing import pair, params_of
-from .saving import load_models, newest_whole, save_models, wrapped_models
+from .saving import load_models, newest_whole, remove_former, save_models, wrapped_models
 from .uneven import batches_made_even, model_to_join
 
 
@@ -184,10 +185,21 @@ class ZeroMixin:
         """As that of Accelerate; wrapped models and their optimizers go to `zeroopt_0`, … in the folder, by
         `zeroopt.checkpoint.save`. Collective, and all ranks have to see the folder.
 
+        Of an earlier checkpoint in the folder, with zeroopt or without, no model and no optimizer stays.
+
         Args:
             trained_only: of wrapped models, save only what their optimizers train.
+
+        Raises:
+            ConfigError: the project is to be saved on each node. Nothing has been written.
         """
         models = wrapped_models(self._models)
+        if models and self.project_configuration.save_on_each_node:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "with save_on_each_node checkpoints are on file systems that only some ranks see, and each rank's part of the state "
+                "would be on one of them: leave it out of ProjectConfiguration, and save to a folder that all ranks see"
+            )
+        self._remove_former(output_dir, models)
         self._states_of_wrapped = []
         hook = self.register_save_state_pre_hook(self._leave_out_wrapped)  # type: ignore[attr-defined]  # the last one to be called
         optimizers = list(self._optimizers)
@@ -200,6 +212,13 @@ class ZeroMixin:
             hook.remove()
         save_models(folder, models, trained_only=trained_only)
         return folder
+
+    def _remove_former(self, folder: str | os.PathLike[str] | None, models: list[ZeroDataParallel]) -> None:
+        if folder is None or self.project_configuration.automatic_checkpoint_naming:  # type: ignore[attr-defined]
+            return  # Accelerate makes a new one
+        self.wait_for_everyone()  # type: ignore[attr-defined]  # some ranks may still be loading from it
+        if self.is_main_process:  # type: ignore[attr-defined]
+            remove_former(Path(folder), models)
 
     def _leave_out_wrapped(self, _: object, states: list[Any], folder: object) -> None:
         """Hooks of the user's have seen all of them, and may have taken some away."""
@@ -225,13 +244,15 @@ class ZeroMixin:
             trained_only: of wrapped models, load only what their optimizers train.
 
         Raises:
-            CheckpointError: a part that zeroopt has saved is missing or damaged, or of another model. Nothing has been changed.
+            CheckpointError: a part that zeroopt has saved is missing or damaged, or of another model, or the folder holds what was
+                saved without zeroopt beside it. Nothing has been changed.
         """
         models = wrapped_models(self._models)
+        plain = sum(not isinstance(plain_optimizer(one), ZeroOptimizer) for one in self._optimizers)
         strict = load_model_func_kwargs.get("strict", True)
 
         def load(others: list[nn.Module], folder: str) -> None:
-            if load_models(Path(folder), models, strict=strict, trained_only=trained_only):
+            if load_models(Path(folder), models, plain_optimizers=plain, strict=strict, trained_only=trained_only):
                 others[:] = [one for one in others if not any(one is model for model in models)]
                 self._leave_out_optimizers()
 
@@ -239,7 +260,7 @@ class ZeroMixin:
         optimizers = list(self._optimizers)
         try:
             if input_dir is None and self.project_configuration.automatic_checkpoint_naming:  # type: ignore[attr-defined]
-                input_dir = newest_whole(Path(self.project_dir) / "checkpoints", models)  # type: ignore[attr-defined]
+                input_dir = newest_whole(Path(self.project_dir) / "checkpoints", models, len(optimizers))  # type: ignore[attr-defined]
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)  # type: ignore[misc]
         finally:
             self._optimizers[:] = optimizers
