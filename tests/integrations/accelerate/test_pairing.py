@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from accelerators import accelerator
 
-from zeroopt.integrations.accelerate import ZeroAccelerator, enable, plain_optimizer
+from zeroopt.integrations.accelerate import ZeroAccelerator, enable, pairing, plain_optimizer
 
 STEPS = 6
 
@@ -153,6 +154,29 @@ def test_what_has_not_met_its_other_half_does_not_train(run_on_ranks: RunOnRanks
     run_on_ranks(2, in_waiting)
 
 
+def in_waiting_and_eval() -> None:
+    with accelerator() as acc:
+        enable(acc, fused=False)
+        net = layers().eval()
+        model = acc.prepare(net)
+        x = inputs(0, 4, WIDTH).requires_grad_()
+        (of_inputs,) = torch.autograd.grad(model(x).sum(), x)
+        assert of_inputs.any()
+        with pytest.raises(zeroopt.StateError, match="its optimizer has not"):
+            model(x).sum().backward()
+        assert all(param.grad is None for param in net.parameters())
+        optimizer = acc.prepare(torch.optim.SGD(net.parameters(), lr=0.1))
+        before = values(net)
+        acc.backward(model(x).sum())
+        optimizer.step()
+        assert not any(map(torch.equal, before, values(net)))
+        assert not any(param._backward_hooks for param in net.parameters())
+
+
+def test_a_model_in_eval_does_not_train_without_its_optimizer(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, in_waiting_and_eval)
+
+
 def trained_again(acc: Accelerator) -> list[Tensor]:
     """Twice, with the same model and new optimizers: as a second Trainer does, and as a loop that looks for a batch size."""
     net = layers()
@@ -197,9 +221,13 @@ def fill(module: nn.Module) -> None:
 def built_where_it_lies() -> None:
     with accelerator() as acc, torch.device("meta"):
         net = layers()
-    with accelerator() as acc:
+    with accelerator() as acc, patch.object(pairing, "wrap", wraps=zeroopt.wrap) as wrap:
         enable(acc, init=fill)
         model, optimizer = acc.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        assert wrap.call_args.kwargs["device"] == acc.device
+        other = layers()
+        acc.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
+        assert "device" not in wrap.call_args.kwargs
         assert all(torch.equal(param, torch.full_like(param, 0.1)) for param in net.parameters())
         acc.backward(model(inputs(0, 4, WIDTH)).square().mean())
         optimizer.step()

@@ -97,7 +97,7 @@ class ZeroMixin:
 
     def _pair(self, optimizer: PreparedOptimizer) -> None:
         """Wrap it and its model, if that has been prepared. Collective then."""
-        model = pair(optimizer, self.zeroopt_options)
+        model = pair(optimizer, self.zeroopt_options, self.device)  # type: ignore[attr-defined]
         if model is not None:
             self._forget_unwrapped()  # optimizers that this one has taken the place of
             self._take_up(model)

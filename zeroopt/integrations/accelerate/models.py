@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...admission.candidates import mark_wrapped
 from ...errors import StateError
@@ -19,6 +20,12 @@ from ...unwrap import unwrap
 # In the order of preparing, which is that of all ranks.
 _prepared: weakref.WeakValueDictionary[int, PreparedModel] = weakref.WeakValueDictionary()
 _numbers = count()
+
+_UNPAIRED = (
+    "this model has been prepared, and its optimizer has not: give both to accelerator.prepare() before training, "
+    "together or one after the other; evaluate in eval() or within torch.no_grad(), and give a model that is never "
+    "trained to accelerator.prepare_model(model, evaluation_mode=True)"
+)
 
 
 class PreparedModel(ZeroDataParallel, nn.DataParallel):  # type: ignore[type-arg]
@@ -38,11 +45,13 @@ class AwaitingModel(PreparedModel):
         self.__dict__["module"] = module
         self.__dict__["_modules"] = module._modules
         self.training = module.training
+        self._watched: dict[Tensor, RemovableHandle] = {}
         vars(self)["_is_accelerate_prepared"] = True  # by which Accelerate knows it
         _prepared[next(_numbers)] = self
 
     def become(self, wrapped: ZeroDataParallel) -> None:
         """From now on be the model that `zeroopt.wrap` has made of `.module`."""
+        del self._watched
         common = vars(nn.Module()).keys()
         vars(self).update({name: value for name, value in vars(wrapped).items() if name not in common})
         self.__class__ = PreparedModel  # type: ignore[assignment]
@@ -52,15 +61,32 @@ class AwaitingModel(PreparedModel):
         """Run the model.
 
         Raises:
-            StateError: it is to be trained, and nothing would average its gradients.
+            StateError: it is to be trained, and nothing would average its gradients. In eval() backward raises it, where it
+                reaches a parameter that requires gradients.
         """
-        if self.training and torch.is_grad_enabled():
-            raise StateError(
-                "this model has been prepared, and its optimizer has not: give both to accelerator.prepare() before training, "
-                "together or one after the other; evaluate in eval() or within torch.no_grad(), and give a model that is never "
-                "trained to accelerator.prepare_model(model, evaluation_mode=True)"
-            )
+        if torch.is_grad_enabled():
+            if self.training:
+                raise StateError(_UNPAIRED)
+            self._refuse_gradients()
         return self.module(*args, **kwargs)
+
+    def _refuse_gradients(self) -> None:
+        """A model may be trained in eval(), too, so raise where a gradient reaches a parameter; gradients of inputs are fine."""
+        myself = weakref.ref(self)
+
+        def refuse(_: Tensor) -> None:
+            if isinstance(myself(), AwaitingModel):
+                raise StateError(_UNPAIRED)
+
+        for param in self.module.parameters():
+            if param.requires_grad and param not in self._watched:
+                self._watched[param] = param.register_hook(refuse)  # type: ignore[no-untyped-call]
+
+    def take_gradients(self) -> None:
+        """Refuse none of them any more: it is about to be wrapped."""
+        for hook in self._watched.values():
+            hook.remove()
+        self._watched.clear()
 
     @property
     def optimizers(self) -> tuple[()]:

@@ -15,7 +15,7 @@ from .optimizers import PreparedOptimizer, plain_optimizer
 from .options import for_further_optimizer
 
 
-def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any]) -> PreparedModel | None:
+def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any], device: torch.device) -> PreparedModel | None:
     """Wrap an optimizer together with the prepared model that has its parameters. Collective, if there is one.
 
     A model that is trained by other optimizers already gets one more. Where one of them trains the same parameters, this one takes
@@ -23,6 +23,7 @@ def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any]) -> PreparedMo
 
     Args:
         options: for `zeroopt.wrap`.
+        device: where a model on the meta device is made, unless options say otherwise.
 
     Returns:
         The model.
@@ -38,6 +39,9 @@ def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any]) -> PreparedMo
     if any(not params.isdisjoint(params_of(former)) for former in model.optimizers):
         model = prepare_again(model)
     if isinstance(model, AwaitingModel):
+        if any(param.is_meta for param in model.module.parameters()):
+            options = {"device": device, **options}
+        model.take_gradients()
         wrapped, wrapped_optimizer = wrap(model.module, plain, **options)
         model.become(wrapped)
     else:
