@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, TorchDynamoPlugin
-from accelerators import accelerator
+from accelerators import accelerator, as_started
 from safetensors.torch import load_file
 
 from zeroopt.integrations.accelerate import ZeroAccelerator, enable
@@ -89,6 +90,24 @@ def test_accumulation(run_on_ranks: RunOnRanks, sync_each_batch: bool) -> None:
     plugin = GradientAccumulationPlugin(num_steps=3, sync_each_batch=sync_each_batch)
     # Where each batch is summed over ranks by itself, DDP adds means, and a shard adds sums.
     run_on_ranks(2, follow_ddp, accumulated, {"gradient_accumulation_plugin": plugin}, ulps=4 * sync_each_batch)
+
+
+def synchronized_within_no_sync(acc: Accelerator) -> list[Tensor]:
+    net = layers()
+    model, optimizer = prepared(acc, net)
+    for number in range(2):
+        with acc.no_sync(model):
+            acc.backward(model(inputs(number, 4, WIDTH)).square().mean())
+            loss = model(inputs(number + 2, 4, WIDTH)).square().mean()
+            with acc.trigger_sync_in_backward(model):
+                acc.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(net)
+
+
+def test_a_backward_within_no_sync_is_made_to_synchronize(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, follow_ddp, synchronized_within_no_sync, {})
 
 
 def in_half(acc: Accelerator) -> list[Tensor]:
@@ -198,6 +217,27 @@ def test_what_is_compiled(run_on_ranks: RunOnRanks, by_region: bool) -> None:
     run_on_ranks(2, follow_ddp, compiled, {"dynamo_plugin": plugin}, timeout=180.0)
 
 
+def evaluated_first(by_region: bool) -> None:
+    plugin = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=by_region)
+    with accelerator(dynamo_plugin=plugin) as acc:
+        enable(acc, fused=False)
+        net = layers()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        assert acc.prepare_model(net, evaluation_mode=True) is net
+        with torch.no_grad():
+            net(inputs(0, 4, WIDTH))
+        model, stepping = acc.prepare(net, optimizer)
+        assert acc._models == [model] and model.module is net
+        acc.backward(model(inputs(0, 4, WIDTH)).square().mean())
+        stepping.step()
+    forget_compiled_code()
+
+
+@pytest.mark.parametrize("by_region", [False, True])
+def test_what_is_compiled_may_be_evaluated_first(run_on_ranks: RunOnRanks, by_region: bool) -> None:
+    run_on_ranks(2, evaluated_first, by_region, timeout=180.0)
+
+
 def uneven(acc: Accelerator) -> list[Tensor]:
     net = layers()
     samples = [inputs(number, WIDTH) for number in range(7)]  # 4 for rank 0, 3 for rank 1
@@ -273,6 +313,27 @@ class Own(Accelerator):  # type: ignore[misc]
     """Somebody's own."""
 
 
+class Zero(ZeroAccelerator):
+    """Somebody's own, on top of zeroopt's."""
+
+
+def made_directly() -> None:
+    for kind in (ZeroAccelerator, Zero):
+        with as_started():
+            acc = kind(cpu=True)
+            copied, pickled = copy.copy(acc), pickle.loads(pickle.dumps(acc))
+            assert type(copied) is type(pickled) is kind
+            assert enable(acc) is acc and type(acc) is kind
+            assert acc.zeroopt_options == copied.zeroopt_options == pickled.zeroopt_options == {"stage": 2}
+            model, optimizer = prepared(acc, layers())
+            acc.backward(model(inputs(0, 4, WIDTH)).square().mean())
+            optimizer.step()
+
+
+def test_one_that_is_made_directly(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, made_directly)
+
+
 def made_and_copied() -> None:
     with accelerator() as acc:
         enable(acc, state_dtype=torch.bfloat16)
@@ -283,7 +344,7 @@ def made_and_copied() -> None:
         acc.__class__ = Own
         enable(acc)
         again = pickle.loads(pickle.dumps(acc))
-        assert isinstance(acc, Own) and type(acc) is not Own and type(again) is type(acc)
+        assert isinstance(acc, Own) and type(acc) is not Own and type(again) is type(acc) is type(copy.copy(acc))
 
 
 def test_an_accelerator_stays_what_it_was(run_on_ranks: RunOnRanks) -> None:

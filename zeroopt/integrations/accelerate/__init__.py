@@ -6,6 +6,7 @@
 docs/frameworks/accelerate.md says what that changes. In reading order; each imports from those above it:
 
     installed    the framework is there
+    kinds        which Accelerators go with zeroopt
     options      what `enable` was given, and what the Accelerator was set up with
     models       what `prepare` makes of a model
     optimizers   what it makes of an optimizer

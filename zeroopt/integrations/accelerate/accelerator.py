@@ -21,8 +21,10 @@ from ...errors import ConfigError
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...unwrap import UnwrappedModel, UnwrappedOptimizer
+from .kinds import check_kind
 from .models import AwaitingModel, prepared_by_hand, prepared_from
 from .optimizers import PreparedOptimizer, plain_optimizer
+from .options import choose
 from .pairing import pair, params_of
 from .saving import load_models, newest_whole, remove_former, save_models, wrapped_models
 from .uneven import batches_made_even, model_to_join
@@ -44,12 +46,23 @@ class ZeroMixin:
     step: int
     _states_of_wrapped: list[Any] | None = None  # while they are saved, those that Accelerate has asked for
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As `enable` with no options does, for whoever makes an instance of the class itself.
+
+        Raises:
+            NotSupportedError, StateError: as `enable`.
+        """
+        super().__init__(*args, **kwargs)
+        check_kind(self)
+        self.zeroopt_options = choose({"stage": 2}, self.ddp_handler)  # type: ignore[attr-defined]
+
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
         """As that of Accelerate, with zeroopt in the place of DistributedDataParallel. Collective, where it completes a pair.
 
-        What is to be compiled is compiled in place, within what zeroopt puts around it. A model on the meta device stays there: it
+        What is to be compiled is compiled in place, within what zeroopt puts around it, so that a model that is evaluated first is the
+        one that is trained later. A model on the meta device stays there: it
         is made when its optimizer comes.
 
         Returns:
@@ -59,15 +72,14 @@ class ZeroMixin:
         if isinstance(model, ZeroDataParallel):
             # Where its parameters lie, they have to stay.
             return place(prepared_by_hand(model), device_placement=False, evaluation_mode=True)  # type: ignore[no-any-return]
-        if evaluation_mode:
-            return place(model, device_placement, evaluation_mode=True)  # type: ignore[no-any-return]
-        self._forget_unwrapped()
-        if any(param.is_meta for param in model.parameters()):
-            device_placement = False
+        if not evaluation_mode:
+            self._forget_unwrapped()
+            if any(param.is_meta for param in model.parameters()):
+                device_placement = False
         with self._compiling_later():
             model = place(model, device_placement, evaluation_mode=True)
         self._compile(model)
-        if not any(param.requires_grad for param in model.parameters()):
+        if evaluation_mode or not any(param.requires_grad for param in model.parameters()):
             return model
         prepared = prepared_from(model) or AwaitingModel(model)
         self._models[:] = [one for one in self._models if one is not model]
@@ -166,6 +178,22 @@ class ZeroMixin:
         even = self.even_batches if even_batches is None else even_batches  # type: ignore[attr-defined]
         with batches_made_even(self._dataloaders, even_batches), model.join(enable=not even):  # type: ignore[attr-defined]
             yield
+
+    @staticmethod
+    @contextmanager
+    def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
+        """As that of Accelerate: a backward within it is one outside of `no_sync`, wherever it is called. Collective then."""
+        if not wrapped_models([model]):
+            with Accelerator.trigger_sync_in_backward(model):
+                yield
+            return
+        assert isinstance(model, ZeroDataParallel)
+        reducer = model.replica.reducer
+        before, reducer.sync = reducer.sync, True
+        try:
+            yield
+        finally:
+            reducer.sync = before
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
         """As that of Accelerate. Not collective: every rank holds all parameters."""
@@ -269,7 +297,7 @@ class ZeroMixin:
         (self.step,) = broadcast_object_list([self.step])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self).__bases__[-1],), vars(self)
+        return _rebuild, (vars(type(self)).get("_made_of", type(self)),), vars(self)
 
 
 class ZeroAccelerator(ZeroMixin, Accelerator):  # type: ignore[misc]
@@ -281,7 +309,11 @@ def with_zeroopt(plain: type) -> type:
     """The class that an Accelerator of some class becomes."""
     if plain is Accelerator:
         return ZeroAccelerator
-    return type(f"Zero{plain.__name__}", (ZeroMixin, plain), {"__doc__": plain.__doc__, "__module__": plain.__module__})
+    if issubclass(plain, ZeroMixin):
+        return plain
+    # Nobody can import it by name: copies and pickles make it anew.
+    names = {"__doc__": plain.__doc__, "__module__": plain.__module__, "_made_of": plain}
+    return type(f"Zero{plain.__name__}", (ZeroMixin, plain), names)
 
 
 def _rebuild(plain: type) -> Any:

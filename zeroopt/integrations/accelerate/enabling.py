@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
-from ...errors import ConfigError, NotSupportedError, StateError
+from ...errors import ConfigError, StateError
 from .accelerator import ZeroMixin, with_zeroopt
+from .kinds import check_kind
 from .options import choose
 
 AnyAccelerator = TypeVar("AnyAccelerator", bound=Accelerator)
-
-_STARTED = "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"  # how many processes torchrun or MPI has started
-_SPLITS = "tp_size", "cp_size", "sp_size", "dp_shard_size"
-_OTHERS = (
-    DistributedType.DEEPSPEED,
-    DistributedType.FSDP,
-    DistributedType.MEGATRON_LM,
-    DistributedType.XLA,
-)
 
 
 def enable(accelerator: AnyAccelerator, stage: int = 2, **options: Any) -> AnyAccelerator:
@@ -46,7 +36,7 @@ def enable(accelerator: AnyAccelerator, stage: int = 2, **options: Any) -> AnyAc
     """
     if not isinstance(accelerator, Accelerator):
         raise ConfigError(f"expected an accelerate.Accelerator, got {type(accelerator).__name__}")
-    _check_kind(accelerator)
+    check_kind(accelerator)
     chosen = choose({"stage": stage, **options}, accelerator.ddp_handler)
     if isinstance(accelerator, ZeroMixin) and accelerator.zeroopt_options == chosen:
         return accelerator
@@ -55,29 +45,6 @@ def enable(accelerator: AnyAccelerator, stage: int = 2, **options: Any) -> AnyAc
         accelerator.__class__ = with_zeroopt(type(accelerator))  # type: ignore[arg-type]
     accelerator.zeroopt_options = chosen
     return accelerator
-
-
-def _check_kind(accelerator: Any) -> None:
-    kind = accelerator.distributed_type
-    if kind in _OTHERS:
-        raise NotSupportedError(
-            f"this Accelerator was set up for {kind.value}, which splits the training state itself; zeroopt goes with plain data "
-            "parallelism (MULTI_GPU, MULTI_CPU, one process): leave the plugin, its environment variables (ACCELERATE_USE_…) and the "
-            "distributed_type of the accelerate config out"
-        )
-    sizes = {name: getattr(accelerator.parallelism_config, name, 1) for name in _SPLITS}
-    split = next((name for name, size in sizes.items() if size > 1), None)
-    if split is not None:
-        raise NotSupportedError(
-            f"this Accelerator was set up with {split}={sizes[split]}, which splits models; zeroopt goes with plain data parallelism here: "
-            "leave parallelism_config out, or use zeroopt.wrap(process_group=…) with a mesh of your own"
-        )
-    started = max(int(os.environ.get(name, "1")) for name in _STARTED)
-    if kind == DistributedType.NO and started > 1:
-        raise StateError(
-            f"{started} processes were started, and this Accelerator knows of one: on the CPU, pass Accelerator(cpu=True) or set "
-            "ACCELERATE_USE_CPU=true; on GPUs, start them with torchrun, or set RANK, WORLD_SIZE and LOCAL_RANK"
-        )
 
 
 def _check_in_time(accelerator: Any) -> None:
