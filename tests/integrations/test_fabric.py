@@ -13,7 +13,7 @@ from lightning_runs import as_by_torchrun, batches
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
-from zeroopt import ConfigError
+from zeroopt import ConfigError, StateError
 
 pytest.importorskip("lightning")
 
@@ -168,3 +168,54 @@ def test_what_else_is_asked_of_it(run_on_ranks: RunOnRanks) -> None:
         assert errors["no_backward_sync"].startswith("TypeError") and "together with" in errors["no_backward_sync"]
         assert errors["clip"].startswith("RuntimeError") and "error_if_nonfinite" in errors["clip"]
         assert errors["precision"].startswith("ConfigError") and "bf16-mixed" in errors["precision"]
+
+
+def train_without_optimizer() -> tuple[list[bool], list[float]]:
+    """A model set up alone, of which a backward is tried, then with its optimizers.
+
+    Returns:
+        Whether it was refused: of the whole model, of its last layer while the rest is frozen, autograd.grad of an input, and while
+        all is frozen. And the losses with the optimizers.
+    """
+    with as_by_torchrun():
+        fabric = fabric_of(ZERO)
+        model, optimizers = build()
+        alone = fabric.setup(model)
+        x = torch.ones(4, 6, requires_grad=True)
+        refused = [_is_refused(lambda: fabric.backward(alone(x).sum()))]
+        model[0].requires_grad_(False)
+        refused.append(_is_refused(lambda: fabric.backward(alone(x).sum())))
+        refused.append(_is_refused(lambda: torch.autograd.grad(alone(x).sum(), x)))
+        model.requires_grad_(False)
+        refused.append(_is_refused(lambda: fabric.backward(alone(x).sum())))
+        assert all(param.grad is None for param in model.parameters())
+        model.requires_grad_(True)
+        model, *optimizers = fabric.setup(model, *optimizers)
+        return refused, train(fabric, model, optimizers, slice(0, 2), {})
+
+
+def _is_refused(attempt: Callable[[], Any]) -> bool:
+    try:
+        attempt()
+    except StateError as error:
+        assert "call model, optimizer = fabric.setup(model, optimizer)" in str(error)
+        return True
+    return False
+
+
+def test_a_backward_of_a_model_without_optimizer_is_refused(run_on_ranks: RunOnRanks) -> None:
+    for refused, losses in run_on_ranks(2, train_without_optimizer):
+        assert refused == [True, True, False, False] and len(losses) == 2
+
+
+def train_alone() -> list[bool]:
+    """With one rank there is nothing to average."""
+    with as_by_torchrun():
+        fabric = fabric_of(ZERO)
+        model, _ = build()
+        fabric.backward(fabric.setup(model)(torch.ones(4, 6)).sum())
+        return [param.grad is not None for param in model.parameters()]
+
+
+def test_a_backward_of_one_rank_is_allowed(run_on_ranks: RunOnRanks) -> None:
+    assert all(run_on_ranks(1, train_alone)[0])

@@ -5,8 +5,9 @@ to inherit from.
 
 In reading order; each imports from those above it:
 
-    options   which options are zeroopt's, and which Lightning's
-    saving    what is saved of wrapped optimizers
-    trainer   what a strategy of a Trainer does
-    fabric    what a strategy of Fabric does
+    options     which options are zeroopt's, and which Lightning's
+    saving      what is saved of wrapped optimizers
+    trainer     what a strategy of a Trainer does
+    evaluated   modules that Fabric was given without an optimizer
+    fabric      what a strategy of Fabric does
 """

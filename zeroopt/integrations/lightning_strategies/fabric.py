@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...unwrap import unwrap as zeroopt_unwrap
+from .evaluated import allow_gradients, refuse_gradients
 from .options import check_precision, split_options
 from .saving import whole_state
 
@@ -37,11 +38,18 @@ class FabricStrategy(_Strategy):
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Wrap a model with its optimizers. Collective."""
         check_precision(self._wrap_options, self.precision)
+        allow_gradients(module)
         model, wrapped = self._wrap_options.wrap_all(module, optimizers, self.root_device)
         return model, wrapped, scheduler
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        """A model without optimizers is only evaluated, and stays as it is."""
+        """A model without optimizers is only evaluated, and stays as it is.
+
+        With several ranks, a backward that gives a gradient to one of its parameters raises StateError, until it is set up with an
+        optimizer: nobody would average it.
+        """
+        if self.world_size > 1:
+            refuse_gradients(module)
         return module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
