@@ -555,7 +555,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Gather the whole state in the CPU memory of one rank, for `full_state_dict()`. Collective: every rank of the process
         group must call it.
 
-        It travels parameter by parameter. The other ranks need no more memory than for a piece of one.
+        It travels parameter by parameter. The other ranks need no more memory than for a piece of one. What was gathered before is
+        let go of first, so that a rank does not hold the whole state twice.
 
         Args:
             to: rank in the process group that gets it.
@@ -568,6 +569,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"expected a rank below {self._replica.control.size}, got to={to}")
         self._join.check_outside("consolidate_state_dict()")
         self.take_up_groups()
+        self._state_dicts.consolidated = None
         self._state_dicts.consolidated = self._state_dicts.whole(to)
 
     def full_state_dict(self) -> dict[str, Any]:

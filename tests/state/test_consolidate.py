@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import weakref
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from training import prepare_all
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt.state.consolidate import gather_state
 
 LAYOUTS: list[dict[str, Any]] = [
     {"stage": 0},
@@ -207,6 +210,32 @@ def errors() -> None:
 
 def test_wrong_ranks_and_moments(run_on_ranks: RunOnRanks) -> None:
     run_on_ranks(3, errors)
+
+
+def consolidate_again() -> None:
+    """The second time, and a third time in which gathering fails."""
+    run, rank = Run("adamw", {"stage": 2, "bucket_mb": 0.001}), dist.get_rank()
+    run.train(1)
+    run.optimizer.consolidate_state_dict(to=1)
+    former = [weakref.ref(run.optimizer.full_state_dict()["state"][0]["exp_avg"])] if rank == 1 else []
+    alive = []
+
+    def gather(*args: Any, **options: Any) -> Any:
+        alive.append([tensor() for tensor in former])
+        return gather_state(*args, **options)
+
+    with patch("zeroopt.state.dicts.gather_state", gather):
+        run.optimizer.consolidate_state_dict(to=1)
+    assert alive == [[None] * len(former)]
+    assert rank != 1 or run.optimizer.full_state_dict()["state"]
+    with patch("zeroopt.state.dicts.gather_state", side_effect=MemoryError), pytest.raises(MemoryError):
+        run.optimizer.consolidate_state_dict(to=1)
+    with pytest.raises(zeroopt.StateError, match=f"rank {rank} has no whole state"):
+        run.optimizer.full_state_dict()
+
+
+def test_what_was_gathered_before_is_gone_when_it_is_gathered_again(run_on_ranks: RunOnRanks) -> None:
+    run_on_ranks(2, consolidate_again)
 
 
 M_MMAP_THRESHOLD = -3  # from malloc.h
