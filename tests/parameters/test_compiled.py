@@ -15,7 +15,7 @@ from worker_pool import RunOnRanks, forget_compiled_code
 
 from zeroopt.collectives import PendingCollective
 from zeroopt.parameters.arriving import ArrivingParameter
-from zeroopt.parameters.compiled import CompiledCall
+from zeroopt.parameters.compiled import CompiledCall, watch_compiler
 from zeroopt.parameters.gathers import ParamGathers
 from zeroopt.plan.params import ManagedParam
 
@@ -215,6 +215,40 @@ def compile_while_closed() -> set[str]:
 
 def test_the_compiler_does_not_wait_for_what_is_not_under_way(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(1, compile_while_closed, timeout=TIMEOUT_S) == [set()]
+
+
+class Told:
+    """Notes what it is told of the compiler."""
+
+    def __init__(self) -> None:
+        self.again: list[bool] = []
+
+    def compiler_starts(self, function: str, *, again: bool) -> None:
+        self.again.append(again)
+
+
+def watch_through_a_reset() -> tuple[list[bool], list[bool]]:
+    """Told of one function that is compiled, which has asked for it twice: before a reset, and after it."""
+    import torch._dynamo  # imports half of torch
+
+    forget_compiled_code()
+    told, heard = Told(), []
+    for _ in range(2):
+        watch_compiler(told)
+        watch_compiler(told)
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+        heard.append(told.again)
+        told.again = []
+        torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    forget_compiled_code()
+    assert not told.again
+    return heard[0], heard[1]
+
+
+def test_a_watcher_is_told_once_of_each_compilation(run_on_ranks: RunOnRanks) -> None:
+    (told,) = run_on_ranks(1, watch_through_a_reset, timeout=TIMEOUT_S)
+    assert [len(each) for each in told] == [1, 1] and not told[0][0]
 
 
 class Calls:

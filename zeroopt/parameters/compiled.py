@@ -99,9 +99,9 @@ def watch_compiler(watcher: Watcher) -> None:
     """Tell somebody of it from now on, as long as he is there. `torch._dynamo.reset()` forgets that: call it again, at little cost."""
     _watchers.add(watcher)
     if "torch._dynamo" in sys.modules:
-        callbacks = torch._dynamo.callback.callback_handler.start_callbacks
-        if _tell_watchers not in callbacks:
-            callbacks.append(_tell_watchers)
+        handler = torch._dynamo.callback.callback_handler
+        if _tell_watchers not in handler.start_callbacks:
+            handler.register_start_callback(_tell_watchers)
 
 
 def _tell_watchers(*args: Any) -> None:
