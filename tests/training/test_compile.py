@@ -359,8 +359,8 @@ def test_parameters_stay_on_their_way_and_nothing_is_compiled_for_that(run_on_ra
 
 
 @no_trace_of_compilation()
-def run_step_compiled() -> tuple[list[int], list[int], int]:
-    """One function that holds all of a training step: new graphs and parameters on their way by step, and breaks in the later ones."""
+def run_step_compiled() -> tuple[list[int], list[int], list[int]]:
+    """One function that holds all of a training step: new graphs, parameters on their way, and new breaks, by step."""
     forget_compiled_code()
     torch.manual_seed(0)
     net = Net()
@@ -373,20 +373,22 @@ def run_step_compiled() -> tuple[list[int], list[int], int]:
         optimizer.step()
         optimizer.zero_grad()
 
-    new_graphs, on_their_way, breaks = [], [], 0
+    new_graphs, on_their_way, new_breaks = [], [], []
     for number in range(5):
         graphs, breaks = count("unique_graphs"), count("graph_break")
         step(inputs(number, 4, 7))
+        new_breaks.append(count("graph_break") - breaks)
         new_graphs.append(count("unique_graphs") - graphs)
         on_their_way.append(sum(isinstance(param, ArrivingParameter) for param in net.parameters()))
-    return new_graphs, on_their_way, count("graph_break") - breaks
+    return new_graphs, on_their_way, new_breaks
 
 
 def test_a_compiled_training_step_leaves_parameters_on_their_way(run_on_ranks: RunOnRanks) -> None:
-    for new_graphs, on_their_way, breaks in run_on_ranks(2, run_step_compiled, timeout=TIMEOUT_S):
+    for new_graphs, on_their_way, new_breaks in run_on_ranks(2, run_step_compiled, timeout=TIMEOUT_S):
         assert new_graphs[0] > 0 and new_graphs[2:] == [0, 0, 0]
         assert set(on_their_way[1:]) == {len(list(Net().parameters()))}
-        assert breaks == 0
+        # Code is left where zeroopt's own begins. A piece without tensors is broken anew without a new graph.
+        assert new_breaks[0] > 0 and new_breaks[2:] == [0, 0, 0]
 
 
 @no_trace_of_compilation()
