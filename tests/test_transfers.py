@@ -12,7 +12,7 @@ from zeroopt.transfers import Download, Uploaded, pins_for
 
 @pytest.mark.parametrize(
     ("device", "accelerator", "expected"),
-    [("cuda", None, True), ("xpu", None, False), ("xpu", False, False), ("xpu", True, True)],
+    [("cuda", None, True), ("xpu", None, False), ("xpu", False, False), ("xpu", True, True), ("cpu", True, False)],
 )
 def test_torch_pins_for_cuda_and_newer_ones_for_their_accelerator(
     device: str, accelerator: bool | None, expected: bool

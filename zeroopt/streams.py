@@ -55,9 +55,10 @@ def _number_of_capture(stream: Any) -> int:
 def _driver() -> ctypes.CDLL | None:
     """That of CUDA, which torch has loaded."""
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
+    return driver if hasattr(driver, "cuStreamGetCaptureInfo") else None
 
 
 def let_wait(waiting: Any, stream: Any, device: torch.device) -> None:

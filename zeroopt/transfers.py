@@ -10,7 +10,10 @@ from .streams import ReadByGraphs, is_capturing
 
 
 def pins_for(device: torch.device) -> bool:
-    """Whether torch makes pinned memory for a device where it is not told for which: before 2.6 it did for CUDA alone."""
+    """Whether what goes to a device had better be in pinned memory, and torch makes that where it is not told for which device: before
+    2.6 it did for CUDA alone."""
+    if device.type in ("cpu", "meta"):
+        return False
     accelerator = getattr(torch, "accelerator", None)
     return device.type == "cuda" or (accelerator is not None and accelerator.is_available())
 

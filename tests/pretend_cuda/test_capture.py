@@ -393,23 +393,27 @@ def _gradients_elsewhere() -> list[str]:
             step(grads[1])
     except StateError as error:
         found.append(str(error))
-    step(grads[0])
-    with capturing():
-        step(grads[0])
-    tables = [
-        each for each in gc.get_objects() if isinstance(each, zeroopt.ops.SegmentTable) and each.device.type == "cuda"
-    ]
-    rows = [weakref.ref(table.rows) for table in tables if table.segments[0].param.data_ptr() == param.data_ptr()]
-    del tables
     step(grads[1])
+    tables = [
+        each
+        for each in gc.get_objects()
+        if type(each) is zeroopt.ops.SegmentTable and each.segments[0].param.data_ptr() == param.data_ptr()
+    ]
+    found.append(f"behind it the device knows where they lie: {[torch.equal(t.rows.cpu(), t._host) for t in tables]}")
+    with capturing():
+        step(grads[1])
+    rows = [weakref.ref(table.rows) for table in tables]
+    del tables
+    step(grads[0])
     gc.collect()
     found.append(f"{len(rows)} tables, of a graph that can be replayed: {all(each() is not None for each in rows)}")
     return found
 
 
 def test_a_table_that_would_change_in_a_capture_is_refused(on_pretend_cuda: PretendProcess) -> None:
-    refused, kept = on_pretend_cuda(_gradients_elsewhere)
+    refused, taken, kept = on_pretend_cuda(_gradients_elsewhere)
     assert (
         "or where they lie) has changed since the last step: take one more step as it is now, then capture" in refused
     )
+    assert taken == "behind it the device knows where they lie: [True]"
     assert kept == "1 tables, of a graph that can be replayed: True"

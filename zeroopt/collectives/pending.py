@@ -49,6 +49,9 @@ class Done(PendingCollective):
     def finish(self) -> None:
         pass
 
+    def is_past(self) -> bool:
+        return True
+
 
 class PendingWork(PendingCollective):
     """What torch.distributed has been told to do.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..streams import ReadByGraphs
 from ..transfers import upload_into
 from .checks import (
@@ -121,8 +121,8 @@ class SegmentTable:
                 as those of the segment do; None for segments that will be inactive.
 
         Raises:
-            ConfigError: a gradient cannot be right. Nothing has been changed.
-            StateError: a CUDA graph is captured, and gradients lie elsewhere than before.
+            ConfigError: a gradient cannot be right.
+            StateError: a CUDA graph is captured, and gradients lie elsewhere than before. Nothing has been changed in either case.
         """
         require(
             len(grads) == len(self._numels),
@@ -143,8 +143,13 @@ class SegmentTable:
                 raise ConfigError(f"expected grads[{number}] to be dense in memory, got strides {grad.stride()}")
             addresses.append(grad.data_ptr())
         if self._table[:, GRAD_COLUMN].tolist() != addresses:
+            before = self._table[:, GRAD_COLUMN].copy()
             self._table[:, GRAD_COLUMN] = addresses
-            self._upload()
+            try:
+                self._upload()
+            except StateError:
+                self._table[:, GRAD_COLUMN] = before  # the device still has those
+                raise
 
     def _upload(self) -> None:
         if self.device.type == "cpu":

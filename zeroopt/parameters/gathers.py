@@ -144,7 +144,7 @@ class ParamGathers:
         if pending is None:
             arrived = self.arrived.get(bucket)
             if arrived is not None and arrived.is_past():
-                del self.arrived[bucket]
+                self.arrived.pop(bucket, None)  # another thread may have been here
             elif arrived is not None:
                 arrived.finish()
             return
