@@ -105,10 +105,17 @@ def test_a_failure_is_told_with_the_rank_and_again_when_asked_again() -> None:
     assert (len(first.waits), len(lost.waits)) == (1, 1)
 
 
-def test_what_has_not_come_by_then_is_given_up_at_once() -> None:
+def test_what_has_not_come_when_the_time_has_gone_by_is_given_up_at_once() -> None:
+    late, last = FakeWork(TIMED_OUT), FakeWork()
+    failure_of(pending(late, last))
+    assert [wait is not None and wait <= timedelta(milliseconds=1) for wait in last.waits] == [True]
+
+
+def test_when_a_rank_is_lost_the_others_have_a_moment_to_hear_of_it_from_there() -> None:
     lost, last = FakeWork(LOST), FakeWork()
     failure_of(pending(lost, last))
-    assert [wait is not None and wait <= timedelta(milliseconds=1) for wait in last.waits] == [True]
+    (wait,) = last.waits
+    assert wait is not None and timedelta(milliseconds=1) < wait <= timedelta(seconds=0.3)
 
 
 @pytest.mark.parametrize(

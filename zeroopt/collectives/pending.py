@@ -112,9 +112,11 @@ class PendingWork(PendingCollective):
         """Give up the messages that have not come by now. That breaks their connections, so that the ranks at the other ends
         fail at once too, rather than wait for this one."""
         missing = [rank]
+        # Ranks that are slow to look would find this one gone, too: let them hear first of the one that failed.
+        until = time.monotonic() + (0.0 if is_timeout(reason) else _GRACE_S)
         for other, work in list(self._works)[1:]:
             try:
-                work.wait(_AT_ONCE)
+                work.wait(max(_AT_ONCE, timedelta(seconds=until - time.monotonic())))
             except RuntimeError as error:
                 # Who is merely not there yet is to blame only when the time has gone by for all.
                 if is_timeout(reason) or not is_timeout(str(error)):
@@ -123,6 +125,7 @@ class PendingWork(PendingCollective):
 
 
 _AT_ONCE = timedelta(milliseconds=1)
+_GRACE_S = 0.3
 _AT_EXIT = timedelta(seconds=10)
 
 
