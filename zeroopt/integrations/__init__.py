@@ -2,6 +2,7 @@
 
 In reading order; each imports from those above it:
 
+    wrap_options          what all of them have to know of the options of `zeroopt.wrap`
     accelerate            Hugging Face Accelerate
     transformers          Trainer of transformers, and what builds on it
     axolotl               a plugin of axolotl, which builds on that Trainer

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..untraced import untraced, untraced_frame, untraced_hook
+from ..untraced import untraced_frame, untraced_hook
 from .compiled import callees_compiler, is_made_by_compiler
 
 
@@ -137,24 +137,22 @@ class ForwardHook:
         if gathers is None or not (gathers.pending or gathers.arrived):
             return
         is_compiled = callees_compiler() is not None or is_made_by_compiler(module.forward)
-        _finish(gathers, self.below if is_compiled else self.own)
+        for bucket in self.below if is_compiled else self.own:
+            if bucket in gathers.pending or bucket in gathers.arrived:
+                gathers.finish(bucket)
 
     @untraced_hook
     def finish_below(self) -> None:
         """Wait for the parameters of the module, and of all below."""
         gathers = self._gathers()
-        if gathers is not None and (gathers.pending or gathers.arrived):
-            _finish(gathers, self.below)
+        if gathers is None:
+            return
+        for bucket in self.below:
+            if bucket in gathers.pending or bucket in gathers.arrived:
+                gathers.finish(bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return take_idle_hook, ()  # a copy of the model has parameters of its own
-
-
-@untraced
-def _finish(gathers: Gathers, buckets: Sequence[int]) -> None:
-    for bucket in buckets:
-        if bucket in gathers.pending or bucket in gathers.arrived:
-            gathers.finish(bucket)
 
 
 def take_idle_hook() -> Callable[[nn.Module, Any], None]:

@@ -21,6 +21,7 @@ from ...errors import ConfigError
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...unwrap import UnwrappedModel, UnwrappedOptimizer
+from ..wrap_options import has_meta
 from .kinds import check_kind
 from .models import AwaitingModel, prepared_by_hand, prepared_from
 from .optimizers import PreparedOptimizer, plain_optimizer
@@ -62,8 +63,7 @@ class ZeroMixin:
         """As that of Accelerate, with zeroopt in the place of DistributedDataParallel. Collective, where it completes a pair.
 
         What is to be compiled is compiled in place, within what zeroopt puts around it, so that a model that is evaluated first is the
-        one that is trained later. A model on the meta device stays there: it
-        is made when its optimizer comes.
+        one that is trained later. A model on the meta device stays there: it is made when its optimizer comes.
 
         Returns:
             A `PreparedModel`; the model itself with `evaluation_mode`, and where none of its parameters requires gradients.
@@ -74,7 +74,7 @@ class ZeroMixin:
             return place(prepared_by_hand(model), device_placement=False, evaluation_mode=True)  # type: ignore[no-any-return]
         if not evaluation_mode:
             self._forget_unwrapped()
-            if any(param.is_meta for param in model.parameters()):
+            if has_meta(model):
                 device_placement = False
         with self._compiling_later():
             model = place(model, device_placement, evaluation_mode=True)

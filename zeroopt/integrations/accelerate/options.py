@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 from accelerate.utils import DDPCommunicationHookType
 
 from ...errors import ConfigError, NotSupportedError
-from ...wrap import wrap
+from ..wrap_options import WRAP_OPTIONS
 
-_KNOWN = inspect.signature(wrap).parameters.keys() - {"model", "optimizer"}
 _HOOKS = {DDPCommunicationHookType.FP16: torch.float16, DDPCommunicationHookType.BF16: torch.bfloat16}
 
 
@@ -29,9 +27,9 @@ def choose(options: Mapping[str, Any], ddp_options: Any) -> dict[str, Any]:
         NotSupportedError: gradients were to be compressed otherwise.
     """
     for name in options:
-        if name not in _KNOWN:
+        if name not in WRAP_OPTIONS:
             raise ConfigError(
-                f"expected options of zeroopt.wrap, got {name!r}; it has {', '.join(sorted(_KNOWN - {'stage'}))}"
+                f"expected options of zeroopt.wrap, got {name!r}; it has {', '.join(sorted(WRAP_OPTIONS - {'stage'}))}"
             )
     return {**_translate(ddp_options), **options}
 
@@ -49,8 +47,3 @@ def _translate(ddp_options: Any) -> dict[str, Any]:
     if hook in _HOOKS:
         translated["reduce_dtype"] = _HOOKS[hook]
     return translated
-
-
-def for_further_optimizer(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for a second optimizer of a model: features were given with its first."""
-    return {name: value for name, value in options.items() if name != "features"}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...wrap import wrap
+from ..wrap_options import for_further_optimizer, has_meta
 from .models import AwaitingModel, PreparedModel, prepare_again, prepared_with
 from .optimizers import PreparedOptimizer, plain_optimizer
-from .options import for_further_optimizer
 
 
 def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any], device: torch.device) -> PreparedModel | None:
@@ -39,7 +39,7 @@ def pair(optimizer: PreparedOptimizer, options: Mapping[str, Any], device: torch
     if any(not params.isdisjoint(params_of(former)) for former in model.optimizers):
         model = prepare_again(model)
     if isinstance(model, AwaitingModel):
-        if any(param.is_meta for param in model.module.parameters()):
+        if has_meta(model.module):
             options = {"device": device, **options}
         model.take_gradients()
         wrapped, wrapped_optimizer = wrap(model.module, plain, **options)

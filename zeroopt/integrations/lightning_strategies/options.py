@@ -18,9 +18,8 @@ from ...options.checks import check_one_of
 from ...options.placement import PLACEMENTS
 from ...unwrap import unwrap
 from ...wrap import wrap
+from ..wrap_options import WRAP_OPTIONS, for_further_optimizer, has_meta
 
-_OF_WRAP = frozenset(inspect.signature(wrap).parameters) - {"model", "optimizer"}
-_WITH_FIRST = ("features", "init", "device")
 _REFUSALS = (ConfigError, KernelUnavailableError, NotSupportedError, RankMismatchError)
 _OF_DDP = {
     "find_unused_parameters": "parameters without gradients need none",
@@ -54,8 +53,7 @@ class WrapOptions:
             values.setdefault("device", device)
         try:
             for optimizer in optimizers:
-                options = {name: value for name, value in values.items() if not wrapped or name not in _WITH_FIRST}
-                model, one = wrap(model, optimizer, **options)
+                model, one = wrap(model, optimizer, **(for_further_optimizer(values) if wrapped else values))
                 # LearningRateMonitor looks here for the optimizer that schedulers know, by whose class it names learning rates.
                 vars(one)["optimizer"] = optimizer
                 wrapped.append(one)
@@ -74,23 +72,18 @@ def split_options(options: Mapping[str, Any], init: Callable[..., None]) -> tupl
     """
     parameters = inspect.signature(init).parameters.values()
     of_lightning = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    for name in options.keys() - _OF_WRAP - (of_lightning - _OF_DDP.keys()):
-        hint = _OF_DDP.get(name, f"zeroopt.wrap has {', '.join(sorted(_OF_WRAP))}")
+    for name in options.keys() - WRAP_OPTIONS - (of_lightning - _OF_DDP.keys()):
+        hint = _OF_DDP.get(name, f"zeroopt.wrap has {', '.join(sorted(WRAP_OPTIONS))}")
         raise ConfigError(f"{name!r} is no option of zeroopt.wrap, nor one that Lightning has for it: {hint}")
     check_one_of("stage", options.get("stage", 2), tuple(PLACEMENTS))
-    of_wrap = {name: value for name, value in options.items() if name in _OF_WRAP}
-    return WrapOptions(of_wrap), {name: value for name, value in options.items() if name not in _OF_WRAP}
+    of_wrap = {name: value for name, value in options.items() if name in WRAP_OPTIONS}
+    return WrapOptions(of_wrap), {name: value for name, value in options.items() if name not in WRAP_OPTIONS}
 
 
 def register(registry: Any, strategy: type) -> None:
     """Let `strategy="zeroopt_stage_2"`, and so on, mean a strategy."""
     for stage in PLACEMENTS:
         registry.register(f"zeroopt_stage_{stage}", strategy, f"ZeRO stage {stage} by zeroopt", stage=stage)
-
-
-def has_meta(model: nn.Module) -> bool:
-    """Whether parts of it are on the meta device."""
-    return any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def check_precision(options: WrapOptions, plugin: Any) -> None:

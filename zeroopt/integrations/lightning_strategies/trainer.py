@@ -17,7 +17,8 @@ from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...options.checks import check_one_of
 from ...unwrap import unwrap
-from .options import check_precision, has_meta, split_options
+from ..wrap_options import has_meta
+from .options import check_precision, split_options
 from .saving import is_parts, load_parts, open_parts, read_file, save_parts, whole_state
 
 if TYPE_CHECKING:
