@@ -142,6 +142,43 @@ def quantize(dtype: torch.dtype, *, inverse: bool) -> MakeCase:
     return make
 
 
+def encode(bits: int) -> MakeCase:
+    """Half of an array that is sent to two ranks each, with error feedback."""
+
+    def make(gib: float, device: torch.device) -> Case:
+        numel = int(gib * GIB) // 9 // 512 * 512
+        values, residual = filled(numel, F32, device), torch.zeros(numel, dtype=BF16, device=device)
+        encoded = torch.zeros(2 * ops.encoded_bytes(numel // 2, bits), dtype=torch.uint8, device=device)
+
+        def run() -> None:
+            noise = {"seed": 1, "step": 1}
+            ops.encode_slices(values, encoded, num_slices=2, bits=bits, residual=residual, **noise)
+
+        case = Case(run, [Stream(values, "r"), Stream(residual, "rw"), Stream(encoded, "w")])
+        copied = torch.empty_like(values)
+        case.rivals["memcpy of the values"] = lambda: copied.copy_(values)
+        return case
+
+    return make
+
+
+def sum_encoded(bits: int) -> MakeCase:
+    def make(gib: float, device: torch.device) -> Case:
+        numel = int(gib * GIB) // 6 // 256 * 256
+        slices = [filled(ops.encoded_bytes(numel, bits), torch.uint8, device) for _ in range(2)]
+        for encoded in slices:
+            ops.encode_slices(filled(numel, F32, device), encoded, num_slices=1, bits=bits, seed=1, step=1)
+        out = filled(numel, F32, device)
+        case = Case(
+            lambda: ops.sum_encoded(slices, out, bits=bits), [*(Stream(s, "r") for s in slices), Stream(out, "w")]
+        )
+        wide = [filled(numel, F32, device) for _ in range(2)]
+        case.rivals["reduce of float32"] = lambda: ops.reduce(wide, out)
+        return case
+
+    return make
+
+
 def one_tensor(gib: float, device: torch.device) -> Case:
     """AdamW in float32 on one large tensor, against other implementations of it."""
     return against_others([int(gib * GIB) // 16], device, fused=1.0)
@@ -262,4 +299,8 @@ CASES: dict[str, MakeCase] = {
     "quantize int8": quantize(torch.int8, inverse=False),
     "quantize uint8": quantize(torch.uint8, inverse=False),
     "dequantize int8": quantize(torch.int8, inverse=True),
+    "encode for the wire, int8": encode(8),
+    "encode for the wire, int4": encode(4),
+    "sum two encoded slices, int8": sum_encoded(8),
+    "sum two encoded slices, int4": sum_encoded(4),
 }

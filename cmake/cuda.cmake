@@ -59,7 +59,8 @@ add_library(cuda_kernels OBJECT
   csrc/cuda/pack.cu csrc/cuda/pack_segments.cu
   csrc/cuda/reduce.cu
   csrc/cuda/norm.cu
-  csrc/cuda/quantize.cu)
+  csrc/cuda/quantize.cu
+  csrc/cuda/wire_code.cu)
 set_target_properties(cuda_kernels PROPERTIES CUDA_ARCHITECTURES "${ZEROOPT_CUDA_ARCHS}")
 target_include_directories(cuda_kernels PRIVATE csrc)
 # -fmad=false: the same roundings as on the CPU.

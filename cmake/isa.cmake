@@ -13,6 +13,7 @@ function(zeroopt_add_isa name)
     csrc/cpu/leaf/reduce.cpp
     csrc/cpu/leaf/copy.cpp
     csrc/cpu/leaf/formats.cpp
+    csrc/cpu/leaf/wire_code.cpp
     csrc/cpu/leaf/norm.cpp
     csrc/cpu/leaf/steps.cpp)
   zeroopt_target(leaf_${name})

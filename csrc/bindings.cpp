@@ -6,6 +6,7 @@
 
 #include "build_config.h"
 #include "common/errors.h"
+#include "common/wire_code.h"
 #include "cpu/isa.h"
 #include "cpu/shm_board.h"
 #include "cpu/shm_mapping.h"
@@ -25,10 +26,10 @@ template <class T> T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::vector<const void*> pointers_to(const std::vector<Address>& addresses) {
-  std::vector<const void*> pointers;
+template <class T = void> std::vector<const T*> pointers_to(const std::vector<Address>& addresses) {
+  std::vector<const T*> pointers;
   for (Address address : addresses)
-    pointers.push_back(pointer<const void>(address));
+    pointers.push_back(pointer<const T>(address));
   return pointers;
 }
 
@@ -164,6 +165,26 @@ void bind_cpu_kernels(py::module_& m) {
       py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("numel"), py::arg("is_signed"),
       py::arg("num_threads"), GilReleased());
   m.def(
+      "encode_slices",
+      [](Address values, int dtype_code, Address residual, Address encoded, int64_t slice_numel, int64_t num_slices,
+         int bits, uint64_t seed, uint32_t step, uint32_t key, int num_threads) {
+        cpu::encode_slices(pointer<const void>(values), dtype(dtype_code), pointer<uint16_t>(residual),
+                           pointer<uint8_t>(encoded), slice_numel, num_slices, bits, seed, step, key, num_threads);
+      },
+      py::arg("values"), py::arg("dtype"), py::arg("residual"), py::arg("encoded"), py::arg("slice_numel"),
+      py::arg("num_slices"), py::arg("bits"), py::arg("seed"), py::arg("step"), py::arg("key"), py::arg("num_threads"),
+      GilReleased());
+  m.def(
+      "sum_encoded",
+      [](const std::vector<Address>& slices, int bits, Address base, Address out, int out_dtype, int64_t numel,
+         int num_threads) {
+        const std::vector<const uint8_t*> pointers = pointers_to<uint8_t>(slices);
+        cpu::sum_encoded(pointers.data(), static_cast<int64_t>(pointers.size()), bits, pointer<const void>(base),
+                         pointer<void>(out), dtype(out_dtype), numel, num_threads);
+      },
+      py::arg("slices"), py::arg("bits"), py::arg("base"), py::arg("out"), py::arg("out_dtype"), py::arg("numel"),
+      py::arg("num_threads"), GilReleased());
+  m.def(
       "squared_norms",
       [](Address rows, Address active, Address squares, int64_t count, int grad, Address found_inf, int num_threads) {
         cpu::squared_norms(segment_table(rows, active, 0, squares, count), dtype(grad), pointer<float>(found_inf),
@@ -220,6 +241,27 @@ void bind_cuda_kernels(py::module_& m) {
       },
       py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("numel"), py::arg("is_signed"), py::arg("stream"),
       GilReleased());
+  m.def(
+      "cuda_encode_slices",
+      [](Address values, int dtype_code, Address residual, Address encoded, int64_t slice_numel, int64_t num_slices,
+         int bits, uint64_t seed, uint32_t step, uint32_t key, Address stream) {
+        cuda::encode_slices(pointer<const void>(values), dtype(dtype_code), pointer<uint16_t>(residual),
+                            pointer<uint8_t>(encoded), slice_numel, num_slices, bits, seed, step, key,
+                            pointer<void>(stream));
+      },
+      py::arg("values"), py::arg("dtype"), py::arg("residual"), py::arg("encoded"), py::arg("slice_numel"),
+      py::arg("num_slices"), py::arg("bits"), py::arg("seed"), py::arg("step"), py::arg("key"), py::arg("stream"),
+      GilReleased());
+  m.def(
+      "cuda_sum_encoded",
+      [](const std::vector<Address>& slices, int bits, Address base, Address out, int out_dtype, int64_t numel,
+         Address stream) {
+        const std::vector<const uint8_t*> pointers = pointers_to<uint8_t>(slices);
+        cuda::sum_encoded(pointers.data(), static_cast<int64_t>(pointers.size()), bits, pointer<const void>(base),
+                          pointer<void>(out), dtype(out_dtype), numel, pointer<void>(stream));
+      },
+      py::arg("slices"), py::arg("bits"), py::arg("base"), py::arg("out"), py::arg("out_dtype"), py::arg("numel"),
+      py::arg("stream"), GilReleased());
   m.def("cuda_norm_workspace_bytes", &cuda::norm_workspace_bytes, py::arg("num_segments"), py::arg("total_numel"));
   m.def("cuda_step_workspace_bytes", &cuda::step_workspace_bytes, py::arg("kernel"), py::arg("num_segments"),
         py::arg("total_numel"));
@@ -356,6 +398,7 @@ PYBIND11_MODULE(_C, m) {
   zeroopt::bind_steps(m);
   zeroopt::bind_planner(m);
   zeroopt::bind_shared_memory(m);
+  m.def("encoded_bytes", &zeroopt::wire_bytes, py::arg("numel"), py::arg("bits"));
   m.def("optimizers", [] { return zeroopt::optimizers_of(zeroopt::AllOps{}); });
   m.def("build_info", &zeroopt::build_info);
   m.def("cpu_isa", [] { return zeroopt::cpu::isa().name; });

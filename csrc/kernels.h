@@ -101,6 +101,23 @@ void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel,
 void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed,
                 int num_threads);
 
+/// encoded[s] = slice s of values, plus residual, as codes of 8 or 4 bits, rounded stochastically, see
+/// common/wire_code.h; residual becomes what that has left out: values + residual - what comes out. Blocks in which
+/// something is not finite come out as NaN, and keep their residual. values: [num_slices * slice_numel], float32,
+/// bfloat16 or float16. residual: bfloat16, as many, or null for none. encoded: [num_slices][wire_bytes(slice_numel,
+/// bits)], 16-byte aligned; overlaps nothing else. seed, step, key: whose random numbers; the same ones give the same
+/// codes. bytes: sizeof(value) + (residual ? 4 : 0) + bits / 8 + 4 / kQuantBlock.
+void encode_slices(const void* values, DType dtype, uint16_t* residual, uint8_t* encoded, int64_t slice_numel,
+                   int64_t num_slices, int bits, uint64_t seed, uint32_t step, uint32_t key, int num_threads);
+
+/// out[i] = cast(base[i] + (v[0][i] + v[1][i] + ...)), the values of encoded slices summed in float32 as the tree of
+/// reduce, with the bits that reduce gives for them.
+/// slices: num_slices times [wire_bytes(numel, bits)], 16-byte aligned. base: null, or dtype and size of out; may be
+/// out. out: [numel], float32, bfloat16 or float16.
+/// bytes: num_slices * (bits / 8 + 4 / kQuantBlock) + sizeof(out) * (base ? 2 : 1).
+void sum_encoded(const uint8_t* const* slices, int64_t num_slices, int bits, const void* base, void* out,
+                 DType out_dtype, int64_t numel, int num_threads);
+
 /// squares[i][0] = sum of the squares of the gradients of segment i, in float64, in an order that depends on the
 /// segment alone; 0 for inactive ones. *found_inf = 1 where one of them is not finite, else it stays. grad: as in
 /// Storage. bytes: sizeof(grad).
@@ -148,6 +165,13 @@ void reduce(const void* const* slices, int64_t num_slices, DType slice_dtype, co
 
 void quantize(const float* values, uint8_t* codes, float* scales, int64_t numel, bool is_signed, void* stream);
 void dequantize(const uint8_t* codes, const float* scales, float* values, int64_t numel, bool is_signed, void* stream);
+
+void encode_slices(const void* values, DType dtype, uint16_t* residual, uint8_t* encoded, int64_t slice_numel,
+                   int64_t num_slices, int bits, uint64_t seed, uint32_t step, uint32_t key, void* stream);
+
+/// slices: as for reduce.
+void sum_encoded(const uint8_t* const* slices, int64_t num_slices, int bits, const void* base, void* out,
+                 DType out_dtype, int64_t numel, void* stream);
 
 /// Device memory that squared_norms and the step of that name need over these segments, 16-byte aligned. total_numel:
 /// sum of the sizes of the segments. Some 70 bytes a segment; norms 8 bytes for 2048 elements besides, and steps that

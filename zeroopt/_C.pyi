@@ -106,6 +106,23 @@ def pack_segments(
     rows: int, active: int, count: int, src_dtype: int, dst_dtype: int, scale: float, num_threads: int
 ) -> None: ...
 def copy(src: int, dst: int, bytes: int, num_threads: int) -> None: ...
+def encoded_bytes(numel: int, bits: int) -> int: ...
+def encode_slices(
+    values: int,
+    dtype: int,
+    residual: int,
+    encoded: int,
+    slice_numel: int,
+    num_slices: int,
+    bits: int,
+    seed: int,
+    step: int,
+    key: int,
+    num_threads: int,
+) -> None: ...
+def sum_encoded(
+    slices: Sequence[int], bits: int, base: int, out: int, out_dtype: int, numel: int, num_threads: int
+) -> None: ...
 def reduce(
     slices: Sequence[int], slice_dtype: int, base: int, out: int, out_dtype: int, numel: int, num_threads: int
 ) -> None: ...
@@ -142,6 +159,22 @@ def cuda_reduce(
 ) -> None: ...
 def cuda_quantize(values: int, codes: int, scales: int, numel: int, is_signed: bool, stream: int) -> None: ...
 def cuda_dequantize(codes: int, scales: int, values: int, numel: int, is_signed: bool, stream: int) -> None: ...
+def cuda_encode_slices(
+    values: int,
+    dtype: int,
+    residual: int,
+    encoded: int,
+    slice_numel: int,
+    num_slices: int,
+    bits: int,
+    seed: int,
+    step: int,
+    key: int,
+    stream: int,
+) -> None: ...
+def cuda_sum_encoded(
+    slices: Sequence[int], bits: int, base: int, out: int, out_dtype: int, numel: int, stream: int
+) -> None: ...
 def cuda_norm_workspace_bytes(num_segments: int, total_numel: int) -> int: ...
 def cuda_step_workspace_bytes(kernel: str, num_segments: int, total_numel: int) -> int: ...
 def cuda_squared_norms(

@@ -16,8 +16,8 @@ CUDA_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 # Which tests each tool runs: with memcheck all kernels, on special values alone; with racecheck those that use shared memory.
 TOOLS = {
-    "memcheck": "special_values or squared_norms or pack or reduce or quantize",
-    "racecheck": "squared_norms or quantize or (special_values and (adamw or lamb))",
+    "memcheck": "special_values or squared_norms or pack or reduce or quantize or wire_code",
+    "racecheck": "squared_norms or quantize or wire_code or (special_values and (adamw or lamb))",
 }
 
 

@@ -41,6 +41,15 @@ void dequantize(const uint8_t*, const float*, float*, int64_t, bool, void*) {
   unavailable("dequantize");
 }
 
+void encode_slices(const void*, DType, uint16_t*, uint8_t*, int64_t, int64_t, int, uint64_t, uint32_t, uint32_t,
+                   void*) {
+  unavailable("encode_slices");
+}
+
+void sum_encoded(const uint8_t* const*, int64_t, int, const void*, void*, DType, int64_t, void*) {
+  unavailable("sum_encoded");
+}
+
 int64_t norm_workspace_bytes(int64_t, int64_t) {
   unavailable("squared_norms");
 }

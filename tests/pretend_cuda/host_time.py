@@ -93,7 +93,10 @@ METHODS: dict[str, Callable[[int, float], Wrapped]] = {
 def install() -> None:
     """Let kernels and collectives do nothing."""
     surface.install()
-    for name in ("pack", "pack_segments", "reduce", "squared_norms", "step", "quantize", "dequantize", "try_launch"):
+    for name in (
+        *("pack", "pack_segments", "reduce", "squared_norms", "step", "quantize", "dequantize", "try_launch"),
+        *("encode_slices", "sum_encoded"),
+    ):
         setattr(kernels, f"cuda_{name}", lambda *_: None)
     for name in ("norm", "step"):
         setattr(kernels, f"cuda_{name}_workspace_bytes", lambda *_: 1024)

@@ -12,6 +12,8 @@ import numpy as np
 from cuda_on_cpu.devices import ShimDevice
 from numpy.typing import NDArray
 
+from zeroopt.ops import encoded_bytes
+
 from .build import build_cuda_kernels
 
 Ranges = list[tuple[int, int, bool]]
@@ -85,7 +87,10 @@ class Kernels:
         self._lock = threading.Lock()  # its grid is one for all threads
 
     def install(self, module: Any) -> None:
-        for name in ("pack", "pack_segments", "reduce", "squared_norms", "step", "quantize", "dequantize"):
+        for name in (
+            *("pack", "pack_segments", "reduce", "squared_norms", "step", "quantize", "dequantize"),
+            *("encode_slices", "sum_encoded"),
+        ):
             setattr(module, f"cuda_{name}", getattr(self, name))
         module.cuda_try_launch = lambda stream: self._launch("try_launch", [], (stream,))
         module.cuda_driver_version = self._shim._library.cuda_driver_version
@@ -166,3 +171,18 @@ class Kernels:
         codes, scales, values, numel, *_ = args
         blocks = -(-numel // QUANT_BLOCK)
         self._launch("dequantize", _reads(codes, numel) + _reads(scales, 4 * blocks) + _writes(values, 4 * numel), args)
+
+    def encode_slices(self, *args: Any) -> None:
+        values, dtype_code, residual, encoded, slice_numel, num_slices, bits, *_ = args
+        numel = slice_numel * num_slices
+        ranges = _reads(values, numel * DTYPE_BYTES[dtype_code]) + _writes(residual, 2 * numel)
+        ranges += _writes(encoded, num_slices * encoded_bytes(slice_numel, bits))
+        self._launch("encode_slices", ranges, args)
+
+    def sum_encoded(self, *args: Any) -> None:
+        slices, bits, base, out, out_code, numel, stream = args
+        addresses = np.array(slices, np.int64)
+        ranges = [access for slice_ in slices for access in _reads(slice_, encoded_bytes(numel, bits))]
+        ranges += _reads(base, numel * DTYPE_BYTES[out_code]) + _writes(out, numel * DTYPE_BYTES[out_code])
+        args = (addresses.ctypes.data, len(slices), bits, base, out, out_code, numel, stream)
+        self._launch("sum_encoded", ranges, args, keep=addresses)

@@ -96,6 +96,29 @@ def quantize_digest(module: ModuleType, numel: int, is_signed: bool) -> str:
     return digest(run)
 
 
+def wire_digest(module: ModuleType, dtype: int, bits: int, numel: int, num_slices: int) -> str:
+    rng = np.random.default_rng(numel)
+    values = finite_values(dtype, numel * num_slices, rng)
+    if dtype == 0 and numel > 256:
+        values.view(np.float32)[300] = np.inf
+    before = finite_values(2, numel * num_slices, rng)
+    size = module.encoded_bytes(numel, bits)
+
+    def run(threads: int) -> list[Array]:
+        residual, encoded = before.copy(), np.zeros(num_slices * size + 16, np.uint8)
+        begin = encoded.ctypes.data + -encoded.ctypes.data % 16
+        noise = (2**63 + 5, 3, 2**31 + 1)
+        arguments = (values.ctypes.data, dtype, residual.ctypes.data, begin, numel, num_slices, bits, *noise)
+        module.encode_slices(*arguments, threads)
+        out = np.zeros(numel * ITEM_BYTES[dtype], np.uint8)
+        slices = [begin + number * size for number in range(num_slices)]
+        module.sum_encoded(slices, bits, 0, out.ctypes.data, dtype, numel, threads)
+        first = begin - encoded.ctypes.data
+        return [residual, encoded[first : first + num_slices * size], out]
+
+    return digest(run)
+
+
 def moment(numel: int, is_signed: bool, rng: np.random.Generator) -> Array:
     values = rng.standard_normal(numel).astype(np.float32)
     return values if is_signed else np.abs(values)
@@ -234,6 +257,8 @@ def all_digests(module: ModuleType) -> dict[str, str]:
             digests[f"quantize {is_signed} {numel}"] = quantize_digest(module, numel, is_signed)
         for grad in GRADS:
             digests[f"squared_norms {grad} {numel}"] = norm_digest(module, grad, numel)
+            for bits in (4, 8):
+                digests[f"wire code {grad} {bits} {numel}"] = wire_digest(module, grad, bits, numel, 3)
     for op in OPS:
         for formats in product(range(5), GRADS, range(3)):
             digests[f"{op} {formats}"] = step_digest(module, op, formats, 1500)

@@ -275,3 +275,60 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     for code, mark in marks.items():
         values = torch.where(marked & (codes == code), mark, values)
     return values
+
+
+def wire_encode(
+    values: Tensor, residual: Tensor | None, bits: int, num_slices: int, *, seed: int, step: int, key: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """Slices as codes, uint8 each, and what they leave out, bfloat16."""
+    most = 2 ** (bits - 1) - 1
+    exact = values.float() if residual is None else values.float() + residual.float()
+    left, encoded, blocks_before = [], [], 0
+    for part in exact.chunk(num_slices) if exact.numel() else [exact] * num_slices:
+        codes, steps = [], []
+        for block in torch.split(part, QUANT_BLOCK) if part.numel() else ():
+            padded = torch.cat([block, torch.zeros(QUANT_BLOCK - block.numel())])
+            random = noise(seed, step, key, 15, blocks_before * QUANT_BLOCK, QUANT_BLOCK)
+            blocks_before += 1
+            largest = padded.abs().max()
+            if not padded.isfinite().all():
+                steps.append(torch.tensor(torch.nan))
+                codes.append(torch.zeros(QUANT_BLOCK, dtype=torch.int64))
+                left.append(torch.full_like(block, torch.nan))
+                continue
+            usable = bool(largest >= 2.0**-118)
+            steps.append(largest / most if usable else torch.tensor(0.0))
+            position = padded * (most / largest if usable else 0.0) + dither(random).float()
+            codes.append(position.round().clamp(-most, most).long())
+            left.append(block - codes[-1][: block.numel()].float() * steps[-1])
+        encoded.append(_wire_bytes(codes, steps, bits))
+    if residual is None:
+        return encoded, None
+    kept = torch.cat(left) if left else exact
+    return encoded, torch.where(kept.isnan(), residual, kept.bfloat16())
+
+
+def _wire_bytes(codes: list[Tensor], steps: list[Tensor], bits: int) -> Tensor:
+    """Codes of all blocks, their steps, and zeros up to a multiple of 16 bytes."""
+    parts = [torch.empty(0, dtype=torch.uint8)]
+    for block in codes:
+        if bits == 4:
+            lower, upper = (block % 16).chunk(2)
+            block = lower + 16 * upper
+        parts.append((block % 256).to(torch.uint8))
+    parts += [torch.stack(steps).view(torch.uint8)] if steps else []
+    whole = torch.cat(parts)
+    return torch.cat([whole, torch.zeros(-whole.numel() % 16, dtype=torch.uint8)])
+
+
+def wire_decode(encoded: Tensor, numel: int, bits: int) -> Tensor:
+    """The float32 values of a slice of codes."""
+    blocks = -(-numel // QUANT_BLOCK)
+    num_codes = blocks * QUANT_BLOCK * bits // 8
+    stored = encoded[:num_codes].long()
+    steps = encoded[num_codes : num_codes + 4 * blocks].clone().view(torch.float32)
+    if bits == 4:
+        halves = stored.view(blocks, QUANT_BLOCK // 2)
+        stored = torch.cat([halves % 16, halves // 16], dim=1).flatten()
+    codes = torch.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
+    return (codes.float() * steps.repeat_interleave(QUANT_BLOCK))[:numel]

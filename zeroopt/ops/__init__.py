@@ -16,6 +16,7 @@ In reading order; each imports from those above it:
     move      cast and scale, copy, sum
     pack_table  cast and scale, of arrays that come again and again
     quantize  8-bit codes with a scale for every 256 elements
+    wire_code  8- and 4-bit codes with a step for every 256 elements, for what travels
     steps     one step of an optimizer over all segments of a table
 """
 
@@ -39,6 +40,7 @@ from .steps import (
     squared_norms,
 )
 from .storage import QUANT_BLOCK, SCALE_SUFFIX, Storage, num_blocks
+from .wire_code import WIRE_DTYPES, encode_slices, encoded_bytes, sum_encoded
 
 __all__ = [
     "DTYPE_CODES",
@@ -47,6 +49,7 @@ __all__ = [
     "QUANT_BLOCK",
     "SCALES",
     "SCALE_SUFFIX",
+    "WIRE_DTYPES",
     "PackTable",
     "SegmentArrays",
     "SegmentTable",
@@ -58,6 +61,8 @@ __all__ = [
     "copy",
     "dequantize",
     "encode_again",
+    "encode_slices",
+    "encoded_bytes",
     "has_kernels",
     "lamb",
     "lion",
@@ -70,4 +75,5 @@ __all__ = [
     "requantize",
     "sgd",
     "squared_norms",
+    "sum_encoded",
 ]

@@ -24,6 +24,16 @@ using ReduceLeaf = void (*)(const void* const* slices, int64_t num_slices, const
 /// memcpy, past the cache where there is much to copy.
 using CopyLeaf = void (*)(const void* src, void* dst, int64_t bytes);
 
+/// Codes and steps of elements [0, numel), which begin with a block; see common/wire_code.h. residual: bfloat16, or
+/// null.
+using WireEncodeLeaf = void (*)(const void* values, uint16_t* residual, int64_t numel, uint8_t* codes, float* steps,
+                                const NoiseKey& key, uint64_t first_call);
+
+/// out[i] = cast(base[i] + tree over the values of slices[...][i]) for the elements of blocks [first, last); base may
+/// be null. numel: of a slice.
+using WireSumLeaf = void (*)(const uint8_t* const* slices, int64_t num_slices, const void* base, void* out,
+                             int64_t numel, int64_t first, int64_t last);
+
 /// One step over elements [0, numel) of float32 arrays. states: [kMaxStates], those in use. update: written by ops with
 /// kSumsSquares, else not used; as is grad by ops without kReadsGrad.
 template <class Op>
@@ -52,6 +62,12 @@ struct FormatTable {
   void (*decode[2])(const uint8_t* codes, const float* scales, float* values, int64_t numel); ///< [is_signed]
 };
 
+/// What travels. [dtype][8 bits rather than 4]; null where there is none.
+struct WireTable {
+  WireEncodeLeaf encode[kNumDTypes][2];
+  WireSumLeaf sum[kNumDTypes][2];
+};
+
 /// The leaves of one op.
 template <class Op> struct OpLeaves {
   StepLeaf<Op> leaf[1 << kMaxStates]; ///< [the states in use, as bits]; null where no group uses just these
@@ -66,6 +82,7 @@ struct LeafTable {
   const ReduceTable* reduce;
   CopyLeaf copy;
   const FormatTable* formats;
+  const WireTable* wire;
   double (*sum_squares)(const float* values, int64_t numel);
   const StepTable* steps;
 };
@@ -87,6 +104,7 @@ namespace zeroopt::cpu::ZEROOPT_ISA {
 extern const PackTable pack_table;
 extern const ReduceTable reduce_table;
 extern const FormatTable format_table;
+extern const WireTable wire_table;
 extern const StepTable step_table;
 extern const LeafTable leaf_table;
 void copy(const void* src, void* dst, int64_t bytes);

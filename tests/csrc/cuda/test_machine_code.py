@@ -28,6 +28,7 @@ ACCESSES = {
     "norm_kernel": "LDG",
     "quantize_kernel": "LDG",
     "dequantize_kernel": "STG",
+    "sum_encoded_kernel": "STG",
 }
 
 
@@ -81,7 +82,9 @@ def check_kernels(kernels: list[Kernel]) -> None:
                 bits = 64 if access == "STG" and writes_codes_alone else 128  # a lane has 8 of them, a byte each
                 found = re.search(rf"\b{access}\.E[.\w]*\.{bits}\b", kernel.text)
                 assert found, f"{kernel.name} has no {access} of {bits // 8} bytes"
-            sums_many = function == "reduce_kernel" and "Li256E" in kernel.name  # in local memory
+            sums_many = (
+                function in ("reduce_kernel", "sum_encoded_kernel") and "Li256E" in kernel.name
+            )  # in local memory
             spilled = re.search(r"\b(STL|LDL)\b.*", kernel.text)
             assert sums_many or not spilled, f"{kernel.name} uses local memory: {spilled}"
     steps = [kernel.name.lower() for kernel in kernels if kernel.is_of("step_kernel")]

@@ -27,6 +27,7 @@ from cuda_on_cpu.compare import (
     compare_quantize,
     compare_reduce,
     compare_step,
+    compare_wire_code,
 )
 from cuda_on_cpu.devices import CpuDevice, ShimDevice
 from op_cases import KERNELS
@@ -149,6 +150,13 @@ def test_pack_segments(src: int, dst: int, shim: ShimDevice, cpu: CpuDevice) -> 
 def test_quantize(is_signed: bool, shim: ShimDevice, cpu: CpuDevice) -> None:
     for numel, shifts in product([0, 1, 8, 255, 256, 257, 3001], [(0, 0), (4, 8), (1, 0), (0, 1)]):
         compare_quantize(shim, cpu, numel, shifts, is_signed)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [0, 2, 3])
+def test_wire_code(dtype: int, bits: int, shim: ShimDevice, cpu: CpuDevice) -> None:
+    for numel, num_slices, shift in product([0, 1, 8, 128, 255, 256, 257, 1000], [1, 2, 3, 8, 9, 21], [0, 1]):
+        compare_wire_code(shim, cpu, dtype, bits, numel, num_slices, shift)
 
 
 @pytest.mark.parametrize("src", range(4))

@@ -26,6 +26,7 @@ from cuda_on_cpu.compare import (
     compare_quantize,
     compare_reduce,
     compare_step,
+    compare_wire_code,
     prepare_step,
 )
 from cuda_on_cpu.devices import Array, CpuDevice, Device
@@ -70,8 +71,8 @@ class CudaDevice(Device):
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
         self.run(kernel, *args, total_numel, workspace.data_ptr())
 
-    def reduce(self, slices: list[int], *args: int) -> None:
-        _C.cuda_reduce(slices, *args, torch.cuda.current_stream().cuda_stream)
+    def run_over_slices(self, kernel: str, slices: list[int], *args: int) -> None:
+        self.run(kernel, slices, *args)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -136,6 +137,13 @@ def test_a_captured_pack_of_many() -> None:
 def test_quantize(is_signed: bool, gpu: CudaDevice, cpu: CpuDevice) -> None:
     for numel, shifts in product([0, 1, 255, 257, 1_000_003], [(0, 0), (4, 8), (1, 0), (0, 1)]):
         compare_quantize(gpu, cpu, numel, shifts, is_signed)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [0, 2, 3])
+def test_wire_code(dtype: int, bits: int, gpu: CudaDevice, cpu: CpuDevice) -> None:
+    for numel, num_slices, shift in product([0, 1, 257, 100_003], [1, 2, 9, 21], [0, 1]):
+        compare_wire_code(gpu, cpu, dtype, bits, numel, num_slices, shift)
 
 
 @pytest.mark.parametrize("src", range(4))

@@ -341,6 +341,38 @@ def compare_reduce(device: Device, cpu: Device, pair: tuple[int, int], num_slice
     for which in (device, cpu):
         addresses = [which.put(memory) + start for memory, start in slices]
         base_address, out = which.put(base), which.put(base)
-        which.reduce(addresses, src, base_address + base_start, out + base_start, dst, numel)
+        which.run_over_slices("reduce", addresses, src, base_address + base_start, out + base_start, dst, numel)
         results.append({"out": canonical(which.get(out), dst)})
     assert_same(*results, f"reduce of {num_slices} slices of {pair}, {numel} elements")
+
+
+def compare_wire_code(
+    device: Device, cpu: Device, dtype: int, bits: int, numel: int, num_slices: int, shift: int
+) -> None:
+    """encode_slices of values that begin `shift` elements later, with a residual and without, and sum_encoded of the slices."""
+    rng = np.random.default_rng(numel + num_slices)
+    values = encode(rng.standard_normal(numel * num_slices) * 10.0 ** rng.integers(-3, 1, numel * num_slices), dtype)
+    if numel > 500:
+        values[400] = encode(np.array([np.inf]), dtype)[0]
+        values[:256] = 0
+    memory, start = guarded(values, shift)
+    left, left_start = random_elements(BFLOAT16, values.size, shift, rng)
+    base, base_start = random_elements(dtype, numel, shift, rng)
+    blocks = -(-numel // QUANT_BLOCK)
+    size = -(-blocks * (QUANT_BLOCK * bits // 8 + 4) // 16) * 16
+    results = []
+    for which in (device, cpu):
+        source, residual, start_from, out = (which.put(a) for a in (memory, left, base, base))
+        result = {}
+        for name, address in (("with", residual + left_start), ("without", 0)):
+            encoded = which.put(np.full(size * num_slices + 16, 0x5A, np.uint8))
+            arguments = (source + start, dtype, address, encoded, numel, num_slices, bits, 2**63 + 5, 3, 2**31 + 1)
+            which.run("encode_slices", *arguments)
+            slices = [encoded + size * number for number in range(num_slices)]
+            sums = (bits, start_from + base_start, out + base_start, dtype, numel)
+            which.run_over_slices("sum_encoded", slices, *sums)
+            result[f"codes {name}"] = which.get(encoded)
+            result[f"sum {name}"] = canonical(which.get(out), dtype)
+        result["residual"] = which.get(residual)
+        results.append(result)
+    assert_same(*results, f"{bits}-bit codes of {num_slices} slices of {numel} of dtype {dtype}")

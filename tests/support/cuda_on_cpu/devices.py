@@ -26,15 +26,16 @@ class Device(ABC):
 
     @abstractmethod
     def run(self, kernel: str, *args: float | str) -> None:
-        """Runs a kernel whose arguments say all: pack, pack_segments, quantize, dequantize or try_launch."""
+        """Runs a kernel whose arguments say all: pack, pack_segments, quantize, dequantize, encode_slices or
+        try_launch."""
 
     @abstractmethod
     def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
         """Runs the step of an optimizer or squared_norms."""
 
     @abstractmethod
-    def reduce(self, slices: list[int], *args: int) -> None:
-        """Runs reduce."""
+    def run_over_slices(self, kernel: str, slices: list[int], *args: int) -> None:
+        """Runs reduce or sum_encoded."""
 
 
 class HostMemory(Device):
@@ -67,13 +68,20 @@ class CpuDevice(HostMemory):
     def run_over_segments(self, kernel: str, *args: float | str, count: int, total_numel: int) -> None:
         getattr(self._module, kernel)(*args, 2)
 
-    def reduce(self, slices: list[int], *args: int) -> None:
-        self._module.reduce(slices, *args, 2)
+    def run_over_slices(self, kernel: str, slices: list[int], *args: int) -> None:
+        getattr(self._module, kernel)(slices, *args, 2)
 
 
 def _signature(letters: str) -> list[Any]:
-    """s: string, a: address or seed, i: int, l: int64, d: double, b: bool"""
-    types = {"a": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
+    """s: string, a: address or seed, i: int, u: uint32, l: int64, d: double, b: bool"""
+    types = {
+        "a": ctypes.c_uint64,
+        "u": ctypes.c_uint32,
+        "i": ctypes.c_int,
+        "l": ctypes.c_int64,
+        "d": ctypes.c_double,
+        "b": ctypes.c_bool,
+    }
     return [ctypes.c_char_p if letter == "s" else types[letter] for letter in letters]
 
 
@@ -82,9 +90,11 @@ SIGNATURES = {
     "squared_norms": "aaalialaa",
     "quantize": "aaalba",
     "dequantize": "aaalba",
+    "encode_slices": "aiaalliauua",
     "pack": "aiailda",
     "pack_segments": "aaliida",
     "reduce": "aliaaila",
+    "sum_encoded": "aliaaila",
     "try_launch": "a",
 }
 
@@ -129,5 +139,5 @@ class ShimDevice(HostMemory):
             return int(self._library.cuda_norm_workspace_bytes(count, total_numel))
         return int(self._library.cuda_step_workspace_bytes(step.encode(), count, total_numel))
 
-    def reduce(self, slices: list[int], *args: int) -> None:
-        self.run("reduce", self.put(np.array(slices, np.int64)), len(slices), *args)
+    def run_over_slices(self, kernel: str, slices: list[int], *args: int) -> None:
+        self.run(kernel, self.put(np.array(slices, np.int64)), len(slices), *args)

@@ -105,6 +105,23 @@ bool cuda_reduce(Address slices, int64_t num_slices, int slice_dtype, Address ba
   });
 }
 
+bool cuda_encode_slices(Address values, int dtype, Address residual, Address encoded, int64_t slice_numel,
+                        int64_t num_slices, int bits, uint64_t seed, uint32_t step, uint32_t key, Address stream) {
+  return run([&] {
+    cuda::encode_slices(pointer<const void>(values), static_cast<DType>(dtype), pointer<uint16_t>(residual),
+                        pointer<uint8_t>(encoded), slice_numel, num_slices, bits, seed, step, key,
+                        pointer<void>(stream));
+  });
+}
+
+bool cuda_sum_encoded(Address slices, int64_t num_slices, int bits, Address base, Address out, int out_dtype,
+                      int64_t numel, Address stream) {
+  return run([&] {
+    cuda::sum_encoded(pointer<const uint8_t* const>(slices), num_slices, bits, pointer<const void>(base),
+                      pointer<void>(out), static_cast<DType>(out_dtype), numel, pointer<void>(stream));
+  });
+}
+
 int64_t cuda_norm_workspace_bytes(int64_t num_segments, int64_t total_numel) {
   return cuda::norm_workspace_bytes(num_segments, total_numel);
 }
