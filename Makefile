@@ -43,7 +43,7 @@ gpu: ## Build, test and measure on the GPU at hand, with what is installed (some
 	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m bench.gpu
 
 test: $(READY) ## Run the tests
-	$(VENV)/bin/python -m pytest tests --numprocesses=$(TEST_PROCESSES) --dist=loadfile --timeout=$(TEST_TIMEOUT) --durations=5
+	$(VENV)/bin/python -m pytest tests --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder --timeout=$(TEST_TIMEOUT) --durations=5
 
 test-quick: $(READY) ## Run the tests that take one process and little time (about a minute and a half)
 	$(VENV)/bin/python -m pytest tests -m "not ranks and not slow" --timeout=$(TEST_TIMEOUT) --quiet

@@ -14,10 +14,14 @@ settings.load_profile("any machine, however busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on several ranks, which `make test-quick` leaves out."""
+    """Mark what runs on several ranks, which `make test-quick` leaves out, and bring files with slow tests to the front: the one that
+    `make test` comes to last runs alone.
+    """
     for item in items:
         if "run_on_ranks" in getattr(item, "fixturenames", ()):
             item.add_marker("ranks")
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -29,10 +30,19 @@ from zeroopt._C import build_info
 OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 THREE_TESTS = """
-import time
+import os, signal
 def test_good(): pass
 def test_bad(): assert 1 == 2
-def test_endless(): time.sleep(600)
+def test_at_the_limit(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+# Both processes hold the lock, and the output is closed when the first one has ended.
+PARENT_AND_CHILD = """
+import fcntl, subprocess, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+child = [sys.executable, "-c", "import time; time.sleep(600)"]
+subprocess.run(child, pass_fds=[file.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 """
 
 
@@ -113,14 +123,11 @@ def test_without_time_no_part_is_begun(tmp_path: Path, on_gpu: Setting) -> None:
 
 
 def test_a_command_is_stopped_with_all_that_it_has_started(tmp_path: Path) -> None:
-    alive = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(15); pathlib.Path({str(alive)!r}).touch()"
-    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    ended = run_command([sys.executable, "-c", parent], limit_s=8.0)
+    ended = run_command([sys.executable, "-c", PARENT_AND_CHILD, str(tmp_path / "lock")], limit_s=3.0)
     assert ended.status is None
-    assert ended.problem == "stopped after 8 s"
-    time.sleep(10)
-    assert not alive.exists()
+    assert (ended.problem or "").startswith("stopped after")
+    with open(tmp_path / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the test's own timeout where one of them lives on
 
 
 @pytest.mark.parametrize(
@@ -140,7 +147,7 @@ def test_what_became_of_tests_is_known_when_they_are_stopped(tmp_path: Path) -> 
     file.write_text(THREE_TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.record", "--rootdir", str(tmp_path), str(file)]
     ended = run_command(command, 60.0, {VARIABLE: str(record)})
-    assert ended.status is None
+    assert ended.problem == "killed by SIGKILL"  # as whatever `run_command` stops
     good, bad = outcomes_in(record)
     assert (good.outcome, bad.outcome) == ("passed", "failed")
     assert bad.test.endswith("test_bad")

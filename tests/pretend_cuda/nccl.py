@@ -86,7 +86,7 @@ class Communicator:
         self._condition = threading.Condition()
         self._rounds: dict[Any, Round] = {}
         self._counts: defaultdict[Any, int] = defaultdict(int)
-        self._actor = _device.stream_actor(-1, next(_numbers))
+        self._number = next(_numbers)
 
     def start(self, rank: int, call: Call, ranks: tuple[int, ...], channel: Any = "all") -> Round:
         """Start a rank's part of a round: the next one of those ranks."""
@@ -153,7 +153,8 @@ class Communicator:
         ]
         begins = list(round_.begins.values())
         kind = _device.Kind.COLLECTIVE
-        run = _device.add(kind, self._actor, NO_HOST, calls[0].name, ranges, begins, action)
+        actor = _device.stream_actor(-1, self._number)
+        run = _device.add(kind, actor, NO_HOST, calls[0].name, ranges, begins, action)
         for rank, call in zip(round_.ranks, calls, strict=True):
             actor = self._stream_actor(rank, call.device)
             round_.ends[rank] = _device.add(_device.Kind.MARK, actor, NO_HOST, "NCCL ends", [], [run], None)

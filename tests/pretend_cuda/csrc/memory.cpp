@@ -156,13 +156,17 @@ void Memory::note_seen(uintptr_t begin, uintptr_t end) {
 }
 
 void Memory::begin() {
-  for (uintptr_t base : limbo_) {
-    const Block& block = blocks_.at(base);
-    idle_.emplace(std::make_tuple(block.device, block.stream, block.bytes), base);
-  }
   limbo_.clear();
-  for (auto& [base, block] : blocks_) // orders that were tried have left their results there
-    if (!block.is_live) std::memset(reinterpret_cast<void*>(base), kPoison, block.bytes);
+  // A block that was written past its end is kept, so that `differences` tells of it.
+  idle_.clear();
+  for (auto it = blocks_.begin(); it != blocks_.end();) {
+    if (!it->second.is_live && is_fenced(it->first, it->second.bytes)) {
+      std::free(reinterpret_cast<void*>(it->first));
+      it = blocks_.erase(it);
+    } else {
+      ++it;
+    }
+  }
   for (auto it = pinned_.begin(); it != pinned_.end();) {
     if (it->second.is_live) {
       it->second.seen = copy_of(it->first, it->second.bytes);

@@ -45,7 +45,7 @@ public:
   int device_of(const void* address) const;
   void note_seen(uintptr_t begin, uintptr_t end);
 
-  /// Memory that nobody uses is handed out anew from here on, whichever stream has used it.
+  /// Memory that nobody uses is given back: each order would have to restore it.
   void begin();
   /// What there is now is what `restore` brings back.
   void snapshot();

@@ -29,7 +29,7 @@ Replay::Replay(const std::set<NodeId>& left_out) {
     for (NodeId before : nodes[id].after)
       order(before, static_cast<int64_t>(id));
   }
-  // Actors of earlier recordings have nothing to do here.
+  // Actors that were only asked for have nothing to do here.
   of_actor_.erase(std::remove_if(of_actor_.begin(), of_actor_.end(), [](const auto& row) { return row.empty(); }),
                   of_actor_.end());
 }

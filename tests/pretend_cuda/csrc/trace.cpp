@@ -20,7 +20,10 @@ void Trace::begin() {
   nodes_.swap(nodes);
   events_.clear();
   unknown_.swap(unknown);
-  std::fill(last_.begin(), last_.end(), kNone);
+  names_.clear(); // a clock has a number for each actor, of which every communicator and every free adds one
+  streams_.clear();
+  hosts_.clear();
+  last_.clear();
   Memory::get().begin();
   Memory::get().snapshot();
   is_on_ = true;
