@@ -36,6 +36,7 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(VENV)/bin/python -m bench.planner runs/smoke/memory.json
 	$(VENV)/bin/python -m bench.checkpoint --layers 1 --width 64 --tokens 16 --rounds 1 --methods "(the files alone)" "stage 2"
 	$(VENV)/bin/python -m bench.collectives --mb 1 --turns 1
+	$(VENV)/bin/python -m bench.network --smoke --methods "no communication" DDP "zeroopt stage 2" --out runs/smoke/network.json
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
 	$(VENV)/bin/python -m bench.gpu --rehearse --out runs/smoke/gpu
 
