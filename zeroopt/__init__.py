@@ -39,6 +39,7 @@ In reading order; each imports from those above it:
     unwrap            `unwrap`
     integrations      frameworks that people train in
     planner           what a training will hold, before there is one
+    simulator         how long its steps will take
     __main__          the command line
 
 A folder lists its files likewise. CONTRIBUTING.md says what goes where.

@@ -1,4 +1,4 @@
-"""The command line: ``python -m zeroopt env``, ``estimate`` and ``checkpoint inspect|export``."""
+"""The command line: ``python -m zeroopt env``, ``estimate``, ``simulate`` and ``checkpoint inspect|export``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(run=_env)
 
     _add_estimate(commands.add_parser("estimate", help="tell what training will hold, and when most"))
+    _add_simulate(
+        commands.add_parser("simulate", help="tell how long a training step will take, and for what it waits")
+    )
 
     checkpoint = commands.add_parser("checkpoint", help="look into checkpoints, and convert them")
     of_checkpoint = checkpoint.add_subparsers(metavar="command", required=True)
@@ -47,15 +50,7 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
         "Tell what each rank will hold of a model, phase by phase, and what every stage and tier of precision would hold. Nothing is "
         "computed, and no other rank is needed. The exit code is 1 where it does not fit into --memory."
     )
-    model = estimate.add_argument_group("the model, of one's own or a transformer of some size")
-    model.add_argument(
-        "--model", metavar="MODULE:FUNCTION", help="returns a module, or a module and what it is called with"
-    )
-    model.add_argument("--params", metavar="N", help="about so many parameters: 17e9, 1.5B")
-    model.add_argument("--layers", type=int)
-    model.add_argument("--width", type=int)
-    model.add_argument("--vocabulary", type=int, default=50_304)
-    model.add_argument("--checkpointing", action="store_true", help="activation checkpointing of each block")
+    _add_model(estimate)
     training = estimate.add_argument_group("its training")
     training.add_argument("--optimizer", default="AdamW", metavar="CLASS", help="or MODULE:FUNCTION that makes one")
     training.add_argument("--world-size", type=int, required=True, metavar="RANKS")
@@ -81,6 +76,59 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     )
     wanted.add_argument("--json", action="store_true", help="print JSON")
     estimate.set_defaults(run=_estimate)
+
+
+def _add_simulate(simulate: argparse.ArgumentParser) -> None:
+    simulate.description = (
+        "Run the plan of a model through time on a machine that a file describes: the time of a step, its parts, and what waits for what. "
+        "Nothing is computed, and no other rank is needed. --measure prints such a file for the machine at hand."
+    )
+    _add_model(simulate)
+    training = simulate.add_argument_group("its training")
+    training.add_argument("--optimizer", default="AdamW", metavar="CLASS", help="or MODULE:FUNCTION that makes one")
+    training.add_argument("--world-size", type=int, nargs="+", metavar="RANKS", help="one or several")
+    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    training.add_argument("--tokens", type=int, help="of a sequence")
+    training.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="of a rank and step")
+    training.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of zeroopt.wrap, such as stage=1; several times",
+    )
+    training.add_argument(
+        "--methods", nargs="+", choices=("zeroopt", "DDP", "FSDP2"), default=["zeroopt"], metavar="METHOD"
+    )
+    training.add_argument(
+        "--collectives", metavar="NAME", help="instead of the transport that would be taken: 'two levels'"
+    )
+    machine = simulate.add_argument_group("the machine")
+    machine.add_argument("--machine", metavar="FILE", help="TOML or JSON, or h100: servers of 8, 400 Gb/s each")
+    machine.add_argument("--host-ranks", type=int, metavar="RANKS", help="on each host, instead of what the file says")
+    machine.add_argument("--measure", action="store_true", help="measure this one, and print what --machine takes")
+    machine.add_argument("--network-bits", type=float, default=1e9, help="a second between hosts, for --measure")
+    machine.add_argument("--network-delay-ms", type=float, default=0.1, help="between hosts, for --measure")
+    simulate.add_argument("--json", action="store_true", help="print JSON")
+    simulate.set_defaults(run=_simulate)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("the model, of one's own or a transformer of some size")
+    model.add_argument(
+        "--model", metavar="MODULE:FUNCTION", help="returns a module, or a module and what it is called with"
+    )
+    model.add_argument("--params", metavar="N", help="about so many parameters: 17e9, 1.5B")
+    model.add_argument("--layers", type=int)
+    model.add_argument("--width", type=int)
+    model.add_argument("--vocabulary", type=int, default=50_304)
+    model.add_argument("--checkpointing", action="store_true", help="activation checkpointing of each block")
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from .simulator.command import simulate  # imports what traces models, which takes long
+
+    return simulate(arguments)
 
 
 def _estimate(arguments: argparse.Namespace) -> int:

@@ -28,10 +28,10 @@ def estimate(arguments: argparse.Namespace) -> int:
         ConfigError: arguments that make no sense.
     """
     sys.path.insert(0, str(Path.cwd()))  # where --model is looked for, as scripts are
-    model, sample = _model(arguments)
+    model, sample = make_model(arguments)
     result = estimate_memory(
         model,
-        _optimizer(arguments.optimizer),
+        make_optimizer(arguments.optimizer),
         world_size=arguments.world_size,
         host_ranks=arguments.host_ranks,
         device=arguments.device,
@@ -40,7 +40,7 @@ def estimate(arguments: argparse.Namespace) -> int:
         memory=None if arguments.memory is None else _size(arguments.memory),
         built_by_wrap=arguments.built_by_wrap,
         compare=not arguments.alone,
-        **_options(arguments.option),
+        **parse_options(arguments.option),
     )
     print(json.dumps(result.as_json(), indent=1) if arguments.json else result)
     return _code(result)
@@ -50,7 +50,7 @@ def _code(result: MemoryEstimate) -> int:
     return int(result.advice is not None and (result.advice.variant is None or bool(result.advice.changes)))
 
 
-def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
+def make_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The model, and what it is called with where its function says so."""
     if arguments.model is None:
         if arguments.params is None and (arguments.layers is None or arguments.width is None):
@@ -72,7 +72,7 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     return model, sample
 
 
-def _optimizer(name: str) -> Any:
+def make_optimizer(name: str) -> Any:
     """A class of torch.optim or zeroopt.optim, or a function as `module:function`."""
     if ":" in name:
         return _find("--optimizer", name)
@@ -94,7 +94,7 @@ def _find(option: str, name: str) -> Any:
         raise ConfigError(f"{option} {name}: {error}") from error
 
 
-def _options(given: list[str]) -> Options:
+def parse_options(given: list[str]) -> Options:
     """Options of `zeroopt.wrap` from texts such as "stage=1" and "state_dtype=int8"."""
     options: Options = {}
     for text in given:

@@ -119,12 +119,16 @@ class Estimator:
         config = config_of(options)
         setting = self.setting if cluster is None else replace(self.setting, cluster=cluster)
         activations = self.activations(config)
-        rehearsal = Rehearsal(self._ordered(activations), config, setting.cluster)
+        rehearsal = self.rehearse(config, setting.cluster)
         check_param_dtypes(config, {trainee.name: trainee.dtype for trainee in setting.trainees})
         check_fused(setting.optimizer, rehearsal.params, config)
         guessed = Rehearsal(setting.trainees, config, setting.cluster) if activations is not None else rehearsal
         phases = phases_of(setting, rehearsal, guessed, config, activations)
         return Variant(options, tier_of(options), rehearsal.transport.name, len(rehearsal.buckets), phases)
+
+    def rehearse(self, config: Config, cluster: Cluster) -> Rehearsal:
+        """One rank's buckets, once the order of gradients is known."""
+        return Rehearsal(self._ordered(self.activations(config)), config, cluster)
 
     def activations(self, config: Config) -> Activations | None:
         """Of one pass; None where nothing is known of them."""
