@@ -16,6 +16,7 @@ from .ddp_around import check_ddp_around, is_of_ddp, refuse_ddp_around
 from .errors import ConfigError, NotSupportedError
 from .features.join import JoinCalls, Phase
 from .features.of_model import ModelFeatures
+from .features.outer_steps import sit_out
 from .gradients.sharded_view import ShardedView
 from .optimizer import ZeroOptimizer
 from .parameters.arriving import remove_idle_hooks
@@ -170,6 +171,35 @@ class ZeroDataParallel(nn.Module):
         finally:
             self._transport.barrier()
             self._note_writing()
+
+    @untraced
+    @torch.no_grad()
+    def sit_out(self) -> bool:
+        """Without data, take part in the next outer step of the other ranks of the average group (`outer_optimizer`).
+
+        What this rank has trained since the last outer step is brought in; then it has the parameters that all have in common, and may
+        train on from there: what is left to do is one `average_every` steps later, as if it had taken the steps in between. Its
+        gradients, and the state of its optimizers, stay as they are. Takes part in what the others save, too.
+
+        Collective: every rank of the process group has to call it, where others of the average group take a step. Optimizers have to
+        be stepped in the order in which the model was wrapped with them.
+
+        Returns:
+            Whether others have trained meanwhile. Where nobody did, all have brought in what they had.
+
+        Raises:
+            NotSupportedError: there is no outer optimizer.
+            CollectiveError: other ranks do not go together, or are gone.
+        """
+        return sit_out([one.ready_outer_steps("sit_out()") for one in self._optimizers])
+
+    def leave(self) -> None:
+        """This rank has run out of data for good: sit out outer steps until all other ranks of the average group have left, too.
+
+        Then all of them have the same parameters. Collective, and raises, as `sit_out`.
+        """
+        while self.sit_out():
+            pass
 
     @contextmanager
     def join(

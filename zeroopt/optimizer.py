@@ -23,6 +23,7 @@ from .features.grad_scaler import GradScaling, scaler_in
 from .features.growth import Growth
 from .features.join import Phase, take_options
 from .features.of_model import ModelFeatures
+from .features.outer_steps import OuterSteps, connect_outer_steps
 from .features.replanning import Replanning
 from .inner_attributes import reach, takes
 from .options.config import Config
@@ -102,7 +103,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._take_over_methods()
         replica.optimizers.append(self)
         log_wrapped(
-            trained.buckets, trained.stores, optimizer, config, self._transport, replica.bucket_bytes, replica.control
+            trained.buckets,
+            trained.stores,
+            optimizer,
+            config,
+            self._transport,
+            replica.bucket_bytes,
+            replica.control,
+            1 if average is None else average.control.size,
         )
 
     def _add_features(self, of_model: ModelFeatures, average: ParameterAverage | None) -> None:
@@ -116,8 +124,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._averages = average is not None
         trained.features.add(self._scaling, on=False)
         trained.features.add(self._clipping, on=self._config.max_grad_norm is not None)
+        self._outer: OuterSteps | None = connect_outer_steps(trained, average)
+        trained.state_dicts.outer = self._outer
         if average is not None:
-            trained.features.add(Averaging(trained, average))
+            trained.features.add(self._outer or Averaging(trained, average))
         trained.features.add(self._replanning, on=may_replan)
         if of_model.step_in_backward is not None:
             of_model.step_in_backward.take_up(trained, self._growth, self._check_ready)
@@ -155,6 +165,25 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def stage(self) -> int:
         """ZeRO stage: 0, 1 or 2."""
         return self._config.stage
+
+    @property
+    def outer_optimizer(self) -> torch.optim.Optimizer | None:
+        """What `outer_optimizer` of `zeroopt.wrap` has made; None without it. A scheduler made of it sets the outer learning rate, on
+        all ranks alike. It steps flat slices, and is not to be stepped by anybody else."""
+        return None if self._outer is None else self._outer.optimizer
+
+    def ready_outer_steps(self, what: str) -> OuterSteps:
+        """The outer steps, for a call that takes part in them without a step of this optimizer.
+
+        Raises:
+            NotSupportedError: there are none.
+            StateError: parameters were moved or replaced.
+        """
+        if self._outer is None:
+            raise NotSupportedError(f"{what} needs an outer_optimizer, in whose steps a rank without data takes part")
+        self.take_up_groups()
+        self._reducer.check_storage()
+        return self._outer
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -304,7 +333,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """This rank's shard of the state; after `consolidate_state_dict`, until the next step or load, all of it on the rank to
         which it went. Not collective, unless `param_groups` have just been edited, and works before the first step.
 
-        Collective too where `get_optimizer_state_dict` of torch calls it with `full_state_dict=True`.
+        Collective too where `get_optimizer_state_dict` of torch calls it with `full_state_dict=True`; and over the average group with an
+        `outer_optimizer`, whose state is put together: "outer" in the entry of each parameter.
 
         Returns:
             A dict like torch's ("state" by position of the parameter, "param_groups"), and under "zeroopt" the layout that says

@@ -23,11 +23,14 @@ from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Feature
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .features.of_model import ModelFeatures
+from .features.outer_optimizer import inspect_outer
+from .features.outer_steps import check_outer_dtype, transport_across
 from .features.step_in_backward import check_goes_along, check_steps_by_bucket
 from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
 from .options.config import Config, Fused, check_param_dtypes
+from .options.outer import OuterFactory
 from .options.precision import Precision
 from .plan.agreement import agree, describe_groups, describe_params
 from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
@@ -63,6 +66,11 @@ def wrap(
     norm_group: dist.ProcessGroup | None = None,
     check_every: int | None = None,
     average_group: dist.ProcessGroup | None = None,
+    outer_optimizer: OuterFactory | None = None,
+    outer_fragments: int = 1,
+    outer_delay: int = 0,
+    outer_mixing: float | None = None,
+    outer_dtype: torch.dtype | str | None = None,
     features: Sequence[Feature] = (),
     wire: Wire | None = None,
     state_device: torch.device | str | None = None,
@@ -139,6 +147,19 @@ def wrap(
             the state: a stage shards nothing. Moments and other state, and buffers, are not averaged.
         average_group: with `average_every`, the ranks, one of each `process_group` and at the same position in it, over which
             parameters are averaged; within each `process_group` training stays synchronous and sharded.
+        outer_optimizer: with `average_every`, what becomes of the average (DiLoCo): a class or a function that makes a torch
+            optimizer of a list of flat parameters, such as
+            `lambda params: torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)`. Its gradient is how far the ranks have
+            come, on average, from where they last had the same parameters. One that treats each element by itself. See
+            `ZeroOptimizer.outer_optimizer` and docs/averaging.md.
+        outer_fragments: n: the buckets are dealt out to n fragments, each of which has its outer step every `average_every` steps,
+            one after the other (streaming DiLoCo).
+        outer_delay: steps, fewer than `average_every`, that a rank trains on while a fragment travels.
+        outer_mixing: in [0, 1): how much of this rank's own parameters is kept when those of an outer step arrive. None: half with
+            an `outer_delay`, nothing without.
+        outer_dtype: in which outer gradients and steps travel: torch.bfloat16, torch.float16, or "int8" or "int4", codes with a
+            step for every 256 elements, rounded stochastically. Sums are kept in float32, and what rounding takes from an outer
+            step goes along with the next one. None: as exact as parameters are kept.
         features: objects of your own that take part in backward passes and in the steps of all optimizers of the model; see
             `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
         wire: instead of `reduce_dtype`, another form in which gradients travel, and another way to sum them: an object of a
@@ -196,6 +217,11 @@ def wrap(
             max_grad_norm=max_grad_norm,
             cast_inputs=cast_inputs,
             average_every=average_every,
+            outer_optimizer=outer_optimizer,
+            outer_fragments=outer_fragments,
+            outer_delay=outer_delay,
+            outer_mixing=outer_mixing,
+            outer_dtype=outer_dtype,
             state_device=state_device,
             step_in_backward=step_in_backward,
             norm_group=norm_group,
@@ -300,7 +326,12 @@ class _Findings:
             check_steps_by_bucket(optimizer)
             check_goes_along(features)
         check_transport(config.transport, group, self.params[0].param.device)
+        if config.outer_optimizer is not None and self.average is not None:
+            check_transport(transport_across(config), self.average.control.group, self.params[0].param.device)
+            check_outer_dtype(config, {m.param.dtype for m in self.params}, self.params[0].param.device)
         self.lines = _describe(self.options, module, optimizer, self.params)
+        if config.outer_optimizer is not None:
+            self.lines += inspect_outer(config.outer_optimizer)
         if self.building is not None:
             self.lines += self.building.describe()
 

@@ -19,6 +19,7 @@ import zeroopt
 ALONE = "no communication"
 DDP = "DDP"
 AVERAGE_EVERY = 4
+OUTER_EVERY = 20
 POWER_SGD_RANK = 4
 
 Wrapped: TypeAlias = tuple[nn.Module, torch.optim.Optimizer]
@@ -111,6 +112,23 @@ def zero_averaging(**options: Any) -> Prepare:
     )
 
 
+def zero_outer_steps(**options: Any) -> Prepare:
+    """ZeRO within a host, and outer steps over hosts (DiLoCo)."""
+    return lambda model, optimizer, place: zeroopt.wrap(
+        model,
+        optimizer,
+        process_group=place.inside,
+        average_group=place.across,
+        average_every=OUTER_EVERY,
+        outer_optimizer=_nesterov,
+        **options,
+    )
+
+
+def _nesterov(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)
+
+
 METHODS: dict[str, Method] = {
     ALONE: Method(alone, is_local=True),
     DDP: Method(ddp),
@@ -124,5 +142,9 @@ METHODS: dict[str, Method] = {
     "zeroopt stage 2, bfloat16 gradients": Method(zero(stage=2, reduce_dtype=torch.bfloat16)),
     "zeroopt stage 2, bfloat16": Method(zero(stage=2, param_dtype=torch.bfloat16, cast_inputs=False)),
     f"zeroopt stage 2, average_every={AVERAGE_EVERY}": Method(zero_averaging(stage=2), AVERAGE_EVERY, is_local=True),
+    f"zeroopt stage 2, DiLoCo every {OUTER_EVERY}": Method(zero_outer_steps(stage=2), OUTER_EVERY, is_local=True),
+    f"zeroopt stage 2, DiLoCo every {OUTER_EVERY}, 4 fragments of int8": Method(
+        zero_outer_steps(stage=2, outer_fragments=4, outer_delay=4, outer_dtype="int8"), OUTER_EVERY, is_local=True
+    ),
 }
 """In the order of the rows."""

@@ -134,9 +134,9 @@ def build(model_name: str) -> nn.Module:
     return MODELS[model_name]()
 
 
-def batch(model_name: str, step: int) -> Tensor:
-    """This rank's inputs for a step."""
-    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+def batch(model_name: str, step: int, rank: int | None = None) -> Tensor:
+    """A rank's inputs for a step; this one's where none is named."""
+    generator = torch.Generator().manual_seed(1000 * step + (dist.get_rank() if rank is None else rank))
     return MODELS[model_name].inputs(generator)
 
 

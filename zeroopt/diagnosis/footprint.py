@@ -10,6 +10,7 @@ import torch
 
 from .. import ops
 from ..collectives import ControlGroup, Transport
+from ..features.outer_bytes import outer_bytes
 from ..options.config import Config
 from ..probing.state_size import StateSize
 from ..stepping.rules import rule_for
@@ -30,6 +31,7 @@ class Footprint:
         gradients: sums, and in stages 0 and 1 the full buckets in which they lie; of one bucket where backward steps.
         buffers: full buckets of gradients that stage 2 lends.
         moments: the optimizer's arrays.
+        outer: what outer steps keep: anchors, the outer optimizer's arrays, and buckets that are on the way between groups.
     """
 
     parameters: int
@@ -37,10 +39,11 @@ class Footprint:
     gradients: int
     buffers: int
     moments: int
+    outer: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.masters + self.gradients + self.buffers + self.moments
+        return self.parameters + self.masters + self.gradients + self.buffers + self.moments + self.outer
 
 
 def footprint(
@@ -50,8 +53,13 @@ def footprint(
     config: Config,
     transport: Transport,
     bucket_bytes: int,
+    num_groups: int = 1,
 ) -> Footprint:
-    """Count before the first step what a rank will hold. Not collective."""
+    """Count before the first step what a rank will hold. Not collective.
+
+    Args:
+        num_groups: of ranks that train alone, and average.
+    """
     sharing = transport.num_slices // len(transport.writers) if config.share_parameters else 1
     borrowers = [bucket for bucket, store in zip(buckets, stores, strict=True) if store.borrows]
     return Footprint(
@@ -60,6 +68,7 @@ def footprint(
         gradients=(max if config.step_in_backward else sum)(map(_gradient_bytes, stores)),
         buffers=num_buffers(config) * bytes_of_buffer(config, bucket_bytes, borrowers, transport.num_slices),
         moments=_moment_bytes(buckets, stores, optimizer, config),
+        outer=outer_bytes(buckets, config, num_groups),
     )
 
 
@@ -114,16 +123,17 @@ def log_wrapped(
     transport: Transport,
     bucket_bytes: int,
     control: ControlGroup,
+    num_groups: int = 1,
 ) -> None:
     """Say on rank 0 what has been made of a model: one line, and with level DEBUG one for each bucket."""
     if control.rank != 0 or not _log.isEnabledFor(logging.INFO):
         return
-    held = footprint(buckets, stores, optimizer, config, transport, bucket_bytes)
+    held = footprint(buckets, stores, optimizer, config, transport, bucket_bytes, num_groups)
     num_params = sum(len(bucket.params) for bucket in buckets)
     numel = sum(managed.numel for bucket in buckets for managed in bucket.params)
     _log.info(
         "stage %d over %d ranks, transport %s: %d parameters (%d elements) in %d buckets. A rank will hold %s MB: parameters "
-        "%s MB, masters %s MB, gradients %s MB in sums and %s MB in buffers, optimizer state %s MB",
+        "%s MB, masters %s MB, gradients %s MB in sums and %s MB in buffers, optimizer state %s MB%s",
         config.stage,
         transport.control.size,
         transport.name,
@@ -132,6 +142,7 @@ def log_wrapped(
         len(buckets),
         _in_mb(held.total),
         *map(_in_mb, (held.parameters, held.masters, held.gradients, held.buffers, held.moments)),
+        f", outer steps {_in_mb(held.outer)} MB" if held.outer else "",
     )
     for bucket in buckets:
         begin, end = bucket.own_range

@@ -153,7 +153,7 @@ def average_over(group: dist.ProcessGroup, config: Config) -> ParameterAverage |
                 "share_parameters=True with average_every needs an average_group: without one, every rank trains parameters "
                 "of its own"
             )
-        if is_lone(group):
+        if is_lone(group) and config.outer_optimizer is None:
             return None
         if config.check_every is not None:
             raise ConfigError("check_every compares parameters between ranks, which average_every lets train alone")

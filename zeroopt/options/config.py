@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError, NotSupportedError
 from .checks import as_text, check_every_so_many_steps, check_one_of
+from .outer import OuterFactory, check_outer
 from .placement import PLACEMENTS, Placement
 from .precision import Precision
 
@@ -49,6 +50,11 @@ class Config:
     max_grad_norm: float | None
     cast_inputs: bool
     average_every: int | None
+    outer_optimizer: OuterFactory | None
+    outer_fragments: int
+    outer_delay: int
+    outer_mixing: float | None
+    outer_dtype: torch.dtype | str | None
     state_device: torch.device | str | None
     step_in_backward: bool
     norm_group: dist.ProcessGroup | None = field(compare=False)
@@ -83,6 +89,7 @@ class Config:
             raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
         if self.average_group is not None and self.average_every is None:
             raise ConfigError("average_group needs average_every, the number of steps between two averages")
+        check_outer(self)
         # 25 and 25.0 are the same option, and read alike wherever ranks compare them.
         if self.bucket_mb is not None:
             object.__setattr__(self, "bucket_mb", float(self.bucket_mb))

@@ -70,6 +70,7 @@ def estimate_memory(
     memory: float | None = None,
     built_by_wrap: bool = False,
     compare: bool = True,
+    groups: int = 1,
     **options: Any,
 ) -> MemoryEstimate:
     """What one rank will hold of a model that is wrapped and trained, and when most. Not collective: one process, and neither the
@@ -91,6 +92,7 @@ def estimate_memory(
         memory: bytes that a rank may hold: find out which options make it fit.
         built_by_wrap: the model will be on the meta device when it is wrapped. Otherwise each rank builds it before.
         compare: estimate every stage and tier besides.
+        groups: of `world_size` ranks each that train alone and average (`average_every`); this is one of them.
         **options: of `zeroopt.wrap`.
 
     Raises:
@@ -102,7 +104,7 @@ def estimate_memory(
     if tokens is not None:
         sample = tokens_sample(model, tokens)
     ranks = default_host_ranks(world_size) if host_ranks is None else host_ranks
-    cluster = Cluster(world_size, ranks, device or _device_of(model))
+    cluster = Cluster(world_size, ranks, device or _device_of(model), groups)
     estimator = Estimator(model, optimizer, cluster, sample, loss, activations, built_by_wrap=built_by_wrap)
     asked = estimator.variant(options)
     variants, refused = _side_by_side(estimator, options) if compare else ([], {})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..diagnosis.footprint import footprint
+from ..features.outer_bytes import outer_bytes_saved
 from ..options.config import Config
 from ..plan.params import Grain
 from ..storage.bucket import Bucket
@@ -23,6 +24,7 @@ PARTS = (
     "masters",
     "gradients",
     "state",
+    "outer",
     "buffers",
     "staging",
     "activations",
@@ -30,7 +32,7 @@ PARTS = (
     "rest",
     "runtime",
 )
-"""What bytes are for. buffers: full gradient buffers of stage 2. staging: what messages take beside them. rest: frozen parameters
+"""What bytes are for. buffers: full gradient buffers of stage 2. outer: what outer steps keep. staging: what messages take beside them. rest: frozen parameters
 and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
 
 _BEFORE_TRAINING = ("building", "wrapping")  # in which libraries take nothing worth counting
@@ -100,7 +102,13 @@ class _Course:
         self.setting, self.rehearsal, self.guessed = setting, rehearsal, guessed
         self.config, self.activations = config, activations
         held = footprint(
-            rehearsal.buckets, rehearsal.stores, setting.optimizer, config, rehearsal.transport, rehearsal.bucket_bytes
+            rehearsal.buckets,
+            rehearsal.stores,
+            setting.optimizer,
+            config,
+            rehearsal.transport,
+            rehearsal.bucket_bytes,
+            setting.cluster.num_groups,
         )
         self.held = held
         self.is_lazy = setting.cluster.device == "cpu"  # pages take memory when they are first used
@@ -116,7 +124,7 @@ class _Course:
     def phases(self) -> Iterator[Phase]:
         held = self.held
         kept = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
-        state = {"state": held.moments}
+        state = {"state": held.moments, "outer": held.outer}
         in_backward = {"buffers": self.buffers, "staging": self.staging}
         on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
         own_step = own_step_bytes(self.rehearsal, self.setting.optimizer, self.config, self.setting.cluster.device)
@@ -132,7 +140,9 @@ class _Course:
             {**kept, **state, **in_backward, "activations": self._most_in_backward(self.rehearsal)},
         )
         yield self._phase("step", {**kept, **state, **on_the_way, "scratch": own_step})
-        yield self._phase("saving", {**kept, **state, **on_the_way, "scratch": self._largest_piece()})
+        yield self._phase(
+            "saving", {**kept, **state, **on_the_way, "scratch": self._largest_piece() + self._outer_whole()}
+        )
         yield self._phase("saving in the background", {**kept, **state, **on_the_way, "scratch": self._written()})
         yield self._phase("loading", {**kept, **state, **on_the_way, "scratch": self._read()})
 
@@ -299,11 +309,15 @@ class _Course:
     def _written(self) -> int:
         """This rank's part, copied. Where ranks have the same, each writes a share."""
         ranks = 1 if self.config.placement.shard_state else self.setting.cluster.world_size
-        return (self._exact() + self.held.moments) // ranks
+        return (self._exact() + self.held.moments + self._outer_whole()) // ranks
 
     def _read(self) -> int:
         """All that this rank steps, beside what it holds, until all ranks have theirs."""
-        return self._exact() + self.held.moments + self.rest
+        return self._exact() + self.held.moments + self._outer_whole() + self.rest
+
+    def _outer_whole(self) -> int:
+        """Anchors, and the outer optimizer's arrays as they are gathered from all groups."""
+        return outer_bytes_saved(self.rehearsal.buckets, self.config)
 
     def _exact(self) -> int:
         return sum(

@@ -37,17 +37,21 @@ class Cluster:
         world_size: ranks that train it.
         host_ranks: of them on each host.
         device: "cpu" or "cuda", where the parameters are.
+        num_groups: of as many ranks each, which train alone and average; this is one of them.
     """
 
     world_size: int
     host_ranks: int
     device: str = "cpu"
+    num_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.host_ranks < 1 or self.world_size % self.host_ranks:
             raise ConfigError(
                 f"expected world_size to be positive and a multiple of host_ranks, got {self.world_size} and {self.host_ranks}"
             )
+        if self.num_groups < 1:
+            raise ConfigError(f"expected groups to be positive, got {self.num_groups}")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"expected device to be 'cpu' or 'cuda', got {self.device!r}")
 

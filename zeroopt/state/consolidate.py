@@ -20,7 +20,7 @@ from ..plan.dtensors import local_of
 from ..plan.params import ManagedParam, ParamState
 from ..storage.masters import MASTER_NAMES
 from ..storage.segment import Segment
-from .entries import block_of, is_array, map_leaves, map_tensors
+from .entries import OUTER, block_of, is_array, map_leaves, map_tensors
 from .tiers import readable
 
 _WHAT = "consolidating optimizer state"  # for messages
@@ -32,7 +32,8 @@ class WholeState:
 
     Attributes:
         torch: what the torch optimizer would have.
-        beyond: what else belongs to it: what completes 16-bit parameters, scales of 8-bit moments, step counts for rounding.
+        beyond: what else belongs to it: what completes 16-bit parameters, scales of 8-bit moments, step counts for rounding, what outer
+            steps keep.
     """
 
     torch: dict[int, ParamState]
@@ -97,7 +98,7 @@ def _split(entry: ParamState, *, has_step: bool) -> tuple[ParamState, ParamState
     kept: ParamState = {}
     beyond: ParamState = {}
     for name, value in entry.items():
-        is_beyond = name in MASTER_NAMES or name in ops.SCALES or (name == "step" and not has_step)
+        is_beyond = name in (*MASTER_NAMES, OUTER) or name in ops.SCALES or (name == "step" and not has_step)
         (beyond if is_beyond else kept)[name] = value
     return kept, beyond
 

@@ -25,7 +25,7 @@ from ..storage.bucket import Bucket
 from ..storage.masters import MASTER_NAMES, exact_param
 from ..storage.segment import Segment
 from .consolidate import gather_state
-from .entries import map_tensors, pack_state
+from .entries import OUTER, map_tensors, pack_state
 from .layout import ShardLayout, describe_layout
 from .live import StateHolder
 from .saved import SavedState, positions_of
@@ -58,6 +58,19 @@ class StepCounter(Protocol):
     steps: int
 
 
+class OuterState(Protocol):
+    """What keeps the state of outer steps."""
+
+    def save_state(self) -> dict[Tensor, ParamState]:
+        """By the shards of segments. Collective over the average group."""
+
+    def save_options(self) -> list[dict[str, Any]]:
+        """Of the outer optimizer's param_groups."""
+
+    def load_state(self, state: dict[Tensor, ParamState], options: list[dict[str, Any]]) -> None:
+        """Go on from what was saved; without any, begin anew."""
+
+
 class StateDicts(StateHolder):
     """The state dicts of one optimizer.
 
@@ -65,6 +78,7 @@ class StateDicts(StateHolder):
         params, buckets: those of the optimizer, which may change.
         begun: positions of the parameters of which some rank may have state.
         consolidated: the whole state, on the rank that it was gathered on, as long as it is current.
+        outer: the outer steps; None where there are none.
 
     Args:
         stepper: that of the optimizer.
@@ -92,6 +106,7 @@ class StateDicts(StateHolder):
         self._since_average = since_average
         self.begun: set[int] = set()
         self.consolidated: dict[str, Any] | None = None
+        self.outer: OuterState | None = None
         self._index = _Index((), ())
 
     def note_begun(self, active: Tensor) -> None:
@@ -105,18 +120,18 @@ class StateDicts(StateHolder):
             self.begun.update(managed.position for managed in self.params if flags[managed.index])
 
     def shard(self, order: Sequence[Sequence[int]], *, all_in_state: bool = False) -> dict[str, Any]:
-        """This rank's state dict.
+        """This rank's state dict. Collective over the average group where there are outer steps.
 
         Args:
             order: in which the parameters were planned.
             all_in_state: whoever asks keeps what stands under "state", and nothing else.
         """
-        state = {shard: readable(entry) for shard, entry in self.with_masters().items()}
+        state = {shard: readable(entry) for shard, entry in self.saved_state().items()}
         packed = pack_state(state, self._segments(), self.params)
-        has_masters = any(bucket.master.completes for bucket in self.buckets)
-        shown = set(packed) if has_masters and all_in_state else self.begun
+        has_more = self.outer is not None or any(bucket.master.completes for bucket in self.buckets)
+        shown = set(packed) if has_more and all_in_state else self.begun
         entries = {position: entry for position, entry in packed.items() if position in shown} | self.idle_state()
-        beyond = {p: entry for p, entry in packed.items() if p not in shown} if has_masters else {}
+        beyond = {p: entry for p, entry in packed.items() if p not in shown} if has_more else {}
         layout = self._layout(self._segments(), {"rank": self._transport.control.rank, **self.facts()}, order, beyond)
         return {
             "state": dict(sorted(entries.items())),
@@ -128,11 +143,12 @@ class StateDicts(StateHolder):
         """The state dict of the plain torch optimizer, on rank `to` alone. Collective."""
         transport = self._transport
         alone = self._ownership.has_all
+        saved = self.saved_state()
         if alone and transport.control.rank != to and transport.control.size > 1:
             return None
         rule = rule_for(self._inner)
         state = gather_state(
-            self.with_masters(),
+            saved,
             list(self._segments()),
             self.params,
             lone_control() if alone else transport.control,
@@ -144,7 +160,13 @@ class StateDicts(StateHolder):
         idle = {p: map_tensors(entry, lambda tensor: tensor.cpu().clone()) for p, entry in self.idle_state().items()}
         result = {"state": dict(sorted((state.torch | idle).items())), "param_groups": self.pack_groups()}
         if state.beyond or self._since_average is not None:
-            layout = ShardLayout(self.facts(), self.seed, self.steps_since_average, beyond_torch=state.beyond)
+            layout = ShardLayout(
+                self.facts(),
+                self.seed,
+                self.steps_since_average,
+                beyond_torch=state.beyond,
+                outer_options=self.outer_options,
+            )
             result["zeroopt"] = layout.to_whole_dict()
         return result
 
@@ -190,6 +212,7 @@ class StateDicts(StateHolder):
             part=place_in_mesh(self.params),
             order=order,
             beyond_torch=beyond,
+            outer_options=self.outer_options,
         )
 
     def read(
@@ -234,6 +257,7 @@ class StateDicts(StateHolder):
         self.consolidated = None
         self.begun = set(loaded.begun)
         completed = self._complete(loaded.state)
+        outer = _take_out_outer(loaded.state)
         for segment in self._segments():
             if segment.owner.position not in loaded.kept:
                 state.pop(segment.shard, None)
@@ -248,6 +272,8 @@ class StateDicts(StateHolder):
         self._stepper.reload_state()
         for group, options in zip(self._inner.param_groups, loaded.groups, strict=True):
             group.update({name: _copy(value) for name, value in options.items()})
+        if self.outer is not None:  # last, for it looks at parameters
+            self.outer.load_state(outer, [] if loaded.layout is None else list(map(dict, loaded.layout.outer_options)))
 
     def take_in_state(self) -> None:
         """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
@@ -343,6 +369,13 @@ class StateDicts(StateHolder):
                 state.setdefault(segment.shard, {}).update(bucket.master.arrays(segment))
         return state
 
+    def saved_state(self) -> dict[Tensor, ParamState]:
+        """Likewise, with all that belongs to outer steps. Collective over the average group where there are any."""
+        state = self.with_masters()
+        for shard, entry in ({} if self.outer is None else self.outer.save_state()).items():
+            state.setdefault(shard, {})[OUTER] = entry
+        return state
+
     def _take_masters(self, state: MutableMapping[Tensor, ParamState]) -> None:
         """Let masters be what completes parameters in their state, and have it there no longer."""
         for bucket in self.buckets:
@@ -421,6 +454,11 @@ class StateDicts(StateHolder):
         """See `averaging`; 0 without it."""
         return 0 if self._since_average is None else self._since_average.steps
 
+    @property
+    def outer_options(self) -> list[dict[str, Any]]:
+        """Of the outer optimizer's param_groups; empty where there is none."""
+        return [] if self.outer is None else self.outer.save_options()
+
     def facts(self) -> dict[str, Any]:
         """How the state is kept, the same on all ranks; plain JSON."""
         precision = self._config.precision
@@ -459,6 +497,15 @@ def _key(params: Sequence[ManagedParam], buckets: Sequence[Bucket]) -> list[Any]
 def _is_exact(bucket: Bucket) -> bool:
     """Whether its parameters are kept as float32 values."""
     return bucket.master.dtype is torch.float32
+
+
+def _take_out_outer(state: dict[Tensor, ParamState]) -> dict[Tensor, ParamState]:
+    """Take out of loaded state what belongs to outer steps."""
+    outer = {shard: entry.pop(OUTER) for shard, entry in state.items() if OUTER in entry}
+    for shard in outer:
+        if not state[shard]:
+            del state[shard]
+    return outer
 
 
 def _copy(value: Any) -> Any:

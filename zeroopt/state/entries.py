@@ -17,6 +17,9 @@ from ..probing.probe import is_per_element
 from ..storage.segment import Segment
 from .shard_tensor import ShardTensor
 
+OUTER = "outer"
+"""Under which name a parameter's entry has what belongs to outer steps."""
+
 Path = tuple[Any, ...]
 """Where a value lies in a parameter's entry; most optimizers have them at the top, by name."""
 

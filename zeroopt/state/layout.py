@@ -33,6 +33,7 @@ class ShardLayout:
         shapes, names, dtypes: by position; of the local tensors of DTensors.
         ranges: for each parameter of which the rank has a part, by position, the first of its elements and the one behind its
             last one.
+        outer_options: of the param_groups of the outer optimizer.
         beyond_torch: what torch's optimizer would not keep, by position: of a whole state dict, or, in a shard, of parameters
             before their first step.
     """
@@ -47,6 +48,7 @@ class ShardLayout:
     dtypes: Mapping[int, str] = field(default_factory=dict)
     ranges: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     beyond_torch: Mapping[int, ParamState] = field(default_factory=dict)
+    outer_options: Sequence[Mapping[str, Any]] = ()
 
     @property
     def is_shard(self) -> bool:
@@ -69,6 +71,7 @@ class ShardLayout:
             "dtypes": list(self.dtypes.values()),
             "ranges": OwnTensor(ranges),
             **({"state": dict(self.beyond_torch)} if self.beyond_torch else {}),
+            **self._of_outer_steps(),
         }
 
     def to_whole_dict(self) -> dict[str, Any]:
@@ -79,7 +82,11 @@ class ShardLayout:
             "seed": self.seed,
             "steps_since_average": self.steps_since_average,
             "state": dict(self.beyond_torch),
+            **self._of_outer_steps(),
         }
+
+    def _of_outer_steps(self) -> dict[str, Any]:
+        return {"outer_options": list(map(dict, self.outer_options))} if self.outer_options else {}
 
     @staticmethod
     def of(state_dict: Mapping[str, Any]) -> ShardLayout | None:
@@ -112,6 +119,7 @@ class ShardLayout:
             dtypes=dict(zip(positions, saved.get("dtypes", []), strict=True)),
             ranges={position: (start, stop) for position, start, stop in rows},
             beyond_torch=saved.get("state", {}),
+            outer_options=saved.get("outer_options", ()),
         )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..plan.params import ParamState
 from ..storage.masters import MASTER_NAMES
+from .entries import OUTER
 
-_MASTERS = frozenset(MASTER_NAMES)
+_NOT_THE_OPTIMIZERS = frozenset({*MASTER_NAMES, OUTER})
 
 _HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Options that say by which of torch's implementations an optimizer computes, and nothing of what. Those of another machine may
@@ -45,8 +46,8 @@ def brought_up_to_date(
         {**own, **options_of(saved), "params": list(members)}
         for own, saved, members in zip(optimizer.param_groups, groups, params, strict=True)
     ]
-    known = {param: {n: v for n, v in entry.items() if n not in _MASTERS} for param, entry in state.items()}
-    known = {param: entry for param, entry in known.items() if entry}  # masters may come before all else
+    known = {param: {n: v for n, v in entry.items() if n not in _NOT_THE_OPTIMIZERS} for param, entry in state.items()}
+    known = {param: entry for param, entry in known.items() if entry}  # these may come before all else
     twin.__setstate__({"state": defaultdict(dict, known), "param_groups": merged})
     for group in twin.param_groups:
         for param in group["params"]:

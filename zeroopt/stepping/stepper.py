@@ -76,6 +76,12 @@ class ShardStepper:
                 step_plain(self._optimizer, self._plain, active.tolist())
             yield from (shard.bucket for shard in reversed(self._plain))
 
+    def order(self) -> Iterator[Bucket]:
+        """The buckets in the order in which `step` yields them."""
+        for shards, _ in reversed(in_groups(self._fused, one_by_one=self._one_by_one)):
+            yield from (shard.bucket for shard in reversed(shards))
+        yield from (shard.bucket for shard in reversed(self._plain))
+
     def _step_fused(self, rule: FusedRule, active: Tensor) -> Iterator[Bucket]:
         groups, flags = self._hyper_table(rule), active.tolist()
         for kernel in dict.fromkeys(reversed(self._make_kernels(rule).values())):

@@ -2,6 +2,7 @@
 
     model.<name>                        parameters, as exact as they are kept, buffers and whatever else the model saves
     optimizer.state.<name>.<state>      state of the parameter of that name; 8-bit moments decoded, and beside them their scales
+    optimizer.state.<name>.outer.<state>  the anchor of outer steps, and the outer optimizer's state
     optimizer.param_groups.<i>.<option>
 
 These are the names under which torch.distributed.checkpoint saves and loads
@@ -58,8 +59,9 @@ def model_contents(model: ZeroDataParallel, *, trained_only: bool = False) -> di
 
 
 def state_contents(optimizer: ZeroOptimizer) -> dict[str, Any]:
-    """What this rank writes of an optimizer's state, by the name of the parameter. Live tensors."""
-    state = optimizer.state_dicts.with_masters()
+    """What this rank writes of an optimizer's state, by the name of the parameter. Live tensors. Collective over the average group
+    where there are outer steps."""
+    state = optimizer.state_dicts.saved_state()
     contents: dict[str, Any] = {}
     for _, segment, part in _parts(optimizer.state_dicts.buckets, optimizer):
         entry = state.get(segment.shard)

@@ -156,7 +156,12 @@ class _Source:
         # Where parameters were kept as they are here, so is their state.
         alike = [m for m in params if self._stored_dtype(m.name, mine["param_dtype"]) == str(m.local.dtype)]
         layout = describe_layout(
-            alike, (), facts={}, seed=mine["seed"], steps_since_average=mine["steps_since_average"]
+            alike,
+            (),
+            facts={},
+            seed=mine["seed"],
+            steps_since_average=mine["steps_since_average"],
+            outer_options=mine.get("outer_options", ()),
         )
         return {"zeroopt": layout.to_dict()}
 

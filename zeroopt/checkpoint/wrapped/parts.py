@@ -43,6 +43,7 @@ def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) 
             **one.state_dicts.facts(),
             "seed": one.state_dicts.seed,
             "steps_since_average": one.state_dicts.steps_since_average,
+            **({"outer_options": options} if (options := one.state_dicts.outer_options) else {}),
         }
         for one in optimizers
     ]

@@ -51,7 +51,8 @@ def save(
     It is a checkpoint of torch.distributed.checkpoint, with the names and shapes of plain torch: a plain model and
     optimizer load it as `{"model": get_model_state_dict(m), "optimizer": get_optimizer_state_dict(m, o)}`.
 
-    Collective: every rank of the process group must call it, with paths of one file system that all of them see.
+    Collective: every rank of the process group must call it, with paths of one file system that all of them see. With an
+    `outer_optimizer` the other process groups save after the same step, each to a path of its own.
 
     Args:
         path: where nothing is, or a checkpoint, which is replaced at once.
