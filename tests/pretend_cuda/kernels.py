@@ -9,12 +9,11 @@ from typing import Any
 
 import _device
 import numpy as np
+from cuda_on_cpu.build import build_kernels
 from cuda_on_cpu.devices import ShimDevice
 from numpy.typing import NDArray
 
 from zeroopt.ops import encoded_bytes
-
-from .build import build_cuda_kernels
 
 Ranges = list[tuple[int, int, bool]]
 
@@ -83,7 +82,7 @@ class Kernels:
     """Stands for the functions `cuda_…` of zeroopt._C."""
 
     def __init__(self) -> None:
-        self._shim = ShimDevice(build_cuda_kernels())
+        self._shim = ShimDevice(build_kernels())
         self._lock = threading.Lock()  # its grid is one for all threads
 
     def install(self, module: Any) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from paths import ROOT
 
 SHIM = Path(__file__).parent
 CSRC = ROOT / "csrc"
+KEPT = ROOT / "build" / "cuda_on_cpu"
 # As the CPU kernels, for the bits. Vectors at odd addresses are found by the alignment check, see grid.cpp.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=alignment"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -44,10 +48,33 @@ def build(folder: Path, sources: list[Path], root: Path = CSRC, objects: list[Pa
     return library
 
 
-def build_kernels(folder: Path) -> Path:
-    """All kernels."""
+def build_kernels() -> Path:
+    """All kernels, in a folder with their objects: for all who ask, built once for each state of the sources."""
+    files = [
+        path for root in (CSRC, SHIM) for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".pyc"
+    ]
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
-    return build(folder, [*kernels, SHIM / "grid.cpp", SHIM / "module.cpp"])
+    sources = [*kernels, SHIM / "grid.cpp", SHIM / "module.cpp"]
+    return build_once(KEPT / f"kernels-{digest(files)}", lambda folder: build(folder, sources))
+
+
+def build_once(folder: Path, fill: Callable[[Path], Path]) -> Path:
+    """What `fill` returns: a file that it makes in a folder, if nobody has so far. Others who ask meanwhile wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            done.write_text(fill(folder).name)
+    return folder / done.read_text()
+
+
+def digest(files: Iterable[Path]) -> str:
+    """A name for the state of some files."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def build_steps(root: Path, built: Path) -> Path:
