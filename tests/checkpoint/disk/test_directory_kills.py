@@ -15,10 +15,11 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
-from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT
+from worker_pool import PRELOADED, TIMEOUT_S, WORKER_ENVIRONMENT
 from written_checkpoints import version_of, write
 
 from zeroopt.checkpoint.disk import files
@@ -37,7 +38,7 @@ EVENTS = {
     "shutil.rmtree",
     "fcntl.flock",
 }
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")
 KILLED, UNHURT, FAILED = "killed", "unhurt", "failed"
 
 
@@ -85,7 +86,6 @@ def save_and_die(path: Path, version: int, rank: int, size: int, calls: int, wri
 
 def serve(connection: Connection, rank: int, size: int) -> None:
     """Save in processes that die; none of them has to import anything."""
-    os.environ.update(WORKER_ENVIRONMENT)
     while True:
         path, version, calls, writes, keep = connection.recv()
         child = os.fork()
@@ -106,10 +106,12 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self._connections: list[Connection] = []
         self._processes = []
+        CONTEXT.set_forkserver_preload(PRELOADED)
         for rank in range(size):
             here, there = CONTEXT.Pipe()
             process = CONTEXT.Process(target=serve, args=(there, rank, size), daemon=True)
-            process.start()
+            with patch.dict(os.environ, WORKER_ENVIRONMENT):
+                process.start()
             self._connections.append(here)
             self._processes.append(process)
 
