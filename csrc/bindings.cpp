@@ -1,6 +1,9 @@
 // zeroopt._C: the kernels, the planner and the board of the shm transport, for Python. Addresses, sizes, dtype codes
 // and streams are plain integers (address 0: null); zeroopt/ops checks them. The GIL is released while a kernel
 // computes.
+#include <limits>
+#include <optional>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -302,7 +305,8 @@ void bind_planner(py::module_& m) {
       .def_readonly("padded_numel", &BucketPlan::padded_numel)
       .def_readonly("params", &BucketPlan::params)
       .def_readonly("offsets", &BucketPlan::offsets)
-      .def_readonly("numels", &BucketPlan::numels);
+      .def_readonly("numels", &BucketPlan::numels)
+      .def_readonly("owners", &BucketPlan::owners);
   py::class_<Segment>(m, "Segment")
       .def_readonly("param", &Segment::param)
       .def_readonly("start", &Segment::start)
@@ -311,15 +315,20 @@ void bind_planner(py::module_& m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::vector<int64_t>& numels, const std::vector<int64_t>& kinds,
                        const std::vector<int64_t>& item_bytes, int64_t world_size, int64_t alignment,
-                       int64_t bucket_bytes, const WholeCosts& whole_costs) {
-             return Plan(param_specs(numels, kinds, item_bytes, whole_costs), world_size, alignment, bucket_bytes);
+                       int64_t bucket_bytes, const WholeCosts& whole_costs, std::optional<int64_t> slice_alignment,
+                       double padding_share, int64_t padding_bytes) {
+             return Plan(param_specs(numels, kinds, item_bytes, whole_costs), world_size,
+                         Alignment{alignment, slice_alignment.value_or(alignment)}, bucket_bytes,
+                         PaddingLimit{padding_share, padding_bytes});
            }),
            py::arg("numels"), py::arg("kinds"), py::arg("item_bytes"), py::arg("world_size"), py::arg("alignment"),
-           py::arg("bucket_bytes"), py::arg("whole_costs") = WholeCosts{})
+           py::arg("bucket_bytes"), py::arg("whole_costs") = WholeCosts{}, py::arg("slice_alignment") = py::none(),
+           py::arg("padding_share") = std::numeric_limits<double>::infinity(), py::arg("padding_bytes") = 0)
       .def_property_readonly("buckets", &Plan::buckets)
       .def_property_readonly("world_size", &Plan::world_size)
       .def_property_readonly("alignment", &Plan::alignment)
       .def("shard_numel", &Plan::shard_numel, py::arg("bucket"))
+      .def("own_range", &Plan::own_range, py::arg("bucket"), py::arg("rank"))
       .def("segments", &Plan::segments, py::arg("bucket"), py::arg("begin"), py::arg("end"));
 }
 

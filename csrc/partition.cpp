@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fill_buckets.h"
 #include "whole_params.h"
 
 namespace zeroopt {
@@ -17,11 +18,15 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void check_arguments(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment,
-                     int64_t bucket_bytes) {
+void check_arguments(const std::vector<ParamSpec>& params, int64_t world_size, Alignment alignments,
+                     int64_t bucket_bytes, PaddingLimit limit) {
   require(world_size >= 1, "world_size must be at least 1, got " + std::to_string(world_size));
-  require(alignment >= 1, "alignment must be at least 1, got " + std::to_string(alignment));
+  require(alignments.param >= 1, "alignment must be at least 1, got " + std::to_string(alignments.param));
+  require(alignments.slice >= 1, "slice_alignment must be at least 1, got " + std::to_string(alignments.slice));
   require(bucket_bytes >= 1, "bucket_bytes must be at least 1, got " + std::to_string(bucket_bytes));
+  require(limit.share >= 0, "padding_share must not be negative, got " + std::to_string(limit.share));
+  require(limit.bytes >= 0, "padding_bytes must not be negative, got " + std::to_string(limit.bytes));
+  const int64_t alignment = std::max(alignments.param, alignments.slice);
   require(alignment <= kMaxNumel / world_size, "world_size * alignment is beyond 64 bits");
   int64_t total = 0, whole = 0, cost = 0;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -45,39 +50,19 @@ void check_arguments(const std::vector<ParamSpec>& params, int64_t world_size, i
 
 } // namespace
 
-Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment, int64_t bucket_bytes)
+Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, Alignment alignment, int64_t bucket_bytes,
+           PaddingLimit limit)
     : world_size_(world_size), alignment_(alignment) {
-  check_arguments(params, world_size, alignment, bucket_bytes);
+  check_arguments(params, world_size, alignment, bucket_bytes, limit);
 
-  std::map<int64_t, BucketPlan> open; // one bucket being filled for each kind
-  auto close = [&](BucketPlan& bucket) {
-    const int64_t end = bucket.offsets.back() + bucket.numels.back();
-    bucket.padded_numel = round_up(std::max<int64_t>(end, 1), world_size * alignment);
-    buckets_.push_back(std::move(bucket));
-  };
-
-  for (int64_t i = static_cast<int64_t>(params.size()) - 1; i >= 0; --i) {
-    const ParamSpec& p = params[i];
-    if (p.whole_cost) continue;
-    auto found = open.find(p.kind);
-    int64_t offset = 0;
-    if (found != open.end()) {
-      offset = round_up(found->second.offsets.back() + found->second.numels.back(), alignment);
-      if ((offset + p.numel) > bucket_bytes / p.item_bytes) {
-        close(found->second);
-        open.erase(found);
-        found = open.end();
-        offset = 0;
-      }
-    }
-    if (found == open.end()) found = open.emplace(p.kind, BucketPlan{p.kind, false, 0, {}, {}, {}}).first;
-    found->second.params.push_back(i);
-    found->second.offsets.push_back(offset);
-    found->second.numels.push_back(p.numel);
-  }
-  for (auto& [kind, bucket] : open)
-    close(bucket);
-  for (BucketPlan& bucket : plan_whole(params, world_size, alignment, bucket_bytes))
+  std::map<int64_t, std::vector<int64_t>> cut; // parameters of a kind, in the order of their gradients
+  for (int64_t i = static_cast<int64_t>(params.size()) - 1; i >= 0; --i)
+    if (!params[i].whole_cost) cut[params[i].kind].push_back(i);
+  const FillRule rule{alignment.param, world_size * alignment.slice, bucket_bytes, limit};
+  for (const auto& [kind, indices] : cut)
+    for (BucketPlan& bucket : fill_buckets(params, indices, rule))
+      buckets_.push_back(std::move(bucket));
+  for (BucketPlan& bucket : plan_whole(params, world_size, rule))
     buckets_.push_back(std::move(bucket));
 
   // A bucket is complete when its last gradient comes: smaller index, later gradient.
@@ -89,6 +74,22 @@ Plan::Plan(const std::vector<ParamSpec>& params, int64_t world_size, int64_t ali
 
 int64_t Plan::shard_numel(int64_t bucket) const {
   return bucket_at(bucket).padded_numel / world_size_;
+}
+
+Range Plan::own_range(int64_t bucket, int64_t rank) const {
+  const BucketPlan& b = bucket_at(bucket);
+  require(0 <= rank && rank < world_size_,
+          "there is no rank " + std::to_string(rank) + "; the plan has " + std::to_string(world_size_));
+  if (b.owners.empty()) {
+    const int64_t numel = b.padded_numel / world_size_;
+    return {rank * numel, (rank + 1) * numel};
+  }
+  auto begin_of = [&b](std::vector<int64_t>::const_iterator owner) {
+    if (owner == b.owners.end()) return b.offsets.back() + b.numels.back();
+    return b.offsets[static_cast<size_t>(owner - b.owners.begin())];
+  };
+  return {begin_of(std::lower_bound(b.owners.begin(), b.owners.end(), rank)),
+          begin_of(std::upper_bound(b.owners.begin(), b.owners.end(), rank))};
 }
 
 std::vector<Segment> Plan::segments(int64_t bucket, int64_t begin, int64_t end) const {
@@ -121,7 +122,8 @@ void Plan::verify(const std::vector<ParamSpec>& params) const {
   };
   std::vector<bool> placed(params.size(), false);
   for (const BucketPlan& b : buckets_) {
-    hold(b.padded_numel % (world_size_ * alignment_) == 0, "slices are equal multiples of the alignment");
+    const int64_t unit = b.whole && b.owners.empty() ? alignment_.param : alignment_.slice;
+    hold(b.padded_numel % (world_size_ * unit) == 0, "slices are equal multiples of their alignment");
     const int64_t slice_numel = b.padded_numel / world_size_;
     int64_t end = 0;
     for (size_t i = 0; i < b.params.size(); ++i) {
@@ -129,12 +131,15 @@ void Plan::verify(const std::vector<ParamSpec>& params) const {
       hold(!placed[b.params[i]], "a parameter is placed once");
       placed[b.params[i]] = true;
       hold(p.kind == b.kind && p.numel == b.numels[i], "a bucket holds whole parameters of one kind");
-      hold(b.offsets[i] >= end && b.offsets[i] % alignment_ == 0, "parameters are aligned and do not overlap");
+      hold(b.offsets[i] >= end && b.offsets[i] % alignment_.param == 0, "parameters are aligned and do not overlap");
       end = b.offsets[i] + b.numels[i];
       hold(b.whole == p.whole_cost.has_value(), "whole parameters share no bucket with those that may be cut");
-      hold(!b.whole || p.numel == 0 || b.offsets[i] / slice_numel == (end - 1) / slice_numel,
-           "a whole parameter lies in one slice");
+      hold(!b.whole || !b.owners.empty() || p.numel == 0 || b.offsets[i] / slice_numel == (end - 1) / slice_numel,
+           "a whole parameter lies in one slice, or has an owner");
     }
+    hold(b.owners.empty() || (b.whole && b.owners.size() == b.params.size()), "whole parameters alone have owners");
+    hold(std::is_sorted(b.owners.begin(), b.owners.end()), "an owner's parameters lie side by side");
+    hold(b.owners.empty() || (b.owners.front() >= 0 && b.owners.back() < world_size_), "owners are ranks");
     hold(end <= b.padded_numel, "parameters lie within their bucket");
   }
   hold(std::find(placed.begin(), placed.end(), false) == placed.end(), "every parameter is placed");

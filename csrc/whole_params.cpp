@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <numeric>
 #include <queue>
 #include <utility>
+
+#include "owners.h"
 
 namespace zeroopt {
 namespace {
@@ -119,7 +122,8 @@ Slices slice_up(int64_t kind, Items items, int64_t world_size, int64_t alignment
 }
 
 /// Gives the costliest slice of each bucket to the rank with the least to do so far, buckets with the costliest first.
-void balance(std::vector<Slices>& buckets, int64_t world_size) {
+/// @return what each rank has to do
+std::vector<int64_t> balance(std::vector<Slices>& buckets, int64_t world_size) {
   std::vector<int64_t> load(world_size, 0);
   auto cost = [](const Items& items) { return sum_of(items, &Item::cost); };
   for (Slices& bucket : buckets)
@@ -141,11 +145,12 @@ void balance(std::vector<Slices>& buckets, int64_t world_size) {
     }
     bucket->items = std::move(by_rank);
   }
+  return load;
 }
 
 BucketPlan lay_out(const Slices& slices, const std::vector<ParamSpec>& params) {
   const int64_t world_size = static_cast<int64_t>(slices.items.size());
-  BucketPlan bucket{slices.kind, true, world_size * slices.slice_numel, {}, {}, {}};
+  BucketPlan bucket{slices.kind, true, world_size * slices.slice_numel, {}, {}, {}, {}};
   for (int64_t rank = 0; rank < world_size; ++rank) {
     int64_t offset = rank * slices.slice_numel;
     for (const Item& item : slices.items[rank]) {
@@ -158,31 +163,106 @@ BucketPlan lay_out(const Slices& slices, const std::vector<ParamSpec>& params) {
   return bucket;
 }
 
+/// The buckets of one kind whose parameters lie in one slice each.
+std::vector<Slices> in_slices(int64_t kind, const Items& items, int64_t world_size, const FillRule& rule,
+                              int64_t item_bytes) {
+  const int64_t total = std::max(sum_of(items, &Item::numel), rule.alignment);
+  const int64_t target = std::clamp<int64_t>(rule.bucket_bytes / item_bytes, 1, total);
+  const std::vector<size_t> cuts = best_cuts(items, world_size, target);
+  std::vector<Slices> buckets;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i)
+    buckets.push_back(slice_up(
+        kind, Items(items.begin() + static_cast<int64_t>(cuts[i]), items.begin() + static_cast<int64_t>(cuts[i + 1])),
+        world_size, rule.alignment));
+  return buckets;
+}
+
+bool is_within_limit(const std::vector<Slices>& buckets, const FillRule& rule, int64_t item_bytes) {
+  int64_t padded = 0, contents = 0;
+  for (const Slices& bucket : buckets) {
+    padded += bucket.slice_numel * static_cast<int64_t>(bucket.items.size());
+    for (const Items& items : bucket.items)
+      contents += sum_of(items, &Item::numel);
+  }
+  const auto count = static_cast<int64_t>(buckets.size());
+  return PaddingLimit{rule.limit.share, rule.limit.bytes * count}.allows(padded - contents, contents, item_bytes);
+}
+
+/// Lets the parameters of each owner lie side by side.
+void sort_by_owner(BucketPlan& bucket, const std::vector<int64_t>& owner_of, int64_t alignment) {
+  std::vector<size_t> order(bucket.params.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return owner_of[bucket.params[a]] < owner_of[bucket.params[b]]; });
+  BucketPlan sorted{bucket.kind, bucket.whole, bucket.padded_numel, {}, {}, {}, {}};
+  int64_t offset = 0;
+  for (const size_t i : order) {
+    sorted.params.push_back(bucket.params[i]);
+    sorted.offsets.push_back(offset);
+    sorted.numels.push_back(bucket.numels[i]);
+    sorted.owners.push_back(owner_of[bucket.params[i]]);
+    offset += round_up(bucket.numels[i], alignment);
+  }
+  bucket = std::move(sorted);
+}
+
+/// The buckets of parameters that lie across slices.
+std::vector<BucketPlan> by_owners(const std::vector<ParamSpec>& params, const std::vector<Items>& kinds,
+                                  const std::vector<int64_t>& loads, const FillRule& rule) {
+  std::vector<BucketPlan> buckets;
+  std::vector<int64_t> owned, costs;
+  // Ends are rounded up here: in another order another parameter comes last.
+  std::vector<ParamSpec> aligned = params;
+  for (const Items& items : kinds) {
+    std::vector<int64_t> indices;
+    for (const Item& item : items) {
+      aligned[item.param].numel = item.numel;
+      indices.push_back(item.param);
+      owned.push_back(item.param);
+      costs.push_back(item.cost);
+    }
+    for (BucketPlan& bucket : fill_buckets(aligned, indices, rule))
+      buckets.push_back(std::move(bucket));
+  }
+  const std::vector<int64_t> owners = assign_owners(costs, loads);
+  std::vector<int64_t> owner_of(params.size());
+  for (size_t i = 0; i < owned.size(); ++i)
+    owner_of[owned[i]] = owners[i];
+  for (BucketPlan& bucket : buckets) {
+    for (size_t i = 0; i < bucket.params.size(); ++i)
+      bucket.numels[i] = params[bucket.params[i]].numel;
+    sort_by_owner(bucket, owner_of, rule.alignment);
+  }
+  return buckets;
+}
+
 } // namespace
 
-std::vector<BucketPlan> plan_whole(const std::vector<ParamSpec>& params, int64_t world_size, int64_t alignment,
-                                   int64_t bucket_bytes) {
+std::vector<BucketPlan> plan_whole(const std::vector<ParamSpec>& params, int64_t world_size, const FillRule& rule) {
   std::map<int64_t, Items> by_kind;
   for (int64_t i = static_cast<int64_t>(params.size()) - 1; i >= 0; --i)
     if (params[i].whole_cost)
-      by_kind[params[i].kind].push_back({i, round_up(params[i].numel, alignment),
+      by_kind[params[i].kind].push_back({i, round_up(params[i].numel, rule.alignment),
                                          params[i].numel ? *params[i].whole_cost : 0}); // no rank steps nothing
 
-  std::vector<Slices> buckets;
+  std::vector<Slices> sliced;
+  std::vector<Items> others;
   for (const auto& [kind, items] : by_kind) {
-    const int64_t total = std::max(sum_of(items, &Item::numel), alignment);
-    const int64_t target = std::clamp<int64_t>(bucket_bytes / params[items[0].param].item_bytes, 1, total);
-    const std::vector<size_t> cuts = best_cuts(items, world_size, target);
-    for (size_t i = 0; i + 1 < cuts.size(); ++i)
-      buckets.push_back(slice_up(
-          kind, Items(items.begin() + static_cast<int64_t>(cuts[i]), items.begin() + static_cast<int64_t>(cuts[i + 1])),
-          world_size, alignment));
+    const int64_t item_bytes = params[items[0].param].item_bytes;
+    std::vector<Slices> buckets = in_slices(kind, items, world_size, rule, item_bytes);
+    if (is_within_limit(buckets, rule, item_bytes)) {
+      std::move(buckets.begin(), buckets.end(), std::back_inserter(sliced));
+    } else {
+      others.push_back(items);
+    }
   }
-  balance(buckets, world_size);
+  const std::vector<int64_t> loads = balance(sliced, world_size);
 
   std::vector<BucketPlan> plans;
-  for (const Slices& slices : buckets)
+  for (const Slices& slices : sliced)
     plans.push_back(lay_out(slices, params));
+  for (BucketPlan& bucket : by_owners(params, others, loads, rule))
+    plans.push_back(std::move(bucket));
   return plans;
 }
 
