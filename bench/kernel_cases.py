@@ -142,6 +142,12 @@ def quantize(dtype: torch.dtype, *, inverse: bool) -> MakeCase:
     return make
 
 
+def by_byte_of_codes(array: Tensor, bits: int) -> Tensor:
+    """An array as what as many bytes of codes stand for: one element each, or two as one that is as wide. Steps are left aside."""
+    wide = {2: torch.int32, 4: torch.float64}
+    return array if bits == 8 or array.dtype is torch.uint8 else array.view(wide[array.itemsize])
+
+
 def encode(bits: int) -> MakeCase:
     """Half of an array that is sent to two ranks each, with error feedback."""
 
@@ -154,7 +160,8 @@ def encode(bits: int) -> MakeCase:
             noise = {"seed": 1, "step": 1}
             ops.encode_slices(values, encoded, num_slices=2, bits=bits, residual=residual, **noise)
 
-        case = Case(run, [Stream(values, "r"), Stream(residual, "rw"), Stream(encoded, "w")])
+        streams = [(values, "r"), (residual, "rw"), (filled(numel * bits // 8, torch.uint8, device), "w")]
+        case = Case(run, [Stream(by_byte_of_codes(array, bits), mode) for array, mode in streams])
         copied = torch.empty_like(values)
         case.rivals["memcpy of the values"] = lambda: copied.copy_(values)
         return case
@@ -169,9 +176,9 @@ def sum_encoded(bits: int) -> MakeCase:
         for encoded in slices:
             ops.encode_slices(filled(numel, F32, device), encoded, num_slices=1, bits=bits, seed=1, step=1)
         out = filled(numel, F32, device)
-        case = Case(
-            lambda: ops.sum_encoded(slices, out, bits=bits), [*(Stream(s, "r") for s in slices), Stream(out, "w")]
-        )
+        codes = [filled(numel * bits // 8, torch.uint8, device) for _ in slices]
+        streams = [*(Stream(each, "r") for each in codes), Stream(by_byte_of_codes(out, bits), "w")]
+        case = Case(lambda: ops.sum_encoded(slices, out, bits=bits), streams)
         wide = [filled(numel, F32, device) for _ in range(2)]
         case.rivals["reduce of float32"] = lambda: ops.reduce(wide, out)
         return case

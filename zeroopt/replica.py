@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from ._C import Plan
 from .building.building import Building
 from .collectives import ControlGroup, Transport, Wire
+from .collectives.compression import BITS, CompressedWire, HostSumsWire, Noise
+from .collectives.residual import Residual
 from .collectives.turnout import Turnout
 from .errors import StateError
 from .feature import Features
 from .gradients.norm_groups import NormGroups
 from .gradients.reducer import GradientReducer
+from .gradients.residuals import collect_residuals, hand_out_residuals
 from .gradients.sharded_view import ShardedView
 from .gradients.untrained import describe_untrained
 from .gradients.view import GradientView
@@ -26,7 +29,7 @@ from .options.precision import Precision
 from .pages import trim_heap
 from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
-from .plan.buckets import choose_bucket_bytes, make_plan
+from .plan.buckets import choose_bucket_bytes, is_compressible, make_plan
 from .plan.claims import claim, claimed_params
 from .plan.dtensors import count_copies, find_mesh, local_of, mesh_groups
 from .plan.ownership import Ownership
@@ -97,6 +100,8 @@ class Replica:
         sharded = self._make_sharded_view(features, check_outside) if placement.shard_state else None
         self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, _bytes_on_the_way(module, config))
         pool = BufferPool(config, self.bucket_bytes, transport) if placement.shard_gradient else None
+        self._pool = pool
+        self._rounds = count()  # of rounding what travels as codes
         view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
             module,
@@ -104,13 +109,7 @@ class Replica:
             view,
             features,
             turnout,
-            partial(
-                GradientStore,
-                ownership=self.ownership,
-                wire=Wire(config.reduce_dtype) if config.wire is None else config.wire,
-                transport=transport,
-                pool=pool,
-            ),
+            self._make_store,
             pool,
             overlap=config.overlap,
             bucket_buffers=config.bucket_buffers,
@@ -135,6 +134,32 @@ class Replica:
             config.check_keeps_gradients,
             keeps_sums=not config.step_in_backward,
         )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether gradients travel as codes; within a host they do not."""
+        return self.config.gradient_compression is not None and len(self.transport.sent_slices) > 0
+
+    def _make_store(self, bucket: Bucket) -> GradientStore:
+        return GradientStore(bucket, self.ownership, self._wire_of(bucket), self.transport, self._pool)
+
+    def _wire_of(self, bucket: Bucket) -> Wire:
+        config, transport = self.config, self.transport
+        if config.wire is not None:
+            return config.wire
+        # All parameters of a bucket are alike in that.
+        if not self.compresses or not is_compressible(bucket.params[0], bucket.dtype):
+            return Wire(config.reduce_dtype)
+        assert config.gradient_compression is not None
+        slice_numel = bucket.padded_numel // transport.num_slices
+        lengths = [slice_numel] if self._pool is None else [s.end - s.begin for s in self._pool.stripes(bucket)]
+        sent = transport.sent_slices
+        residual = Residual(sent.start * slice_numel, len(sent), lengths, bucket.device)
+        # An odd factor: other ranks, and other jobs with seeds side by side, round by other numbers.
+        seed = (self.seed + (transport.control.rank + 1) * 0x9E3779B97F4A7C15) % 2**64
+        noise = Noise(seed, bucket.index, self._rounds)
+        wire = CompressedWire(config.reduce_dtype, BITS[config.gradient_compression], residual, noise)
+        return HostSumsWire(wire) if transport.sums_twice else wire
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
         """Move further parameters into buckets of their own, and return those. Collective.
@@ -177,7 +202,9 @@ class Replica:
 
     def make_plan(self, params: Sequence[ManagedParam], precision: Precision) -> Plan:
         """Plan buckets for these parameters, in this order."""
-        return make_plan(params, self.ownership, self.bucket_bytes, precision, self.config.wire_dtype)
+        return make_plan(
+            params, self.ownership, self.bucket_bytes, precision, self.config.wire_dtype, compresses=self.compresses
+        )
 
     def lay_out(self, plan: Plan, ordered: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:
         """Buckets for all parameters, in the order in which the plan takes them, as layouts alone."""
@@ -196,6 +223,7 @@ class Replica:
         wanted = _extents(buckets)
         follows = self.reducer.buckets is buckets
         sums = {} if follows else self._move(self.reducer.stores, self.reducer.buckets, wanted)
+        residuals = {} if follows else collect_residuals(self.reducer.stores, self.reducer.buckets)
         for bucket in self.buckets:
             bucket.place_params()  # what else there is lies where they do
         states, masters = (
@@ -216,6 +244,7 @@ class Replica:
         else:
             self.reducer.rebuild(self.buckets)
             hand_out(sums, self.buckets, self.reducer.stores)
+            hand_out_residuals(residuals, self.reducer.stores, self.buckets)
         self.reducer.view.moved()
         self.gathers.attach(self.buckets)
         trim_heap()
@@ -233,8 +262,10 @@ class Replica:
     def _regroup_gradients(self, buckets: Sequence[Bucket], go: Callable[[Sequence[Bucket]], None]) -> None:
         self.reducer.finish()
         sums = self._move(self.reducer.stores, self.reducer.buckets, _extents(buckets))
+        residuals = collect_residuals(self.reducer.stores, self.reducer.buckets)
         go(buckets)
         hand_out(sums, buckets, self.reducer.stores)
+        hand_out_residuals(residuals, self.reducer.stores, buckets)
         self.reducer.view.moved()
 
     def _move(

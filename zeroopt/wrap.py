@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -12,7 +13,7 @@ from torch import nn
 
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
-from .admission.devices import describe_device, warn_of_missing_kernels
+from .admission.devices import check_has_codes, describe_device, warn_of_missing_kernels
 from .building.building import Building, prepare
 from .building.functions import Init
 from .building.saved import Saved
@@ -37,6 +38,8 @@ from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
 from .plan.params import ManagedParam
 from .replica import Replica, cast_frozen
 from .stepping.stepper import check_fused
+
+_log = logging.getLogger("zeroopt")
 
 InitOrPath: TypeAlias = Init | str | os.PathLike[str]
 """What gives values to a model on the meta device: a function of a module, or the path of a checkpoint."""
@@ -73,6 +76,7 @@ def wrap(
     outer_dtype: torch.dtype | str | None = None,
     features: Sequence[Feature] = (),
     wire: Wire | None = None,
+    gradient_compression: str | None = None,
     state_device: torch.device | str | None = None,
     step_in_backward: bool = False,
     init: InitOrPath | Sequence[InitOrPath] | None = None,
@@ -164,6 +168,12 @@ def wrap(
             `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
         wire: instead of `reduce_dtype`, another form in which gradients travel, and another way to sum them: an object of a
             subclass of `zeroopt.collectives.Wire`, alike on all ranks.
+        gradient_compression: "int8" or "int4": gradients travel between hosts, or to other GPUs, as codes with a step for every 256
+            elements, rounded stochastically, a quarter or an eighth of float32's bytes, and are summed in float32. What codes leave
+            out, each rank keeps for the next backward, in bfloat16: 2 bytes for each element that it sends, which is all of the
+            model, or with several ranks on each host of CPU ranks its share of the host's sum. Gradients of parameters of one
+            dimension or of fewer than 4,096 elements travel as they are, and so does all within a host whose ranks share memory.
+            Stages 1 and 2. See docs/compression.md.
         state_device: "cpu" keeps optimizer state and masters of a model on a GPU in the memory of its host, and steps there what
             this rank steps: sums of its slices travel there, new parameters back. It takes a copy of both there. None: the
             device of the parameters.
@@ -211,6 +221,7 @@ def wrap(
             share_parameters=share_parameters,
             reduce_dtype=reduce_dtype,
             wire=wire,
+            gradient_compression=gradient_compression,
             bucket_buffers=bucket_buffers,
             check_every=check_every,
             precision=Precision(param_dtype, master_weights, state_dtype),
@@ -329,6 +340,8 @@ class _Findings:
         if config.outer_optimizer is not None and self.average is not None:
             check_transport(transport_across(config), self.average.control.group, self.params[0].param.device)
             check_outer_dtype(config, {m.param.dtype for m in self.params}, self.params[0].param.device)
+        if config.gradient_compression is not None:
+            check_has_codes(self.params[0].param.device)
         self.lines = _describe(self.options, module, optimizer, self.params)
         if config.outer_optimizer is not None:
             self.lines += inspect_outer(config.outer_optimizer)
@@ -378,6 +391,12 @@ def _wrap_model(
     wrapped = ZeroDataParallel(replica, of_model)
     if group.rank() == 0:
         warn_of_missing_kernels(found.params[0].param.device)
+        if found.config.gradient_compression is not None and not replica.compresses:
+            _log.info(
+                "gradient_compression=%r: nothing goes over a network (transport %s), so gradients are not compressed",
+                found.config.gradient_compression,
+                transport.name,
+            )
     wrapped_optimizer = _add_optimizer(wrapped, optimizer, found)
     cast_frozen(module.parameters(), found.config.precision.param_dtype)
     if found.config.sync_module_states:

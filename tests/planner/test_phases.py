@@ -65,6 +65,21 @@ def test_tiers_and_sharing_hold_what_their_formulas_say() -> None:
     assert stepping["gradients"] == 4 * LAYER // 8  # the sum of one bucket at a time
 
 
+def test_what_codes_leave_out_is_held_by_whoever_sends() -> None:
+    coded = {"gradient_compression": "int8"}
+    for host_ranks, share in ((1, 1), (2, 2), (8, None)):
+        held = parts(asked(8, host_ranks=host_ranks, **coded), "forward and backward")
+        plain = parts(asked(8, host_ranks=host_ranks), "forward and backward")
+        residuals, staging = held.pop("residuals", None), held.pop("staging", 0)
+        assert residuals == (None if share is None else 2 * NUMEL // share)
+        assert (staging < plain.pop("staging")) if share else (staging == plain.pop("staging", 0))
+        assert held == plain
+    own_codes = LAYER // 8 // 256 * 260  # of a slice, which is whole blocks
+    assert parts(asked(8, host_ranks=1, **coded), "first step")["staging"] == 2 * 8 * own_codes
+    moving = parts(asked(8, host_ranks=1, stage=1, **coded), "moving")
+    assert moving["residuals"] == 2 * 2 * NUMEL
+
+
 def test_wrapping_holds_one_bucket_twice() -> None:
     assert parts(asked(2), "wrapping") == {"parameters": 4 * (NUMEL + LAYER)}
     # With half as many bytes, it is the beginning: the model as it was built, and the first bucket.

@@ -37,6 +37,9 @@ LOOPS = {
     "stage 2, bfloat16, sums of our own": Loop(
         {"stage": 2, **BF16, "transport": "all_to_all"}, accumulate=2, side="branch"
     ),
+    "stage 2, gradients as codes": Loop(  # those of layers, which are large enough
+        {"stage": 2, "gradient_compression": "int8", "bucket_mb": 0.02}, accumulate=2, side="branch", width=64
+    ),
     "stage 2, all of it": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, side="branch", accumulate=2, steps=2),
     "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
 }

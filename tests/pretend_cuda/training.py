@@ -32,7 +32,7 @@ class Loop:
         scaler: with a GradScaler.
         warm_up: steps that come before those that are looked at; buckets are planned anew in the first one.
         steps: that are looked at.
-        depth: layers of the model.
+        depth, width: layers of the model, and of each.
         side: what a user has on a stream of their own: "" nothing, "loop" all of it, "forward" the forward, "branch" one layer,
             "average" an average of the parameters that is taken after each step. On a device.
         device: "current", or the "other" one of a rank.
@@ -46,13 +46,14 @@ class Loop:
     warm_up: int = 2
     steps: int = 1
     depth: int = 2
+    width: int = WIDTH
     side: str = ""
     device: str = "current"
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
 
     def wrap(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The wrapped model, the same on all ranks."""
-        model = Model(self.depth)
+        model = Model(self.depth, self.width)
         generator = torch.Generator().manual_seed(0)  # of its own: ranks may be threads
         for param in model.parameters():
             nn.init.normal_(param.data, std=0.3, generator=generator)
@@ -70,12 +71,12 @@ class Model(nn.Module):
 
     branch: AbstractContextManager[None] = nullcontext()
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)

@@ -65,6 +65,7 @@ def config_with(**options: Any) -> Config:
         "share_parameters": False,
         "reduce_dtype": None,
         "wire": None,
+        "gradient_compression": None,
         "bucket_buffers": 2,
         "check_every": None,
         "precision": Precision(),

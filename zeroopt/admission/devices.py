@@ -52,6 +52,16 @@ def check_stepped_on(optimizer: torch.optim.Optimizer, home: torch.device) -> No
         )
 
 
+def check_has_codes(device: torch.device) -> None:
+    """Raise KernelUnavailableError when gradients on a device are to travel as codes, and there is no kernel for that. Not collective."""
+    missing = ops.missing_kernels(device)
+    if missing is not None:
+        raise KernelUnavailableError(
+            f"gradient_compression encodes gradients by a kernel, and there is none for {device}: {missing}. Or leave it at None; "
+            "reduce_dtype=torch.bfloat16 halves what travels without one"
+        )
+
+
 def describe_device(device: torch.device) -> str:
     """What ranks have to have in common of where parameters are: steps by kernels and by optimizers differ in the last bits."""
     return f"{'' if ops.has_kernels(device) else 'no '}kernels for the parameters' device"

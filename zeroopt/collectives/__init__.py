@@ -14,7 +14,9 @@ In reading order; each imports from those above it:
     site               where a transport is to work: group, device, hosts
     shared_memory      memory that the ranks of one host share
     turnout            which ranks still train
+    residual           what codes have left out of gradients, to be sent later
     wire               `Wire`: in what form gradients travel
+    compression        as 8- or 4-bit codes
     base               `Transport`: the collectives that ZeRO needs, on flat buckets
     single             a group of one
     shm                one host: shared memory

@@ -35,6 +35,7 @@ class Transport(ABC):
         is_queued: what is started comes behind the result of what was started before, though nobody has finished that.
         shares_parameters: whether `allocate(shared=True)` is possible.
         sums_twice: some ranks' sums travel on to be summed with others; only for wires that nest.
+        is_local: its ranks share memory, and nothing goes over a network.
         needs_gloo_on_cpu: it works on buckets in CPU memory, and on groups of the Gloo backend.
         writers: ranks of the group that write parameters for all ranks that share them; the first is rank 0.
         sent_bytes: what this rank has sent of buckets over the network, by the transport's own count.
@@ -46,6 +47,7 @@ class Transport(ABC):
     shares_parameters = False
     needs_gloo_on_cpu = False
     sums_twice = False
+    is_local = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.control = ControlGroup(group)
@@ -82,6 +84,11 @@ class Transport(ABC):
     def writes_parameters(self) -> bool:
         """Whether this rank is one of the `writers`."""
         return self.control.rank in self.writers
+
+    @property
+    def sent_slices(self) -> range:
+        """The slices of a bucket that this rank sends over a network or to others, of its own gradients or of its host's sum."""
+        return range(0 if self.is_local else self.num_slices)
 
     def own_slice(self, full: Tensor) -> Tensor:
         """This rank's slice of a bucket, a view."""

@@ -10,6 +10,8 @@ reduce-scatter   Each rank sums its local rank's block over the ranks of its hos
 all-gather       The other way round: slices between hosts, then blocks within the host. A rank waits for the first part in
                  `flush`, for its host's other ranks depend on what it has received.
 
+Where the wire says so (`Wire.between_hosts`), a host's sum is encoded before it goes to others.
+
 So (H-1)/H of a bucket leaves each host once, whatever the number of its ranks. Where L is a power of two, the sums are, bit
 for bit, those of a single host: `ops.reduce` adds in a binary tree over ranks, of which a host's ranks are a branch.
 """
@@ -91,6 +93,11 @@ class HybridTransport(Transport):
     def sent_bytes(self, value: int) -> None:
         assert value == 0, "the base class's constructor sets it"
 
+    @property
+    def sent_slices(self) -> range:
+        first = self._local.slice_index * len(self._hosts)
+        return range(first, first + len(self._hosts))
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         return self._local.allocate(numel, dtype, device, shared=shared)
 
@@ -106,7 +113,9 @@ class HybridTransport(Transport):
         within_host = self._local.start_reduce_scatter(full, summed, wire=wire, label=label)
 
         def start_between_hosts() -> PendingCollective:
-            return self._between_hosts.start_reduce_scatter(summed, out, base, wire=wire, label=label)
+            onward = wire.between_hosts
+            encoded = summed if onward is None else onward.encode(summed, len(self._hosts))
+            return self._between_hosts.start_reduce_scatter(encoded, out, base, wire=onward or wire, label=label)
 
         pending = _HybridReduce(self, within_host, start_between_hosts, lambda: self._blocks.give_back(block))
         self._reduces.append(pending)

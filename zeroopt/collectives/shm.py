@@ -116,6 +116,7 @@ class ShmTransport(Transport):
     name = "shm"
     needs_staging = False
     shares_parameters = True
+    is_local = True
     needs_gloo_on_cpu = True
 
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:

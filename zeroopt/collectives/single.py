@@ -16,6 +16,7 @@ class SingleTransport(Transport):
     name = "single"
     needs_staging = False
     shares_parameters = True
+    is_local = True
 
     @classmethod
     def serves(cls, site: Site) -> bool:

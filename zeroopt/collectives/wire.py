@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .residual import Residual
 
 
 class Wire:
@@ -24,10 +25,14 @@ class Wire:
         backend_sums: `combine` is a plain sum, so that a backend's own reduce-scatter, or no transport at all for a rank alone,
             may take its place.
         nests: sums of some ranks' slices may travel on as slices do, and be combined with others: from host to host.
+        between_hosts: by which they travel on, encoded anew; None: as they are.
+        residual: what encoding has left out of the gradients of one bucket; None: there is nothing of the kind.
     """
 
     backend_sums = True
     nests = True
+    between_hosts: Wire | None = None
+    residual: Residual | None = None
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
@@ -40,7 +45,8 @@ class Wire:
 
         Returns:
             What travels: 1-D, in the memory of `full` from its first element on, of any dtype, `num_slices` equally long parts,
-            of which the i-th is what rank i of the slices has to know.
+            of which the i-th is what rank i of the slices has to know. Where nothing goes through shared memory it may be
+            elsewhere.
         """
         return full
 

@@ -32,6 +32,7 @@ class Footprint:
         buffers: full buckets of gradients that stage 2 lends.
         moments: the optimizer's arrays.
         outer: what outer steps keep: anchors, the outer optimizer's arrays, and buckets that are on the way between groups.
+        residuals: what `gradient_compression` has left out of gradients.
     """
 
     parameters: int
@@ -40,10 +41,12 @@ class Footprint:
     buffers: int
     moments: int
     outer: int = 0
+    residuals: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.masters + self.gradients + self.buffers + self.moments + self.outer
+        held = self.parameters + self.masters + self.gradients + self.buffers + self.moments
+        return held + self.outer + self.residuals
 
 
 def footprint(
@@ -69,6 +72,7 @@ def footprint(
         buffers=num_buffers(config) * bytes_of_buffer(config, bucket_bytes, borrowers, transport.num_slices),
         moments=_moment_bytes(buckets, stores, optimizer, config),
         outer=outer_bytes(buckets, config, num_groups),
+        residuals=sum(store.residual.nbytes for store in stores if store.residual is not None),
     )
 
 
@@ -142,7 +146,8 @@ def log_wrapped(
         len(buckets),
         _in_mb(held.total),
         *map(_in_mb, (held.parameters, held.masters, held.gradients, held.buffers, held.moments)),
-        f", outer steps {_in_mb(held.outer)} MB" if held.outer else "",
+        (f", outer steps {_in_mb(held.outer)} MB" if held.outer else "")
+        + (f", residuals {_in_mb(held.residuals)} MB" if held.residuals else ""),
     )
     for bucket in buckets:
         begin, end = bucket.own_range

@@ -17,5 +17,6 @@ In reading order; each imports from those above it:
     packing_streams   on which streams of a device they come
     filling           gradients on their way into the full buffers of their buckets
     in_flight         full buffers from when they travel until nobody reads them
+    residuals         what codes have left out of gradients, by parameter
     reducer           `GradientReducer`: hooks fill buckets, and full buckets travel while backward goes on
 """

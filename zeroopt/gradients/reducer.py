@@ -314,8 +314,11 @@ class GradientReducer:
         self.num_backwards_stepped = self.num_backwards
 
     def note_skipped_step(self) -> None:
-        """A GradScaler has left a step out, on all ranks."""
+        """A GradScaler has left a step out, on all ranks. What codes have left out of its gradients is of a scale that has gone."""
         self.num_backwards_stepped = self.num_backwards
+        for store in self.stores:
+            if store.residual is not None:
+                store.residual.drop()
 
     def reclaim(self) -> None:
         """After the step: wait for the last messages. Those of gradients hold memory that nothing else frees."""

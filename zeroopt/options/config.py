@@ -44,6 +44,7 @@ class Config:
     share_parameters: bool
     reduce_dtype: torch.dtype | None
     wire: Wire | None
+    gradient_compression: str | None
     bucket_buffers: int
     check_every: int | None
     precision: Precision
@@ -79,6 +80,7 @@ class Config:
             if self.stage == 0:
                 raise NotSupportedError("wire is supported in stages 1 and 2; leave it at None in stage 0")
             _check_reduce_dtype("wire.dtype", self.wire.dtype, self.stage)
+        self._check_gradient_compression()
         _check_max_grad_norm(self.max_grad_norm)
         _check_state_device(self.state_device)
         if self.share_parameters and self.stage == 0:
@@ -97,6 +99,20 @@ class Config:
             object.__setattr__(self, "max_grad_norm", float(self.max_grad_norm))
         if self.state_device is not None:
             object.__setattr__(self, "state_device", torch.device(self.state_device))
+
+    def _check_gradient_compression(self) -> None:
+        check_one_of("gradient_compression", self.gradient_compression, (None, "int8", "int4"))
+        if self.gradient_compression is None:
+            return
+        if self.wire is not None:
+            raise ConfigError(
+                "expected gradient_compression or wire, got both: either is a form in which gradients travel"
+            )
+        if self.stage == 0:
+            raise NotSupportedError(
+                "gradient_compression is supported in stages 1 and 2, where what codes leave out is kept beside slices; leave it "
+                "at None in stage 0"
+            )
 
     def _check_step_in_backward(self) -> None:
         if self.stage != 2:

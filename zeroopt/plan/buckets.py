@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import ops
 from .._C import Plan
 from ..collectives import ControlGroup
 from ..options.precision import Precision
@@ -19,6 +20,19 @@ _MIB = 2**20
 _LARGEST = 25 * _MIB  # what DistributedDataParallel takes: beyond it, a bucket costs no less for its size
 _SMALLEST = _MIB  # below it, what a bucket costs whatever its size shows in the time of a step
 _BUCKETS = 20  # so that two buffers of the size of a bucket are a tenth of the parameters' bytes
+
+
+SMALLEST_COMPRESSED = 4096  # elements: below it, codes would save less than the block of a slice that is padded
+
+
+def is_compressible(managed: ManagedParam, stored: torch.dtype) -> bool:
+    """Whether the gradient of a parameter travels as codes, where those are asked for: not of vectors, such as biases and the weights
+    of norms, which are few, and of which each element does much; not of small parameters; and not in float64.
+
+    Args:
+        stored: dtype of the parameter in its bucket.
+    """
+    return managed.param.dim() > 1 and managed.numel >= SMALLEST_COMPRESSED and stored in ops.WIRE_DTYPES
 
 
 def choose_bucket_bytes(bucket_mb: float | None, param_bytes: int) -> int:
@@ -39,6 +53,8 @@ def make_plan(
     bucket_bytes: int,
     precision: Precision,
     wire_dtype: torch.dtype | None = None,
+    *,
+    compresses: bool = False,
 ) -> Plan:
     """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
 
@@ -47,10 +63,14 @@ def make_plan(
     Args:
         bucket_bytes: what neither a bucket nor its gradients on their way exceed, unless one parameter alone does.
         wire_dtype: in which gradients travel; None: in the parameters'.
+        compresses: gradients travel as codes, and those that do not have buckets of their own.
     """
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
-    kinds: dict[tuple[torch.dtype, torch.device, int], int] = {}
-    kind_of = [kinds.setdefault((d, p.param.device, p.copies), len(kinds)) for d, p in zip(dtypes, params, strict=True)]
+    kinds: dict[tuple[torch.dtype, torch.device, int, bool], int] = {}
+    kind_of = [
+        kinds.setdefault((d, p.param.device, p.copies, compresses and is_compressible(p, d)), len(kinds))
+        for d, p in zip(dtypes, params, strict=True)
+    ]
     return Plan(
         [p.numel for p in params],
         kind_of,

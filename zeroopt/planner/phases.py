@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import ops
+from ..collectives.compression import BITS
 from ..diagnosis.footprint import footprint
 from ..features.outer_bytes import outer_bytes_saved
 from ..options.config import Config
@@ -23,6 +25,7 @@ PARTS = (
     "parameters",
     "masters",
     "gradients",
+    "residuals",
     "state",
     "outer",
     "buffers",
@@ -32,7 +35,8 @@ PARTS = (
     "rest",
     "runtime",
 )
-"""What bytes are for. buffers: full gradient buffers of stage 2. outer: what outer steps keep. staging: what messages take beside them. rest: frozen parameters
+"""What bytes are for. residuals: what `gradient_compression` has left out of gradients. buffers: full gradient buffers of stage 2.
+outer: what outer steps keep. staging: what messages take beside them. rest: frozen parameters
 and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
 
 _BEFORE_TRAINING = ("building", "wrapping")  # in which libraries take nothing worth counting
@@ -124,6 +128,7 @@ class _Course:
     def phases(self) -> Iterator[Phase]:
         held = self.held
         kept = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
+        kept["residuals"] = held.residuals
         state = {"state": held.moments, "outer": held.outer}
         in_backward = {"buffers": self.buffers, "staging": self.staging}
         on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
@@ -184,7 +189,7 @@ class _Course:
         """State does not exist yet, unless backward steps; but where the order of gradients is not known, some wait for their bucket."""
         held = self.held
         parts = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
-        parts |= {"buffers": self.buffers, "staging": self.staging}
+        parts |= {"buffers": self.buffers, "staging": self.staging, "residuals": held.residuals}
         if self.config.step_in_backward:
             parts["state"] = held.moments
         if self.activations is None:
@@ -227,13 +232,23 @@ class _Course:
         if transport.needs_staging and self.config.overlap:
             on_their_way = max(1, self.config.bucket_buffers - 1)
         sizes = []
-        for bucket in self.rehearsal.buckets:
+        for bucket, store in zip(self.rehearsal.buckets, self.rehearsal.stores, strict=True):
             dtype = self._travels_in(bucket)
             num_bytes = bucket.padded_numel * dtype.itemsize
             if self.held.buffers:
                 num_bytes = min(num_bytes, self.held.buffers // num_buffers(self.config))
-            sizes.append(transport.staging_of(num_bytes, dtype.itemsize))
+            sizes.append(self._staging_of(num_bytes, dtype.itemsize, is_encoded=store.residual is not None))
         return sum(sorted(sizes, reverse=True)[:on_their_way])
+
+    def _staging_of(self, num_bytes: int, item_bytes: int, *, is_encoded: bool) -> int:
+        """Beside a full buffer of so many bytes while it travels. Codes have memory of their own, and as much is received."""
+        transport, compression = self.rehearsal.transport, self.config.gradient_compression
+        if not is_encoded or compression is None:
+            return transport.staging_of(num_bytes, item_bytes)
+        slice_numel = num_bytes // item_bytes // transport.num_slices
+        num_sent = len(transport.sent_slices)
+        summed = num_sent * slice_numel * item_bytes if transport.sums_twice else 0  # of a host
+        return summed + 2 * num_sent * ops.encoded_bytes(slice_numel, BITS[compression])
 
     def _travels_in(self, bucket: Bucket) -> torch.dtype:
         return self.config.wire_dtype or bucket.dtype
@@ -246,7 +261,9 @@ class _Course:
     def _moving(self) -> Phase:
         """What lies by slices moves first, while gradients have their buffers; parameters move when these are gone."""
         held, config = self.held, self.config
-        kept = {"parameters": held.parameters, "masters": held.masters}
+        kept = {"parameters": held.parameters, "masters": held.masters, "residuals": held.residuals}
+        if not self._is_foreseen:
+            kept["residuals"] *= 2  # in the order of the buckets before, and of those behind
         if config.step_in_backward:
             kept["state"] = held.moments
         slices = {**kept, "gradients": held.gradients, "buffers": self.buffers, "staging": self.kept_staging}

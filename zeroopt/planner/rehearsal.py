@@ -173,9 +173,15 @@ class RehearsedTransport(Transport):
         self.name = kind.name
         self.needs_staging = kind.needs_staging and cluster.device == "cpu"
         self.shares_parameters = kind.shares_parameters
+        self.sums_twice = kind.sums_twice
+        self.is_local = kind.is_local
         self.num_hosts = cluster.num_hosts
         if kind.shares_parameters:
             self.writers = range(0, cluster.world_size, cluster.host_ranks)
+
+    @property
+    def sent_slices(self) -> range:
+        return range(self.num_hosts) if self.sums_twice else super().sent_slices
 
     def staging_of(self, num_bytes: int, item_bytes: int) -> int:
         """Bytes that the reduce-scatter of a full buffer of so many takes beside it."""

@@ -86,6 +86,10 @@ class Bucket:
         assert not owner.is_whole or piece.numel == owner.numel
         return nn.Parameter(with_own_storage(view_of(self.master.stepped, owner, piece.offset, piece.numel)))
 
+    def offset_of(self, managed: ManagedParam) -> int:
+        """Where in this bucket a parameter lies, or is to lie."""
+        return self._offset_of[managed]
+
     def place_params(self) -> None:
         """Let the parameters' offsets be those in this bucket, where they, or their gradients, are to lie."""
         for managed in self.params:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import ops
 from ..collectives import PendingCollective, Transport, Wire
+from ..collectives.residual import Residual
 from ..own_storage import with_own_storage
 from ..pages import paged_zeros_like, release
 from ..plan.ownership import Ownership
@@ -119,6 +120,11 @@ class GradientStore:
     def borrows(self) -> bool:
         """Whether its full buffer is one of a pool's."""
         return self._pool is not None
+
+    @property
+    def residual(self) -> Residual | None:
+        """What this rank has not sent yet of the gradients that it has had; None where all of them travel as they are."""
+        return self._wire.residual
 
     def open(self) -> Tensor:
         """The full buffer for the gradients of one backward pass, or for the next stripe of them: zero in gaps of a bucket that
@@ -240,6 +246,8 @@ class GradientStore:
             self.reduced[first - begin : last - begin].zero_()
         if self.full is not None:
             self.full[managed.offset : managed.offset + managed.numel].zero_()
+        if self.residual is not None:
+            self.residual.clear(managed.offset, managed.offset + managed.numel)
         self.norm = None
         self._shown.pop(managed, None)
 

@@ -22,6 +22,7 @@ from ..format.reading import Checkpoint, open_checkpoint
 from ..format.together import together
 from .contents import clean_name
 from .groups import has_positions, match_groups, read_groups
+from .residuals import residual_file, restore_residuals
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
 
@@ -96,6 +97,8 @@ def load(
         reading.take_model(source, model, trained_only=trained_only)
         for one in optimizers_of(model, optimizer):
             reading.take_state(source, one, strict=strict)
+        if optimizer is not None:
+            reading.take_residuals(source.checkpoint, group)
 
     together(group, f"reading the checkpoint {path}", read, lambda done: done)
     with ExitStack() as undo:
@@ -205,6 +208,7 @@ class _Reading:
         self._trained: list[Callable[[], None]] = []
         self._rest: list[Callable[[], None]] = []
         self._states: list[tuple[ZeroOptimizer, LoadedState]] = []
+        self._residuals: Mapping[str, Any] | None = None
 
     def take_extra(
         self,
@@ -242,6 +246,12 @@ class _Reading:
         loaded = optimizer.state_dicts.read([state_dict], keeps=True)
         self._states.append((optimizer, replace(loaded, kept=matched.unknown)))
 
+    def take_residuals(self, checkpoint: Checkpoint, group: dist.ProcessGroup) -> None:
+        """Read what this rank has left out of gradients, where as many ranks saved."""
+        facts = checkpoint.facts
+        alike = facts is not None and facts["world_size"] == group.size()
+        self._residuals = (checkpoint.side_file(residual_file(group.rank())) if alike else None) or {}
+
     def commit(self, model: ZeroDataParallel) -> None:
         """Let all of it be the model's and the optimizers'. Collective in the model's process group."""
         with ExitStack() as rewriting:
@@ -251,5 +261,7 @@ class _Reading:
                 commit()
         for optimizer, loaded in self._states:
             optimizer.adopt(loaded)
+        if self._residuals is not None:
+            restore_residuals(model, self._residuals)
         for commit in self._rest:
             commit()

@@ -26,6 +26,7 @@ from ..format.together import together
 from ..format.writing import write_checkpoint
 from .contents import model_contents, state_contents
 from .parts import Part, describe_part, join_parts
+from .residuals import residual_contents, residual_file
 
 _log = logging.getLogger("zeroopt")
 
@@ -187,6 +188,9 @@ def _take(
         entries: dict[str, Any] = {"model": model_contents(model, trained_only=trained_only)}
         if optimizers:
             entries["optimizer"] = {"state": state}
+            residuals = residual_contents(model)
+            if residuals:
+                side_files[residual_file(group.rank())] = residuals
         snapshot = _Snapshot(entries, {}, side_files)
         taken.append(snapshot.copied() if copies else snapshot)
         is_first = model.replica.transport.control.rank == 0

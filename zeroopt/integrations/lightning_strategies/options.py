@@ -27,7 +27,7 @@ _OF_DDP = {
     "gradient_as_bucket_view": "gradients lie in buckets as it is",
     "bucket_cap_mb": "zeroopt.wrap calls it bucket_mb",
     "ddp_comm_state": "zeroopt has no communication hooks",
-    "ddp_comm_hook": "zeroopt has none; pass reduce_dtype=torch.bfloat16 to send gradients in 16 bits",
+    "ddp_comm_hook": "zeroopt has none; pass reduce_dtype=torch.bfloat16 to send gradients in 16 bits, or gradient_compression='int8' in 8",
     "ddp_comm_wrapper": "zeroopt has no communication hooks",
     "model_averaging_period": "pass average_every=k to average parameters every k steps",
 }
