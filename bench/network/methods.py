@@ -140,6 +140,11 @@ METHODS: dict[str, Method] = {
     "zeroopt stage 1": Method(zero(stage=1)),
     "zeroopt stage 2, pairwise": Method(zero(stage=2, transport="pairwise")),
     "zeroopt stage 2, bfloat16 gradients": Method(zero(stage=2, reduce_dtype=torch.bfloat16)),
+    "zeroopt stage 2, int8 gradients": Method(zero(stage=2, gradient_compression="int8")),
+    "zeroopt stage 2, int4 gradients": Method(zero(stage=2, gradient_compression="int4")),
+    "zeroopt stage 2, bfloat16, int8 gradients": Method(
+        zero(stage=2, param_dtype=torch.bfloat16, cast_inputs=False, gradient_compression="int8")
+    ),
     "zeroopt stage 2, bfloat16": Method(zero(stage=2, param_dtype=torch.bfloat16, cast_inputs=False)),
     f"zeroopt stage 2, average_every={AVERAGE_EVERY}": Method(zero_averaging(stage=2), AVERAGE_EVERY, is_local=True),
     f"zeroopt stage 2, DiLoCo every {OUTER_EVERY}": Method(zero_outer_steps(stage=2), OUTER_EVERY, is_local=True),
