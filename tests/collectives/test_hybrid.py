@@ -122,3 +122,23 @@ def test_rendezvous_is_among_the_ranks_of_a_host(run_on_ranks: RunOnRanks) -> No
     came, went = zip(*run_on_ranks(4, meet_late), strict=True)
     for host in (slice(0, 2), slice(2, 4)):
         assert min(went[host]) >= max(came[host])
+
+
+def gather_and_leave() -> Tensor:
+    """Every rank's number in a bucket. Only rank 0 waits for it, while all others are in a barrier, in which nobody looks at gathers."""
+    transport = connect_on([0, 0, 1, 1])
+    full = transport.allocate(NUMEL, torch.float32, CPU)
+    transport.own_slice(full).fill_(dist.get_rank())
+    transport.start_rendezvous("test").finish()
+    gather = transport.start_all_gather(full)
+    if dist.get_rank() == 0:
+        gather.finish()
+    dist.barrier()
+    gather.finish()
+    return full.clone()
+
+
+def test_what_comes_from_other_hosts_is_handed_on_whatever_a_rank_does_meanwhile(run_on_ranks: RunOnRanks) -> None:
+    owners = torch.tensor([0.0, 2.0, 1.0, 3.0]).repeat_interleave(NUMEL // 4)
+    for full in run_on_ranks(4, gather_and_leave):
+        assert torch.equal(full, owners)

@@ -15,6 +15,7 @@ In reading order; each imports from those above it:
     shared_memory      memory that the ranks of one host share
     turnout            which ranks still train
     residual           what codes have left out of gradients, to be sent later
+    courier            a thread that goes on when messages arrive
     wire               `Wire`: in what form gradients travel
     compression        as 8- or 4-bit codes
     base               `Transport`: the collectives that ZeRO needs, on flat buckets

@@ -7,8 +7,8 @@ Of N = H hosts x L ranks, local rank l of host h owns slice l * H + h of every b
 
 reduce-scatter   Each rank sums its local rank's block over the ranks of its host, then the ranks with the same local rank
                  exchange the block's slices between hosts and sum again.
-all-gather       The other way round: slices between hosts, then blocks within the host. A rank waits for the first part in
-                 `flush`, for its host's other ranks depend on what it has received.
+all-gather       The other way round: slices between hosts, then blocks within the host. The host's other ranks depend on what a rank
+                 receives, whatever its own thread does meanwhile: a `Courier` waits for it and hands it on.
 
 Where the wire says so (`Wire.between_hosts`), a host's sum is encoded before it goes to others.
 
@@ -27,15 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import Transport
+from .courier import Courier, Errand
 from .pairwise import PairwiseTransport, StagingPool
 from .pending import PendingCollective
 from .shared_memory import SharedMemoryError
 from .shm import PendingRead, ShmTransport
 from .site import Site
 from .wire import PLAIN, Wire
-
-# Buckets whose gather between hosts goes on while the next ones are stepped.
-_GATHERS_BETWEEN_HOSTS = 2
 
 
 class HybridTransport(Transport):
@@ -58,6 +56,9 @@ class HybridTransport(Transport):
         self._hosts = hosts
         host = next(i for i, ranks in enumerate(hosts) if self.control.rank in ranks)
         self._local = ShmTransport(group, hosts[host])
+        # With a board of its own, on which the courier posts while the rank posts on the other: each has one order.
+        self._local_gathers = ShmTransport(group, hosts[host])
+        self._courier = Courier("zeroopt gathers between hosts")
         same_local_rank = [ranks[self._local.slice_index] for ranks in hosts]
         # Two of them, for messages are numbered in the order of their start, and ranks may start the reduce of one bucket
         # before or after the gather of another.
@@ -67,7 +68,6 @@ class HybridTransport(Transport):
         self.writers = [ranks[0] for ranks in hosts]
         self._blocks = StagingPool()
         self._reduces: deque[_HybridReduce] = deque()  # those that have not gone beyond this host
-        self._gathers: deque[_HybridGather] = deque()  # those that this host's other ranks cannot see yet
 
     @classmethod
     def serves(cls, site: Site) -> bool:
@@ -99,9 +99,12 @@ class HybridTransport(Transport):
         return range(first, first + len(self._hosts))
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
-        return self._local.allocate(numel, dtype, device, shared=shared)
+        buffer = self._local.allocate(numel, dtype, device, shared=shared)
+        self._local_gathers.take_up(buffer, self._local)
+        return buffer
 
     def free(self, buffer: Tensor) -> None:
+        self._local_gathers.free(buffer)
         self._local.free(buffer)
 
     def start_reduce_scatter(
@@ -124,10 +127,8 @@ class HybridTransport(Transport):
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         with self.messages():
             between_hosts = self._gathers_between_hosts.start_all_gather(self._local.own_slice(full), label=label)
-        pending = _HybridGather(self, between_hosts, lambda: self._local.start_all_gather(full, label=label))
-        self._gathers.append(pending)
-        while len(self._gathers) > _GATHERS_BETWEEN_HOSTS:
-            self._pass_on_first()
+        pending = _HybridGather(self, between_hosts, lambda: self._local_gathers.start_all_gather(full, label=label))
+        pending.errand = self._courier.hand_over(pending.pass_on)
         return pending
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
@@ -136,12 +137,7 @@ class HybridTransport(Transport):
         by_local_rank = zip(*self._hosts, strict=True)
         return by_rank[[rank for ranks in by_local_rank for rank in ranks]]
 
-    def flush(self) -> None:
-        while self._gathers:
-            self._pass_on_first()
-
     def start_rendezvous(self, label: str) -> PendingCollective:
-        self.flush()  # posts the gathers that this host has yet to see: its ranks post everything in one order
         return self._local.start_rendezvous(label)
 
     def progress(self) -> None:
@@ -154,18 +150,13 @@ class HybridTransport(Transport):
         while not pending.is_between_hosts:
             self._start_first()
 
-    # When one of these fails, what it was about is still the first.
-
     def _start_first(self) -> None:
-        self._reduces[0].go_between_hosts()
+        self._reduces[0].go_between_hosts()  # when it fails, it is still the first
         self._reduces.popleft()
-
-    def _pass_on_first(self) -> None:
-        self._gathers[0].pass_on()
-        self._gathers.popleft()
 
     def give_up(self, reason: str) -> None:
         self._local.give_up(reason)
+        self._local_gathers.give_up(reason)
         self._between_hosts.give_up(reason)
 
     @contextmanager
@@ -223,7 +214,13 @@ class _HybridReduce(PendingCollective):
 
 
 class _HybridGather(PendingCollective):
-    """First between hosts, then within the host. The second part is started when the first has arrived."""
+    """First between hosts, then within the host. The courier starts the second part when the first has arrived.
+
+    Attributes:
+        errand: of the courier.
+    """
+
+    errand: Errand
 
     def __init__(
         self,
@@ -237,13 +234,12 @@ class _HybridGather(PendingCollective):
         self._within_host: PendingCollective | None = None
 
     def pass_on(self) -> None:
-        """Wait for the messages of other hosts and hand them to this host's ranks."""
+        """Wait for the messages of other hosts and hand them to this host's ranks. On the courier's thread."""
         with self._transport.messages():
             self._between_hosts.finish()  # what has not arrived cannot be shown to this host's ranks
         self._within_host = self._start_within_host()
 
     def finish(self) -> None:
-        if self._within_host is None:
-            self._transport.flush()
+        self.errand.wait()
         assert self._within_host is not None
         self._within_host.finish()

@@ -167,6 +167,12 @@ class ShmTransport(Transport):
         self._by_address[own.data_ptr()] = buffer
         return own.view(dtype)[:numel]
 
+    def take_up(self, buffer: Tensor, other: ShmTransport) -> None:
+        """Work on a buffer from another transport's `allocate`, of the same members. Not collective, but all ranks take up the same
+        buffers, and this one allocates none itself."""
+        taken = other._buffer_of(buffer)
+        self._buffers[taken.number] = self._by_address[buffer.data_ptr()] = taken
+
     def free(self, buffer: Tensor) -> None:
         del self._buffers[self._by_address.pop(buffer.data_ptr()).number]
 
