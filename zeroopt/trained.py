@@ -140,9 +140,7 @@ class Trained:
             active: uint8 [number of parameters of the model], 1 for those that do.
         """
         flags = active.tolist()
-        for managed in self.params:
-            if flags[managed.index]:
-                torch.autograd.graph.increment_version(managed.param)
+        _raise_versions([managed.param for managed in self.params if flags[managed.index]])
         self.note_versions()
 
     def note_versions(self) -> None:
@@ -151,7 +149,7 @@ class Trained:
 
     def follow_writes(self) -> None:
         """Let float32 masters follow parameters that something other than a step has written since, if anything has."""
-        if any(m.param._version != version for m, version in zip(self.params, self._versions, strict=True)):
+        if [managed.param._version for managed in self.params] != self._versions:
             self.take_up_writes()
 
     def take_up_writes(self) -> None:
@@ -171,3 +169,15 @@ class Trained:
             replica.gathers.start(bucket)
         replica.gathers.leave_to_readers()
         self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8))
+
+
+_TAKES_MANY = "Iterable" in str(torch.autograd.graph.increment_version.__annotations__)  # torch 2.6 and later
+
+
+def _raise_versions(params: Sequence[Tensor]) -> None:
+    """Tell autograd that these are written."""
+    if _TAKES_MANY:
+        torch.autograd.graph.increment_version(params)
+    else:
+        for param in params:
+            torch.autograd.graph.increment_version(param)

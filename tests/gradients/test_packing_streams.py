@@ -78,6 +78,51 @@ def test_their_memory_is_not_given_to_others_before(streams: RecordedStreams, mo
     assert list(map(id, streams.used_on["late"])) == list(map(id, grads))
 
 
+@pytest.mark.parametrize("came_on", [["main"], ["main", "other"], ["other"]], ids=str)
+@pytest.mark.parametrize("are_left", [False, True])
+def test_the_allocator_hears_of_gradients_that_came_on_other_streams(
+    streams: RecordedStreams, monkeypatch: pytest.MonkeyPatch, came_on: list[str], are_left: bool
+) -> None:
+    monkeypatch.setattr("zeroopt.streams.has_streams", lambda device: True)
+    filling, grads = packing(2), [torch.ones(2)]
+    if are_left:
+        filling.note_left()
+    for name in came_on:
+        with streams.stream(name):
+            filling.note_waiting(0)
+    filling.note_waiting(1)
+    for bucket in (0, 1):
+        filling.join(bucket)
+    filling.note_all_read(0, grads)
+    assert bool(streams.used_on) is (are_left or "other" in came_on)
+    streams.used_on.clear()
+    filling.note_all_read(1, grads)
+    assert bool(streams.used_on) is are_left
+    streams.used_on.clear()
+    filling.forget()
+    filling.note_all_read(0, grads)
+    assert not streams.used_on
+
+
+def test_it_is_known_on_which_stream_the_last_gradient_waits(streams: RecordedStreams) -> None:
+    filling = packing(2)
+    assert filling.last == [None, None]
+    with streams.stream("first"):
+        filling.note_waiting(1)
+        assert filling.last[1] == filling.tell()
+    with streams.stream("second"):
+        filling.note_waiting(1)
+        assert filling.last == [None, filling.tell()]
+    filling.join(1)
+    assert filling.last == [None, None]
+    filling.note_waiting(0)
+    filling.forget()
+    assert filling.last == [None, None]
+    on_cpu = packing(device="cpu")
+    on_cpu.note_waiting(0)
+    assert on_cpu.last == [None]
+
+
 def test_on_the_cpu_there_is_one_order(streams: RecordedStreams) -> None:
     filling = packing(device="cpu")
     filling.note_opened(0)

@@ -57,7 +57,21 @@ class Model(nn.Module):
         return x @ self.first @ self.second
 
 
-def gathers_of(model: Model, transport: Slow, *, lazy: bool = True) -> ParamGathers:
+class Layers(nn.Module):
+    """Likewise, of a layer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = params_of(values((4, 4), 0), values((4, 4), 1))
+        self.layers = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        for layer, managed in zip(self.layers, self.params, strict=True):
+            layer.weight = managed.param
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def gathers_of(model: Model | Layers, transport: Slow, *, lazy: bool = True) -> ParamGathers:
     gathers = ParamGathers(model, transport, lazy=lazy)
     gathers.extend(buckets_of(model.params, transport, bucket_bytes=64))
     return gathers
@@ -229,6 +243,64 @@ def test_without_ranks_that_step_other_slices_nothing_starts() -> None:
     gathers.leave_to_readers()
     assert transport.events == ["flush"]
     assert classes(model) == {"Parameter"}
+
+
+def hooked(model: Layers) -> list[bool]:
+    """Which layers have a hook of ours, or another one."""
+    return [bool(layer._forward_pre_hooks) for layer in model.layers]
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests have compiled in this process."""
+    monkeypatch.setattr("zeroopt.parameters.gathers.has_compiled", lambda: False)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_layers_have_hooks_while_there_is_something_to_wait_for() -> None:
+    model, transport = Layers(), Slow()
+    gathers = gathers_of(model, transport)
+    bucket_of = [next(b.index for b in gathers._buckets if m in b.params) for m in model.params]
+    for _ in range(2):
+        start_all(gathers)
+        gathers.leave_to_readers()
+        assert hooked(model) == [True, True]
+        model.layers[0](torch.ones(1, 4))
+        assert hooked(model) == [False, True]
+        gathers.close(gathers._buckets[bucket_of[0]], Gather(transport, torch.zeros(1), "another"))
+        assert hooked(model) == [True, True]
+        assert torch.equal(model(torch.ones(1, 4)), torch.full((1, 4), 4 * 7.0 * 4 * 7.0))
+        assert hooked(model) == [False, False]
+    seen: list[Tensor] = []
+    model.layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.detach().clone()))
+    start_all(gathers)
+    assert next(iter(model.layers[0]._forward_pre_hooks.values())) is gathers._hooks[model.layers[0]]
+    model(torch.ones(1, 4))
+    assert len(seen) == 1 and hooked(model) == [True, False]
+    gathers.remove_hooks()
+    assert not model._forward_pre_hooks and not model.layers._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_on_a_device_hooks_stay_until_it_is_through() -> None:
+    model, transport = Layers(), Slow()
+    gathers = gathers_of(model, transport)
+    gathers._device = torch.device("cuda")
+    start_all(gathers)
+    model(torch.ones(1, 4))
+    assert hooked(model) == [True, True], "another stream may have to wait, too"
+    with patch.object(Gather, "is_past", lambda _: True):
+        model.layers[1](torch.ones(1, 4))
+    assert hooked(model) == [True, False]
+
+
+def test_hooks_stay_where_something_has_been_compiled() -> None:
+    model, transport = Layers(), Slow()
+    gathers = gathers_of(model, transport)
+    with patch("zeroopt.parameters.gathers.has_compiled", lambda: True):
+        start_all(gathers)
+        model(torch.ones(1, 4))
+        assert not gathers.pending and hooked(model) == [True, True]
 
 
 def test_hooks_can_be_removed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ class Filling:
         for bucket in buckets:
             for managed in bucket.params:
                 self.bucket_of[managed.index] = bucket.index
-        self._sizes = [len(bucket.params) for bucket in buckets]
+        self._indices = [[managed.index for managed in bucket.params] for bucket in buckets]
+        self._sizes = list(map(len, self._indices))
         self._leaves = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._tables: dict[int, ops.PackTable] = {}  # of buckets whose gradients have been packed together
         self.streams = PackingStreams(buckets)
@@ -135,9 +137,10 @@ class Filling:
     def _pack_all(self, bucket: Bucket, full: Tensor) -> bool:
         """Move all gradients of a bucket into it, if each is what nearly all gradients on a device are: as autograd has left it, laid
         out as its parameter. Whether they were."""
-        leaves = self._leaves[bucket.index]
-        grads: list[Tensor] = [grad for leaf in leaves if type(grad := leaf.grad) is Tensor]
-        if not self.packs_together or len(grads) < len(leaves) or any(grad.is_neg() for grad in grads):
+        if not self.packs_together:
+            return False
+        grads: list[Any] = [leaf.grad for leaf in self._leaves[bucket.index]]
+        if set(map(type, grads)) != {Tensor} or any(map(Tensor.is_neg, grads)):
             return False
         if bucket.index not in self._tables:
             params = bucket.params
@@ -149,8 +152,13 @@ class Filling:
         with named_range("pack", bucket.name):
             if not self._tables[bucket.index].pack(grads, full, scale=self.scale):
                 return False
-        self.streams.note_read(grads)
-        self._note_packed(bucket.params)
+        if self.missing[bucket.index]:  # some have been put there by somebody else
+            self.streams.note_read(grads)
+        else:
+            self.streams.note_all_read(bucket.index, grads)
+        self._view.packed_bucket(bucket.index)
+        for index in self._indices[bucket.index]:
+            self.packed[index] = 1
         self.unpacked[bucket.index] = 0
         return True
 

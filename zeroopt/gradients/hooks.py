@@ -50,10 +50,12 @@ class GradientHook:
         if taker is None:
             return
         hooks = param._post_accumulate_grad_hooks
-        if len(hooks) > 1 and next(reversed(hooks.values())) is not self:
+        if len(hooks) == 1:
+            taker.take_up(self.index)
+        elif next(reversed(hooks.values())) is not self:
             hooks[self._handle.id] = hooks.pop(self._handle.id)
             taker.take_up_later(self.index)
-        else:
+        elif param.grad is not None:  # else one of the others has cleared it
             taker.take_up(self.index)
 
     def remove(self) -> None:

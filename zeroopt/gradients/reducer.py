@@ -399,17 +399,33 @@ class GradientReducer:
 
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
+        # This runs between two of autograd's own kernels, once a parameter: few calls, and no more than they need.
+        filling = self._filling
+        last = filling.streams.last[filling.bucket_of[index]]
+        waits_beside_others = last is not None and last == filling.streams.tell()  # of its bucket
+        if not (waits_beside_others and self.sync and not filling.arrived[index]) and not self._accept(index):
+            return
+        filling.arrived[index] = 1
+        filling.order.append(index)
+        bucket = filling.bucket_of[index]
+        filling.missing[bucket] -= 1
+        if filling.missing[bucket] == 0:
+            if filling.packs_together and self._sequence[self._next] != bucket:
+                self._pack_early(bucket)
+            self._start_complete()
+
+    def _accept(self, index: int) -> bool:
+        """What there is to a gradient that does not just wait beside others; whether it is one for this backward."""
         if not self.sync:
             self._leave_local(index)
-            return
+            return False
         if not self._running:
             self._begin()
-        # This runs between two of autograd's own kernels, once a parameter: few calls, and no more than they need.
         filling = self._filling
         managed = filling.params[index]
         grad = managed.param.grad
         if grad is None:  # a hook of the user's has cleared it
-            return
+            return False
         if filling.arrived[index]:
             self._refuse_second(managed)
         bucket = filling.bucket_of[index]
@@ -417,18 +433,11 @@ class GradientReducer:
         if not filling.packs_together:
             store = self.stores[bucket]
             full = store.full if store.is_open else self._open(bucket)
-        if not (filling.leave(managed, grad) if full is None else filling.pack(managed, full)):
-            return
-        filling.arrived[index] = 1
-        filling.order.append(index)
-        filling.missing[bucket] -= 1
-        if filling.missing[bucket] == 0:
-            if filling.packs_together and self._sequence[self._next] != bucket:
-                self._pack_early(bucket)
-            self._start_complete()
+        return filling.leave(managed, grad) if full is None else filling.pack(managed, full)
 
     def _leave_local(self, index: int) -> None:
         self._left_local = True
+        self._filling.streams.note_left()
         self.view.keep_local(index)
         if self.buffer_sync is not None:
             self.buffer_sync.note_local_backward()
@@ -548,7 +557,8 @@ class GradientReducer:
     def _end(self) -> None:
         """Autograd calls this when backward is through."""
         for index in self._later:
-            self.take_up(index)
+            if self._filling.params[index].param.grad is not None:
+                self.take_up(index)
         while self._next < len(self._buckets):
             self._start_next()
         filling, view = self._filling, self.view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ class ShardedView(GradientView):
         self._factors = Factors()
         self._found: tuple[Tensor | None, int, bool] = (None, 0, False)
         self._objects: list[ShardedGradient] = []
-        self._shown: list[bool] = []
+        self._shown = bytearray()  # by index: 1 where `param.grad` is the object, or was until somebody replaced it
         self.local: dict[int, Tensor] = {}
 
     def wait_by(self, finish: Callable[[], None]) -> None:
@@ -83,12 +84,13 @@ class ShardedView(GradientView):
         self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]
     ) -> None:
         super().attach(params, buckets, stores)
+        self._leaves = [managed.param for managed in params]
         self._params_of = [[managed.index for managed in bucket.params] for bucket in buckets]
         self._bucket_of = {m.index: bucket.index for bucket in buckets for m in bucket.params}
         self._segments = {segment.owner.index: segment for bucket in buckets for segment in bucket.segments}
         for managed in params[len(self._objects) :]:
             self._objects.append(ShardedGradient(managed, self._store(managed.index).reduced.dtype, self))
-            self._shown.append(False)
+            self._shown.append(0)
         self.changed()
 
     def keep(self, order: Sequence[int]) -> None:
@@ -99,7 +101,7 @@ class ShardedView(GradientView):
         self._objects = [self._objects[old] for old in order]
         for new, kept in enumerate(self._objects):
             kept.param_index = new
-        self._shown = [self._shown[old] for old in order]
+        self._shown = bytearray(self._shown[old] for old in order)
         self.local = {index_of[old]: grad for old, grad in self.local.items() if old in index_of}
         self.checked = {index_of[old] for old in self.checked if old in index_of}
         self.stepped = {index_of[old] for old in self.stepped if old in index_of}
@@ -111,10 +113,12 @@ class ShardedView(GradientView):
         self.checked.clear()
         self._factors.clear()
         self.changed()
+        if not any(self._shown):  # as behind zero_grad
+            return ()
         cleared = {
-            managed.index
-            for managed, shown, own in zip(self._params, self._shown, self._objects, strict=True)
-            if shown and managed.param.grad is not own
+            index
+            for index, (leaf, shown, own) in enumerate(zip(self._leaves, self._shown, self._objects, strict=True))
+            if shown and leaf.grad is not own
         }
         for bucket, store in zip(self._buckets, self._stores, strict=True) if cleared else ():
             gone = [managed for managed in bucket.params if managed.index in cleared]
@@ -142,7 +146,13 @@ class ShardedView(GradientView):
 
     def packed(self, managed: ManagedParam) -> None:
         managed.param.grad = self._objects[managed.index]
-        self._shown[managed.index] = True
+        self._shown[managed.index] = 1
+
+    def packed_bucket(self, bucket: int) -> None:
+        leaves, objects, shown = self._leaves, self._objects, self._shown
+        for index in self._params_of[bucket]:
+            leaves[index].grad = objects[index]
+            shown[index] = 1
 
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         if not self.local:
@@ -166,6 +176,8 @@ class ShardedView(GradientView):
         """Sums of earlier backward passes are kept apart, and nobody contributes them again."""
 
     def take(self) -> Tensor:
+        if all(map(operator.is_, [leaf.grad for leaf in self._leaves], self._objects)):  # as in nearly every step
+            return torch.ones(len(self._params), dtype=torch.uint8)
         flags = bytearray(len(self._params))
         for managed in self._params:
             grad = managed.param.grad
@@ -190,9 +202,13 @@ class ShardedView(GradientView):
         """Whatever is done to slices is done on all ranks."""
 
     def forget(self, buckets: Sequence[Bucket]) -> None:
-        for bucket in buckets:
-            for managed in bucket.params:
-                self._forget(managed.index)
+        if len(buckets) == len(self._buckets):
+            self._shown = bytearray(len(self._shown))
+            self.local.clear()
+            self.stepped.clear()
+        else:
+            for index in (index for bucket in buckets for index in self._params_of[bucket.index]):
+                self._forget(index)
         self.changed()
 
     def zeroed(self, buckets: Sequence[Bucket]) -> None:
@@ -241,11 +257,11 @@ class ShardedView(GradientView):
 
     def was_cleared(self, managed: ManagedParam) -> bool:
         """Whether somebody has replaced the object by None or by a tensor since it was shown."""
-        return self._shown[managed.index] and not self.is_shown(managed)
+        return bool(self._shown[managed.index]) and not self.is_shown(managed)
 
     def _forget(self, index: int) -> None:
         """A parameter has no gradient any more."""
-        self._shown[index] = False
+        self._shown[index] = 0
         self.local.pop(index, None)
         self.stepped.discard(index)
 

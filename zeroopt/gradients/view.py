@@ -73,6 +73,15 @@ class GradientView(ABC):
     def packed(self, managed: ManagedParam) -> None:
         """A gradient has been moved into its bucket: stop showing what autograd made, which frees it."""
 
+    def packed_bucket(self, bucket: int) -> None:
+        """All gradients of a bucket have been, as autograd had left them.
+
+        Args:
+            bucket: its index.
+        """
+        for managed in self._buckets[bucket].params:
+            self.packed(managed)
+
     @abstractmethod
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         """A parameter whose gradient was changed or added to after it was packed, if there is one.

@@ -33,6 +33,7 @@ class WholeView(GradientView):
         self._store_of = {
             managed.index: store for bucket, store in zip(buckets, stores, strict=True) for managed in bucket.params
         }
+        self._addresses = [self._own(managed).data_ptr() for managed in params]
 
     def keep(self, order: Sequence[int]) -> None:
         """Nothing is known by index."""
@@ -59,6 +60,11 @@ class WholeView(GradientView):
     def packed(self, managed: ManagedParam) -> None:
         managed.set_local_grad(self._own(managed))
 
+    def packed_bucket(self, bucket: int) -> None:
+        store = self._stores[bucket]
+        for managed in self._buckets[bucket].params:
+            managed.set_local_grad(store.gradient_of(managed))
+
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         for managed in self._params:
             grad = managed.param.grad
@@ -81,15 +87,14 @@ class WholeView(GradientView):
 
     def take(self) -> Tensor:
         flags = bytearray(len(self._params))
-        for managed in self._params:
+        for managed, address in zip(self._params, self._addresses, strict=True):
             grad = managed.local_grad()
             if grad is None:
                 continue
             flags[managed.index] = 1
             self._store_of[managed.index].holds_sum = True
-            own = self._own(managed)
-            if grad.data_ptr() != own.data_ptr():
-                managed.set_local_grad(own.copy_(grad))
+            if grad.data_ptr() != address:
+                managed.set_local_grad(self._own(managed).copy_(grad))
         return torch.frombuffer(flags, dtype=torch.uint8)
 
     def follow(self, source: int) -> None:

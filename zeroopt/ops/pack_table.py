@@ -60,7 +60,7 @@ class PackTable:
         return True
 
     def _fits(self, sources: Sequence[Tensor], full: Tensor) -> bool:
-        # One pass after the other, without a call in Python: this comes once a parameter, while backward runs.
+        # One pass after the other, without a call in Python: this comes once an array, while backward runs.
         dtypes = {source.dtype for source in sources}
         return (
             full.is_cuda

@@ -123,10 +123,22 @@ class ForwardHook:
         below: where its own and those of all modules below are.
     """
 
-    def __init__(self, gathers: weakref.ref[Gathers]) -> None:
+    def __init__(self, gathers: weakref.ref[Gathers], module: nn.Module) -> None:
         self._gathers = gathers
+        self._handle = module.register_forward_pre_hook(self)
         self.own: list[int] = []
         self.below: list[int] = []
+
+    def take_off(self) -> None:
+        """Let the module's forward wait for nothing."""
+        self._handle.remove()
+
+    def put_on(self) -> None:
+        """After `take_off`: let it wait again, before hooks of the user's, which may read parameters."""
+        hooks = self._handle.hooks_dict_ref()
+        if hooks is not None:
+            hooks[self._handle.id] = self
+            hooks.move_to_end(self._handle.id, last=False)
 
     @untraced_frame
     def __call__(self, module: nn.Module, args: Any) -> None:

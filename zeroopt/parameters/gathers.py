@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..collectives import PendingCollective, Transport
 from ..collectives.pending import Done
@@ -17,7 +16,14 @@ from ..storage.bucket import Bucket
 from ..streams import has_streams, is_capturing
 from ..untraced import untraced
 from .arriving import ForwardHook, arriving_class, read_only
-from .compiled import hook_compiled_calls, is_below_compiled_call, is_scripted, unhook_compiled_calls, watch_compiler
+from .compiled import (
+    has_compiled,
+    hook_compiled_calls,
+    is_below_compiled_call,
+    is_scripted,
+    unhook_compiled_calls,
+    watch_compiler,
+)
 
 
 class ParamGathers:
@@ -40,7 +46,8 @@ class ParamGathers:
         self.are_read_by_graphs = False
         self.arrived: dict[int, PendingCollective] = {}
         self._hooks: weakref.WeakKeyDictionary[nn.Module, ForwardHook] = weakref.WeakKeyDictionary()
-        self._handles: list[RemovableHandle] = []
+        self._readers: list[list[ForwardHook]] = []  # by bucket, of the modules that read it alone
+        self._unhooked: set[int] = set()  # buckets whose readers go without their hooks until the next gather
         self._buckets: list[Bucket] = []
         self._is_left = False  # to whoever reads parameters
         self._compiler_was_here = False
@@ -65,6 +72,21 @@ class ParamGathers:
         if self._lazy:
             self._hook_modules()
 
+    def _hook_readers(self, bucket: int) -> None:
+        """A bucket is on its way: its readers have to wait."""
+        if bucket in self._unhooked:
+            self._unhooked.remove(bucket)
+            for hook in self._readers[bucket]:
+                hook.put_on()
+
+    def _unhook_readers(self, bucket: int) -> None:
+        """It has come, and nobody waits any more: a module with a hook takes torch a microsecond and a half more to call. Code that has
+        been compiled may have looked at hooks, so they stay where there is such."""
+        if self._lazy and not has_compiled():
+            self._unhooked.add(bucket)
+            for hook in self._readers[bucket]:
+                hook.take_off()
+
     def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
         """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`.
 
@@ -76,6 +98,7 @@ class ParamGathers:
             readers.finish()
         self._is_left = False
         self.arrived.pop(bucket.index, None)
+        self._hook_readers(bucket.index)
         self.pending[bucket.index] = self.gather(bucket)
 
     def gather(self, bucket: Bucket) -> PendingCollective:
@@ -88,6 +111,7 @@ class ParamGathers:
         self.finish(bucket.index)
         self._is_left = False
         self.arrived.pop(bucket.index, None)
+        self._hook_readers(bucket.index)
         self.pending[bucket.index] = until
         if self._may_mark(bucket.index):
             self._mark(bucket.index)
@@ -145,6 +169,7 @@ class ParamGathers:
             arrived = self.arrived.get(bucket)
             if arrived is not None and arrived.is_past():
                 self.arrived.pop(bucket, None)  # another thread may have been here
+                self._unhook_readers(bucket)
             elif arrived is not None:
                 arrived.finish()
             return
@@ -153,6 +178,8 @@ class ParamGathers:
         del self.pending[bucket]
         if has_streams(self._device):
             self.arrived[bucket] = pending
+        else:
+            self._unhook_readers(bucket)
         if self._classes[bucket].gathers is not None:
             for param in self._params[bucket]:
                 param.__class__ = nn.Parameter
@@ -173,23 +200,26 @@ class ParamGathers:
         bucket_of = {
             param: bucket.index for bucket, params in zip(self._buckets, self._params, strict=True) for param in params
         }
+        for bucket in list(self._unhooked):
+            self._hook_readers(bucket)
+        self._readers = [[] for _ in self._buckets]
         for module in self._module.modules():
             below = sorted({bucket_of[param] for param in module.parameters() if param in bucket_of})
             hook = self._hooks.get(module)
             if hook is None:
                 if not below:
                     continue
-                hook = self._hooks[module] = ForwardHook(weakref.ref(self))
-                self._handles.append(module.register_forward_pre_hook(hook))
+                hook = self._hooks[module] = ForwardHook(weakref.ref(self), module)
             hook.own = sorted({bucket_of[param] for param in module.parameters(recurse=False) if param in bucket_of})
             hook.below = below
+            if len(hook.own) == 1 and hook.below == hook.own:
+                self._readers[hook.own[0]].append(hook)
             hook_compiled_calls(module, hook.finish_below)
 
     def remove_hooks(self) -> None:
         """Let forwards wait for nothing any more. After `finish_all`."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self._hooks:
+        for module, hook in self._hooks.items():
+            hook.take_off()
             unhook_compiled_calls(module)
 
 
