@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from lone import Lone
 from torch import Tensor
 from training import batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
@@ -34,7 +35,8 @@ class Witness(zeroopt.Feature):
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
         self.heard.append(f"reduced {bucket.index}")
 
-    def gradients_cleared(self) -> None:
+    def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
+        assert buckets is None, "of all, where there is one optimizer"
         self.heard.append("cleared")
 
     def before_step(self, step: Step) -> None:
@@ -74,6 +76,56 @@ def test_what_a_feature_is_told(run_on_ranks: RunOnRanks, stage: int) -> None:
     num_params = len(list(build("mlp").parameters()))
     assert heard == ["begin", *travelling, "before 1", f"gradients {num_params}", *stepped, "after", "cleared"]
     assert len(trained) == num_params
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_that_somebody_else_clears_are_noticed_when_the_next_backward_begins(stage: int) -> None:
+    witness = Witness()
+    lone = Lone(stage, features=[witness])
+
+    def hear() -> list[str]:
+        heard = [event for event in witness.heard if event in ("begin", "cleared")]
+        witness.heard.clear()
+        return heard
+
+    lone.backward()
+    assert hear() == ["begin"]
+    lone.backward()
+    assert hear() == ["begin"], "what was summed before is there"
+    for param in lone.net.parameters():
+        param.grad = None
+    lone.backward()
+    assert hear() == ["cleared", "begin"]
+    lone.optimizer.zero_grad()
+    lone.backward()
+    assert hear() == ["cleared", "begin"], "once"
+    with lone.model.no_sync():
+        lone.backward()
+    lone.backward()
+    assert hear() == ["begin"]
+
+
+class Cleared(zeroopt.Feature):
+    """Writes down whose gradients have been cleared, by the names of parameters; None: all."""
+
+    def __init__(self) -> None:
+        self.heard: list[list[str] | None] = []
+
+    def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
+        names = None if buckets is None else [managed.name for bucket in buckets for managed in bucket.params]
+        self.heard.append(names)
+
+
+def test_a_feature_is_told_whose_gradients_an_optimizer_clears() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    cleared = Cleared()
+    model, first = zeroopt.wrap(net, torch.optim.SGD(net[0].parameters(), lr=0.1), features=[cleared])
+    model, second = zeroopt.wrap(model, torch.optim.SGD(net[1].parameters(), lr=0.1))
+    model(torch.ones(1, 2)).sum().backward()
+    first.zero_grad()
+    second.zero_grad(set_to_none=False)
+    model.zero_grad()
+    assert cleared.heard == [["0.weight"], ["1.weight"], None]
 
 
 class Halving(zeroopt.Feature):

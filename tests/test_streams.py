@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from recorded_streams import recorded_streams
 
-from zeroopt.streams import Mark, capture_number, has_streams, note_use, stream_teller
+from zeroopt.streams import Mark, _number_of_capture, capture_number, has_streams, note_use, stream_teller
 
 CUDA = torch.device("cuda")
+Numbers = ctypes.POINTER(ctypes.c_uint64)
 
 
 def test_each_stream_waits_once() -> None:
@@ -78,6 +83,24 @@ def test_a_graph_does_not_wait_for_another_one() -> None:
             mark.wait()
         assert capture_number(CUDA) == 0
         assert streams.log == []
+
+
+@pytest.mark.parametrize(("failed", "number"), [(0, 41), (1, 1)])
+def test_the_driver_says_in_which_capture_a_stream_is(failed: int, number: int) -> None:
+    asked = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), Numbers)
+    def answer(stream: int, status: Any, capture: Any) -> int:
+        asked.append(stream)
+        status[0], capture[0] = 1, 41
+        return failed
+
+    stream = SimpleNamespace(cuda_stream=2**40 + 7)
+    with patch("zeroopt.streams._driver", lambda: SimpleNamespace(cuStreamGetCaptureInfo=answer)):
+        assert _number_of_capture(stream) == number
+    assert asked == [2**40 + 7]
+    with patch("zeroopt.streams._driver", lambda: None):
+        assert _number_of_capture(stream) == 1
 
 
 def test_without_streams_nothing_is_asked_of_them() -> None:

@@ -91,8 +91,15 @@ class Feature:
             inverse: of the scale.
         """
 
-    def gradients_cleared(self) -> None:
-        """Gradients were set to None or to zero. Not collective."""
+    def local_backward_runs(self) -> None:
+        """A backward under `no_sync()` leaves gradients on this rank. Not collective."""
+
+    def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
+        """Gradients were set to None or to zero. Not collective.
+
+        Args:
+            buckets: theirs; None: all of the model.
+        """
 
     def before_step(self, step: Step) -> None:
         """A step begins; nothing has been changed, and what raises on all ranks leaves it so. Collective."""

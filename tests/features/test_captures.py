@@ -16,6 +16,7 @@ from zeroopt.features import captures
 from zeroopt.features.captures import Captures
 
 DEVICE = torch.device("cuda:1")
+STEP: Any = Mock(buckets=[Mock(index=0)])
 
 
 class Capturing:
@@ -39,7 +40,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Capturing:
 @pytest.mark.parametrize("event", ["look", "backward_begins", "before_step"])
 def test_it_is_seen_in_every_phase_and_not_forgotten(capturing: Capturing, event: str) -> None:
     found = Captures(DEVICE, Mock())
-    args: tuple[Any, ...] = (None,) if event == "before_step" else ()
+    args: tuple[Any, ...] = (STEP,) if event == "before_step" else ()
     getattr(found, event)(*args)
     assert not found.exist and capturing.asked == [DEVICE]
     found.check_may_leave()
@@ -78,14 +79,40 @@ def test_a_step_belongs_into_the_graph_of_its_backward(capturing: Capturing, is_
     found = Captures(DEVICE, Mock())
     capturing.now = is_captured
     found.backward_begins()
-    found.before_step(Mock())
+    found.before_step(STEP)
+    assert not found.hold_steps, "it may fail yet"
+    found.after_step(STEP)
     assert found.hold_steps is is_captured
     capturing.now = not is_captured
     with pytest.raises(StateError, match="is captured in" if capturing.now else "was captured in"):
-        found.before_step(Mock())
-    found.gradients_cleared()
+        found.before_step(STEP)
+    found.gradients_cleared(None)
     found.backward_begins()
-    found.before_step(Mock())
+    found.before_step(STEP)
+
+
+def test_each_optimizer_clears_its_own_gradients(capturing: Capturing) -> None:
+    found = Captures(DEVICE, Mock())
+    found.backward_begins()
+    found.gradients_cleared(STEP.buckets)
+    capturing.now = True
+    found.before_step(STEP)
+    with pytest.raises(StateError, match="a backward whose gradients it takes is not"):
+        found.before_step(Mock(buckets=[Mock(index=1)]))
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_what_no_sync_has_left_belongs_to_the_graph_that_it_came_in(capturing: Capturing, is_captured: bool) -> None:
+    found = Captures(DEVICE, Mock())
+    capturing.now = is_captured
+    found.local_backward_runs()
+    capturing.now = True
+    found.backward_begins()
+    if is_captured:
+        found.before_step(STEP)
+    else:
+        with pytest.raises(StateError, match="a backward whose gradients it takes is not"):
+            found.before_step(STEP)
 
 
 def test_state_that_a_graph_steps_by_stays(monkeypatch: pytest.MonkeyPatch) -> None:

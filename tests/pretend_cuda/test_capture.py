@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -193,12 +194,14 @@ def _capture_with_another_learning_rate() -> str:
         for _ in range(loop.warm_up):
             trainer.step()
         trainer.optimizer.param_groups[0]["lr"] *= 0.5
+        message = "nothing"
         try:
             with capturing(rank.device):
                 trainer.step()
         except StateError as error:
-            return str(error)
-        return "nothing"
+            message = str(error)
+        _load(trainer)  # of the capture that has failed there is no graph
+        return message
 
     return on_ranks(2, run)[0][0]
 
@@ -314,6 +317,41 @@ def _capture_a_step_alone() -> list[str]:
 
 def test_a_captured_step_without_its_backward_is_refused(on_pretend_cuda: PretendProcess) -> None:
     for message in on_pretend_cuda(_capture_a_step_alone):
+        assert message.startswith("step() is captured in a CUDA graph, and a backward whose gradients it takes is not")
+
+
+def _capture_behind_eager_passes(no_sync: bool) -> list[str]:
+    """What is said to a step that is captured behind an eager backward, whose gradients are cleared by hand, or left by no_sync."""
+    from zeroopt.errors import StateError
+
+    from .ranks import Rank, on_ranks
+    from .surface import capturing
+
+    def run(rank: Rank) -> str:
+        trainer = Trainer(Loop({"stage": 2}, steps=2), rank.number, rank.device)
+        for _ in range(2):
+            trainer.step()
+        with trainer.model.no_sync() if no_sync else nullcontext():
+            trainer._backward()
+        if not no_sync:
+            for param in trainer.model.parameters():
+                param.grad = None
+        try:
+            with capturing(rank.device):
+                trainer.step()
+        except StateError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(2, run)[0]
+
+
+def test_gradients_that_are_cleared_by_hand_are_not_stepped_by(on_pretend_cuda: PretendProcess) -> None:
+    assert on_pretend_cuda(_capture_behind_eager_passes, False) == ["", ""]
+
+
+def test_what_no_sync_has_left_outside_of_the_graph_is_refused(on_pretend_cuda: PretendProcess) -> None:
+    for message in on_pretend_cuda(_capture_behind_eager_passes, True):
         assert message.startswith("step() is captured in a CUDA graph, and a backward whose gradients it takes is not")
 
 

@@ -70,10 +70,14 @@ class Audit(Feature):
                 if not full[offset : offset + numel].isfinite().all():
                     self._found.setdefault(owner.index, self._num_backwards)
 
-    def gradients_cleared(self) -> None:
-        """Nothing that was found is there any more."""
-        self._found.clear()
-        self._num_backwards = 0
+    def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
+        """Nothing that was found in them is there any more."""
+        if buckets is None:
+            self._found.clear()
+            self._num_backwards = 0
+        for bucket in buckets or ():
+            for managed in bucket.params:
+                self._found.pop(managed.index, None)
 
     @torch.no_grad()
     def before_step(self, step: Step) -> None:

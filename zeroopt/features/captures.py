@@ -9,11 +9,14 @@ backward outside that a step has been taken. So a step belongs into the graph of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import StateError
 from ..feature import Feature, Step
 from ..parameters.gathers import ParamGathers
+from ..storage.bucket import Bucket
 from ..streams import capture_number
 from ..untraced import untraced
 
@@ -34,7 +37,8 @@ class Captures(Feature):
         self._device = device
         self._gathers = gathers
         self.exist = self.hold_steps = False
-        self._backwards: set[int] = set()  # the captures, or 0, in which the gradients have come that there are
+        # By the captures, or 0, in which gradients have come: the buckets of which they have been cleared since, by index.
+        self._backwards: dict[int, set[int]] = {}
 
     @untraced
     def look(self) -> int:
@@ -45,14 +49,21 @@ class Captures(Feature):
         return number
 
     def backward_begins(self) -> None:
-        self._backwards.add(self.look())
+        self._backwards[self.look()] = set()
 
-    def gradients_cleared(self) -> None:
-        self._backwards.clear()
+    def local_backward_runs(self) -> None:
+        self.backward_begins()
+
+    def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
+        if buckets is None:
+            self._backwards.clear()
+        for cleared in self._backwards.values():
+            cleared.update(bucket.index for bucket in buckets or ())
 
     def before_step(self, step: Step) -> None:
         number = self.look()
-        if self._backwards - {number}:
+        stepped = {bucket.index for bucket in step.buckets}
+        if any(other != number and not stepped <= cleared for other, cleared in self._backwards.items()):
             raise StateError(
                 "a backward was captured in a CUDA graph, and step() is not captured with it: a replay would tell nobody that there "
                 "are gradients. Capture backward and step() in one graph, or neither"
@@ -60,7 +71,9 @@ class Captures(Feature):
                 else "step() is captured in a CUDA graph, and a backward whose gradients it takes is not: a replay would tell nobody "
                 "that they have been used. Capture backward and step() in one graph, and clear gradients before"
             )
-        if number:
+
+    def after_step(self, step: Step) -> None:
+        if self.look():  # not before: what fails leaves no graph that could be replayed
             self.hold_steps = True
 
     def check_may_leave(self) -> None:

@@ -91,6 +91,8 @@ class GradientReducer:
         self._finished: Mark | None = None  # the stream that waited for the last sums
         self._used = UsedParams(transport)
         self._left_local = False  # by a backward under no_sync()
+        self._all_cleared = True  # and features have heard of it
+        self._first_left = -1  # index of the parameter whose gradient came first in it
         self._running = False  # between the first hook of a backward and its end
         self._later: list[int] = []  # of gradients that are taken up when backward is through
 
@@ -137,7 +139,7 @@ class GradientReducer:
             hook.index = new
         self._used.keep(order, self._buckets[0].device)
         self.view.keep(order)
-        self._note_cleared()
+        self._note_cleared(self._buckets)
         sequence = self._sequence
         self._attach([self._filling.params[old] for old in order])
         self._set_sequence(sequence)
@@ -342,7 +344,7 @@ class GradientReducer:
         self.view.forget(chosen)
         if buckets is None:
             self._left_local = False
-        self._note_cleared()
+        self._note_cleared(chosen)
 
     def zero(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Set the reduced gradients of some buckets, or of all, to zero; parameters that had one count as having one still."""
@@ -354,15 +356,17 @@ class GradientReducer:
         if len(chosen) == len(self._buckets):
             self.is_zeroed = True
             self._left_local = False
-        self._note_cleared()
+        self._note_cleared(chosen)
 
     def _where(self, buckets: Sequence[Bucket] | None) -> Sequence[Bucket]:
         """In which buckets the gradients of these are put together now. Only those of all are ever ahead."""
         return self._buckets if buckets is None or self.is_ahead else buckets
 
-    def _note_cleared(self) -> None:
+    def _note_cleared(self, buckets: Sequence[Bucket]) -> None:
+        are_all = len(buckets) == len(self._buckets)
+        self._all_cleared |= are_all
         for gradients_cleared in self._events["gradients_cleared"]:
-            gradients_cleared()
+            gradients_cleared(None if are_all else buckets)
 
     def drop_local(self) -> None:
         """Forget what a backward under `no_sync()` has left. Not collective."""
@@ -436,6 +440,12 @@ class GradientReducer:
         return filling.leave(managed, grad) if full is None else filling.pack(managed, full)
 
     def _leave_local(self, index: int) -> None:
+        if not self._left_local:
+            self._first_left = index
+        self._all_cleared = False
+        if index == self._first_left:  # mostly the first one of each backward
+            for local_backward_runs in self._events["local_backward_runs"]:
+                local_backward_runs()
         self._left_local = True
         self._filling.streams.note_left()
         self.view.keep_local(index)
@@ -467,6 +477,11 @@ class GradientReducer:
         self.check_storage()
         # Left by the backward before: its buckets are about to be filled again.
         self._in_flight.finish_sums()
+        self._used.forget(self.view.begin_backward())
+        # Somebody may have cleared `param.grad` alone, or one optimizer after the other its own.
+        if not (self._all_cleared or self._left_local or self.view.holds_sums):
+            self._note_cleared(self._buckets)
+        self._all_cleared = False
         # Before `divisor` is read: who still trains is heard here.
         for backward_begins in self._events["backward_begins"]:
             backward_begins()
@@ -475,7 +490,6 @@ class GradientReducer:
         self.num_backwards += 1
         self._later.clear()
         self._filling.begin(1.0 / self._turnout.divisor)
-        self._used.forget(self.view.begin_backward())
 
     def _full_of(self, bucket: int) -> Tensor | None:
         store = self.stores[bucket]

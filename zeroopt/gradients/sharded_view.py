@@ -130,6 +130,10 @@ class ShardedView(GradientView):
                 self._forget(managed.index)
         return cleared
 
+    @property
+    def holds_sums(self) -> bool:
+        return any(store.holds_sum for store in self._stores)
+
     def has_local(self, managed: ManagedParam) -> bool:
         grad = managed.param.grad
         if grad is self._objects[managed.index]:

@@ -57,6 +57,11 @@ class GradientView(ABC):
     def begin_backward(self) -> Collection[int]:
         """Indices of parameters whose gradient somebody has cleared since the last backward: nothing is added to it."""
 
+    @property
+    @abstractmethod
+    def holds_sums(self) -> bool:
+        """Whether there are sums of earlier backward passes to which the one that has just begun adds. After `begin_backward`."""
+
     @abstractmethod
     def has_local(self, managed: ManagedParam) -> bool:
         """Whether a parameter has a gradient that no reduce has taken up."""

@@ -47,6 +47,14 @@ class WholeView(GradientView):
     def begin_backward(self) -> Collection[int]:
         return [managed.index for managed in self._params if managed.param.grad is None]
 
+    @property
+    def holds_sums(self) -> bool:
+        grads = (managed.local_grad() for managed in self._params)
+        return any(
+            grad is not None and grad.data_ptr() == address
+            for grad, address in zip(grads, self._addresses, strict=True)
+        )
+
     def has_local(self, managed: ManagedParam) -> bool:
         return managed.param.grad is not None
 
