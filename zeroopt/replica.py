@@ -335,18 +335,12 @@ class Replica:
             self.transport.control.broadcast([managed.local], 0, _SYNCING)
 
     def _sync_buckets(self, buckets: Sequence[Bucket]) -> None:
+        control, writers = self.transport.control, self.transport.writers
         for bucket in buckets:
-            if self.config.share_parameters:
-                self._send_to_writers(bucket.flat_param)
-            else:
-                self.transport.control.broadcast([bucket.flat_param], 0, _SYNCING)
-
-    def _send_to_writers(self, values: Tensor) -> None:
-        control, (first, *others) = self.transport.control, self.transport.writers
-        if control.rank == first:
-            control.send(values, others, _SYNCING)
-        elif control.rank in others:
-            control.receive(values, first, _SYNCING)
+            if not self.config.share_parameters:
+                control.broadcast([bucket.flat_param], 0, _SYNCING)
+            elif control.rank in writers:
+                control.pass_on(bucket.flat_param, writers, _SYNCING)
 
     def take_up_unfrozen(self) -> None:
         """Have the gradients of parameters averaged that were frozen, now require them, and are in no optimizer. Collective where

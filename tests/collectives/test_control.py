@@ -16,6 +16,7 @@ from worker_pool import WORKER_DIED, RunOnRanks
 
 from zeroopt import CollectiveError
 from zeroopt.collectives import ControlGroup, lone_control
+from zeroopt.collectives.control import tree_links
 
 WHAT = "comparing notes"
 NEVER_S = 600.0  # a timeout that no test lives to see
@@ -62,6 +63,7 @@ CALLS: dict[str, Callable[[ControlGroup, int], Any]] = {
     "tell": lambda control, other: control.tell(f"rank {control.rank}", other, WHAT),
     "total": lambda control, other: control.total(torch.tensor(control.rank + 1), WHAT).tolist(),
     "largest": lambda control, other: control.largest(torch.tensor(control.rank + 1), WHAT).tolist(),
+    "first": lambda control, other: control.first(control.rank == other, WHAT),
     "start_total": lambda control, other: start(control, "start_total"),
     "start_largest": lambda control, other: start(control, "start_largest"),
     "broadcast": broadcast,
@@ -95,6 +97,7 @@ def test_ranks_of_a_group_tell_each_other(run_on_ranks: RunOnRanks) -> None:
         "numbers": [[0, -(2**62)], [1, -(2**62)]],
         "objects": [{"rank": 0}, {"rank": 1}],
         "tell": "rank 1",
+        "first": 1,
         "total": 3,
         "largest": 2,
         "start_total": [3],
@@ -105,6 +108,30 @@ def test_ranks_of_a_group_tell_each_other(run_on_ranks: RunOnRanks) -> None:
     }
     assert first == alike | {"collect": ["rank 0", "rank 1"], "hand_out": 10, "receive": [0.5, -2.0]}
     assert second == alike | {"collect": None, "hand_out": 11}
+
+
+def pass_on(ranks: list[int]) -> list[float]:
+    tensor = torch.tensor([float(dist.get_rank())])
+    if dist.get_rank() in ranks:
+        ControlGroup(dist.group.WORLD).pass_on(tensor, ranks, WHAT)
+    return tensor.tolist()
+
+
+def test_what_one_rank_has_is_passed_on(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(4, pass_on, [2, 0, 3]) == [[2.0], [1.0], [2.0], [2.0]]
+
+
+@pytest.mark.parametrize("size", [*range(1, 18), 1250])
+def test_everyone_is_in_the_tree_once_and_near_its_root(size: int) -> None:
+    links = [tree_links(place, size) for place in range(size)]
+    assert links[0][0] is None
+    assert sorted(target for _, targets in links for target in targets) == list(range(1, size))
+    rounds = [0] * size  # when each has it, where a message takes one
+    for place, (_, targets) in enumerate(links):
+        for turn, target in enumerate(targets, start=1):
+            assert links[target][0] == place < target
+            rounds[target] = rounds[place] + turn
+    assert max(rounds) == (size - 1).bit_length()
 
 
 def test_a_rank_alone_needs_no_backend() -> None:
@@ -118,6 +145,7 @@ def test_a_rank_alone_needs_no_backend() -> None:
         "collect": ["rank 0"],
         "hand_out": 10,
         "tell": "rank 0",
+        "first": 0,
         "total": 1,
         "largest": 1,
         "start_total": [1],

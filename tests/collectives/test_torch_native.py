@@ -132,7 +132,7 @@ def test_a_graph_waits_for_nothing_outside_of_it(run_on_ranks: RunOnRanks) -> No
 def fail_at_once(start: str) -> str:
     """The message when the backend refuses to start a collective."""
     transport = connect("torch")
-    broken = patch.object(torch_native, "_all_gather", side_effect=RuntimeError("NCCL communicator was aborted"))
+    broken = patch.object(torch_native, "all_gather_flat", side_effect=RuntimeError("NCCL communicator was aborted"))
     with broken, pytest.raises(CollectiveError) as raised:
         transport.start_all_gather(torch.ones(4), label=start)
     return str(raised.value)
@@ -159,8 +159,8 @@ def keep_tensors() -> list[bool]:
     full = torch.ones(4)
     alive = weakref.ref(full)
     with (
-        patch.object(torch_native, "_reduce_scatter", on_copies(torch_native._reduce_scatter)),
-        patch.object(torch_native, "_all_gather", on_copies(torch_native._all_gather)),
+        patch.object(torch_native, "reduce_scatter_flat", on_copies(torch_native.reduce_scatter_flat)),
+        patch.object(torch_native, "all_gather_flat", on_copies(torch_native.all_gather_flat)),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("error")  # torch 2.13 warns of the former names of both collectives

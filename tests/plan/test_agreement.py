@@ -52,6 +52,38 @@ def test_the_first_difference_is_told_on_every_rank(other: list[str], odd: int) 
     assert outcomes(lines) == [told] * 3
 
 
+def test_what_ranks_say_does_not_grow_with_the_lines() -> None:
+    """Nothing is longer than a digest, or than two lines."""
+    size, lines = 5, [f"line {number} of many" for number in range(5000)]
+
+    def run(control: ThreadControl) -> list[int]:
+        mine = [*lines]
+        mine[4321] = "another" if control.rank == 3 else mine[4321]
+        with pytest.raises(RankMismatchError, match=r"rank 0 has \[line 4321 of many\], rank 3 has \[another\]"):
+            agree([(control, mine)], None, "testing")
+        return [len(control.exchange.told), max(control.exchange.said_bytes)]
+
+    for told in on_threads(size, run):
+        assert isinstance(told, list)
+        assert told[0] <= 6 + 13, (
+            "that there is a difference, whose, how many lines, those, and log2 of 5,000 questions"
+        )
+        assert told[1] <= told[0] * 500
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_each_difference_is_found(size: int, odd: int) -> None:
+    lines = [str(number) for number in range(6)]
+    for number in range(6):
+        others = [lines] * size
+        others[odd] = [*lines[:number], "x", *lines[number + 1 :]]
+        told = outcomes(others)
+        pair = f"[{others[0][number]}], rank {max(odd, 1)} has [{others[max(odd, 1)][number]}]"
+        assert told[0] is not None and f"rank 0 has {pair}" in told[0]
+        assert told == [told[0]] * size
+
+
 def test_a_problem_is_raised_where_it_is_and_told_elsewhere() -> None:
     told = "RankMismatchError: testing failed on rank 1: no good"
     assert outcomes([LINES] * 3, {1: ConfigError("no good")}) == [told, "ConfigError: no good", told]

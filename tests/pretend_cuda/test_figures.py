@@ -19,7 +19,7 @@ CLIPPING = {
     "zeroopt::squared_norms": 1,
     "aten::zero_": 1,
     "aten::sqrt.out": 1,
-    "aten::cat.out": 2,
+    "aten::cat.out": 1,
     "aten::linalg_vector_norm.out": 1,
     "aten::pow.Tensor_Scalar_out": 2,
     "aten::sum.IntList_out": 1,

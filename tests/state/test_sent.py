@@ -28,6 +28,19 @@ def test_it_arrives_beside_the_state_where_it_was(home: torch.device) -> None:
         assert sent.at(home).device == home
 
 
+def test_parameters_do_not_share_what_was_sent_once() -> None:
+    sent = Sent.of(torch.ones(()))
+    sent.at(CPU).add_(1)
+    assert sent.at(CPU).item() == 1
+
+
+def test_only_what_is_alike_to_the_bit_has_one_digest() -> None:
+    alike = [torch.tensor(1.0), torch.tensor([2.0, 1.0])[1]]
+    others = [torch.tensor([1.0]), torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(0.0), torch.tensor(-0.0)]
+    assert len({Sent.of(tensor).digest() for tensor in alike}) == 1
+    assert len({Sent.of(tensor).digest() for tensor in [*alike, *others]}) == 5
+
+
 def test_what_was_on_the_cpu_stays_there() -> None:
     with FakeTensorMode():
         assert Sent.of(torch.ones(())).at(CUDA).device == CPU

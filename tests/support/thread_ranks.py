@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +22,19 @@ class Exchange:
 
     Attributes:
         told: what was going on, once each time.
+        said_bytes: of each rank, all that it has said so far.
     """
 
     def __init__(self, size: int) -> None:
         self.told: list[str] = []
+        self.said_bytes = [0] * size
         self._values: list[Any] = [None] * size
         self._barrier = threading.Barrier(size, timeout=60.0)
 
     def swap(self, rank: int, value: T, what: str) -> list[T]:
         """What all ranks have, by rank."""
         self._values[rank] = value
+        self.said_bytes[rank] += len(pickle.dumps(value))
         if self._barrier.wait() == 0:
             self.told.append(what)
         values = list(self._values)
@@ -55,6 +59,9 @@ class ThreadControl(ControlGroup):
 
     def objects(self, value: T, what: str) -> list[T]:
         return self.exchange.swap(self.rank, value, what)
+
+    def tell(self, value: T, source: int, what: str) -> T:
+        return self.exchange.swap(self.rank, value if self.rank == source else None, what)[source]  # type: ignore[return-value]
 
     def total(self, tensor: Tensor, what: str) -> Tensor:
         return tensor.copy_(torch.stack(self.exchange.swap(self.rank, tensor.clone(), what)).sum(0))

@@ -90,8 +90,8 @@ def held_up(device: torch.device) -> Iterator[None]:
         return run
 
     with (
-        patch.object(torch_native, "_reduce_scatter", delayed(torch_native._reduce_scatter)),
-        patch.object(torch_native, "_all_gather", delayed(torch_native._all_gather)),
+        patch.object(torch_native, "reduce_scatter_flat", delayed(torch_native.reduce_scatter_flat)),
+        patch.object(torch_native, "all_gather_flat", delayed(torch_native.all_gather_flat)),
         patch.object(dist, "all_to_all_single", delayed(dist.all_to_all_single)),
     ):
         yield

@@ -8,11 +8,16 @@ In reading order; each imports from those above it:
     backends           which backends a process group has
     pending            `PendingCollective`: what has been started and has to be finished
     flat               tensors side by side, so that they travel as one
+    renamed            collectives of flat tensors, by one name
     pickled            what ranks send each other pickled lies on the CPU
     control            `ControlGroup`: the small things that ranks tell each other
+    descriptors        whether there are enough for so many connections
+    second_group       another group of the same ranks, for another thread
+    merging            what different ranks know, put together
     hosts              which ranks can share memory
     site               where a transport is to work: group, device, hosts
     shared_memory      memory that the ranks of one host share
+    arena              that memory, cut into buffers
     turnout            which ranks still train
     residual           what codes have left out of gradients, to be sent later
     courier            a thread that goes on when messages arrive
@@ -34,6 +39,7 @@ In reading order; each imports from those above it:
 from .base import Transport
 from .control import ControlGroup, lone_control
 from .failure import ADVICE
+from .merging import merge
 from .pending import PendingCollective
 from .registered_memory import registered
 from .select import TRANSPORTS, TransportFactory, check_transport, connect_transport
@@ -50,5 +56,6 @@ __all__ = [
     "check_transport",
     "connect_transport",
     "lone_control",
+    "merge",
     "registered",
 ]

@@ -20,6 +20,7 @@ from .flat import group_alike, pieces_of
 from .lone import lone_group
 from .pending import Done, PendingCollective, PendingWork, start_message
 from .pickled import check_on_cpu
+from .renamed import all_gather_flat
 
 T = TypeVar("T")
 
@@ -59,10 +60,12 @@ class ControlGroup:
         """The tensors of all ranks, which have one shape and dtype, by rank: [size, *shape]."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        everyone = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._named(what):
-            dist.all_gather(everyone, tensor, group=self.group)
-        return torch.stack(everyone)
+        everyone = tensor.new_empty(self.size, *tensor.shape)
+        if tensor.numel():
+            # Of ten thousand ranks, a list of tensors takes longer to make than the numbers to travel.
+            with self._named(what):
+                all_gather_flat(everyone.view(-1), tensor.reshape(-1), group=self.group)
+        return everyone
 
     def numbers(self, values: Sequence[int], what: str) -> list[list[int]]:
         """Integers of up to 64 bits of all ranks, as many on each, by rank."""
@@ -122,6 +125,12 @@ class ControlGroup:
         self.start_largest(tensor, what).finish()
         return tensor
 
+    def first(self, is_one: bool, what: str) -> int | None:
+        """The first rank for which something is true; None where it is for none."""
+        place = torch.tensor(self.size - self.rank if is_one else 0, dtype=torch.int64, device=self.device)
+        told = int(self.largest(place, what))
+        return self.size - told if told else None
+
     def start_total(self, tensor: Tensor, what: str) -> PendingCollective:
         """Start what `total` does."""
         return self._start_all_reduce(tensor, dist.ReduceOp.SUM, what)
@@ -169,6 +178,18 @@ class ControlGroup:
             works = [(source, start_message(self.group.recv, message, source, _TAG))]
             self._pending(what, works, message).finish()
 
+    def pass_on(self, tensor: Tensor, ranks: Sequence[int], what: str) -> None:
+        """Overwrite a contiguous tensor on some ranks with that of the first of them. They alone call it.
+
+        Who has it sends it on, so that it takes as long as log2 of their number messages one after the other.
+        """
+        place = ranks.index(self.rank)
+        source, targets = tree_links(place, len(ranks))
+        if source is not None:
+            self.receive(tensor, ranks[source], what)
+        for target in targets:
+            self.send(tensor, [ranks[target]], what)
+
     def barrier(self, what: str) -> None:
         """Return when all ranks have called it."""
         if self.size > 1:
@@ -200,6 +221,19 @@ class ControlGroup:
 def lone_control() -> ControlGroup:
     """That of a rank which has everything itself and needs nobody, whatever groups it is in."""
     return ControlGroup(lone_group())
+
+
+def tree_links(place: int, size: int) -> tuple[int | None, list[int]]:
+    """From whom, and to whom one after the other, in a binomial tree with its root at 0: a place's bits are the way to it.
+
+    0 ─▶ 4 ─▶ 6 ─▶ 7
+    │    └──▶ 5
+    ├──▶ 2 ─▶ 3
+    └──▶ 1
+    """
+    lowest = place & -place if place else 1 << size.bit_length()
+    steps = [1 << bit for bit in reversed(range(lowest.bit_length() - 1))]
+    return place - lowest if place else None, [place + step for step in steps if place + step < size]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -17,13 +17,10 @@ from .base import Transport
 from .comm_stream import CommStream, StreamCollective
 from .failure import named_failures, the_other_rank
 from .pending import PendingCollective, PendingWork
+from .renamed import all_gather_flat, reduce_scatter_flat
 from .scratch import Scratch
 from .site import Site
 from .wire import PLAIN, Wire
-
-# torch 2.13 renamed both and warns when the former names are called.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class TorchTransport(Transport):
@@ -75,7 +72,7 @@ class TorchTransport(Transport):
         total = self._scratch.take(out.numel(), full) if apart else out
         return self._start(
             f"reduce-scatter of {label}",
-            partial(_reduce_scatter, total, full),
+            partial(reduce_scatter_flat, total, full),
             (full, out),
             partial(_add, total, base, out) if apart else None,
         )
@@ -99,7 +96,7 @@ class TorchTransport(Transport):
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         self._count(full)
         self._stream.fall_in(full)
-        return self._start(f"all-gather of {label}", partial(_all_gather, full, self.own_slice(full)), (full,))
+        return self._start(f"all-gather of {label}", partial(all_gather_flat, full, self.own_slice(full)), (full,))
 
     def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
         self._stream.fall_in(flags, out)

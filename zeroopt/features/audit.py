@@ -116,12 +116,16 @@ class Audit(Feature):
                     self._blame_parameters(f"after step {step.number}")
 
     def _blame_parameters(self, when: str) -> None:
-        everyone = self._transport.control.numbers([int(digest(_elements(managed))) for managed in self._params], _WHAT)
-        by_param = list(zip(*everyone, strict=True))
-        differing = [index for index, digests in enumerate(by_param) if len(set(digests)) > 1]
+        control = self._transport.control
+        digests = [int(digest(_elements(managed))) for managed in self._params]
+        mine = torch.tensor(digests, dtype=torch.int64, device=control.device)
+        # Of signed numbers, bits turned over are in the opposite order.
+        is_alike = control.largest(mine.clone(), _WHAT) == ~control.largest(~mine, _WHAT)
+        differing = [index for index, alike in enumerate(is_alike.tolist()) if not alike]
         if differing:
             first, *rest = differing
-            ranks = [rank for rank, other in enumerate(by_param[first]) if other != by_param[first][0]]
+            everyone = control.numbers([digests[first]], _WHAT)
+            ranks = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
             raise RankMismatchError(
                 f"{when}: parameter {self._params[first].name!r}{_and_more(rest)} is not the same on all ranks: on "
                 f"{name_ranks(ranks)} it differs from rank 0. Something has written it on some ranks only (through "
@@ -130,14 +134,18 @@ class Audit(Feature):
             )
 
     def _blame_gradients(self, step: int, bad: Sequence[int]) -> None:
-        everyone = self._transport.control.objects((bad, self._found), _WHAT)
-        sums = {index for indices, _ in everyone for index in indices}
+        control = self._transport.control
+        flags = torch.zeros(2, len(self._params), dtype=torch.uint8, device=control.device)
+        flags[0, list(bad)] = 1
+        flags[1, list(self._found)] = 1
+        sums, found = control.largest(flags, _WHAT).cpu()
         # Clipping by a norm that is not finite leaves no gradient finite; what a backward has left like that comes first.
-        found = sums & {index for _, found in everyone for index in found}
-        first, *rest = sorted(found or sums)
+        to_blame = sums & found if (sums & found).any() else sums
+        first, *rest = to_blame.nonzero().flatten().tolist()
         # After a reduce it is in the sum on every rank: who had it in the earliest backward is to blame.
-        began = {rank: found[first] for rank, (_, found) in enumerate(everyone) if first in found}
-        ranks = [rank for rank, number in began.items() if number == min(began.values())]
+        numbers = [number for (number,) in control.numbers([self._found.get(first, -1)], _WHAT)]
+        earliest = min((number for number in numbers if number >= 0), default=None)
+        ranks = [rank for rank, number in enumerate(numbers) if number == earliest]
         whose = (
             f"backward left it so on {name_ranks(ranks)}"
             if ranks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ def agree(
 
     Collective: every rank of the groups must call it. They are compared one after the other, and a rank in several of them
     passes a problem on from one to the next: ranks that are in no group together hear of it too. Usually it costs one small
-    all-reduce a group; the lines themselves travel only when they differ.
+    all-reduce a group. Where lines differ, some more find the first one that does, and then two lines travel: what a rank hears does
+    not grow with the number of ranks.
 
     Args:
         groups: each with the description of what this rank is about to do, in an order that its ranks share.
@@ -40,40 +40,55 @@ def agree(
         raise problem
 
 
-def _disagreement(group: ControlGroup, lines: Sequence[str], problem: Exception | None, what: str) -> Exception | None:
-    if not _differs(group, lines, problem, what):
-        return None
-    everyone = group.objects((list(lines), None if problem is None else str(problem)), what)
-    return problem if problem is not None else RankMismatchError(_first_difference(everyone, what))
-
-
 _GRAINS = {Grain.ELEMENT: "", Grain.PARAMETER: ", stepped whole", Grain.MATRIX: ", stepped as a matrix"}
+_END = "nothing more"  # behind the last line
+_LOWEST = -(1 << 62)  # of a rank that has no say
 
 
-def _differs(group: ControlGroup, lines: Sequence[str], problem: Exception | None, what: str) -> bool:
-    """Whether any rank has other lines or a problem: the largest and the smallest digest over all ranks differ."""
+def _disagreement(group: ControlGroup, lines: Sequence[str], problem: Exception | None, what: str) -> Exception | None:
+    # A rank with a problem differs from all others, and from itself.
+    said = [*_digest(lines), 0 if problem is None else 1 + group.rank]
+    if _are_alike(group, said, what) and (problem is None or group.size > 1):
+        return None
+    failed = group.first(problem is not None, what)
+    if failed is None:
+        return RankMismatchError(_first_difference(group, lines, what))
+    text = group.tell(str(problem), failed, what)
+    return RankMismatchError(f"{what} failed on rank {failed}: {text}") if problem is None else problem
+
+
+def _first_difference(group: ControlGroup, lines: Sequence[str], what: str) -> str:
+    first = torch.tensor(_digest(lines), dtype=torch.int64, device=group.device)
+    group.broadcast([first], 0, what)
+    odd = group.first(first.tolist() != _digest(lines), what)
+    assert odd is not None
+    is_one_of_two = group.rank in (0, odd)
+    length = torch.tensor(len(lines) if is_one_of_two else 0, dtype=torch.int64, device=group.device)
+    alike, unlike = 0, int(group.largest(length, what))  # so many lines from the first one on
+    while unlike - alike > 1:
+        middle = (alike + unlike) // 2
+        part = [*lines[:middle], *[_END] * (middle - len(lines))]
+        if _are_alike(group, _digest(part) if is_one_of_two else None, what):
+            alike = middle
+        else:
+            unlike = middle
+    here, there = (group.tell(lines[alike] if alike < len(lines) else _END, rank, what) for rank in (0, odd))
+    return (
+        f"{what} got different things on different ranks; the first difference: rank 0 has [{here}], "
+        f"rank {odd} has [{there}]. Build the same model and optimizer, with the same options, on all ranks"
+    )
+
+
+def _digest(lines: Sequence[str]) -> list[int]:
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
-    words = [int.from_bytes(digest[i : i + 6], "big") for i in range(0, 30, 6)]  # positive in 64 bits
-    flag = 0 if problem is None else 1
-    message = torch.tensor([*words, *(-w for w in words), flag], dtype=torch.int64, device=group.device)
-    values = group.largest(message, what).tolist()
-    largest, smallest = values[: len(words)], [-v for v in values[len(words) : -1]]
-    return largest != smallest or values[-1] != 0
+    return [int.from_bytes(digest[i : i + 6], "big") for i in range(0, 30, 6)]  # positive in 64 bits
 
 
-def _first_difference(everyone: Sequence[tuple[list[str], str | None]], what: str) -> str:
-    for rank, (_, problem) in enumerate(everyone):
-        if problem is not None:
-            return f"{what} failed on rank {rank}: {problem}"
-    reference = everyone[0][0]
-    for rank, (lines, _) in enumerate(everyone):
-        for here, there in zip_longest(reference, lines, fillvalue="nothing more"):
-            if here != there:
-                return (
-                    f"{what} got different things on different ranks; the first difference: rank 0 has [{here}], "
-                    f"rank {rank} has [{there}]. Build the same model and optimizer, with the same options, on all ranks"
-                )
-    raise AssertionError("the digests of equal descriptions differ")
+def _are_alike(group: ControlGroup, numbers: Sequence[int] | None, what: str) -> bool:
+    """Whether all ranks have the same five numbers, or None: the largest and the smallest of all ranks are the same."""
+    both = [_LOWEST] * 10 if numbers is None else [*numbers, *(-number for number in numbers)]
+    told = group.largest(torch.tensor(both, dtype=torch.int64, device=group.device), what).tolist()
+    return all(largest == -smallest for largest, smallest in zip(told, told[len(told) // 2 :], strict=False))
 
 
 def describe_params(params: Sequence[ManagedParam]) -> list[str]:

@@ -4,7 +4,10 @@ one scratch buffer from which each rank takes what is its own from now on.
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..collectives import ControlGroup, Transport
+from ..collectives import ControlGroup, Transport, merge
 from ..pages import paged_zeros
 from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership
@@ -164,7 +167,9 @@ def _leaves(entry: ParamState) -> dict[Path, Any]:
 
 
 def _put(arrays: Mapping[Path, Tensor], home: torch.device, path: Path, leaf: Any) -> Any:
-    return leaf.at(home) if isinstance(leaf, Sent) else arrays.get(path, leaf)
+    if isinstance(leaf, Sent):
+        return leaf.at(home)
+    return arrays[path] if path in arrays else deepcopy(leaf)  # which other parameters have, too
 
 
 @dataclass(frozen=True)
@@ -195,10 +200,21 @@ def _describe_together(
         for segment in bucket.segments
         if (entry := source.arrays(segment))
     }
-    return {index: entry for one in control.objects(mine, PLANNING_ANEW) for index, entry in one.items()}
+    count = 1 + max((managed.index for bucket in buckets for managed in bucket.params), default=-1)
+    return merge(mine, count, _digest, control, PLANNING_ANEW)
 
 
 def _describe(segment: Segment, path: Path, value: Any) -> Any:
     if is_array(path[0], value, segment):
         return _Array(value.dtype, block_of(path[0]))
     return Sent.of(value) if isinstance(value, Tensor) else value
+
+
+def _digest(entry: ParamState) -> int:
+    """From 1 to 2**62, the same for what is alike to the last bit."""
+
+    def digest_of(_: Path, leaf: Any) -> str:
+        return leaf.digest() if isinstance(leaf, Sent) else hashlib.sha256(pickle.dumps(leaf)).hexdigest()
+
+    text = repr(map_leaves(entry, digest_of))
+    return 1 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 2**62

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -26,5 +27,11 @@ class Sent:
         return Sent(tensor.detach().to("cpu", copy=True), tensor.is_cpu)
 
     def at(self, device: torch.device) -> Tensor:
-        """The tensor where it belongs with a parameter whose state is on that device."""
-        return self.values if self.was_on_cpu else self.values.to(device)
+        """The tensor where it belongs with a parameter whose state is on that device, in memory of its own."""
+        return self.values.to("cpu" if self.was_on_cpu else device, copy=True)
+
+    def digest(self) -> str:
+        """The same text for tensors of which no bit differs."""
+        data = self.values.reshape(-1).view(torch.uint8).numpy().tobytes()
+        kind = f"{self.values.dtype} {list(self.values.shape)} {self.was_on_cpu}"
+        return f"{kind} {hashlib.sha256(data).hexdigest()}"
