@@ -2,10 +2,11 @@
 
 In reading order; each imports from those above it:
 
-    plain     values that may be in one
-    extra     what a user saves besides
-    together  all ranks do their part, or all fail
-    planning  what a rank writes and reads
-    reading   what is in a checkpoint on the disk
-    writing   all ranks write one
+    plain       values that may be in one
+    extra       what a user saves besides
+    together    all ranks do their part, or all fail
+    planning    what a rank writes and reads
+    reading     what is in a checkpoint on the disk
+    remembered  what ranks need not tell again of the last one
+    writing     all ranks write one
 """

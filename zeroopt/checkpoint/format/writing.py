@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,10 @@ from ..disk.paths import local_path
 from ..disk.siblings import keep_newest, next_number
 from .plain import check_plain
 from .planning import ShardSavePlanner
+from .remembered import Remembered
 from .together import together
+
+_METADATA = ".metadata"
 
 
 def write_checkpoint(
@@ -35,6 +38,7 @@ def write_checkpoint(
     side_files: Mapping[str, Any],
     group: dist.ProcessGroup | None,
     keep: int | None = None,
+    remembered: Remembered | None = None,
 ) -> None:
     """Write a checkpoint to `path`, in place of the one that is there, if any.
 
@@ -49,6 +53,7 @@ def write_checkpoint(
         side_files: names of files to objects, saved by torch.save; of this rank, so other ranks use other names. A view
             of a tensor is saved with its whole storage.
         keep: how many checkpoints next to `path` remain with this one; the oldest are removed. All, with None.
+        remembered: what these ranks need not tell again of the checkpoint that they wrote last; then of this one.
 
     Raises:
         CheckpointError: on all ranks, with the rank, the file and the reason. `path` is as it was, and nothing remains of
@@ -57,9 +62,13 @@ def write_checkpoint(
     target = Path(os.path.realpath(local_path(path)))
     rank = 0 if group is None else group.rank()
     planner = ShardSavePlanner(entries, is_coordinator=rank == 0)
+    known = Remembered() if remembered is None else remembered
+    local = SavePlan([])
     with ExitStack() as left_aside:
+        left_aside.push(lambda kind, *_: None if kind is None else known.forget())
 
-        def plan_part() -> SavePlan:
+        def plan_part() -> SavePlan | int:
+            nonlocal local
             as_json(facts)
             if keep is not None and keep < 1:
                 raise CheckpointError(f"keep has to be at least 1, or None to keep all; got {keep}")
@@ -67,32 +76,73 @@ def write_checkpoint(
                 if name != os.path.basename(name) or name.startswith("."):
                     raise CheckpointError(f"{name!r} cannot be the name of a file beside the checkpoint's own")
                 check_plain(value, name)
-            return planner.create_local_plan()
+            local = planner.create_local_plan()
+            return known.number if known.number is not None and known.has_planned(local) else local
 
-        def plan_all(plans: list[SavePlan]) -> list[tuple[Path, SavePlan]]:
+        def plan_all(told: list[SavePlan | int]) -> list[_Planned]:
+            if all(one == known.number for one in told):
+                directory = left_aside.enter_context(aside(target))
+                return [_Planned(directory, None, known.number)] * len(told)
+            plans = [one for one in told if isinstance(one, SavePlan)]
+            if len(plans) < len(told):
+                return [_Planned(target, None, None)] * len(told)
             planned, _ = planner.create_global_plan(plans)
-            directory = left_aside.enter_context(aside(target))
-            return [(directory, plan) for plan in planned]
+            directory, number = left_aside.enter_context(aside(target)), time.time_ns()
+            return [_Planned(directory, plan, number) for plan in planned]
 
-        directory, plan = together(group, f"preparing the checkpoint {target}", plan_part, plan_all)
+        what = f"preparing the checkpoint {target}"
+        directory, plan, number = together(group, what, plan_part, plan_all)
+        if number is None:  # something is new on some rank, so rank 0 has to hear of all
+            directory, plan, number = together(group, what, lambda: local, plan_all)
+        if plan is not None and number is not None:
+            known.take_plan(number, local, plan)
+        assert known.plan is not None
+        mine = known.plan
         writer = _PartWriter(directory, rank)
 
+        def write() -> _Part:
+            results, records = writer.write_part(mine, planner, side_files)
+            is_new = not known.has_written(results)
+            known.take_results(results)
+            return results if is_new else None, records
+
         def finish(parts: list[_Part]) -> list[None]:
-            writer.finish(planner.metadata, [results for results, _ in parts])
+            told = [results for results, _ in parts]
+            if known.metadata is None:
+                writer.finish(planner.metadata, [results for results in told if results is not None])
+            elif any(results is not None for results in told):
+                writer.finish(*known.merge(told))
+            else:
+                writer.write_metadata(known.metadata)
+            if remembered is not None:
+                known.metadata = writer.metadata()
             files = {name: record for _, records in parts for name, record in records.items()}
             manifest = Manifest.of(as_json(facts), files | writer.fs.records, next_number(target), time.time_ns())
             manifest.write(directory, writer.fs)
             commit(directory, target)
             return [None] * len(parts)
 
-        together(
-            group, f"writing the checkpoint {target}", lambda: writer.write_part(plan, planner, side_files), finish
-        )
+        together(group, f"writing the checkpoint {target}", write, finish)
     if keep is not None and rank == 0:
         keep_newest(target, keep)
 
 
-_Part = tuple[list[WriteResult], dict[str, FileRecord]]
+class _Planned(NamedTuple):
+    """What rank 0 answers.
+
+    Attributes:
+        directory: where files are written.
+        plan: of one rank; None: what it remembers.
+        number: of the save in which it was planned; None: tell it all.
+    """
+
+    directory: Path
+    plan: SavePlan | None
+    number: int | None
+
+
+# Where what a rank has written lies, or None where rank 0 knows it, and its files.
+_Part = tuple[list[WriteResult] | None, dict[str, FileRecord]]
 
 
 class _PartWriter(FileSystemWriter):
@@ -112,7 +162,18 @@ class _PartWriter(FileSystemWriter):
         """Without the path, which is not where the checkpoint will be."""
         return StorageMeta(save_id=self.save_id)
 
-    def write_part(self, plan: SavePlan, planner: SavePlanner, side_files: Mapping[str, Any]) -> _Part:
+    def write_metadata(self, metadata: bytes) -> None:
+        """Write what an earlier `finish` has written."""
+        with self.fs.create_stream(self._directory / _METADATA, "wb") as stream:
+            stream.write(metadata)
+
+    def metadata(self) -> bytes:
+        """What has been written."""
+        return (self._directory / _METADATA).read_bytes()
+
+    def write_part(
+        self, plan: SavePlan, planner: SavePlanner, side_files: Mapping[str, Any]
+    ) -> tuple[list[WriteResult], dict[str, FileRecord]]:
         """Write this rank's files. Raises CheckpointError, with the file and the reason."""
         results: list[WriteResult] = self.write_data(planner.finish_plan(plan), planner).value()
         for name, value in side_files.items():

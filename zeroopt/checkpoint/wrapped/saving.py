@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...collectives.lone import default_group, is_lone
+from ...collectives.second_group import second_group
 from ...errors import CheckpointError, ConfigError
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...state.entries import map_tensors
 from ..disk.paths import local_path
 from ..format.extra import EXTRA, pack_extra, rank_file
+from ..format.remembered import Remembered
 from ..format.together import together
 from ..format.writing import write_checkpoint
 from .contents import model_contents, state_contents
@@ -75,7 +77,15 @@ def save(
     """
     group = begin(model, process_group)
     snapshot = _take(path, model, optimizer, extra, rank_extra, group, trained_only=trained_only)
-    write_checkpoint(path, snapshot.entries, snapshot.facts, snapshot.side_files, group, keep)
+    write_checkpoint(
+        path,
+        snapshot.entries,
+        snapshot.facts,
+        snapshot.side_files,
+        group,
+        keep,
+        _remembered.setdefault(group, Remembered()),
+    )
 
 
 def async_save(
@@ -102,8 +112,9 @@ def async_save(
     group = begin(model, process_group)
     snapshot = _take(path, model, optimizer, extra, rank_extra, group, trained_only=trained_only, copies=True)
     background = _background_group(group)
+    remembered = _remembered.setdefault(group, Remembered())
     pending = _thread().submit(
-        write_checkpoint, path, snapshot.entries, snapshot.facts, snapshot.side_files, background, keep
+        write_checkpoint, path, snapshot.entries, snapshot.facts, snapshot.side_files, background, keep, remembered
     )
     pending.add_done_callback(_log_failure)
     _pending[group] = pending
@@ -258,9 +269,10 @@ def check_group(model: ZeroDataParallel, group: dist.ProcessGroup) -> None:
             )
 
 
-# By the group whose ranks save: the thread's own group, and the save that is under way.
+# By the group whose ranks save: the thread's own group, the save that is under way, and what they know of the last one.
 _background_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 _pending: WeakKeyDictionary[dist.ProcessGroup, Future[None]] = WeakKeyDictionary()
+_remembered: WeakKeyDictionary[dist.ProcessGroup, Remembered] = WeakKeyDictionary()
 
 
 @cache
@@ -269,10 +281,9 @@ def _thread() -> ThreadPoolExecutor:
 
 
 def _background_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks for another thread: collectives of two threads in one group would mix. Collective."""
+    """The one in which the thread tells others what it does, the same for all saves. Collective for the first."""
     if is_lone(group):
         return group
     if group not in _background_groups:
-        ranks = dist.get_process_group_ranks(group)
-        _background_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _background_groups[group] = second_group(group, "connecting for saves in the background")
     return _background_groups[group]

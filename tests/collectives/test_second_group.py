@@ -1,0 +1,71 @@
+"""A further group of the same ranks: its timeout, its few connections, and that a rank which dies is noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from worker_pool import WORKER_DIED, RunOnRanks
+
+from zeroopt import CollectiveError
+from zeroopt.collectives import ControlGroup
+from zeroopt.collectives.group_timeout import group_timeout
+from zeroopt.collectives.second_group import second_group
+
+WHAT = "testing"
+
+
+def num_sockets() -> int:
+    found = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # listdir's own, which is closed by now
+            found += os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    return found
+
+
+def connect() -> tuple[int, int, float, list[int]]:
+    """Sockets that a mesh takes, and that it takes; its timeout in seconds; what ranks hear in it."""
+    before = num_sockets()
+    mesh = dist.new_group(timeout=timedelta(seconds=77))
+    ControlGroup(mesh).barrier(WHAT)
+    of_mesh = num_sockets() - before
+    made = second_group(mesh, WHAT)
+    of_made = num_sockets() - before - of_mesh
+    control = ControlGroup(made)
+    heard = control.hand_out([rank * 10 for rank in range(control.size)] if control.rank == 0 else None, 0, WHAT)
+    seconds = group_timeout(made, control.device).total_seconds()
+    return of_mesh, of_made, seconds, [heard, *(control.collect(control.rank, 0, WHAT) or [])]
+
+
+def test_a_group_for_another_thread(run_on_ranks: RunOnRanks) -> None:
+    size = 7
+    answers = run_on_ranks(size, connect)
+    for rank, (of_mesh, of_made, seconds, heard) in enumerate(answers):
+        assert seconds == 77
+        assert heard == [10 * rank, *(range(size) if rank == 0 else [])]
+        assert of_mesh >= size - 1
+        assert rank == 0 or of_made < of_mesh, "it knows its neighbours and rank 0"
+
+
+def lose_rank_2() -> float:
+    """Seconds until rank 0 hears that rank 2 is gone."""
+    made = second_group(dist.group.WORLD, WHAT)
+    if dist.get_rank() == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(CollectiveError):
+            ControlGroup(made).collect(None, 0, WHAT)
+    return time.monotonic() - begin
+
+
+def test_a_rank_that_dies_is_noticed(run_on_ranks: RunOnRanks) -> None:
+    """The group's timeout is half an hour."""
+    first, _, died = run_on_ranks.outcomes(3, lose_rank_2)
+    assert died.type_name == WORKER_DIED
+    assert isinstance(first, float)
