@@ -48,9 +48,18 @@ void wake_all(std::atomic<uint32_t>& word) {
 
 } // namespace
 
+/// How many ranks have come to the tickets that stand in one place, one after the other. It is never set back: a rank
+/// comes to the next ticket of the place when all have read the one before.
+struct ShmBoard::Count {
+  std::atomic<int64_t> posted;
+  std::atomic<int64_t> read;
+};
+
 struct alignas(64) ShmBoard::Head {
   std::atomic<uint32_t> bell;
   std::atomic<uint32_t> sleepers; // stays too high when a sleeper is killed, which costs others a system call
+  std::atomic<uint32_t> left;     // ranks
+  Count counts[kCapacity];        // that of ticket n at n % kCapacity
 };
 
 struct alignas(64) ShmBoard::Lane {
@@ -73,39 +82,65 @@ ShmBoard::ShmBoard(void* memory, int64_t rank, int64_t world_size)
 
 int64_t ShmBoard::post(const Ticket& ticket) {
   const int64_t number = lane(rank_).posted.load(std::memory_order_relaxed);
-  for (int64_t peer = 0; peer < world_size_; ++peer)
-    if (lane(peer).read.load(std::memory_order_acquire) <= number - kCapacity)
-      throw std::logic_error("ShmBoard::post: a ticket that is still to be read would be overwritten");
+  if (!all_have_read(number - kCapacity + 1))
+    throw std::logic_error("ShmBoard::post: a ticket that is still to be read would be overwritten");
   lane(rank_).tickets[number % kCapacity] = ticket;
+  // Counted first: for want of a rank that was killed in between, which would seem to have posted, nobody must wait.
+  const bool is_last = adds_last(count_of(number).posted, number);
   lane(rank_).posted.store(number + 1, std::memory_order_release);
-  ring();
+  if (is_last) ring();
   return number;
 }
 
 void ShmBoard::mark_read(int64_t count) {
+  bool is_last = false;
+  for (int64_t number = lane(rank_).read.load(std::memory_order_relaxed); number < count; ++number)
+    is_last = adds_last(count_of(number).read, number) || is_last;
   lane(rank_).read.store(count, std::memory_order_release);
-  ring();
+  if (is_last) ring();
 }
 
 void ShmBoard::leave() {
-  lane(rank_).left.store(1, std::memory_order_release);
+  if (lane(rank_).left.exchange(1) == 0) head_->left.fetch_add(1);
   ring();
 }
 
 ShmBoard::Progress ShmBoard::progress(int64_t posted_count, int64_t read_count) const {
-  bool all_posted = true, all_read = true, posts_lost = false, reads_lost = false;
+  // Asked before the counts: what a rank did before it left counts.
+  const bool some_left = head_->left.load() != 0;
+  if (all_have_posted(posted_count) || all_have_read(read_count)) return Progress::made;
+  if (!some_left) return Progress::missing;
+  bool posts_lost = false, reads_lost = false;
   for (int64_t peer = 0; peer < world_size_; ++peer) {
-    // Asked before the counters: what a rank did before it left counts.
-    const bool left = lane(peer).left.load(std::memory_order_acquire) != 0;
-    const bool has_posted = lane(peer).posted.load(std::memory_order_acquire) >= posted_count;
-    const bool has_read = lane(peer).read.load(std::memory_order_acquire) >= read_count;
-    all_posted = all_posted && has_posted;
-    all_read = all_read && has_read;
-    posts_lost = posts_lost || (left && !has_posted);
-    reads_lost = reads_lost || (left && !has_read);
+    if (lane(peer).left.load(std::memory_order_acquire) == 0) continue;
+    posts_lost = posts_lost || lane(peer).posted.load(std::memory_order_acquire) < posted_count;
+    reads_lost = reads_lost || lane(peer).read.load(std::memory_order_acquire) < read_count;
   }
-  if (all_posted || all_read) return Progress::made;
   return posts_lost && reads_lost ? Progress::impossible : Progress::missing;
+}
+
+bool ShmBoard::all_have_posted(int64_t count) const {
+  if (count <= 0 || count == kNever) return count != kNever;
+  return count_of(count - 1).posted.load(std::memory_order_acquire) >= full_count(count - 1);
+}
+
+bool ShmBoard::all_have_read(int64_t count) const {
+  if (count <= 0 || count == kNever) return count != kNever;
+  return count_of(count - 1).read.load(std::memory_order_acquire) >= full_count(count - 1);
+}
+
+bool ShmBoard::adds_last(std::atomic<int64_t>& count, int64_t number) {
+  return count.fetch_add(1) + 1 ==
+         full_count(number); // behind what this rank has written, and before `sleepers` is read
+}
+
+/// The count at the place of a ticket when all ranks have come to it.
+int64_t ShmBoard::full_count(int64_t number) const {
+  return world_size_ * (number / kCapacity + 1);
+}
+
+ShmBoard::Count& ShmBoard::count_of(int64_t number) const {
+  return head_->counts[number % kCapacity];
 }
 
 bool ShmBoard::wait(int64_t posted_count, int64_t read_count, double seconds) {

@@ -7,7 +7,8 @@
 //   posted   tickets 0 .. posted-1: this rank's input lies ready, peers may read it
 //   read     tickets 0 .. read-1: this rank has read what it needs, peers may overwrite their inputs
 //
-// All ranks sleep on one word, the bell, which rings at every change. There are a few dozen changes a step.
+// So that nobody has to look at all ranks, each ticket has a count of those that have posted it, and of those that have
+// read it. All ranks sleep on one word, the bell, which the last one to post or to read a ticket rings.
 #pragma once
 
 #include <atomic>
@@ -59,11 +60,17 @@ public:
 
 private:
   struct Lane;
+  struct Count;
   struct Head;
 
   enum class Progress { missing, made, impossible };
   Progress progress(int64_t posted_count, int64_t read_count) const;
+  bool all_have_posted(int64_t count) const;
+  bool all_have_read(int64_t count) const;
+  bool adds_last(std::atomic<int64_t>& count, int64_t number);
+  int64_t full_count(int64_t number) const;
   void ring();
+  Count& count_of(int64_t number) const;
   Lane& lane(int64_t rank) const;
 
   Head* head_;

@@ -38,7 +38,8 @@ def write_and_read(one_for_all: bool) -> tuple[list[list[int]], list[int], int]:
     """What this rank finds in the memory of all members when each has written in its own; which of it starts as zeros, and
     the mode that it has."""
     rank, group = dist.get_rank(), dist.group.WORLD
-    mapped, descriptor = map_together(ControlGroup(group), range(group.size()), 4, one_for_all=one_for_all)
+    pieces, descriptor = map_together(ControlGroup(group), range(group.size()), 4, one_for_all=one_for_all)
+    mapped = [torch.frombuffer(memory, dtype=torch.uint8) for memory in pieces]
     zeros = [int(memory.eq(0).all()) for memory in mapped]
     dist.barrier()
     mapped[rank][rank] = 10 + rank

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from mmap import PAGESIZE
 from pathlib import Path
 from unittest.mock import patch
 
@@ -64,6 +65,26 @@ def mapped_memory(pid: int | str = "self") -> set[int]:
     except OSError:
         return set()
     return {int(line.split()[4]) for line in lines if MEMORY in line}
+
+
+def resident_pages(address: int, num_bytes: int) -> int:
+    """Pages that this process has mapped at an address, which is that of one, of memory that may be gone by now."""
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(address // PAGESIZE * 8)
+        entries = torch.frombuffer(bytearray(pages.read(-(-num_bytes // PAGESIZE) * 8)), dtype=torch.int64)
+    return int((entries < 0).sum())  # the highest bit: it is there
+
+
+def resident_shared_pages() -> int:
+    """Pages of all shared memory that this process has mapped."""
+    total, is_shared = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):  # the head of what is said of one mapping
+            is_shared = MEMORY in line
+        elif first == "Rss:" and is_shared:
+            total += int(rest[0]) * 1024 // PAGESIZE
+    return total
 
 
 class LogLines(logging.Handler):

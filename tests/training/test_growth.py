@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from mmap import PAGESIZE
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, build, loss_of, prepare_all, snapshot
-from transports import hosts, mapped_memory, open_memory
+from transports import hosts, open_memory, resident_shared_pages
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt import _C
 
 STAGES = (0, 1, 2)
 Options = dict[str, Any] | None
@@ -739,10 +741,12 @@ class SideBySide(nn.Module):
 
 
 def memory_over_rounds(options: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """After rounds of growth: the transport's buffers beyond those of buckets, memory that is mapped beyond that of its buffers,
+    """After rounds of growth: the transport's buffers beyond those of buckets, pages of shared memory beyond those of its buffers,
     and open descriptors."""
     net = SideBySide()
     net.layers[1:].requires_grad_(False)
+    gc.collect()
+    before = resident_shared_pages()
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), bucket_mb=0.0001, **options)
     counts = []
     for layer in net.layers:
@@ -752,9 +756,14 @@ def memory_over_rounds(options: dict[str, Any]) -> list[tuple[int, int, int]]:
             optimizer.step()
             optimizer.zero_grad()
         gc.collect()
-        buffers, buckets = len(model._transport._buffers), len(model.replica.buckets)
+        for _ in range(4):  # until all ranks have heard that all are through with what was collected
+            model._transport.barrier()
+        buffers, buckets = model._transport._buffers.values(), len(model.replica.buckets)
         per_bucket = 1 if options["stage"] == 2 else 2
-        counts.append((buffers - per_bucket * buckets, len(mapped_memory()) - 2 * buffers, len(open_memory())))
+        pages = sum(-(-memory.nbytes // PAGESIZE) for buffer in buffers for memory in buffer.of_rank)
+        board_pages = -(-_C.ShmBoard.bytes(2) // PAGESIZE)
+        beyond = max(0, resident_shared_pages() - before - pages - board_pages)
+        counts.append((len(buffers) - per_bucket * buckets, beyond, len(open_memory())))
     return counts
 
 
@@ -762,4 +771,5 @@ def test_growing_frees_what_it_replaces(run_on_ranks: RunOnRanks) -> None:
     for stage in STAGES:
         for first, *others in run_on_ranks(2, memory_over_rounds, {"stage": stage, "transport": "shm"}):
             assert first[0] == (4 if stage == 2 else 2)  # flags, a scalar, and a pool of two
+            assert first[1] == 0
             assert others == [first] * 5

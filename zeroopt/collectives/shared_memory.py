@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from contextlib import ExitStack
 
 from .._C import SharedMapping
 from ..errors import CollectiveError
@@ -63,49 +61,50 @@ def open_peer_memory(address: Sequence[int]) -> int:
 
 def map_together(
     control: ControlGroup, members: Sequence[int], num_bytes: int, *, one_for_all: bool = False
-) -> tuple[list[Tensor], int]:
-    """Map zeroed memory of every member, or of the first member alone, into all members.
+) -> tuple[list[memoryview], int]:
+    """Map zeroed memory of every member, or of the first member alone, into all members. Where nobody has written yet, it takes
+    addresses only.
 
     Collective over the whole group; each rank names the members of its own host.
 
     Returns:
-        uint8 [num_bytes] by member (all the same with `one_for_all`), and an open descriptor of the first member's.
+        [num_bytes] by member (all the same with `one_for_all`), and an open descriptor of the first member's.
 
     Raises:
         SharedMemoryError: it failed on some rank of the group.
     """
     owners = members[:1] if one_for_all else members
     mine: OpenMemory | None = None
-    opened: dict[int, int] = {}
-    mapped: list[Tensor] = []
+    mapped: list[memoryview] = []
     problem: str | None = None
-    try:
-        if control.rank in owners:
-            mine = OpenMemory(num_bytes)
-            opened[control.rank] = mine.fd
-    except OSError as error:
-        problem = f"rank {control.rank} cannot make shared memory: {error}"
-    addresses = control.numbers([0, 0, 0, 0] if mine is None else mine.address, _WHAT)
-    try:
-        if all(addresses[owner][0] for owner in owners):  # else the one without memory says why
-            for owner in owners:
-                if owner not in opened:
-                    opened[owner] = open_peer_memory(addresses[owner])
-                mapped.append(torch.frombuffer(SharedMapping(opened[owner], num_bytes), dtype=torch.uint8))
-    except (OSError, RuntimeError) as error:
-        problem = f"rank {control.rank} cannot map the memory of rank {owner}: {error}"
-    reason = first_problem(control, problem)  # also keeps descriptors open until all have mapped them
-    for owner, descriptor in opened.items():
-        if reason is not None or owner != owners[0]:
-            os.close(descriptor)
-    if reason is not None:
-        raise SharedMemoryError(reason)
-    return (mapped * len(members) if one_for_all else mapped), opened[owners[0]]
+    with ExitStack() as until_all_have_mapped, ExitStack() as where_it_fails:
+        try:
+            if control.rank in owners:
+                mine = OpenMemory(num_bytes)
+                until_all_have_mapped.callback(os.close, mine.fd)
+        except OSError as error:
+            problem = f"rank {control.rank} cannot make shared memory: {error}"
+        addresses = control.numbers([0, 0, 0, 0] if mine is None else mine.address, _WHAT)
+        first = -1
+        try:
+            if all(addresses[owner][0] for owner in owners):  # else the one without memory says why
+                for owner in owners:
+                    is_mine = mine is not None and owner == control.rank
+                    descriptor = os.dup(mine.fd) if mine and is_mine else open_peer_memory(addresses[owner])
+                    with ExitStack() as until_mapped:
+                        (where_it_fails if first < 0 else until_mapped).callback(os.close, descriptor)
+                        mapped.append(memoryview(SharedMapping(descriptor, num_bytes)))
+                    first = descriptor if first < 0 else first
+        except (OSError, RuntimeError) as error:
+            problem = f"rank {control.rank} cannot map the memory of rank {owner}: {error}"
+        reason = first_problem(control, problem)
+        if reason is not None:
+            raise SharedMemoryError(reason)
+        where_it_fails.pop_all()
+    return (mapped * len(members) if one_for_all else mapped), first
 
 
 def first_problem(control: ControlGroup, problem: str | None) -> str | None:
     """The problem of the first rank that has one, on all ranks. Collective."""
-    # Text travels only where there is some: buffers are allocated often.
-    if not control.largest(torch.tensor(problem is not None, dtype=torch.int64), _WHAT):
-        return None
-    return next(text for text in control.objects(problem, _WHAT) if text is not None)
+    rank = control.first(problem is not None, _WHAT)
+    return None if rank is None else control.tell(problem, rank, _WHAT)

@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import _C, ops
 from ..errors import CollectiveError
 from ..profiling import named_range
+from .arena import Arena, Returns
 from .base import Transport
 from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
@@ -101,7 +102,8 @@ class Labels(dict[str, int]):
 class ShmTransport(Transport):
     """Works on buckets in memory that all members share.
 
-    Making one is collective over the whole group, and so is `allocate`; everything else is among the members.
+    Making one is collective over the whole group; `allocate` asks the others for nothing but more addresses, when those of the arena
+    are used up. Everything else is among the members.
 
     Attributes:
         read_by_all: how many tickets all members have read, as far as this rank has looked.
@@ -135,9 +137,11 @@ class ShmTransport(Transport):
             self.control, self._members, _C.ShmBoard.bytes(self.num_slices), one_for_all=True
         )
         _C.hold_rank_lock(self._descriptor, self.slice_index)  # tells peers for as long as this process lives
-        self._board_memory = memory
-        self._board = _C.ShmBoard(memory.data_ptr(), self.slice_index, self.num_slices)
-        weakref.finalize(self, _leave, os.getpid(), self._board, self._board_memory, self._descriptor)
+        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        self._board = _C.ShmBoard(address, self.slice_index, self.num_slices)
+        self._returns = Returns(self._board, memory, self.slice_index)
+        weakref.finalize(self, _leave, os.getpid(), self._board, self._returns, self._descriptor)
+        self._arena = Arena(self.control, self._members, self._returns)
         self._posted = 0
         self.read_by_all = 0
         self._labels = Labels()
@@ -157,9 +161,7 @@ class ShmTransport(Transport):
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         assert device.type == "cpu"
-        num_bytes = max(1, numel) * dtype.itemsize
-        of_rank, descriptor = map_together(self.control, self._members, num_bytes, one_for_all=shared)
-        os.close(descriptor)
+        of_rank = self._arena.cut(max(1, numel) * dtype.itemsize, shared=shared)
         buffer = SharedBuffer(self._allocated, of_rank, shared)
         self._buffers[buffer.number] = buffer
         self._allocated += 1
@@ -243,11 +245,11 @@ class ShmTransport(Transport):
 
     def wait_until_read(self, number: int, kind: Kind, label: str) -> None:
         """Block until all members have read a ticket, and meanwhile read what can be read: they may wait for that."""
-        while (read := min(self._board.read())) <= number:
+        while not self._board.wait(_C.ShmBoard.NEVER, number + 1, 0.0):
             next_posted = self._unread[0].number + 1 if self._unread else _C.ShmBoard.NEVER
             self._wait(next_posted, number + 1, kind, label)
             self.progress()
-        self.read_by_all = read
+        self.read_by_all = max(self.read_by_all, number + 1)
 
     def _start_reading(
         self, kind: Kind, tensor: Tensor | None, read: Callable[[list[Tensor]], None], label: str
@@ -262,13 +264,14 @@ class ShmTransport(Transport):
             self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
         number = self._board.post(_C.Ticket(self._labels[label] << 8 | kind, num_bytes, buffer))
         self._posted = number + 1
+        self._returns.sweep()
         if kind is Kind.ALL_GATHER and not self._unread:
             self._board.mark_read(self._posted)  # there is nothing to read for it
         return number
 
     def _read_first(self) -> None:
         first = self._unread[0]
-        tickets = list(map(self._board.ticket, range(self.num_slices), repeat(first.number)))
+        tickets = self._tickets(first.number)
         self._check_alike(tickets)
         assert first.read is not None
         if first.tensor is None:
@@ -291,13 +294,9 @@ class ShmTransport(Transport):
         # The board is asked first: what is there already costs no look at peers, and counts though one of them has left since.
         while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
             # Peers before their counters: a rank that does its part and ends in between has done it.
-            lost = {rank for rank in range(self.num_slices) if self._is_lost(rank)}
-            goals = ((self._board.posted(), posted_count), (self._board.read(), read_count))
-            behind = [
-                {rank for rank, count in enumerate(counts) if count < goal}
-                for counts, goal in goals
-                if goal != _C.ShmBoard.NEVER
-            ]
+            suspects = set[int]().union(*self._behind(posted_count, read_count))
+            lost = {rank for rank in suspects if self._is_lost(rank)}
+            behind = self._behind(posted_count, read_count)
             in_vain = all(ranks & lost for ranks in behind)  # either goal would have been enough
             if in_vain or (all(behind) and time.monotonic() > deadline):
                 # While this rank itself has not read, it waits for those who have not posted.
@@ -307,6 +306,18 @@ class ShmTransport(Transport):
                     f"transport shm, {kind} of {label}: rank {self.control.rank} waits in vain for "
                     + "; ".join(self._describe(rank) for rank in sorted(blamed))
                 )
+
+    def _behind(self, posted_count: int, read_count: int) -> list[set[int]]:
+        """Ranks that have yet to post, and those that have yet to read so many tickets; without what nobody waits for."""
+        goals = ((self._board.posted, posted_count), (self._board.read, read_count))
+        return [
+            {rank for rank, count in enumerate(counts()) if count < goal}
+            for counts, goal in goals
+            if goal != _C.ShmBoard.NEVER
+        ]
+
+    def _tickets(self, number: int) -> list[_C.Ticket]:
+        return list(map(self._board.ticket, range(self.num_slices), repeat(number)))
 
     def _fail(self, message: str) -> CollectiveError:
         """Tell the other ranks, and have every later call fail alike."""
@@ -333,7 +344,7 @@ class ShmTransport(Transport):
 
     def check_posted(self, number: int) -> None:
         """Raise CollectiveError when ranks have posted different things for a ticket, as far as the board still knows."""
-        tickets = [self._board.ticket(rank, number) for rank in range(self.num_slices)]
+        tickets = self._tickets(number)
         if max(self._board.posted()) < number + _C.ShmBoard.CAPACITY:  # asked last: none has been overwritten so far
             self._check_alike(tickets)
 
@@ -404,8 +415,9 @@ class _Arrival(PendingCollective):
         self._transport.check_posted(self._number)
 
 
-def _leave(pid: int, board: _C.ShmBoard, memory: Tensor, descriptor: int) -> None:
-    """When the transport is dropped. `memory` is what the board lies in."""
+def _leave(pid: int, board: _C.ShmBoard, returns: Returns, descriptor: int) -> None:
+    """When the transport is dropped."""
     if os.getpid() == pid:  # a forked child drops its copy too
         board.leave()
+        returns.close()
         os.close(descriptor)
