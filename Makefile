@@ -39,6 +39,7 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(VENV)/bin/python -m bench.network --smoke --methods "no communication" DDP "zeroopt stage 2" --out runs/smoke/network.json
 	$(VENV)/bin/python -m bench.simulator --layers 1 --width 64 --tokens 16 --steps 1 --windows 1 --world-sizes 2 --links --methods DDP "zeroopt stage 2"
 	$(VENV)/bin/python -m bench.scale --models "1.5 B" --gpus 8 64 --buckets-mb 100
+	$(VENV)/bin/python -m bench.ranks --world-sizes 2 --layers 2 --steps 2
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
 	$(VENV)/bin/python -m bench.gpu --rehearse --out runs/smoke/gpu
 

@@ -90,6 +90,13 @@ def test_collectives(run_bench: RunBench, tmp_path: Path) -> None:
     }
 
 
+def test_ranks(run_bench: RunBench, tmp_path: Path) -> None:
+    report = report_of(run_bench, tmp_path, "ranks", "--world-sizes", "3", "--layers=2", "--steps=2")
+    assert report["results"].keys() == {"3"}
+    mapped = {method: figures["mapped"] for method, figures in report["results"]["3"].items()}
+    assert mapped == {"DDP": 0, "shm": 1 + 3, "pairwise": 0}  # the board, and a piece of each rank
+
+
 def test_memory(run_bench: RunBench, tmp_path: Path) -> None:
     options = ("--models=gpt-tiny", "--steps=2", "--methods", "SGD alone", "stage 2, shared")
     alone, shared = report_of(run_bench, tmp_path, "memory.__main__", *options)["rows"]
