@@ -745,7 +745,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def check_can_join(self) -> None:
         """Raise NotSupportedError when ranks of this optimizer cannot have different numbers of batches."""
         if self._averages:
-            raise NotSupportedError("join() is not supported with average_every: give every rank as many batches")
+            raise NotSupportedError(
+                "join() is not supported with average_every: give every rank as many batches, or, with an outer_optimizer, call "
+                "model.leave() where there are no more"
+            )
         self._config.check_keeps_gradients("join()")
 
     def step_along(self, options: Sequence[Mapping[str, Any]], grad_scale: float | None) -> None:

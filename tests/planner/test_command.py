@@ -44,6 +44,16 @@ def test_a_transformer_of_some_size_is_estimated(
     assert told == expected.as_json()
 
 
+def test_outer_steps_are_estimated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    outer = ("--option", "average_every=10", "--option", "outer_optimizer=SGD", "--option", "outer_dtype=int8")
+    assert run(monkeypatch, *TINY, "--groups", 2, *outer, "--alone", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    phases = told["asked"]["phases"]
+    # On each of four ranks an anchor, of which half is kept exactly, and three of its buckets as float32 at most.
+    own = phases["step"]["parameters"] // 4
+    assert 1.5 * own <= phases["step"]["outer"] <= 2.6 * own + 4 * 256 * told["asked"]["buckets"]
+
+
 def make() -> tuple[nn.Module, torch.Tensor]:
     """A model, and what it is called with."""
     return nn.Linear(16, 16), torch.empty(3, 16)

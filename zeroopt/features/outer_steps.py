@@ -164,8 +164,10 @@ class OuterSteps(Feature):
             self._take_over_anchors()
 
     def conclude(self, heard: _Heard) -> None:
-        """Nobody trains any more: bring in whatever ranks have trained, and let all have the same. Collective."""
+        """Nobody trains any more: bring in whatever ranks have trained, and let all have the same, from which they may go on together.
+        Collective."""
         self._contributors = self._compare(heard)
+        self._average.steps = max(steps for (steps,) in self.control.numbers([self._average.steps], _WHAT))
         every = frozenset(range(self._schedule.num_fragments))
         with self._trained.rewriting_parameters():
             self._go_along(Due(stepping=every, arriving=every))
@@ -186,14 +188,13 @@ class OuterSteps(Feature):
     # What the ranks tell each other.
 
     def begin(self) -> None:
-        """Let what the ranks have now be the anchor, where there is none yet."""
+        """Look at the parameters as they are now; where there is no anchor yet, they are."""
         self._make_anchors()
-        unset = [anchor for anchor in self._anchors.values() if not anchor.is_set]
-        if unset:
-            self._trained.follow_writes()
-            self._must_compare = True
-        for anchor in unset:
-            anchor.take_over()
+        self._trained.follow_writes()
+        for anchor in self._anchors.values():
+            if not anchor.is_set:
+                anchor.take_over()
+                self._must_compare = True
 
     def _make_anchors(self) -> None:
         """Have one for each bucket that there is."""

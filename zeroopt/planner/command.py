@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import optim
 from ..errors import ConfigError
+from ..options.outer import CODE_BITS
 from .estimate import MemoryEstimate, estimate_memory
 from .tiers import Options
 from .transformer import transformer_of
@@ -40,6 +41,7 @@ def estimate(arguments: argparse.Namespace) -> int:
         memory=None if arguments.memory is None else _size(arguments.memory),
         built_by_wrap=arguments.built_by_wrap,
         compare=not arguments.alone,
+        groups=arguments.groups,
         **parse_options(arguments.option),
     )
     print(json.dumps(result.as_json(), indent=1) if arguments.json else result)
@@ -72,15 +74,15 @@ def make_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     return model, sample
 
 
-def make_optimizer(name: str) -> Any:
+def make_optimizer(name: str, option: str = "--optimizer") -> Any:
     """A class of torch.optim or zeroopt.optim, or a function as `module:function`."""
     if ":" in name:
-        return _find("--optimizer", name)
+        return _find(option, name)
     for module in (torch.optim, optim):
         if hasattr(module, name):
             return getattr(module, name)
     raise ConfigError(
-        f"expected --optimizer to be a class of torch.optim or zeroopt.optim, or module:function, got {name!r}"
+        f"expected {option} to be a class of torch.optim or zeroopt.optim, or module:function, got {name!r}"
     )
 
 
@@ -106,6 +108,10 @@ def parse_options(given: list[str]) -> Options:
 
 
 def _value(name: str, text: str) -> Any:
+    if name == "outer_optimizer":
+        return make_optimizer(text, "outer_optimizer")
+    if name == "outer_dtype" and text in CODE_BITS:
+        return text
     if name.endswith("dtype"):
         if text.removeprefix("torch.") not in _DTYPES:
             raise ConfigError(f"expected {name} to be one of {', '.join(_DTYPES)}, got {text!r}")
