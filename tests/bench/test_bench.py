@@ -97,6 +97,17 @@ def test_ranks(run_bench: RunBench, tmp_path: Path) -> None:
     assert mapped == {"DDP": 0, "shm": 1 + 3, "pairwise": 0}  # the board, and a piece of each rank
 
 
+def test_quality(run_bench: RunBench, tmp_path: Path) -> None:
+    methods = ("--methods", "stage 2", "average every 16", "--world-size=2", "--steps=17", "--seeds", "0", "1")
+    results = report_of(run_bench, tmp_path, "quality.__main__", "--tasks", "characters", *methods)["results"]
+    baseline, same, averaged = (results["characters"][name] for name in ("DDP", "stage 2", "average every 16"))
+    assert all(1.0 < loss < 3.0 for loss in baseline["losses"])
+    assert same["losses"] == pytest.approx(baseline["losses"], rel=1e-5)  # of the same start and batches
+    assert averaged["losses"] != pytest.approx(baseline["losses"], rel=1e-5)
+    assert baseline["spread"] == max(baseline["losses"]) - min(baseline["losses"]) > 0
+    assert averaged["difference"] == pytest.approx((sum(averaged["losses"]) - sum(baseline["losses"])) / 2)
+
+
 def test_memory(run_bench: RunBench, tmp_path: Path) -> None:
     options = ("--models=gpt-tiny", "--steps=2", "--methods", "SGD alone", "stage 2, shared")
     alone, shared = report_of(run_bench, tmp_path, "memory.__main__", *options)["rows"]

@@ -10,7 +10,6 @@ that is rounded to nearest.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,20 +22,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from bench.quality.characters import TRAINING, UNTRAINED, LanguageModel, windows
 from zeroopt.optim import FusedAdagrad, FusedAdamW, FusedLion, FusedSGD
 
 pytestmark = pytest.mark.slow
 
-CHARACTERS = 16
-CONTEXT = 6
-WIDTH = 128
 STEPS = 600
 WARM_UP = 20
 BATCH = 128
-TRAINING, VALIDATION = 50_000, 4_000
 SEEDS = (0, 1, 2)
 MARGIN = 0.005
-UNTRAINED = math.log(CHARACTERS)
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 
@@ -71,35 +66,6 @@ OTHERS = {
     "sgd": Setup(FusedSGD, 0.3, options=(("momentum", 0.9),)),
     "adagrad": Setup(FusedAdagrad, 0.03),
 }
-
-
-class LanguageModel(nn.Module):
-    """Embeddings of the last characters, and two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(CHARACTERS, 32)
-        self.first = nn.Linear(32 * CONTEXT, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.second = nn.Linear(WIDTH, WIDTH)
-        self.out = nn.Linear(WIDTH, CHARACTERS)
-
-    def forward(self, text: Tensor) -> Tensor:
-        x = functional.gelu(self.norm(self.first(self.embed(text).flatten(1))))
-        return self.out(x + functional.gelu(self.second(x)))
-
-
-@cache
-def windows() -> Tensor:
-    """All pieces of CONTEXT + 1 characters of a text with random but fixed habits."""
-    generator = torch.Generator().manual_seed(0)
-    habits = torch.randn(CHARACTERS, CHARACTERS, CHARACTERS, generator=generator) * 2.5
-    cumulative = habits.softmax(-1).cumsum(-1).tolist()
-    text = [0, 1]
-    for chance in torch.rand(TRAINING + VALIDATION + CONTEXT - 2, generator=generator).tolist():
-        following = bisect.bisect(cumulative[text[-2]][text[-1]], chance)
-        text.append(min(following, CHARACTERS - 1))
-    return torch.tensor(text).unfold(0, CONTEXT + 1, 1)
 
 
 def loss_of(model: nn.Module, pieces: Tensor) -> Tensor:
