@@ -571,7 +571,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not bucket.master.completes:
             return managed.param.detach().clone()
         self._gathers.finish(bucket.index)
-        bucket.master.follow_writes()
+        self._trained.follow_writes()
         segment = next((segment for segment in bucket.segments if segment.owner is managed), None)
         return assemble(
             managed,
@@ -695,6 +695,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def take_up_writes(self) -> None:
         """Parameters were written by something other than a step: let float32 masters follow. Not collective."""
         self._trained.take_up_writes()
+
+    def follow_writes(self) -> None:
+        """Let float32 masters follow if something other than a step has written parameters. Not collective."""
+        self._trained.follow_writes()
 
     def _take_over_methods(self) -> None:
         """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one."""

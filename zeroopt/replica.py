@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._C import Plan
 from .building.building import Building
 from .collectives import ControlGroup, Transport, Wire
-from .collectives.compression import BITS, CompressedWire, HostSumsWire, Noise
+from .collectives.compression import CompressedWire, HostSumsWire, Noise
 from .collectives.residual import Residual
 from .collectives.turnout import Turnout
 from .errors import StateError
@@ -25,7 +25,7 @@ from .gradients.untrained import describe_untrained
 from .gradients.view import GradientView
 from .gradients.whole_view import WholeView
 from .options.config import Config
-from .options.precision import Precision
+from .options.precision import CODE_BITS, Precision
 from .pages import trim_heap
 from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
@@ -116,12 +116,12 @@ class Replica:
         )
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)
+        self.seed = _agree_on_seed([self.control, *self.mesh_groups])
         self.gathers = (
             NoGathers(module, transport, lazy=False)
             if self.ownership.has_all
-            else ParamGathers(module, transport, lazy=config.overlap)
+            else ParamGathers(module, transport, lazy=config.overlap, seed=self.seed)
         )
-        self.seed = _agree_on_seed([self.control, *self.mesh_groups])
         claim(self)
 
     def _make_sharded_view(self, features: Features, check_outside: Callable[[str], None]) -> ShardedView:
@@ -158,7 +158,7 @@ class Replica:
         # An odd factor: other ranks, and other jobs with seeds side by side, round by other numbers.
         seed = (self.seed + (transport.control.rank + 1) * 0x9E3779B97F4A7C15) % 2**64
         noise = Noise(seed, bucket.index, self._rounds)
-        wire = CompressedWire(config.reduce_dtype, BITS[config.gradient_compression], residual, noise)
+        wire = CompressedWire(config.reduce_dtype, CODE_BITS[config.gradient_compression], residual, noise)
         return HostSumsWire(wire) if transport.sums_twice else wire
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:

@@ -156,6 +156,7 @@ class Trained:
         """Let float32 masters follow the parameters. Not collective."""
         for bucket in self.buckets:
             bucket.master.follow_writes()
+        self.note_versions()
 
     @contextmanager
     def rewriting_parameters(self) -> Iterator[None]:
@@ -166,7 +167,8 @@ class Trained:
         everyone_came.finish()  # nobody reads them any more
         yield
         for bucket in self.buckets:
-            replica.gathers.start(bucket)
+            bucket.master.catch_up()
+            replica.gathers.start_whole(bucket)
         replica.gathers.leave_to_readers()
         self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8))
 

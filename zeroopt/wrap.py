@@ -74,6 +74,7 @@ def wrap(
     outer_delay: int = 0,
     outer_mixing: float | None = None,
     outer_dtype: torch.dtype | str | None = None,
+    parameter_compression: str | None = None,
     features: Sequence[Feature] = (),
     wire: Wire | None = None,
     gradient_compression: str | None = None,
@@ -164,6 +165,9 @@ def wrap(
         outer_dtype: in which outer gradients and steps travel: torch.bfloat16, torch.float16, or "int8" or "int4", codes with a
             step for every 256 elements, rounded stochastically. Sums are kept in float32, and what rounding takes from an outer
             step goes along with the next one. None: as exact as parameters are kept.
+        parameter_compression: "int8" or "int4": updated parameters travel as differences in codes of so many bits, which every rank
+            decodes alike, so that the model has the same bits on all ranks. Their owner keeps exact values besides (4 / N bytes a
+            parameter), and what codes leave out goes with the next difference. Of float32 parameters, in stages 1 and 2.
         features: objects of your own that take part in backward passes and in the steps of all optimizers of the model; see
             `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
         wire: instead of `reduce_dtype`, another form in which gradients travel, and another way to sum them: an object of a
@@ -224,7 +228,7 @@ def wrap(
             gradient_compression=gradient_compression,
             bucket_buffers=bucket_buffers,
             check_every=check_every,
-            precision=Precision(param_dtype, master_weights, state_dtype),
+            precision=Precision(param_dtype, master_weights, state_dtype, parameter_compression),
             max_grad_norm=max_grad_norm,
             cast_inputs=cast_inputs,
             average_every=average_every,

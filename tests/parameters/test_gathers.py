@@ -11,6 +11,7 @@ from lone_slice import LoneSlice, buckets_of, params_of, values
 from torch import Tensor, nn
 
 from zeroopt.collectives import PendingCollective
+from zeroopt.collectives.pending import Done
 from zeroopt.parameters.arriving import ArrivingParameter
 from zeroopt.parameters.gathers import NoGathers, ParamGathers
 
@@ -79,7 +80,7 @@ def gathers_of(model: Model | Layers, transport: Slow, *, lazy: bool = True) -> 
 
 def start_all(gathers: ParamGathers) -> None:
     for bucket in gathers._buckets:
-        gathers.start(bucket)
+        gathers.start(bucket, Done())
 
 
 def classes(model: Model) -> set[str]:

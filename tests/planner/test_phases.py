@@ -80,6 +80,15 @@ def test_what_codes_leave_out_is_held_by_whoever_sends() -> None:
     assert moving["residuals"] == 2 * 2 * NUMEL
 
 
+@pytest.mark.parametrize(("codes", "bits"), [("int8", 8), ("int4", 4)])
+def test_parameters_whose_differences_travel_have_exact_values_and_codes_beside_them(codes: str, bits: int) -> None:
+    held, plain = (
+        parts(asked(8, stage=2, parameter_compression=given), "forward and backward") for given in (codes, None)
+    )
+    steps = NUMEL // 256 * 4  # one for a block
+    assert held == {**plain, "masters": 4 * NUMEL // 8, "codes": NUMEL * bits // 8 + steps}
+
+
 def test_wrapping_holds_one_bucket_twice() -> None:
     assert parts(asked(2), "wrapping") == {"parameters": 4 * (NUMEL + LAYER)}
     # With half as many bytes, it is the beginning: the model as it was built, and the first bucket.

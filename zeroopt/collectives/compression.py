@@ -21,9 +21,6 @@ from .. import ops
 from .residual import Residual
 from .wire import Wire
 
-BITS = {"int8": 8, "int4": 4}
-"""Of a code, by the names of the option."""
-
 
 @dataclass(frozen=True)
 class Noise:

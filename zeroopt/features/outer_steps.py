@@ -25,7 +25,8 @@ from ..collectives import ControlGroup, Transport, Wire, connect_transport
 from ..errors import CollectiveError, ConfigError, KernelUnavailableError
 from ..feature import Feature, Step
 from ..options.config import Config
-from ..options.outer import CODE_BITS, share_kept
+from ..options.outer import share_kept
+from ..options.precision import CODE_BITS
 from ..own_storage import with_own_storage
 from ..plan.params import ParamState
 from ..storage.bucket import Bucket

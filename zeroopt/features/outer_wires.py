@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..collectives import Wire
-from ..options.outer import CODE_BITS
+from ..options.precision import CODE_BITS
 
 
 class SummedHere(Wire):

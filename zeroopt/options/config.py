@@ -87,6 +87,8 @@ class Config:
             raise ConfigError("share_parameters=True needs stage 1 or 2: in stage 0 every rank steps all parameters")
         if self.step_in_backward:
             self._check_step_in_backward()
+        if self.precision.parameter_compression is not None:
+            self._check_parameter_compression()
         if self.cast_inputs and self.precision.param_dtype is None:
             raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
         if self.average_group is not None and self.average_every is None:
@@ -128,6 +130,19 @@ class Config:
                 "param_dtype=torch.float16, which calls for a GradScaler (torch.bfloat16 does not),"
             )
 
+    def _check_parameter_compression(self) -> None:
+        name = f"parameter_compression={self.precision.parameter_compression!r}"
+        if self.stage == 0:
+            raise ConfigError(f"{name} needs stage 1 or 2: in stage 0 every rank steps all parameters, and none travel")
+        if self.share_parameters:
+            raise NotSupportedError(f"{name} gives every rank parameters of its own; leave share_parameters at False")
+        if self.average_every is not None:
+            raise NotSupportedError(
+                f"{name} sends differences from step to step, which averages are not; leave average_every out"
+            )
+        if self.state_device is not None:
+            raise NotSupportedError(f"{name} keeps exact values where the parameters are; leave state_device out")
+
     def check_keeps_gradients(self, what: str) -> None:
         """Raise NotSupportedError when something needs the gradients of a whole step, and none are kept."""
         if self.step_in_backward:
@@ -150,7 +165,8 @@ class Config:
             if name not in own and as_text(getattr(self, name)) != as_text(getattr(first, name)):
                 raise ConfigError(
                     f"the model was wrapped with {name}={getattr(first, name)!r} for its first optimizer, and is now wrapped "
-                    f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights and state_dtype may differ"
+                    f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights, state_dtype and "
+                    "parameter_compression may differ"
                 )
 
     @property
@@ -172,6 +188,11 @@ def check_param_dtypes(config: Config, dtypes: Mapping[str, torch.dtype]) -> Non
     travel in the dtype that was asked for."""
     param_dtype = config.precision.param_dtype
     for param, dtype in dtypes.items():
+        if config.precision.parameter_compression is not None and dtype is not torch.float32:
+            raise ConfigError(
+                f"parameter_compression={config.precision.parameter_compression!r}: expected parameters of torch.float32, got "
+                f"{param!r} of {dtype}"
+            )
         if param_dtype is not None and dtype not in (torch.float32, param_dtype):
             raise ConfigError(
                 f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {param!r} of {dtype}"

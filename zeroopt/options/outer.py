@@ -10,15 +10,13 @@ from torch import nn
 
 from ..errors import ConfigError
 from .checks import check_one_of
+from .precision import CODE_BITS
 
 if TYPE_CHECKING:
     from .config import Config
 
 OuterFactory: TypeAlias = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes the outer optimizer of its parameters, which are flat: a class, or a function."""
-
-CODE_BITS = {"int8": 8, "int4": 4}
-"""Of the codes in which outer gradients may travel."""
 
 OUTER_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, *CODE_BITS)
 _KEPT_WITH_A_DELAY = 0.5  # what Douillard et al. 2025 train with

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import ConfigError
+from ..errors import ConfigError, NotSupportedError
 from .checks import check_one_of
 
 # Where parameters, their gradients and their state begin: at multiples of so many bytes, as whatever torch's CPU allocator
@@ -21,13 +21,17 @@ _ALIGNMENT = ALIGNMENT_BYTES // 2  # elements: enough in every dtype of paramete
 
 MASTER_WEIGHTS = ("float32", "remainder", "none")
 
+CODE_BITS = {"int8": 8, "int4": 4}
+"""Of the codes in which gradients, parameters and outer steps may travel, by their names in options."""
+
 
 @dataclass(frozen=True)
 class Precision:
-    """The options `param_dtype`, `master_weights` and `state_dtype` of `zeroopt.wrap`.
+    """The options `param_dtype`, `master_weights`, `state_dtype` and `parameter_compression` of `zeroopt.wrap`.
 
     Attributes:
         param_dtype: what parameters are cast to; None leaves them as they are.
+        parameter_compression: in what codes differences of parameters travel; None: parameters travel as they are kept.
 
     Raises:
         ConfigError: there is no such precision.
@@ -36,6 +40,7 @@ class Precision:
     param_dtype: torch.dtype | None = None
     master_weights: str = "float32"
     state_dtype: torch.dtype = torch.float32
+    parameter_compression: str | None = None
 
     def __post_init__(self) -> None:
         check_one_of("param_dtype", self.param_dtype, (None, torch.bfloat16, torch.float16))
@@ -45,6 +50,12 @@ class Precision:
             raise ConfigError(
                 f"master_weights={self.master_weights!r} completes or rounds bfloat16 parameters: it needs "
                 f"param_dtype=torch.bfloat16, got {self.param_dtype}"
+            )
+        check_one_of("parameter_compression", self.parameter_compression, (None, *CODE_BITS))
+        if self.parameter_compression is not None and self.param_dtype is not None:
+            raise NotSupportedError(
+                f"parameter_compression={self.parameter_compression!r} encodes differences of float32 parameters, got "
+                f"param_dtype={self.param_dtype}; leave one of the two out"
             )
 
     @property

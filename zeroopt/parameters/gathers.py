@@ -24,6 +24,7 @@ from .compiled import (
     unhook_compiled_calls,
     watch_compiler,
 )
+from .differences import Differences
 
 
 class ParamGathers:
@@ -36,11 +37,13 @@ class ParamGathers:
 
     Args:
         lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
+        seed: of the rounding of what travels in codes, the same on all ranks.
     """
 
-    def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool) -> None:
+    def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool, seed: int = 0) -> None:
         self._module = module
         self._transport = transport
+        self._differences = Differences(transport, seed)
         self._lazy = lazy and not is_scripted(module)
         self.pending: dict[int, PendingCollective] = {}
         self.are_read_by_graphs = False
@@ -63,6 +66,7 @@ class ParamGathers:
         """Go by these buckets, in which the same parameters lie, or some of them."""
         assert not self.pending
         self.arrived.clear()
+        self._differences.forget()
         self._buckets = list(buckets)
         self._device = buckets[0].device if buckets else torch.device("cpu")
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
@@ -87,22 +91,34 @@ class ParamGathers:
             for hook in self._readers[bucket]:
                 hook.take_off()
 
-    def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
-        """Start to gather a bucket whose own slice has been updated. Collective, as `Transport.start_all_gather`.
+    def start(self, bucket: Bucket, readers: PendingCollective) -> None:
+        """Start to gather a bucket whose own slice has been stepped. Collective, as `Transport.start_all_gather`.
 
         Args:
             readers: the rendezvous of the ranks that may still read their parameters, of which those of the bucket are about to
                 be written; is waited for.
         """
-        if readers is not None:
-            readers.finish()
+        readers.finish()
+        self._expect(bucket, self.gather(bucket))
+
+    def start_whole(self, bucket: Bucket) -> None:
+        """Likewise for a bucket whose own slice has been written by something else, when nobody reads it any more."""
+        self._expect(bucket, self._gather_whole(bucket))
+
+    def _expect(self, bucket: Bucket, gather: PendingCollective) -> None:
         self._is_left = False
         self.arrived.pop(bucket.index, None)
         self._hook_readers(bucket.index)
-        self.pending[bucket.index] = self.gather(bucket)
+        self.pending[bucket.index] = gather
 
     def gather(self, bucket: Bucket) -> PendingCollective:
         """What `start` starts."""
+        if bucket.precision.parameter_compression is None:
+            return self._gather_whole(bucket)
+        with named_range("all_gather", bucket.name):
+            return self._differences.start(bucket)
+
+    def _gather_whole(self, bucket: Bucket) -> PendingCollective:
         with named_range("all_gather", bucket.name):
             return self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
 
@@ -226,8 +242,11 @@ class ParamGathers:
 class NoGathers(ParamGathers):
     """Where every rank steps all parameters: stage 0, and a rank alone."""
 
-    def start(self, bucket: Bucket, readers: PendingCollective | None = None) -> None:
+    def start(self, bucket: Bucket, readers: PendingCollective) -> None:
         """Nothing travels, and nobody's parameters are written."""
+
+    def start_whole(self, bucket: Bucket) -> None:
+        """Nothing travels."""
 
     def gather(self, bucket: Bucket) -> PendingCollective:
         """Nothing travels."""

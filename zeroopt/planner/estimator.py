@@ -168,7 +168,7 @@ def config_of(options: Options) -> Config:
     if unknown:
         raise ConfigError(f"zeroopt.wrap has no option {', '.join(unknown)}; it has {', '.join(_DEFAULTS)}")
     given = {**_DEFAULTS, **options}
-    precision = Precision(**{name: given[name] for name in TIER_OPTIONS})
+    precision = Precision(**{name: given[name] for name in (*TIER_OPTIONS, "parameter_compression")})
     names = [field.name for field in fields(Config) if field.name != "precision"]
     return Config(precision=precision, **{name: given[name] for name in names})
 

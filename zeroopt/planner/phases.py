@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from ..collectives.compression import BITS
 from ..diagnosis.footprint import footprint
 from ..features.outer_bytes import outer_bytes_saved
 from ..options.config import Config
+from ..options.precision import CODE_BITS
+from ..parameters.differences import encoded_bytes
 from ..plan.params import Grain
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import num_buffers
@@ -30,14 +31,15 @@ PARTS = (
     "outer",
     "buffers",
     "staging",
+    "codes",
     "activations",
     "scratch",
     "rest",
     "runtime",
 )
 """What bytes are for. residuals: what `gradient_compression` has left out of gradients. buffers: full gradient buffers of stage 2.
-outer: what outer steps keep. staging: what messages take beside them. rest: frozen parameters
-and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
+outer: what outer steps keep. staging: what messages take beside buffers. codes: in which differences of parameters travel. rest:
+frozen parameters and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
 
 _BEFORE_TRAINING = ("building", "wrapping")  # in which libraries take nothing worth counting
 
@@ -129,7 +131,7 @@ class _Course:
         held = self.held
         kept = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
         kept["residuals"] = held.residuals
-        state = {"state": held.moments, "outer": held.outer}
+        state = {"state": held.moments, "outer": held.outer, "codes": self._codes()}
         in_backward = {"buffers": self.buffers, "staging": self.staging}
         on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
         own_step = own_step_bytes(self.rehearsal, self.setting.optimizer, self.config, self.setting.cluster.device)
@@ -248,7 +250,13 @@ class _Course:
         slice_numel = num_bytes // item_bytes // transport.num_slices
         num_sent = len(transport.sent_slices)
         summed = num_sent * slice_numel * item_bytes if transport.sums_twice else 0  # of a host
-        return summed + 2 * num_sent * ops.encoded_bytes(slice_numel, BITS[compression])
+        return summed + 2 * num_sent * ops.encoded_bytes(slice_numel, CODE_BITS[compression])
+
+    def _codes(self) -> int:
+        """Of parameters whose differences travel."""
+        num_slices = self.rehearsal.transport.num_slices
+        compressed = [bucket for bucket in self.rehearsal.buckets if bucket.precision.parameter_compression is not None]
+        return sum(encoded_bytes(bucket, num_slices) for bucket in compressed)
 
     def _travels_in(self, bucket: Bucket) -> torch.dtype:
         return self.config.wire_dtype or bucket.dtype

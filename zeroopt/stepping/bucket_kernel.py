@@ -55,11 +55,11 @@ class BucketKernel(FusedSegments):
 
     def _arrays(self, i: int) -> ops.SegmentArrays:
         shard, segment = self._segments[i]
-        master = shard.master
+        param, master = shard.master.kernel_arrays
         return ops.SegmentArrays(
-            param=segment.part_of(master.param),
+            param=segment.part_of(param),
             grad=segment.part_of(shard.grad),
-            master=None if master.array is None else segment.part_of(master.array),
+            master=None if master is None else segment.part_of(master),
             group=segment.owner.group,
             key=segment.owner.position,
             first=segment.start,

@@ -6,6 +6,7 @@ A bucket may be a layout alone: gradients can be put together by it before the p
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +199,8 @@ def lay_out_buckets(
         home: where this rank steps what is its own; None: where the parameters are.
         first_index: index of the first of the buckets, which come behind others of the model.
     """
+    if ownership.has_all:  # nothing travels
+        precision = replace(precision, parameter_compression=None)
     buckets = []
     for number, layout in enumerate(plan.buckets):
         begin_end = ownership.stepped(layout.padded_numel)

@@ -4,6 +4,7 @@
     InPlace          the exact values     nothing. (16 bits without a master are as exact as they are kept, too.)
     Float32Master    them rounded         float32: the exact values
     Remainder        them rounded         int16: the bits that rounding to bfloat16 took away
+    AheadOfModel     almost these         float32: the exact values, which the model follows by what codes tell of their changes
 
 The rank steps them at home: the bucket's device, or another one with a copy of the parameters, which `publish` moves to the
 bucket after a step, and `fetch` moves from there after somebody else has written it.
@@ -65,6 +66,14 @@ class Master(ABC):
         """Let parameters at home be those of the bucket, which somebody else has written. What completes them stays."""
         if self.is_away:
             self.param.copy_(self._in_bucket)
+
+    @property
+    def kernel_arrays(self) -> tuple[Tensor, Tensor | None]:
+        """[own range] each: what a fused kernel steps as the parameters, and what it takes for that which completes them."""
+        return self.param, self.array
+
+    def catch_up(self) -> None:
+        """Exact values were written, and the bucket is about to travel as it is: let it have them."""
 
     @property
     def completes(self) -> bool:
@@ -226,6 +235,35 @@ class Remainder(Master):
         self.array[begin:end].copy_(split_master(values)[1])
 
 
+class AheadOfModel(Float32Master):
+    """float32 values that the model's float32 parameters follow (`parameters.differences`): a step changes the exact ones alone.
+    Where something else writes the parameters, exact values begin anew from these: what codes had left out is too small to matter."""
+
+    @property
+    def kernel_arrays(self) -> tuple[Tensor, Tensor | None]:
+        return self.stepped, None
+
+    @property
+    def difference(self) -> Tensor:
+        """[own range], by how much the model has to change; new memory."""
+        return self.stepped - self.param
+
+    def catch_up(self) -> None:
+        self.param.copy_(self.stepped)
+
+    def round(self, values: Tensor) -> Tensor:
+        return values
+
+    def fetch(self) -> None:
+        self.stepped.copy_(self.param)
+
+    def follow_writes(self) -> None:
+        self.fetch()
+
+    def round_stepped(self) -> None:
+        """The model follows when differences have travelled."""
+
+
 MASTER_NAMES = ("master_param", "remainder")
 """What state dicts call that which completes parameters, whichever kind of master has saved it."""
 
@@ -237,6 +275,8 @@ def make_master(in_bucket: Tensor, precision: Precision, home: torch.device | No
         in_bucket: [own range], the parameters in the bucket.
         home: where they are stepped; None: where they are.
     """
+    if precision.parameter_compression is not None:
+        return AheadOfModel(in_bucket, in_bucket.device if home is None else home)
     kinds: dict[torch.dtype | None, type[Float32Master | Remainder]] = {
         torch.float32: Float32Master,
         torch.int16: Remainder,

@@ -191,7 +191,7 @@ def _take(
         model.replica.gathers.finish_all()
         for one in model.optimizers:
             one.check_can_save(group)
-            one.take_up_writes()
+            one.follow_writes()
         state = {name: entry for one in optimizers for name, entry in state_contents(one).items()}
         side_files: dict[str, Any] = {} if rank_extra is None else {rank_file(group.rank()): pack_extra(rank_extra)}
         if group.rank() == 0:
