@@ -30,6 +30,7 @@ TOKENS = 2048
 SEQUENCES = 4  # a GPU
 RANKS = (8, 64, 512, 1024, 4096, 10_000)
 BUCKETS_MB = (25, 100, 400)
+DDP_BUCKET_MB = 25
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A prediction. bucket_mb: of zeroopt's; DDP has 25 MiB, FSDP2 here what zeroopt's buckets hold."""
+    """A prediction. bucket_mb: of zeroopt's; DDP has 25, FSDP2 here what zeroopt's buckets hold."""
 
     model: str
     gpus: int
@@ -82,15 +83,22 @@ def predict(models: Sequence[str], gpus: Sequence[int], buckets_mb: Sequence[int
     for name in models:
         model = MODELS[name]
         simulator, machine = model.simulator(), model.machine()
-        for number in gpus:
-            for bucket_mb in buckets_mb:
-                for method, asked in METHODS.items():
-                    options = {"param_dtype": torch.bfloat16, "bucket_mb": bucket_mb, **asked}
-                    if method == "DDP":
-                        options["bucket_mb"] = 25
-                    step = simulator.run(machine, number // model.parts, **options)
-                    rows.append(Row(name, number, method, bucket_mb, step))
+        for number, bucket_mb in places(gpus, buckets_mb):
+            for method, asked in METHODS.items():
+                options: dict[str, Any] = {
+                    "param_dtype": torch.bfloat16,
+                    "bucket_mb": DDP_BUCKET_MB if method == "DDP" else bucket_mb,
+                }
+                step = simulator.run(machine, number // model.parts, **options, **asked)
+                rows.append(Row(name, number, method, bucket_mb, step))
     return rows
+
+
+def places(gpus: Sequence[int], buckets_mb: Sequence[int]) -> list[tuple[int, int]]:
+    """Numbers of GPUs with the smallest buckets, and the most GPUs with all."""
+    return [(number, min(buckets_mb)) for number in gpus] + [
+        (max(gpus), bucket_mb) for bucket_mb in buckets_mb if bucket_mb != min(buckets_mb)
+    ]
 
 
 def make_table(rows: Sequence[Row], model: str, bucket_mb: int) -> Table:

@@ -107,7 +107,7 @@ def row(
     where: str, method: str, link: Link, simulated: Simulated, windows: list[list[Window]] | None, machine: Machine
 ) -> Row:
     measured = None if windows is None else row_of(method, link, windows)
-    return Row(
+    made = Row(
         where,
         simulated.world_size,
         method,
@@ -116,6 +116,11 @@ def row(
         simulated.network_s * machine.network_bandwidth,
         None if measured is None or where == HERE else measured.sent,
     )
+    print(
+        f"{where}, {made.ranks} ranks, {method}: {made.simulated_s:.3f} s, measured {made.measured_s} s",
+        file=sys.stderr,
+    )
+    return made
 
 
 def setting_of(args: argparse.Namespace, num_hosts: int, ranks_a_host: int) -> Setting:

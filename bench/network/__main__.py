@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ SMOKE = Setting(2, 1, tokens=8, layers=1, width=64, steps=1, windows=1)
 
 def main() -> int:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # namespaces go when this unwinds
     setting = SMOKE if args.smoke else setting_of(args)
     parameters = count_parameters(VOCABULARY, setting.tokens, setting.layers, setting.width)
     console = Console(width=max(TABLE_WIDTH, Console().width))
@@ -58,10 +60,12 @@ def measure(link: Link, setting: Setting, methods: Sequence[str], timeout_s: flo
 
 def measure_method(hosts: Hosts, method: str, link: Link, setting: Setting, timeout_s: float) -> Row:
     try:
-        return row_of(method, link, hosts.run(train, method, setting, timeout_s=timeout_s))
+        row = row_of(method, link, hosts.run(train, method, setting, timeout_s=timeout_s))
     except RankFailed as error:
         print(f"{method}: {error}", file=sys.stderr)
         return Row(method, str(link), problem=error.reason)
+    print(f"{link}, {method}: {row.step_s:.3f} s a step, {(row.sent or 0) / 1e6:.1f} MB sent", file=sys.stderr)
+    return row
 
 
 def setting_of(args: argparse.Namespace) -> Setting:

@@ -62,7 +62,7 @@ def test_hybrid_by_hand() -> None:
     assert (travels.where, travels.seconds, travels.latency) == (NETWORK, pytest.approx(4e6 / 1.25e8), 1e-4)
     assert travels.processor_s == pytest.approx(2 * (2e6 * 1e-9 + 5e-5))
     assert (summed_again.where, summed_again.seconds) == (CALLER, pytest.approx(4e6 * 1.5 / 8e9))
-    assert [phase.where for phase in halves.all_gather] == [NETWORK, CALLER]
+    assert [phase.where for phase in halves.all_gather] == [NETWORK, LOCAL]
 
 
 def test_a_flat_ring_of_a_thousand_ranks_waits_for_hops_and_three_levels_do_not() -> None:

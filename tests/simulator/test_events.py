@@ -42,6 +42,17 @@ def test_a_resource_serves_one_after_the_other() -> None:
     assert link.busy_s == 6.5
 
 
+def test_who_wants_to_be_alone_is_waited_for_to_the_end() -> None:
+    clock = Clock()
+    link = Resource(clock)
+    ends = []
+    for alone in (True, False, False):
+        link.hold(1.0, then_s=4.0, alone=alone).then(lambda: ends.append(clock.now))
+    clock.run()
+    assert ends == [5.0, 10.0, 11.0]
+    assert link.busy_s == 3.0
+
+
 def test_processes_wait_for_each_other() -> None:
     clock, seen = Clock(), []
     ready = Signal()

@@ -28,3 +28,4 @@ def test_what_is_measured_describes_a_machine(
     assert machine.memory_bandwidth > 1e8
     assert machine.message_s < 0.1
     assert machine.byte_s < 1e-6
+    assert machine.bucket_s < 0.1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from zeroopt import ConfigError
+from zeroopt import ConfigError, NotSupportedError
 from zeroopt.__main__ import main
 from zeroopt.planner.transformer import transformer_of
 from zeroopt.simulator import Machine, command, simulate
@@ -73,6 +73,8 @@ def test_what_makes_no_sense_is_refused(simulator: Simulator) -> None:
         simulator.run(MACHINE, WORLD_SIZE, method="ddp")
     with pytest.raises(ConfigError, match="expected collectives to be one of"):
         simulator.run(MACHINE, WORLD_SIZE, collectives="tree")
+    with pytest.raises(NotSupportedError, match="does not know what average_every would change"):
+        simulator.run(MACHINE, WORLD_SIZE, average_every=4)
     with pytest.raises(ConfigError, match="multiple of host_ranks"):
         simulator.run(MACHINE, 7)
     with pytest.raises(ConfigError, match="expected either tokens or sample"):

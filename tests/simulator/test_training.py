@@ -5,8 +5,6 @@ Forward takes 1 s a bucket, backward 2 s; a reduce-scatter is 3 s on the network
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from zeroopt.simulator.collectives import CALLER, NETWORK, Halves, Phase, Ranks
@@ -42,10 +40,6 @@ def test_buckets_travel_beside_backward_and_gathers_beside_the_next_forward() ->
     assert laps(UNBOUNDED) == [10, 12, 12]
 
 
-def test_who_flushes_waits_in_the_step_and_not_in_the_forward() -> None:
-    assert laps(Rules(shards=True, buffers=None, most=None, flushes=True)) == [12, 12, 12]
-
-
 @pytest.mark.parametrize(
     "rules",
     [Rules(shards=True, buffers=None, most=0), Rules(shards=True, buffers=1, most=None)],
@@ -69,14 +63,6 @@ def test_the_ranks_own_thread_does_its_part_only_when_it_comes_by() -> None:
     assert lap.seconds == 12
     assert lap.parts == {"forward": 2, "backward": 4, "step": 0, "communication": 4, "waiting": 2}
     assert lap.busy[NETWORK] == 6
-
-
-@pytest.mark.parametrize(("bound", "expected"), [(None, 13), (1, 13), (0, 14)])
-def test_gathers_between_hosts_are_bounded(bound: int | None, expected: float) -> None:
-    """All sums are there at 10, and a bucket is stepped in a second: the second bucket 11-12, or not before the first gather ends at 12."""
-    stepped = Workload((replace(LOAD, stepped=2.0),) * 2, "pairwise")
-    rules = Rules(shards=True, buffers=None, most=None, gathers_between_hosts=bound, flushes=True)
-    assert ZeroTraining(stepped, RANKS, rules, cost).run(3).seconds == expected
 
 
 def test_ddp_all_reduces_beside_backward() -> None:

@@ -27,12 +27,14 @@ class Phase(NamedTuple):
         seconds: for which that is taken.
         latency: seconds more until the next phase.
         processor_s: that threads of libraries take meanwhile from what the rank computes.
+        alone: whether the next collective waits for the latency, too, as those of one communicator do: messages do not.
     """
 
     where: str
     seconds: float
     latency: float = 0.0
     processor_s: float = 0.0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def ring(ranks: Ranks, num_bytes: float) -> Halves:
         else (LOCAL, moved / machine.local_bandwidth)
     )
     return Halves(
-        (Phase(where, seconds, latency, processor + sums),),
-        (Phase(where, seconds, latency, processor),),
+        (Phase(where, seconds, latency, processor + sums, alone=True),),
+        (Phase(where, seconds, latency, processor, alone=True),),
     )
 
 
@@ -97,12 +99,12 @@ def levels(sizes: Sequence[int], ranks: Ranks, num_bytes: float) -> Halves:
     phases = []
     if within > 1:
         seconds = num_bytes * (within - 1) / within / machine.local_bandwidth
-        phases.append(Phase(LOCAL, seconds, (within - 1) * machine.local_latency))
+        phases.append(Phase(LOCAL, seconds, (within - 1) * machine.local_latency, alone=True))
     left = num_bytes  # of a host's ranks together
     for size in sizes:
         if size > 1:
             seconds = left * (size - 1) / size / machine.network_bandwidth
-            phases.append(Phase(NETWORK, seconds, (size - 1) * machine.network_latency))
+            phases.append(Phase(NETWORK, seconds, (size - 1) * machine.network_latency, alone=True))
             left /= size
     return Halves(tuple(phases), tuple(reversed(phases)))
 
@@ -126,7 +128,7 @@ def recursive_halving(ranks: Ranks, num_bytes: float) -> Halves:
     if hosts == 1:
         return Halves(local, local)
     seconds = num_bytes * (hosts - 1) / hosts / machine.network_bandwidth
-    between = Phase(NETWORK, seconds, ceil(log2(hosts)) * machine.network_latency)
+    between = Phase(NETWORK, seconds, ceil(log2(hosts)) * machine.network_latency, alone=True)
     return Halves((*local, between), (between, *local))
 
 
@@ -149,10 +151,11 @@ def shm(ranks: Ranks, num_bytes: float) -> Halves:
 
 
 def hybrid(ranks: Ranks, num_bytes: float) -> Halves:
-    """Shared memory within a host; between hosts messages of the ranks with the same place."""
+    """Shared memory within a host; between hosts messages of the ranks with the same place, which a thread hands on to the others."""
     within = shm(ranks, num_bytes)
     between = _messages(ranks, num_bytes / ranks.host_ranks, ranks.num_hosts, 1)
-    return Halves(within.reduce_scatter + between.reduce_scatter, between.all_gather + within.all_gather)
+    handed_on = tuple(Phase(LOCAL, phase.seconds, 0.0, phase.seconds) for phase in within.all_gather)
+    return Halves(within.reduce_scatter + between.reduce_scatter, between.all_gather + handed_on)
 
 
 def _messages(ranks: Ranks, num_bytes: float, size: int, on_this_host: int) -> Halves:
@@ -161,16 +164,17 @@ def _messages(ranks: Ranks, num_bytes: float, size: int, on_this_host: int) -> H
     if size == 1:
         return Halves()
     moved = num_bytes * (size - 1) / size
-    away = ranks.host_ranks * num_bytes * (size - on_this_host) / size
+    beside = num_bytes * (on_this_host - 1) / size
+    away = ranks.host_ranks * (moved - beside)
     processor = 2 * (moved * machine.byte_s + (size - 1) * machine.message_s)
-    travels = Phase(
-        NETWORK if away else LOCAL,
-        away / machine.network_bandwidth,
-        machine.network_latency if away else 0.0,
-        processor,
-    )
+    travels = []
+    if beside:
+        travels.append(Phase(LOCAL, beside / machine.local_bandwidth, machine.local_latency, processor))
+    if away:
+        taken = 0.0 if beside else processor
+        travels.append(Phase(NETWORK, away / machine.network_bandwidth, machine.network_latency, taken))
     sums = Phase(CALLER, (num_bytes + num_bytes / size) / machine.memory_bandwidth)
-    return Halves((travels, sums), (travels,))
+    return Halves((*travels, sums), tuple(travels))
 
 
 COSTS: dict[str, Cost] = {

@@ -104,10 +104,12 @@ class Resource:
         self._clock = clock
         self._is_free_at = 0.0
 
-    def hold(self, seconds: float, then_s: float = 0.0) -> Signal:
-        """Use it for some time, as soon as it is free. Returns the end of that, and of `then_s` more seconds, in which it serves others."""
+    def hold(self, seconds: float, then_s: float = 0.0, *, alone: bool = False) -> Signal:
+        """Use it for some time, as soon as it is free. Returns the end of that, and of `then_s` more seconds, in which it serves others unless
+        this one wants to be `alone`."""
         done = Signal()
         self.busy_s += seconds
-        self._is_free_at = max(self._clock.now, self._is_free_at) + seconds
-        self._clock.at(self._is_free_at + then_s, done.fire)
+        served = max(self._clock.now, self._is_free_at) + seconds
+        self._is_free_at = served + then_s if alone else served
+        self._clock.at(served + then_s, done.fire)
         return done

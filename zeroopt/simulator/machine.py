@@ -20,7 +20,7 @@ class Machine:
 
     Attributes:
         host_ranks: ranks of a host.
-        flops: floating-point operations a second of a rank that computes a forward and backward while no other rank of its host does.
+        flops: floating-point operations a second of a rank that computes a forward and backward, while others do on the other cores.
         memory_bandwidth: bytes a second that such a rank reads and writes when it steps, sums and copies.
         cores: ranks of a host that can compute at once; more share them. 0: each rank has a device of its own.
         local_bandwidth: bytes a second that a rank sends to others of its host.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .events import Process
-from .training import Trainee
+from .training import Course
 from .travelling import Travelling
 
 
-class DdpTraining(Trainee):
+class DdpTraining(Course):
     """DistributedDataParallel: an all-reduce a bucket beside backward, and a step of everything on every rank."""
 
     def _step(self) -> Process:
@@ -20,14 +20,15 @@ class DdpTraining(Trainee):
             halves = self._halves(load.gradients)
             travelling.append(self._travel(halves.reduce_scatter + halves.all_gather))
             for pending in travelling:
-                yield from self._own_work(pending.progress())
+                if pending.asks:
+                    yield from self._own_work(pending.progress())
         for pending in travelling:
             yield from self._own_work(pending.finish())
         for load in loads:
             yield from self._compute(0.0, "step", load.stepped)
 
 
-class Fsdp2Training(Trainee):
+class Fsdp2Training(Course):
     """FSDP2 with `reshard_after_forward`: each layer's parameters are gathered before its forward and once more before its backward, one
     layer ahead; gradients are reduce-scattered behind it."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NotSupportedError
 from ..options.config import Config
 from ..planner.activations import LossOf, Sample, tokens_sample
 from ..planner.estimator import Estimator, MakeOptimizer, config_of
@@ -17,14 +17,14 @@ from ..storage.buffer_pool import num_buffers
 from .collectives import COSTS, LOCAL, NETWORK, Cost, Ranks
 from .machine import Machine
 from .peers import DdpTraining, Fsdp2Training
-from .training import PARTS, Lap, Rules, Trainee, ZeroTraining
+from .training import PARTS, Course, Lap, Rules, ZeroTraining
 from .workload import Workload, count_operations, workload_of
 
 METHODS = ("zeroopt", "DDP", "FSDP2")
 
+_UNKNOWN = ("average_every", "gradient_compression", "parameter_compression", "wire", "state_device")
 _STEPS = 3  # after which each is like the last
 _DDP_BUCKET = 25 * 2**20
-_HYBRID_GATHERS = 2  # as collectives/hybrid.py has it
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,14 @@ class Simulator:
         self._device = device
         self._estimator = Estimator(model, optimizer, Cluster(1, 1, device), sample, loss, None)
         self._operations = count_operations(model, sample, loss)
+        self._workloads: dict[tuple[Cluster, Config], Workload] = {}
 
     def workload(self, machine: Machine, world_size: int, config: Config) -> Workload:
         """What a rank has to do, by the plan of these options."""
         cluster = Cluster(world_size, min(machine.host_ranks, world_size), self._device)
-        return workload_of(self._estimator, config, cluster, self._operations)
+        if (cluster, config) not in self._workloads:
+            self._workloads[cluster, config] = workload_of(self._estimator, config, cluster, self._operations)
+        return self._workloads[cluster, config]
 
     def run(
         self,
@@ -114,6 +117,9 @@ class Simulator:
         if collectives is not None and collectives not in COSTS:
             raise ConfigError(f"expected collectives to be one of {', '.join(COSTS)}, got {collectives!r}")
         config = config_of(options)
+        unknown = [name for name in _UNKNOWN if getattr(config, name, None) is not None]
+        if unknown:
+            raise NotSupportedError(f"the simulator does not know what {', '.join(unknown)} would change: leave it out")
         workload = self.workload(machine, world_size, config)
         ranks = Ranks(machine, world_size)
         default = workload.transport if method == "zeroopt" or world_size == 1 else "ring"
@@ -157,13 +163,13 @@ def simulate(
 
     Raises:
         ConfigError: bad options, or a model that cannot be traced.
-        NotSupportedError: options, parameters or optimizers that this release cannot train.
+        NotSupportedError: options, parameters or optimizers that this release cannot train, or that are not simulated.
     """
     simulator = Simulator(model, optimizer, tokens=tokens, sample=sample, loss=loss, batch=batch, device=device)
     return simulator.run(machine, world_size, method=method, collectives=collectives, **options)
 
 
-def _course(method: str, workload: Workload, ranks: Ranks, cost: Cost, config: Config) -> tuple[Workload, Trainee]:
+def _course(method: str, workload: Workload, ranks: Ranks, cost: Cost, config: Config) -> tuple[Workload, Course]:
     if method == "DDP":
         bucket = _DDP_BUCKET if config.bucket_mb is None else config.bucket_mb * 2**20
         workload = workload.in_buckets_of(bucket)
@@ -178,13 +184,10 @@ def rules_of(config: Config, workload: Workload) -> Rules:
     placement = config.placement
     bounded = workload.needs_staging or not placement.shard_state
     most = max(1, config.bucket_buffers - 1) if bounded else None
-    is_hybrid = workload.transport == "hybrid"
     return Rules(
         shards=placement.shard_state,
         buffers=num_buffers(config) if placement.shard_gradient else None,
         most=most if config.overlap else 0,
-        gathers_between_hosts=_HYBRID_GATHERS if is_hybrid else None,
-        flushes=is_hybrid,
     )
 
 

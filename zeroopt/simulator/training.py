@@ -3,7 +3,6 @@
 forward    waits, bucket by bucket, for the parameters that the step before has sent (gradients' order backwards)
 backward   fills buckets; a full one starts to travel; `most` travel at once, and stage 2 has few buffers to fill
 step       waits for all sums, steps bucket by bucket, and starts the gather of each
-flush      waits where other ranks of the host depend on what this one receives
 """
 
 from __future__ import annotations
@@ -31,15 +30,11 @@ class Rules:
         shards: whether a rank steps its own slices alone (stages 1 and 2), and gathers parameters.
         buffers: full gradient buckets that exist at once; None: each bucket has its own.
         most: buckets that travel while another one fills; 0: none.
-        gathers_between_hosts: gathers that go on while later buckets are stepped; None: all.
-        flushes: whether the step waits for its gathers.
     """
 
     shards: bool
     buffers: int | None
     most: int | None
-    gathers_between_hosts: int | None = None
-    flushes: bool = False
 
 
 @dataclass
@@ -57,7 +52,7 @@ class Lap:
     busy: dict[str, float] = field(default_factory=dict)
 
 
-class Trainee:
+class Course:
     """What all courses have in common: a clock, links, and a thread that computes.
 
     Attributes:
@@ -128,7 +123,7 @@ class Trainee:
         self._lap.parts[part] += self.clock.now - start
 
 
-class ZeroTraining(Trainee):
+class ZeroTraining(Course):
     """A rank that trains with zeroopt."""
 
     def __init__(self, workload: Workload, ranks: Ranks, rules: Rules, cost: Cost | None = None) -> None:
@@ -169,7 +164,8 @@ class ZeroTraining(Trainee):
         if most == 0:
             yield from self._finish_oldest()
         for _, travelling in self._travelling:
-            yield from self._own_work(travelling.progress())
+            if travelling.asks:
+                yield from self._own_work(travelling.progress())
 
     def _finish_oldest(self) -> Process:
         load, oldest = self._travelling.popleft()
@@ -179,7 +175,6 @@ class ZeroTraining(Trainee):
 
     def _update(self, loads: tuple[Load, ...]) -> Process:
         share = 1 / self._ranks.world_size if self._rules.shards else 1.0
-        going: deque[Travelling] = deque()
         for place, load in enumerate(loads):
             yield from self._compute(0.0, "step", load.stepped * share)
             if not self._rules.shards:
@@ -187,13 +182,6 @@ class ZeroTraining(Trainee):
             yield from self._pay_for_bucket()
             gather = self._gathers[place] = self._travel(self._halves(load.parameters).all_gather)
             yield from self._own_work(gather.progress())
-            going.append(gather)
-            limit = self._rules.gathers_between_hosts
-            while limit is not None and len(going) > limit:
-                yield from self._own_work(going.popleft().finish())
-        if self._rules.flushes:
-            for gather in going:
-                yield from self._own_work(gather.finish())
 
     def _pay_for_bucket(self) -> Process:
         with self._counted("communication"):

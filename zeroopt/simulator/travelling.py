@@ -36,12 +36,17 @@ class Travelling:
         elif self._left[0].where != CALLER:
             phase = self._left.popleft()
             self._take(phase.processor_s)
-            self._on_its_way = self._resources[phase.where].hold(phase.seconds, phase.latency)
+            self._on_its_way = self._resources[phase.where].hold(phase.seconds, phase.latency, alone=phase.alone)
             self._on_its_way.then(self._go_on)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it waits for the caller."""
+        return self._on_its_way is None and bool(self._left)
 
     def progress(self) -> Process:
         """What the caller can do for it now."""
-        while self._on_its_way is None and self._left:
+        while self.asks:
             yield self._left.popleft().seconds
             self._go_on()
 
