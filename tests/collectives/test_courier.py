@@ -15,8 +15,8 @@ NAME = "zeroopt test courier"
 LONG_S = 60.0
 
 
-def thread_of_courier() -> Thread | None:
-    return next((thread for thread in threading.enumerate() if thread.name == NAME), None)
+def thread_named(name: str) -> Thread | None:
+    return next((thread for thread in threading.enumerate() if thread.name == name), None)
 
 
 def test_errands_are_done_in_order_while_this_thread_is_elsewhere() -> None:
@@ -49,11 +49,12 @@ def test_after_one_that_fails_all_others_fail_alike() -> None:
 
 
 def test_the_thread_begins_with_the_first_errand_and_ends_with_the_courier() -> None:
-    courier = Courier(NAME)
-    assert thread_of_courier() is None
+    name = "zeroopt test courier of its own"  # threads of other tests may have yet to end
+    courier = Courier(name)
+    assert thread_named(name) is None
     held = [object()]
     courier.hand_over(lambda: held.clear()).wait()
-    thread = thread_of_courier()
+    thread = thread_named(name)
     assert thread is not None
     del courier
     gc.collect()
