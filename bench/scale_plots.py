@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bench.compare.plots.look import FAINT, STYLE, make_figure, save
 
@@ -55,7 +56,7 @@ def draw_panels(figure: Figure, rows: Sequence[Any], axis: str, label: str) -> N
         axes.set_xlabel(label, color=FAINT)
     panels[0].set_ylabel("of the arithmetic's time", color=FAINT)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
 
 
 def draw_model(axes: Axes, rows: Sequence[Any], axis: str) -> None:
@@ -67,4 +68,9 @@ def draw_model(axes: Axes, rows: Sequence[Any], axis: str) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=method)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    places = sorted({getattr(row, axis) for row in rows})
+    axes.set_xticks(places, [f"{place:,}" for place in places], rotation=30, fontsize=7.5)
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y")
