@@ -7,6 +7,7 @@ They live side by side in the same processes and take turns, so that a busy mome
 lasts until the last rank is through; the figures are medians over turns. Before the all-gather, ranks wait until nobody uses
 its bucket any more, as an optimizer's step does; that is part of the total.
 
+    tree                     small slices in rounds, large ones as pairwise (`zeroopt.collectives.tree`)
     torch                    Gloo's own reduce_scatter_tensor and all_gather_into_tensor
     shm, share_parameters    sums go to one bucket of all ranks, where there is nothing left to gather
     hybrid                   as if half of the ranks were on another host; takes four ranks or more
@@ -32,6 +33,7 @@ from zeroopt.collectives.hybrid import HybridTransport
 from zeroopt.collectives.pairwise import PairwiseTransport
 from zeroopt.collectives.shm import ShmTransport
 from zeroopt.collectives.torch_native import TorchTransport
+from zeroopt.collectives.tree import TreeTransport
 
 ALL_REDUCE = "all_reduce"
 CPU = torch.device("cpu")
@@ -46,6 +48,7 @@ TRANSPORTS: dict[str, Callable[[dist.ProcessGroup], Transport]] = {
     "torch": lambda group: TorchTransport(group, CPU),
     "all_to_all": lambda group: AllToAllTransport(group, CPU),
     "pairwise": PairwiseTransport,
+    "tree": TreeTransport,
     "shm": lambda group: ShmTransport(group, range(group.size())),
     "shm, share_parameters": lambda group: ShmTransport(group, range(group.size())),
     "hybrid": hybrid,
@@ -110,7 +113,7 @@ def work(args: argparse.Namespace) -> dict[str, list[Seconds]]:
 
 def numel_of_bucket(args: argparse.Namespace) -> int:
     """As many elements for every rank."""
-    numel: int = args.mb * 10**6 // 4 // args.world_size * args.world_size
+    numel: int = int(args.mb * 10**6) // 4 // args.world_size * args.world_size
     return numel
 
 
@@ -146,7 +149,7 @@ def summarize(ranks: list[dict[str, list[Seconds]]]) -> dict[str, Seconds]:
 
 def make_table(results: dict[str, Seconds], bucket_bytes: int, args: argparse.Namespace) -> Table:
     table = Table(
-        title=f"{bucket_bytes / 1e6:.0f} MB of float32, {args.world_size} ranks",
+        title=f"{bucket_bytes / 1e6:g} MB of float32, {args.world_size} ranks",
         caption="GB/s: bytes of the bucket by total time",
         box=box.SIMPLE,
     )
@@ -175,7 +178,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-size", type=int, default=2)
-    parser.add_argument("--mb", type=int, default=64, help="size of the bucket in millions of bytes")
+    parser.add_argument("--mb", type=float, default=64, help="size of the bucket in millions of bytes")
     parser.add_argument("--turns", type=int, default=30, help="turns of every method, after two that do not count")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS), metavar="TRANSPORT")

@@ -83,7 +83,9 @@ def test_collectives(run_bench: RunBench, tmp_path: Path) -> None:
     report = report_of(run_bench, tmp_path, "collectives", "--world-size=4", "--mb=1", "--turns=1")
     assert (report["world_size"], report["bucket_bytes"]) == (4, 10**6)
     halves = {"reduce_scatter", "all_gather", "total"}
-    transports = dict.fromkeys(("torch", "all_to_all", "pairwise", "shm", "shm, share_parameters", "hybrid"), halves)
+    transports = dict.fromkeys(
+        ("torch", "all_to_all", "pairwise", "tree", "shm", "shm, share_parameters", "hybrid"), halves
+    )
     assert {name: seconds.keys() for name, seconds in report["seconds"].items()} == {
         "all_reduce": {"total"},
         **transports,

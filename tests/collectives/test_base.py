@@ -86,7 +86,7 @@ def test_sums_and_gathers(run_on_ranks: RunOnRanks, name: str, world_size: int) 
 def assert_sum(value: Tensor, expected: Tensor, name: str, dtype: torch.dtype, what: str) -> None:
     """Bit for bit the tree's sum, but for transports that round buckets of 16 bits on the way, and torch's own order."""
     assert value.dtype is expected.dtype
-    if name == "torch" or (name == "hybrid" and dtype.itemsize == 2):
+    if name == "torch" or (name in ("hybrid", "hierarchy") and dtype.itemsize == 2):
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(value, expected, rtol=4 * eps, atol=8 * eps, msg=lambda text: f"{what}: {text}")
     else:

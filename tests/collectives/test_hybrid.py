@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import reference
@@ -105,6 +106,35 @@ def test_training_is_that_of_one_host(run_on_ranks: RunOnRanks) -> None:
         for options, expected, got in zip(variants, one, two, strict=True):
             for step, (before, after) in enumerate(zip(expected, got, strict=True)):
                 assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), (options, step)
+
+
+def through_rounds() -> tuple[int, Tensor, Tensor, Tensor]:
+    """This rank's slice, its sum, what is gathered, and gathered numbers; between hosts messages go in rounds."""
+    with patch("zeroopt.collectives.tree.FROM_RANKS", 3):
+        transport = connect_on([0, 0, 1, 1, 2, 2, 3, 3])
+    full, gathered = (transport.allocate(NUMEL // 3 * 4, torch.float32, CPU) for _ in range(2))
+    full.copy_(values(dist.get_rank(), full.numel(), full.dtype))
+    transport.own_slice(gathered).fill_(dist.get_rank())
+    out = torch.empty(full.numel() // transport.num_slices)
+    reduce = transport.start_reduce_scatter(full, out)
+    reduce.finish()
+    reduce.wait_until_read()
+    transport.start_rendezvous("gather").finish()
+    gather = transport.start_all_gather(gathered)
+    transport.flush()
+    gather.finish()
+    return transport.slice_index, out, gathered.clone(), transport.gather_scalar(torch.tensor(float(dist.get_rank())))
+
+
+def test_many_hosts_exchange_in_rounds(run_on_ranks: RunOnRanks) -> None:
+    answers = run_on_ranks(8, through_rounds)
+    owners = sorted(range(8), key=lambda rank: answers[rank][0])
+    assert [owners.index(rank) for rank in range(8)] == [0, 4, 2, 6, 1, 5, 3, 7]
+    total = reference.reduce([values(rank, NUMEL // 3 * 4, torch.float32) for rank in range(8)], torch.float32)
+    for index, out, gathered, numbers in answers:
+        assert torch.equal(out, slice_of(total, index, 8))
+        assert torch.equal(gathered, torch.tensor(owners, dtype=torch.float32).repeat_interleave(NUMEL // 6))
+        assert numbers.tolist() == owners
 
 
 def meet_late() -> tuple[float, float]:

@@ -40,7 +40,7 @@ def test_a_rank_alone_pays_nothing(name: str) -> None:
     assert seconds(COSTS[name](Ranks(CPU.with_host_ranks(1), 1), BUCKET)) == 0
 
 
-@pytest.mark.parametrize("name", sorted(COSTS.keys() - {"single", "shm", "pairwise", "all_to_all"}))
+@pytest.mark.parametrize("name", sorted(COSTS.keys() - {"single", "shm", "pairwise", "tree", "all_to_all"}))
 @given(hosts=st.integers(2, 40), host_ranks=st.integers(1, 8))
 def test_only_what_has_to_leaves_a_host(name: str, hosts: int, host_ranks: int) -> None:
     """(H-1)/H of a bucket in each half; a ring over all ranks sends (N-1)/N over every link."""
@@ -63,6 +63,16 @@ def test_hybrid_by_hand() -> None:
     assert travels.processor_s == pytest.approx(2 * (2e6 * 1e-9 + 5e-5))
     assert (summed_again.where, summed_again.seconds) == (CALLER, pytest.approx(4e6 * 1.5 / 8e9))
     assert [phase.where for phase in halves.all_gather] == [NETWORK, LOCAL]
+
+
+def test_small_buckets_go_in_rounds_and_large_ones_in_pairs() -> None:
+    ranks = Ranks(CPU.with_host_ranks(1), 16)
+    small, large = 16 * 2**14, 16 * 2**24
+    rounds, pairs = (COSTS[name](ranks, small).all_gather[0] for name in ("tree", "pairwise"))
+    assert rounds.seconds == pytest.approx(pairs.seconds) and rounds.latency == 4 * pairs.latency
+    saved = 2 * (15 - 4) * CPU.message_s
+    assert pairs.processor_s - rounds.processor_s == pytest.approx(saved)
+    assert COSTS["tree"](ranks, large) == COSTS["pairwise"](ranks, large)
 
 
 def test_a_flat_ring_of_a_thousand_ranks_waits_for_hops_and_three_levels_do_not() -> None:

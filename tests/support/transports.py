@@ -24,17 +24,18 @@ MEMORY = "/memfd:zeroopt"  # what /proc calls zeroopt's shared memory
 # Everything that `connect_transport` can choose on the CPU, with the numbers of ranks that it is tested with.
 TRANSPORTS = [
     ("single", 1),
-    *((name, world_size) for name in ("pairwise", "shm", "torch", "all_to_all") for world_size in (2, 3, 4)),
+    *((name, world_size) for name in ("pairwise", "tree", "shm", "torch", "all_to_all") for world_size in (2, 3, 4)),
     ("hybrid", 4),
+    ("hierarchy", 4),
 ]
 
 
 def connect(name: str) -> Transport:
-    """Collective. "hybrid" puts the first half of the ranks on one host and the second half on another."""
-    if name == "hybrid":
+    """Collective. Those of several hosts have the first half of the ranks on one, and the second half on another."""
+    if name in ("hybrid", "hierarchy"):
         world_size = dist.get_world_size()
         with hosts([2 * rank // world_size for rank in range(world_size)]):
-            transport = connect_transport("auto", dist.group.WORLD, CPU)
+            transport = connect_transport("auto" if name == "hybrid" else name, dist.group.WORLD, CPU)
     else:
         transport = connect_transport("auto" if name == "single" else name, dist.group.WORLD, CPU)
     assert transport.name == name

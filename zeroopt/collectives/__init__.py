@@ -27,11 +27,17 @@ In reading order; each imports from those above it:
     single             a group of one
     shm                one host: shared memory
     pairwise           messages between pairs, for Gloo
+    driver             a thread that takes collectives from one round to the next
+    rounds             who sends whom what, up and down a tree of ranks
+    tree               messages in rounds, for many ranks
     hybrid             several hosts: shared memory within, messages between
     comm_stream        the stream of a device on which collectives run
     scratch            memory for what they receive
     torch_native       torch's own reduce-scatter and all-gather, for NCCL
     all_to_all         slices exchanged by the backend, and summed here
+    levels             a node, then nodes: which ranks exchange on which level
+    subgroups          process groups of some ranks of a group
+    hierarchy          the same exchange, level by level
     select             picks one of them, by name or for a group
     registered_memory  the same, with buckets in memory that the backend has registered
 """
@@ -39,6 +45,7 @@ In reading order; each imports from those above it:
 from .base import Transport
 from .control import ControlGroup, lone_control
 from .failure import ADVICE
+from .hierarchy import hierarchy
 from .merging import merge
 from .pending import PendingCollective
 from .registered_memory import registered
@@ -55,6 +62,7 @@ __all__ = [
     "Wire",
     "check_transport",
     "connect_transport",
+    "hierarchy",
     "lone_control",
     "merge",
     "registered",

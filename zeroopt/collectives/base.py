@@ -31,6 +31,7 @@ class Transport(ABC):
         control: who this rank is in the group, and what the ranks tell each other besides buckets.
         num_slices: of every bucket.
         slice_index: which of them this rank owns.
+        replica: where several ranks own one slice, the how-manyeth of them this one is.
         needs_staging: every reduce-scatter on its way takes memory of its own, up to the size of its bucket, so that few may be.
         is_queued: what is started comes behind the result of what was started before, though nobody has finished that.
         shares_parameters: whether `allocate(shared=True)` is possible.
@@ -53,6 +54,7 @@ class Transport(ABC):
         self.control = ControlGroup(group)
         self.slice_index = self.control.rank
         self.num_slices = self.control.size
+        self.replica = 0
         self.writers: Sequence[int] = range(self.control.size)
         self.sent_bytes = 0
 
@@ -79,6 +81,20 @@ class Transport(ABC):
             num_hosts: on which the ranks of the slices are, as many on each.
         """
         return 0
+
+    @classmethod
+    def hops_among(cls, num_slices: int, num_hosts: int) -> int:
+        """How many messages the reduce-scatter of a bucket costs a rank one after the other, whatever the size of the bucket.
+
+        Args:
+            num_hosts: as for `staging_bytes`.
+        """
+        return num_slices - 1
+
+    @property
+    def hops(self) -> int:
+        """Those of this transport."""
+        return self.hops_among(self.num_slices, self.num_slices)
 
     @property
     def writes_parameters(self) -> bool:
@@ -143,7 +159,8 @@ class Transport(ABC):
         return self.control.start_largest(out, f"transport {self.name}, max of {label}")
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
-        """The 0-dim tensors of all ranks, float32 or float64: [world_size], by the slice that a rank owns."""
+        """The 0-dim tensors of all ranks, float32 or float64: [world_size], by the slice that a rank owns, and before that by
+        replica."""
         return self.control.gather(value, f"transport {self.name}, gather of {label}")
 
     def progress(self) -> None:

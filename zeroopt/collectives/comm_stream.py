@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..streams import Mark, current_stream, has_streams, let_wait
-from .pending import PendingCollective, PendingWork
+from .pending import PendingCollective
 
 
 class CommStream:
@@ -69,7 +69,7 @@ class StreamCollective(PendingCollective):
         follow: what the result has yet to go through there.
     """
 
-    def __init__(self, stream: CommStream, work: PendingWork, follow: Callable[[], None] | None) -> None:
+    def __init__(self, stream: CommStream, work: PendingCollective, follow: Callable[[], None] | None) -> None:
         self._stream = stream
         self._work = work
         self._follow = follow

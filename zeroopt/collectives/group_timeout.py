@@ -11,7 +11,10 @@ from torch.distributed.constants import default_pg_timeout
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """The timeout that the group was made with, or torch's default where a backend does not tell."""
-    options = getattr(group._get_backend(device), "options", None)
+    try:
+        options = getattr(group._get_backend(device), "options", None)
+    except RuntimeError:  # a group that is its own backend
+        return default_pg_timeout
     timeout = getattr(options, "_timeout", default_pg_timeout)
     assert isinstance(timeout, timedelta)
     return timeout

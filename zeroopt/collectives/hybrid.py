@@ -1,6 +1,7 @@
 """Several hosts with as many ranks each: shared memory within a host, messages between hosts.
 
-Of N = H hosts x L ranks, local rank l of host h owns slice l * H + h of every bucket:
+Of N = H hosts x L ranks, local rank l of host h owns slice l * H + h of every bucket (among many hosts, whose messages go in rounds,
+hosts share a block in another order):
 
     bucket          |  local rank 0's block   |  local rank 1's block   |      (L = 2)
     slices          | host 0 | host 1 | host 2 | host 0 | host 1 | host 2 |     (H = 3)
@@ -28,11 +29,12 @@ from torch import Tensor
 
 from .base import Transport
 from .courier import Courier, Errand
-from .pairwise import PairwiseTransport, StagingPool
+from .pairwise import StagingPool
 from .pending import PendingCollective
 from .shared_memory import SharedMemoryError
 from .shm import PendingRead, ShmTransport
 from .site import Site
+from .tree import messages_among
 from .wire import PLAIN, Wire
 
 
@@ -62,9 +64,10 @@ class HybridTransport(Transport):
         same_local_rank = [ranks[self._local.slice_index] for ranks in hosts]
         # Two of them, for messages are numbered in the order of their start, and ranks may start the reduce of one bucket
         # before or after the gather of another.
-        self._between_hosts = PairwiseTransport(group, same_local_rank)
-        self._gathers_between_hosts = PairwiseTransport(group, same_local_rank)
-        self.slice_index = self._local.slice_index * len(hosts) + host
+        messages = messages_among(len(hosts))
+        self._between_hosts = messages(group, same_local_rank)
+        self._gathers_between_hosts = messages(group, same_local_rank)
+        self.slice_index = self._local.slice_index * len(hosts) + self._between_hosts.slice_index
         self.writers = [ranks[0] for ranks in hosts]
         self._blocks = StagingPool()
         self._reduces: deque[_HybridReduce] = deque()  # those that have not gone beyond this host
@@ -81,9 +84,17 @@ class HybridTransport(Transport):
         return cls(site.group, site.hosts)
 
     @classmethod
+    def hops_among(cls, num_slices: int, num_hosts: int) -> int:
+        return messages_among(num_hosts).hops_among(num_hosts, num_hosts)
+
+    @property
+    def hops(self) -> int:
+        return self._between_hosts.hops
+
+    @classmethod
     def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
         block = num_bytes // (num_slices // num_hosts)
-        return block + PairwiseTransport.staging_bytes(block, item_bytes, num_hosts, num_hosts)
+        return block + messages_among(num_hosts).staging_bytes(block, item_bytes, num_hosts, num_hosts)
 
     @property
     def sent_bytes(self) -> int:
@@ -133,8 +144,8 @@ class HybridTransport(Transport):
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         by_rank = super().gather_scalar(value, label=label)
-        # The ranks with local rank 0, host by host, then those with local rank 1, and so on.
-        by_local_rank = zip(*self._hosts, strict=True)
+        # The ranks with local rank 0, as they share its block, then those with local rank 1, and so on.
+        by_local_rank = zip(*self._between_hosts.in_order_of_slices(self._hosts), strict=True)
         return by_rank[[rank for ranks in by_local_rank for rank in ranks]]
 
     def start_rendezvous(self, label: str) -> PendingCollective:

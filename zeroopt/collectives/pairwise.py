@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from ..profiling import named_range
 from .base import Transport, slice_of
 from .pending import PendingCollective, PendingWork, start_message
 from .wire import PLAIN, Wire
+
+T = TypeVar("T")
 
 # Messages carry a number, so that a slice of one bucket is never taken for that of another. The numbers start high, out
 # of the way of a user's own send and recv on the same group, and are used again long after a message was delivered. Each
@@ -31,7 +34,7 @@ from .wire import PLAIN, Wire
 _FIRST_TAG = 1 << 24
 _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
-_REDUCE, _GATHER, _MAX, _SCALAR = range(4)
+REDUCE, GATHER, MAX, SCALAR = range(4)
 _transports_of_group: Counter[str] = Counter()
 
 # Large slices go in several messages: while one is summed, the next arrives. Messages of 4 MiB made an exchange that nothing
@@ -47,7 +50,13 @@ class PairwiseTransport(Transport):
     """Exchanges slices by the process group's own point-to-point messages.
 
     Args:
-        members: the ranks of the group that take part; all of them when None. Buckets have a slice for each of them.
+        members: the ranks of the group that take part; all of them when None. Buckets have a slice for each of them. A member's
+            place here is how methods know it.
+
+    Attributes:
+        place: of this rank among the members.
+        slices: by place, which slice of a bucket that member owns.
+        peers: the places of the others.
     """
 
     name = "pairwise"
@@ -56,14 +65,24 @@ class PairwiseTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int] | None = None) -> None:
         super().__init__(group)
         self._members = list(range(group.size()) if members is None else members)
-        self.slice_index = self._members.index(self.control.rank)
+        self.place = self._members.index(self.control.rank)
         self.num_slices = len(self._members)
+        self.order_slices(range(self.num_slices))
         self._first_tag = _FIRST_TAG + _transports_of_group[group.group_name] % _NUM_TRANSPORTS * _NUM_TAGS
         _transports_of_group[group.group_name] += 1
         self._exchanges = 0
         self.staging = StagingPool()
         # Starting with the next rank spreads the first messages over all peers.
-        self.peers = [(self.slice_index + i) % self.num_slices for i in range(1, self.num_slices)]
+        self.peers = [(self.place + i) % self.num_slices for i in range(1, self.num_slices)]
+
+    def order_slices(self, slices: Sequence[int]) -> None:
+        """Let each member, in their order, own one of these slices."""
+        self.slices = slices
+        self.slice_index = slices[self.place]
+
+    def slice_at(self, full: Tensor, place: int) -> Tensor:
+        """The slice of a bucket that a member owns, a view."""
+        return slice_of(full, self.slices[place], self.num_slices)
 
     @classmethod
     def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
@@ -78,29 +97,34 @@ class PairwiseTransport(Transport):
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
         numel = max(1, MESSAGE_BYTES // full.element_size())
-        parts = [torch.split(slice_of(full, rank, self.num_slices), numel) for rank in range(self.num_slices)]
-        tag = self.take_tags(len(parts[0]), _GATHER, full.nbytes)
+        parts = [torch.split(self.slice_at(full, place), numel) for place in range(self.num_slices)]
+        tag = self.take_tags(len(parts[0]), GATHER, full.nbytes)
         works = []
-        for number, own in enumerate(parts[self.slice_index]):
+        for number, own in enumerate(parts[self.place]):
             works += self.receive({peer: parts[peer][number] for peer in self.peers}, tag + number)
             works += self.send(dict.fromkeys(self.peers, own), tag + number)
         return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
 
     def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
         # Straight between all pairs, as scalars too, for an all_reduce that fails does not say for want of which rank.
-        tag = self.take_tags(1, _MAX, flags.nbytes)
+        tag = self.take_tags(1, MAX, flags.nbytes)
         received = {peer: torch.empty_like(flags) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, flags), tag)
         pending = PendingWork(f"transport {self.name}, max of {label}", works, (flags, received))
         return _PairwiseMax(pending, [flags, *received.values()], out)
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
-        tag = self.take_tags(1, _SCALAR, value.nbytes)
+        tag = self.take_tags(1, SCALAR, value.nbytes)
         own = value.reshape(1)
         received = {peer: torch.empty_like(own) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, own), tag)
         PendingWork(f"transport {self.name}, gather of {label}", works, (own, received)).finish()
-        return torch.cat([received.get(rank, own) for rank in range(self.num_slices)])
+        return torch.cat(self.in_order_of_slices([received.get(place, own) for place in range(self.num_slices)]))
+
+    def in_order_of_slices(self, of_members: Sequence[T]) -> list[T]:
+        """What belongs to each member, in the order of the slices that they own."""
+        owners = sorted(range(self.num_slices), key=self.slices.__getitem__)
+        return [of_members[place] for place in owners]
 
     def take_tags(self, count: int, kind: int, num_bytes: int) -> int:
         """The first of `count` numbers that no message on its way has, for a bucket of so many bytes."""
@@ -111,10 +135,14 @@ class PairwiseTransport(Transport):
         return tag | kind << 25 | num_bytes // 64 % 7 << 27
 
     def give_up(self, reason: str) -> None:
+        self.break_off(self.peers)
+
+    def break_off(self, peers: Sequence[int]) -> None:
+        """Let these members fail in what they wait for."""
         # A receive that times out breaks the connection, of which the peer hears at once.
-        for peer in self.peers:
+        for peer in peers:
             nothing = torch.empty(1, dtype=torch.uint8)
-            works = self.receive({peer: nothing}, self.take_tags(1, _GATHER, 0))
+            works = self.receive({peer: nothing}, self.take_tags(1, GATHER, 0))
             PendingWork("giving up", works, (nothing,)).abandon()
 
     def receive(self, incoming: dict[int, Tensor], tag: int) -> list[tuple[int | None, dist.Work]]:
@@ -156,13 +184,11 @@ class _PairwiseReduce(PendingCollective):
         self._slot_bytes, self._num_slots = parts.slot_bytes, parts.num_slots
         self._next_part = 0
         self._staging: Tensor | None = transport.staging.take(self._num_slots * self._slot_bytes)
-        self._tag = transport.take_tags(self._num_parts, _REDUCE, full.nbytes)
+        self._tag = transport.take_tags(self._num_parts, REDUCE, full.nbytes)
         self._arriving = deque(self._receive(part) for part in range(self._num_slots))
         sends: list[tuple[int | None, dist.Work]] = []
         for part in range(self._num_parts):
-            outgoing = {
-                peer: self._part_of(slice_of(full, peer, transport.num_slices), part) for peer in transport.peers
-            }
+            outgoing = {peer: self._part_of(transport.slice_at(full, peer), part) for peer in transport.peers}
             sends += transport.send(outgoing, self._tag + part)
         self._sends = PendingWork(self._what, sends, (full,))
 
@@ -197,7 +223,7 @@ class _PairwiseReduce(PendingCollective):
     def _add(self, part: int) -> None:
         incoming = self._incoming(part)
         own = self._part_of(self._transport.own_slice(self._full), part)
-        slices = [incoming.get(rank, own) for rank in range(self._transport.num_slices)]
+        slices = [incoming.get(place, own) for place in range(self._transport.num_slices)]
         out, base = self._out, self._base
         if self._comes_in_parts:
             out, base = self._part_of(out, part), None if base is None else self._part_of(base, part)

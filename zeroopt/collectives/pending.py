@@ -126,13 +126,13 @@ class PendingWork(PendingCollective):
 
 _AT_ONCE = timedelta(milliseconds=1)
 _GRACE_S = 0.3
-_AT_EXIT = timedelta(seconds=10)
+AT_EXIT = timedelta(seconds=10)
 
 
 @atexit.register
 def _finish_at_exit() -> None:
     """A rank that is through may be ahead of the others, who have yet to receive what it has sent."""
-    deadline = time.monotonic() + _AT_EXIT.total_seconds()
+    deadline = time.monotonic() + AT_EXIT.total_seconds()
     for pending in list(PendingWork._unfinished):
         pending.wait_at_exit(deadline)
 

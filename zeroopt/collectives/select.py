@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..options.checks import as_text, check_one_of
 from .all_to_all import AllToAllTransport
 from .base import Transport
+from .hierarchy import HierarchyTransport
 from .hybrid import HybridTransport
 from .lone import is_lone
 from .pairwise import PairwiseTransport
@@ -20,6 +21,7 @@ from .shm import ShmTransport
 from .single import SingleTransport
 from .site import Site
 from .torch_native import TorchTransport
+from .tree import TreeTransport, messages_among
 
 TransportFactory = Callable[[dist.ProcessGroup, torch.device], Transport]
 """Makes a transport of one's own for a process group and the device of its buckets. Called by all ranks of the group."""
@@ -27,7 +29,9 @@ TransportFactory = Callable[[dist.ProcessGroup, torch.device], Transport]
 TRANSPORTS: dict[str, type[Transport]] = {
     "torch": TorchTransport,
     "all_to_all": AllToAllTransport,
+    "hierarchy": HierarchyTransport,
     "pairwise": PairwiseTransport,
+    "tree": TreeTransport,
     "shm": ShmTransport,
 }
 """What may be asked for by name."""
@@ -37,6 +41,7 @@ _IN_TURN: tuple[type[Transport], ...] = (
     SingleTransport,
     ShmTransport,
     HybridTransport,
+    TreeTransport,
     PairwiseTransport,
     AllToAllTransport,
     TorchTransport,
@@ -72,7 +77,8 @@ def connect_transport(
 
     "auto" takes torch's own collectives, on a device of one host an all-to-all and sums of ours. For Gloo on the CPU, it takes shared
     memory where all ranks are on one host, shared memory and messages where there are several hosts with as many ranks each, and
-    messages everywhere else. Where memory cannot be shared, it says so in the log of rank 0, and takes messages.
+    messages everywhere else, in rounds among many ranks. Where memory cannot be shared, it says so in the log of rank 0, and takes
+    messages.
 
     Args:
         nests: sums of some ranks' slices may travel on, as they do where there are several hosts; else messages are taken.
@@ -98,7 +104,7 @@ def connect_transport(
         raise ConfigError(f"{option} needs ranks that share memory: {reason}; leave it out to use messages instead")
     if group.rank() == 0:
         _log.warning("ranks do not share memory, gradients and parameters go through messages: %s", reason)
-    return PairwiseTransport.connect(site)
+    return messages_among(group.size()).connect(site)
 
 
 def kind_for(choice: str, site: Site, *, nests: bool) -> type[Transport]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil, isqrt, log2
 from typing import NamedTuple
 
+from ..collectives.tree import goes_in_rounds
 from .machine import Machine
 
 CALLER, LOCAL, NETWORK = "caller", "local", "network"
@@ -137,6 +138,19 @@ def pairwise(ranks: Ranks, num_bytes: float) -> Halves:
     return _messages(ranks, num_bytes, ranks.world_size, ranks.host_ranks)
 
 
+def tree(ranks: Ranks, num_bytes: float) -> Halves:
+    """log2(N) rounds, of which those between ranks of a host come first; a thread sums. Large slices go straight to their owners."""
+    machine, size, hosts = ranks.machine, ranks.world_size, ranks.num_hosts
+    if not goes_in_rounds(ceil(num_bytes), size):
+        return pairwise(ranks, num_bytes)
+    moved, rounds = num_bytes * (size - 1) / size, ceil(log2(size))
+    processor = 2 * (moved * machine.byte_s + rounds * machine.message_s)
+    where, latency = (NETWORK, ceil(log2(hosts)) * machine.network_latency) if hosts > 1 else (LOCAL, 0.0)
+    seconds = num_bytes * (hosts - 1) / hosts / machine.network_bandwidth
+    sums = 3 * moved / machine.memory_bandwidth
+    return Halves((Phase(where, seconds, latency, processor + sums),), (Phase(where, seconds, latency, processor),))
+
+
 def shm(ranks: Ranks, num_bytes: float) -> Halves:
     """A rank reads its slice from all buckets of the host, and writes it into all."""
     machine, size = ranks.machine, ranks.host_ranks
@@ -181,9 +195,11 @@ COSTS: dict[str, Cost] = {
     "single": alone,
     "shm": shm,
     "pairwise": pairwise,
+    "tree": tree,
     "hybrid": hybrid,
     "torch": ring,
     "all_to_all": pairwise,
+    "hierarchy": two_levels,
     "ring": ring,
     "two levels": two_levels,
     "three levels": three_levels,
