@@ -96,9 +96,11 @@ class Replica:
         self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
         self.optimizers: list[torch.optim.Optimizer] = []
         placement = config.placement
-        self.ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=placement.shard_state)
+        self.ownership = Ownership(
+            transport.num_slices, transport.slice_index, by_slices=placement.shard_state, replica=transport.replica
+        )
         sharded = self._make_sharded_view(features, check_outside) if placement.shard_state else None
-        self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, _bytes_on_the_way(module, config))
+        self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, _bytes_on_the_way(module, config), transport.hops)
         pool = BufferPool(config, self.bucket_bytes, transport) if placement.shard_gradient else None
         self._pool = pool
         self._rounds = count()  # of rounding what travels as codes

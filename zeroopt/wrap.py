@@ -19,6 +19,7 @@ from .building.functions import Init
 from .building.saved import Saved
 from .collectives import ControlGroup, Transport, TransportFactory, Wire, check_transport, connect_transport
 from .collectives.lone import default_group, lone_group
+from .collectives.replicated import connect_replicated
 from .collectives.single import SingleTransport
 from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Feature
@@ -75,6 +76,7 @@ def wrap(
     outer_mixing: float | None = None,
     outer_dtype: torch.dtype | str | None = None,
     parameter_compression: str | None = None,
+    shard_group: dist.ProcessGroup | None = None,
     features: Sequence[Feature] = (),
     wire: Wire | None = None,
     gradient_compression: str | None = None,
@@ -114,7 +116,8 @@ def wrap(
             the gradients.
         process_group: the ranks to train with; the default group when None, or this process alone where there is none.
         bucket_mb: size in MiB of a bucket and of every buffer. A larger parameter has a bucket of its own, whose gradient travels
-            in stripes of this size. None: a twentieth of the model, at least 1 and at most 25.
+            in stripes of this size. None: a twentieth of the model, at least 1 and at most 25, or 1 for each message that a bucket
+            has to wait for where those are more.
         param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, frozen ones too, and what rounding takes away is kept as
             `master_weights` says. None leaves parameters as they are.
         master_weights: with `param_dtype`. "float32": each rank keeps a float32 copy of the parameters it steps; "remainder":
@@ -168,6 +171,9 @@ def wrap(
         parameter_compression: "int8" or "int4": updated parameters travel as differences in codes of so many bits, which every rank
             decodes alike, so that the model has the same bits on all ranks. Their owner keeps exact values besides (4 / N bytes a
             parameter), and what codes leave out goes with the next difference. Of float32 parameters, in stages 1 and 2.
+        shard_group: of `process_group`, the ranks among which the state is cut, those of a node for one. Every such group holds all of
+            it: parameters are gathered within the group alone, and of gradients only the own slice is summed across groups. Stages
+            1 and 2; every rank of `process_group` is in one shard group, all of one size. None: all of `process_group`.
         features: objects of your own that take part in backward passes and in the steps of all optimizers of the model; see
             `zeroopt.Feature`. With the model's first optimizer, and of the same classes on all ranks.
         wire: instead of `reduce_dtype`, another form in which gradients travel, and another way to sum them: an object of a
@@ -241,6 +247,7 @@ def wrap(
             step_in_backward=step_in_backward,
             norm_group=norm_group,
             average_group=average_group,
+            shard_group=shard_group,
         )
 
     found = _Findings()
@@ -329,6 +336,7 @@ class _Findings:
         check_norm_group(config.norm_group, [group, *(other.group for other in self.beyond)])
         if first is not None:
             config.check_shares(first.config)
+            _check_shard_group(config, first.config)
             _check_group(given_group, first.group)
         _check_features(features, first)
         self.options = [*config.describe(), *map(_describe_feature, features)]
@@ -416,13 +424,7 @@ def _connect(found: _Findings, group: dist.ProcessGroup) -> Transport:
     made: Transport | None = None
     problem: Exception | None = None
     try:
-        made = connect_transport(
-            config.transport,
-            group,
-            found.params[0].param.device,
-            share_parameters=config.share_parameters,
-            nests=config.wire is None or config.wire.nests,
-        )
+        made = _transport_for(config, group, found.params[0].param.device)
     except Exception as error:
         if not callable(config.transport):  # then all ranks have it
             raise
@@ -431,6 +433,18 @@ def _connect(found: _Findings, group: dist.ProcessGroup) -> Transport:
         agree([(ControlGroup(group), [] if made is None else [f"transport {made.name}"])], problem)
     assert made is not None
     return made
+
+
+def _transport_for(config: Config, group: dist.ProcessGroup, device: torch.device) -> Transport:
+    if config.shard_group is not None:
+        return connect_replicated(config.transport, group, config.shard_group, device)
+    return connect_transport(
+        config.transport,
+        group,
+        device,
+        share_parameters=config.share_parameters,
+        nests=config.wire is None or config.wire.nests,
+    )
 
 
 def _add_optimizer(model: ZeroDataParallel, optimizer: torch.optim.Optimizer, found: _Findings) -> ZeroOptimizer:
@@ -460,6 +474,13 @@ def _check_group(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
     if group is not first:
         raise ConfigError(
             "the model was wrapped with another process_group for its first optimizer; wrap the further ones with the same"
+        )
+
+
+def _check_shard_group(config: Config, first: Config) -> None:
+    if config.shard_group is not first.shard_group:
+        raise ConfigError(
+            "the model was wrapped with another shard_group for its first optimizer; wrap the further ones with the same"
         )
 
 

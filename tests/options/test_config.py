@@ -68,6 +68,9 @@ class OtherWire(Wire):
         ({"share_parameters": True, "stage": 0}, "share_parameters=True needs stage 1 or 2"),
         ({"cast_inputs": True}, "cast_inputs=True casts to param_dtype, which is not given"),
         ({"average_group": lone_group()}, "average_group needs average_every"),
+        ({"shard_group": 3}, "expected shard_group to be a torch.distributed.ProcessGroup that this rank is in, got 3"),
+        ({"shard_group": lone_group(), "stage": 0}, "shard_group needs stage 1 or 2"),
+        ({"shard_group": lone_group()}, "shard_group has one rank, which would hold everything"),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
@@ -127,10 +130,12 @@ def test_in_what_gradients_travel(options: dict[str, Any], dtype: torch.dtype | 
 
 def test_ranks_compare_all_options_but_groups() -> None:
     lines = config_with(average_every=2).describe()
-    named = [line.removeprefix("option ").partition("=")[0] for line in lines[:-1]]
-    assert named == sorted(field.name for field in fields(Config) if field.name not in ("norm_group", "average_group"))
+    named = [line.removeprefix("option ").partition("=")[0] for line in lines[:-2]]
+    assert named == sorted(
+        field.name for field in fields(Config) if field.name not in ("norm_group", "average_group", "shard_group")
+    )
     assert "option average_every=2" in lines and "option transport='auto'" in lines
-    assert lines[-1] == "option norm_group is None"
+    assert lines[-2:] == ["option shard_group is None", "option norm_group is None"]
     with_groups = config_with(average_every=2, norm_group=lone_group(), average_group=lone_group())
     assert with_groups.describe() == [*lines[:-1], "option norm_group is not None"]
 

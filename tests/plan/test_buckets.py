@@ -176,6 +176,17 @@ def test_bytes_of_a_bucket(bucket_mb: float | None, param_bytes: int, expected: 
     assert choose_bucket_bytes(bucket_mb, param_bytes) == expected
 
 
+@pytest.mark.parametrize(
+    ("hops", "param_bytes", "expected"),
+    [(25, 10**12, 25), (127, 10**12, 127), (1023, 2000 * MIB, 100), (1023, 100 * MIB, 5), (0, 10**12, 25)],
+)
+def test_many_hops_call_for_large_buckets_as_far_as_the_model_is_large(
+    hops: int, param_bytes: int, expected: int
+) -> None:
+    assert choose_bucket_bytes(None, param_bytes, hops) == expected * MIB
+    assert choose_bucket_bytes(1, param_bytes, hops) == MIB
+
+
 def test_buckets_are_no_larger_in_what_their_gradients_travel_in() -> None:
     params = of_sizes(*[100] * 8)
     narrow = make_plan(params, ownership(), 1600, Precision(BF16))

@@ -81,6 +81,7 @@ def config_with(**options: Any) -> Config:
         "step_in_backward": False,
         "norm_group": None,
         "average_group": None,
+        "shard_group": None,
     }
     return Config(**{**given, **options})
 

@@ -39,6 +39,7 @@ In reading order; each imports from those above it:
     subgroups          process groups of some ranks of a group
     hierarchy          the same exchange, level by level
     select             picks one of them, by name or for a group
+    replicated         groups of ranks that share a state, and sums across them
     registered_memory  the same, with buckets in memory that the backend has registered
 """
 

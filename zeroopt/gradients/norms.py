@@ -34,7 +34,8 @@ def norm_of_shards(
         else torch.zeros((), dtype=torch.float64, device=stores[0].reduced.device)
     )
     local_sum = local if math.isinf(norm_type) else local.pow(norm_type)
-    by_slice = transport.gather_scalar(local_sum, label="gradient norms")
+    everyone = transport.gather_scalar(local_sum, label="gradient norms")
+    by_slice = everyone[: transport.num_slices]  # further replicas have the same
     # Summed in the same order on every rank, so that all clip by the same coefficient, whatever the transport.
     if math.isinf(norm_type):
         return beyond.max_over_model(by_slice.max())

@@ -476,7 +476,7 @@ class ShardedView(GradientView):
         powers = torch.zeros(len(self._objects), dtype=torch.float64, device=self._stores[0].reduced.device)
         for index in missing:
             segment = self._segments.get(index)
-            if segment is not None:
+            if segment is not None and self._transport.replica == 0:
                 powers[index] = _power(self._store(index), segment, norm_type)
         is_max = math.isinf(norm_type)
         # Not reduced on the way, where a maximum may lose a NaN.

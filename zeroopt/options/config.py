@@ -60,6 +60,7 @@ class Config:
     step_in_backward: bool
     norm_group: dist.ProcessGroup | None = field(compare=False)
     average_group: dist.ProcessGroup | None = field(compare=False)
+    shard_group: dist.ProcessGroup | None = field(compare=False)
 
     def __post_init__(self) -> None:
         check_one_of("stage", self.stage, tuple(PLACEMENTS))
@@ -91,6 +92,8 @@ class Config:
             self._check_parameter_compression()
         if self.cast_inputs and self.precision.param_dtype is None:
             raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
+        if self.shard_group is not None:
+            self._check_shard_group()
         if self.average_group is not None and self.average_every is None:
             raise ConfigError("average_group needs average_every, the number of steps between two averages")
         check_outer(self)
@@ -114,6 +117,33 @@ class Config:
             raise NotSupportedError(
                 "gradient_compression is supported in stages 1 and 2, where what codes leave out is kept beside slices; leave it "
                 "at None in stage 0"
+            )
+
+    def _check_shard_group(self) -> None:
+        if not isinstance(self.shard_group, dist.ProcessGroup):
+            raise ConfigError(
+                f"expected shard_group to be a torch.distributed.ProcessGroup that this rank is in, got {self.shard_group!r}"
+            )
+        if self.stage == 0:
+            raise ConfigError("shard_group needs stage 1 or 2: in stage 0 nothing is sharded")
+        if self.shard_group.size() == 1:
+            raise ConfigError(
+                "shard_group has one rank, which would hold everything: stage=0 does that without a shard_group"
+            )
+        if self.share_parameters:
+            raise NotSupportedError("share_parameters=True is not supported with shard_group; leave one of them out")
+        if self.average_every is not None:
+            raise NotSupportedError("average_every is not supported with shard_group; leave one of them out")
+        compressions = {
+            "gradient_compression": self.gradient_compression,
+            "parameter_compression": self.precision.parameter_compression,
+        }
+        for name, compression in compressions.items():
+            if compression is not None:
+                raise NotSupportedError(f"{name} is not supported with shard_group; leave one of them out")
+        if self.wire is not None and not self.wire.nests:
+            raise NotSupportedError(
+                f"wire={as_text(self.wire)} cannot go through shard_group, across which sums of a group travel on: it does not nest"
             )
 
     def _check_step_in_backward(self) -> None:
@@ -177,7 +207,12 @@ class Config:
     def describe(self) -> list[str]:
         """One line for each option on which all ranks have to agree."""
         lines = [f"option {name}={as_text(getattr(self, name))}" for name in sorted(self._compared())]
-        return [*lines, f"option norm_group is {'' if self.norm_group is None else 'not '}None"]
+        shards = "" if self.shard_group is None else f"a group of {self.shard_group.size()} ranks"
+        return [
+            *lines,
+            f"option shard_group is {shards or None}",
+            f"option norm_group is {'' if self.norm_group is None else 'not '}None",
+        ]
 
     def _compared(self) -> list[str]:
         return [option.name for option in fields(self) if option.compare]

@@ -22,11 +22,13 @@ class Ownership:
         num_slices: the number of ranks.
         slice_index: which slice is this rank's.
         by_slices: each rank steps its own slice; otherwise all ranks step everything, and have the same state.
+        replica: where several ranks own one slice, the how-manyeth of them this one is. The first one writes.
     """
 
     num_slices: int
     slice_index: int
     by_slices: bool
+    replica: int = 0
 
     @property
     def has_all(self) -> bool:
@@ -39,6 +41,8 @@ class Ownership:
 
     def written(self, padded_numel: int) -> tuple[int, int]:
         """Likewise of its own range, what this rank writes into a checkpoint: where ranks have the same, each writes a share."""
+        if self.replica > 0:
+            return 0, 0
         begin, _ = self.stepped(padded_numel)
         first, last = self._slice(padded_numel)
         return first - begin, last - begin

@@ -183,6 +183,10 @@ class RehearsedTransport(Transport):
     def sent_slices(self) -> range:
         return range(self.num_hosts) if self.sums_twice else super().sent_slices
 
+    @property
+    def hops(self) -> int:
+        return self.kind.hops_among(self.num_slices, self.num_hosts)
+
     def staging_of(self, num_bytes: int, item_bytes: int) -> int:
         """Bytes that the reduce-scatter of a full buffer of so many takes beside it."""
         return self.kind.staging_bytes(num_bytes, item_bytes, self.num_slices, self.num_hosts)

@@ -149,7 +149,7 @@ class StateDicts(StateHolder):
         rule = rule_for(self._inner)
         state = gather_state(
             saved,
-            list(self._segments()),
+            list(self._segments()) if alone or transport.replica == 0 else (),
             self.params,
             lone_control() if alone else transport.control,
             0 if alone else to,

@@ -50,9 +50,9 @@ def whole_states(
     everyone = control.objects(mine, "gathering the state of parameters that leave their groups")
     whole = {}
     for managed in params:
-        parts = sorted((one[managed.index] for one in everyone if managed.index in one), key=lambda part: part[0])
-        if parts:
-            whole[managed] = _join(managed, parts)
+        by_start = dict(one[managed.index] for one in everyone if managed.index in one)  # of replicas, any one's
+        if by_start:
+            whole[managed] = _join(managed, sorted(by_start.items()))
     return whole
 
 
