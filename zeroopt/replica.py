@@ -175,6 +175,8 @@ class Replica:
         self.rejoin_gradients()
         self._average_gradients(params)
         plan = self.make_plan(params, precision)
+        if any(bucket.owners for bucket in plan.buckets):
+            self.transport.open_exchange()
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
         buckets = make_buckets(
@@ -204,8 +206,15 @@ class Replica:
 
     def make_plan(self, params: Sequence[ManagedParam], precision: Precision) -> Plan:
         """Plan buckets for these parameters, in this order."""
+        config = self.config
         return make_plan(
-            params, self.ownership, self.bucket_bytes, precision, self.config.wire_dtype, compresses=self.compresses
+            params,
+            self.ownership,
+            self.bucket_bytes,
+            precision,
+            config.wire_dtype,
+            config.placement.home,
+            compresses=self.compresses,
         )
 
     def lay_out(self, plan: Plan, ordered: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:

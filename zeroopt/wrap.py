@@ -117,7 +117,7 @@ def wrap(
         process_group: the ranks to train with; the default group when None, or this process alone where there is none.
         bucket_mb: size in MiB of a bucket and of every buffer. A larger parameter has a bucket of its own, whose gradient travels
             in stripes of this size. None: a twentieth of the model, at least 1 and at most 25, or 1 for each message that a bucket
-            has to wait for where those are more.
+            has to wait for where those are more. With so many ranks that more than 1 % of it would be padding, a bucket is larger.
         param_dtype: torch.bfloat16 or torch.float16: float32 parameters become that, frozen ones too, and what rounding takes away is kept as
             `master_weights` says. None leaves parameters as they are.
         master_weights: with `param_dtype`. "float32": each rank keeps a float32 copy of the parameters it steps; "remainder":

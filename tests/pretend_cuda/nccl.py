@@ -229,11 +229,15 @@ def _all_gather(inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None
             part.view(-1).copy_(source.view(-1))
 
 
+def _pieces(flat: Tensor, splits: list[int], size: int) -> list[Tensor]:
+    """Of an all-to-all, by rank; equal ones where no splits are given."""
+    return list(flat.split(splits) if splits else flat.view(size, -1).unbind())
+
+
 def _all_to_all(inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
-    size = len(outputs)
-    for rank, (out,) in enumerate(outputs):
-        for source in range(size):
-            out.view(size, -1)[source].copy_(inputs[source][0].view(size, -1)[rank])
+    for rank, parts in enumerate(outputs):
+        for part, sent in zip(parts, inputs, strict=True):
+            part.copy_(sent[rank])
 
 
 def _broadcast(root: int, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
@@ -314,8 +318,9 @@ class PretendNccl(dist.ProcessGroup):
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> PretendWork:
-        assert len(set(output_splits)) <= 1 and len(set(input_splits)) <= 1, "only equal parts here"
-        return self._start(f"all_to_all of {input.numel()} {input.dtype}", [input], [output], _all_to_all)
+        sent, received = _pieces(input, input_splits, self.size()), _pieces(output, output_splits, self.size())
+        what = f"pieces of {input.dtype}" if input_splits else f"{input.numel()} {input.dtype}"
+        return self._start(f"all_to_all of {what}", sent, received, _all_to_all)
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> PretendWork:
         root = opts.rootRank

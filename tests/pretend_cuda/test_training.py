@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from whole_optimizers import Lars, no_padding
 from worker_pool import RunOnRanks
 
 from .process import PretendProcess
@@ -42,12 +44,15 @@ LOOPS = {
     ),
     "stage 2, all of it": Loop({"stage": 2, **BF16, "max_grad_norm": 0.1}, side="branch", accumulate=2, steps=2),
     "stage 2, the optimizer's own step": Loop({"stage": 2, "fused": False}),
+    "stage 1, across slices": Loop({"stage": 1}, accumulate=2, optimizer=Lars, across_slices=True),
+    "stage 2, across slices, bfloat16": Loop({"stage": 2, **BF16}, accumulate=2, optimizer=Lars, across_slices=True),
 }
 NUM_ORDERS = -(-10_000 // len(LOOPS))  # of each
 
 
 def _train_on_cpu(loop: Loop) -> list[torch.Tensor]:
-    return train(loop, torch.distributed.get_rank(), torch.device("cpu"))
+    with no_padding() if loop.across_slices else nullcontext():
+        return train(loop, torch.distributed.get_rank(), torch.device("cpu"))
 
 
 def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
@@ -56,7 +61,8 @@ def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
     def run(rank: Rank) -> list[torch.Tensor]:
         return train(loop, rank.number, rank.device_for(loop), rank.recorded)
 
-    params, recording = on_ranks(2, run)
+    with no_padding() if loop.across_slices else nullcontext():
+        params, recording = on_ranks(2, run)
     return {
         "params": params,
         "races": [str(race) for race in recording.races()],

@@ -36,6 +36,7 @@ class Loop:
         side: what a user has on a stream of their own: "" nothing, "loop" all of it, "forward" the forward, "branch" one layer,
             "average" an average of the parameters that is taken after each step. On a device.
         device: "current", or the "other" one of a rank.
+        across_slices: whole parameters are to lie across slices; see `no_padding`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Loop:
     side: str = ""
     device: str = "current"
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
+    across_slices: bool = False
 
     def wrap(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The wrapped model, the same on all ranks."""

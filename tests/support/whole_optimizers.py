@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from training import loss_of
 
 from zeroopt.optim import FusedLAMB
+
+
+@contextmanager
+def no_padding() -> Iterator[None]:
+    """Within it, plans put up with no padding: whole parameters of these little models lie across slices, too, and have owners."""
+    with patch.multiple("zeroopt.plan.buckets", PADDING_SHARE=0.0, PADDING_BYTES=0):
+        yield
 
 
 class Net(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import restore, snapshot
 from ulps import SUM_ORDER_ULPS, History, assert_same
-from whole_optimizers import OPTIMIZERS, Lars, build, loss_for
+from whole_optimizers import OPTIMIZERS, Lars, build, loss_for, no_padding
 from worker_pool import RunOnRanks
 
 import zeroopt
@@ -26,14 +27,17 @@ STAGES = (0, 1, 2)
 
 
 def prepare(net: nn.Module, name: str, options: dict[str, Any] | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Of the options, "across_slices" is the tests' own: parameters lie across slices, and are brought to the ranks that own them."""
     optimizer = OPTIMIZERS[name](net)
     if options is None:
         return DistributedDataParallel(net, find_unused_parameters=True), optimizer
+    options = dict(options)
+    layout = no_padding() if options.pop("across_slices", False) else nullcontext()
     if "param_dtype" in options:  # which is for those that are trained
         trained = {param for group in optimizer.param_groups for param in group["params"]}
         for param in net.parameters():
             param.data = param.data if param in trained else round_master(param.data, options["param_dtype"])
-    with remembered_grains("whole", name, options.get("param_dtype")):
+    with remembered_grains("whole", name, options.get("param_dtype")), layout:
         return zeroopt.wrap(net, optimizer, **options)
 
 
@@ -105,6 +109,10 @@ def sharded_variants(**options: Any) -> list[dict[str, Any]]:
         {"stage": 2, "bucket_mb": 0.0001, **options},
         {"stage": 2, "bucket_mb": 0.003, "transport": "pairwise", **options},
         {"stage": 2, "bucket_mb": 0.003, "share_parameters": True, **options},
+        {"stage": 1, "across_slices": True, **options},
+        {"stage": 2, "bucket_mb": 0.003, "across_slices": True, **options},
+        {"stage": 2, "bucket_mb": 0.0001, "across_slices": True, "transport": "pairwise", **options},
+        {"stage": 1, "bucket_mb": 0.003, "across_slices": True, "share_parameters": True, "overlap": False, **options},
     ]
 
 
@@ -146,8 +154,8 @@ def test_more_ranks_follow_ddp(run_on_ranks: RunOnRanks, name: str) -> None:
 def ownership(name: str, options: dict[str, Any]) -> tuple[dict[str, dict[str, list[int]]], list[list[int]]]:
     """Shapes of this rank's state by parameter, and the shapes that it stepped in the first step."""
     net = build()
-    inner = OPTIMIZERS[name](net)
-    model, optimizer = zeroopt.wrap(net, inner, **options)
+    model, optimizer = prepare(net, name, options)
+    inner = optimizer._inner
     loss_for(model, 0, 0).backward()
     optimizer.step()
     names = {param: name for name, param in net.named_parameters()}
@@ -166,7 +174,7 @@ def test_each_whole_parameter_has_one_owner(run_on_ranks: RunOnRanks, name: str)
     shapes = {key: list(param.shape) for key, param in net.named_parameters()}
     in_optimizer = {id(param) for group in OPTIMIZERS[name](net).param_groups for param in group["params"]}
     trained = [key for key, param in net.named_parameters() if id(param) in in_optimizer]
-    for options in ({"stage": 1}, {"stage": 2, "bucket_mb": 0.001}):
+    for options in ({"stage": 1}, {"stage": 2, "bucket_mb": 0.001}, {"stage": 2, "across_slices": True}):
         ranks = run_on_ranks(3, ownership, name, options)
         whole = [key for key in trained if name != "mixed" or len(shapes[key]) == 2]
         for key in whole:
@@ -215,6 +223,7 @@ def resume_all(name: str, variants: list[dict[str, Any]]) -> list[tuple[list[Ten
 def test_save_and_resume_exactly(run_on_ranks: RunOnRanks, name: str) -> None:
     # State is kept alike in stages 1 and 2, so that one of them may show how masters are resumed.
     variants: list[dict[str, Any]] = [{"stage": stage, "bucket_mb": 0.003} for stage in (0, 2)]
+    variants.append({"stage": 2, "bucket_mb": 0.003, "across_slices": True})
     variants.append({"stage": 1, "param_dtype": BF16})
     if name == "lamb":
         variants.append({"param_dtype": BF16, "master_weights": "remainder", "state_dtype": torch.int8})
@@ -352,24 +361,25 @@ def test_what_needs_a_kernel_is_refused(run_on_ranks: RunOnRanks) -> None:
         assert all("there is no fused kernel for Lars" in message for message in messages)
 
 
-def norms() -> list[float]:
+def norms(norm_type: float) -> list[float]:
     """Of the gradients, by stage; slices of whole parameters have gaps."""
     found = []
-    for options in ({"stage": 0}, {"stage": 1}, {"stage": 2}):
+    for options in ({"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 2, "across_slices": True}):
         net = build()
         model, optimizer = prepare(net, "lars", options)
         for step in range(3):  # a pooled buffer has been used before
             loss_for(model, step, dist.get_rank()).backward()
-            norm = optimizer.clip_grad_norm_(0.01)
+            norm = optimizer.clip_grad_norm_(0.01, norm_type)
             optimizer.step()
             optimizer.zero_grad()
         found.append(float(norm))
     return found
 
 
-def test_clipping(run_on_ranks: RunOnRanks) -> None:
-    for found in run_on_ranks(3, norms):
-        assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_clipping(run_on_ranks: RunOnRanks, norm_type: float) -> None:
+    for found in run_on_ranks(3, norms, norm_type):
+        assert found == pytest.approx([found[0]] * 4, rel=1e-6)
 
 
 def few_parameters(options: dict[str, Any] | None) -> list[Tensor]:
@@ -377,7 +387,9 @@ def few_parameters(options: dict[str, Any] | None) -> list[Tensor]:
     torch.manual_seed(0)
     net = nn.Linear(4, 3)
     inner = Lars(net.parameters())
-    model, optimizer = zeroopt.wrap(net, inner, **options) if options else (DistributedDataParallel(net), inner)
+    options = dict(options or {})
+    with no_padding() if options.pop("across_slices", False) else nullcontext():
+        model, optimizer = zeroopt.wrap(net, inner, **options) if options else (DistributedDataParallel(net), inner)
     for step in range(3):
         x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
         model(x).square().sum().backward()
@@ -388,6 +400,43 @@ def few_parameters(options: dict[str, Any] | None) -> list[Tensor]:
 
 def test_more_ranks_than_parameters(run_on_ranks: RunOnRanks) -> None:
     plain = run_on_ranks(4, few_parameters, None)[0]
-    for options in ({"stage": 1}, {"stage": 2}, {"stage": 2, "share_parameters": True}):
+    for options in (
+        {"stage": 1},
+        {"stage": 2},
+        {"stage": 2, "share_parameters": True},
+        {"stage": 2, "across_slices": True},
+    ):
         for values in run_on_ranks(4, few_parameters, options):
             assert all(torch.equal(a, b) for a, b in zip(plain, values, strict=True))
+
+
+def accumulate(name: str, options: dict[str, Any], backwards: int) -> tuple[list[Tensor], bool]:
+    """Several backward passes a step, and whether parameters have owners."""
+    net = build()
+    model, optimizer = prepare(net, name, options)
+    for step in range(3):
+        for number in range(backwards):
+            loss_for(model, backwards * step + number, dist.get_rank()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(net), any(bucket.moves is not None for bucket in optimizer.state_dicts.buckets)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "backwards"),
+    [
+        ("lars", {}, 2),
+        ("lamb", {"param_dtype": BF16, "master_weights": "none"}, 2),
+        ("lamb", {"step_in_backward": True}, 1),
+    ],
+)
+def test_what_lies_across_slices_gives_the_same_bits(
+    run_on_ranks: RunOnRanks, name: str, more: dict[str, Any], backwards: int
+) -> None:
+    """Sums of several backward passes, sums that are rounded, and steps while backward runs."""
+    options = {"stage": 2, "bucket_mb": 0.003, **more}
+    wanted = run_on_ranks(3, accumulate, name, options, backwards)
+    found = run_on_ranks(3, accumulate, name, {**options, "across_slices": True}, backwards)
+    for (want, in_slices), (got, across) in zip(wanted, found, strict=True):
+        assert across and not in_slices
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

@@ -11,6 +11,7 @@ In reading order; each imports from those above it:
     renamed            collectives of flat tensors, by one name
     pickled            what ranks send each other pickled lies on the CPU
     control            `ControlGroup`: the small things that ranks tell each other
+    exchange           `Exchange`: pieces of a bucket, from the ranks that have them to those that need them
     descriptors        whether there are enough for so many connections
     second_group       another group of the same ranks, for another thread
     merging            what different ranks know, put together
@@ -45,6 +46,7 @@ In reading order; each imports from those above it:
 
 from .base import Transport
 from .control import ControlGroup, lone_control
+from .exchange import Chained
 from .failure import ADVICE
 from .hierarchy import hierarchy
 from .merging import merge
@@ -56,6 +58,7 @@ from .wire import Wire
 __all__ = [
     "ADVICE",
     "TRANSPORTS",
+    "Chained",
     "ControlGroup",
     "PendingCollective",
     "Transport",

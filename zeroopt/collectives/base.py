@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..pages import paged_zeros
 from .control import ControlGroup
+from .exchange import Exchange, MessageExchange
 from .pending import Done, PendingCollective
 from .site import Site
 from .wire import PLAIN, Wire
@@ -40,6 +41,8 @@ class Transport(ABC):
         needs_gloo_on_cpu: it works on buckets in CPU memory, and on groups of the Gloo backend.
         writers: ranks of the group that write parameters for all ranks that share them; the first is rank 0.
         sent_bytes: what this rank has sent of buckets over the network, by the transport's own count.
+        exchange: brings pieces of buckets from rank to rank, once `open_exchange` has been called.
+        exchanged_bytes: what this rank has sent by it, over the network or not.
     """
 
     name: str
@@ -57,6 +60,36 @@ class Transport(ABC):
         self.replica = 0
         self.writers: Sequence[int] = range(self.control.size)
         self.sent_bytes = 0
+        self.exchanged_bytes = 0
+        self._exchange: Exchange | None = None
+
+    @property
+    def exchange(self) -> Exchange:
+        assert self._exchange is not None, "open_exchange() comes first"
+        return self._exchange
+
+    def open_exchange(self) -> None:
+        """Make `exchange`, if there is none. Collective."""
+        if self._exchange is None:
+            self._exchange = self.make_exchange()
+
+    def make_exchange(self) -> Exchange:
+        """What brings pieces of this transport's buckets from rank to rank. Collective."""
+        return MessageExchange(self.control, self.slice_index, self.ranks_by_slice(), self.count_exchanged)
+
+    def ranks_by_slice(self) -> list[int]:
+        """The ranks of the group that own the slices; where several own each, one of them for this rank to deal with, which deals
+        with this one for its slice. Collective."""
+        slices = [index for (index,) in self.control.numbers([self.slice_index], "telling who owns which slice")]
+        place = slices[: self.control.rank].count(self.slice_index)
+        owners: list[list[int]] = [[] for _ in range(self.num_slices)]
+        for rank, index in enumerate(slices):
+            owners[index].append(rank)
+        return [ranks[place] for ranks in owners]
+
+    def count_exchanged(self, num_bytes: int) -> None:
+        """So many bytes have been sent by the exchange."""
+        self.exchanged_bytes += num_bytes
 
     @classmethod
     def serves(cls, site: Site) -> bool:

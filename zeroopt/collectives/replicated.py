@@ -28,6 +28,7 @@ from ..errors import ConfigError
 from .base import Transport
 from .comm_stream import CommStream, StreamCollective
 from .control import ControlGroup
+from .exchange import Exchange
 from .pairwise import StagingPool
 from .pending import Done, PendingCollective
 from .select import TransportFactory, connect_transport
@@ -68,6 +69,9 @@ class ReplicatedTransport(Transport):
     @sent_bytes.setter
     def sent_bytes(self, value: int) -> None:
         assert value == 0, "the base class's constructor sets it"
+
+    def make_exchange(self) -> Exchange:
+        return self.within.make_exchange()
 
     @property
     def hops(self) -> int:

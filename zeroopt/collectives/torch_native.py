@@ -5,7 +5,7 @@ They run on a communication stream, see `comm_stream`. With NCCL the host waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .base import Transport
 from .comm_stream import CommStream, StreamCollective
+from .exchange import Exchange, Pieces, cut_pieces
 from .failure import named_failures, the_other_rank
 from .pending import PendingCollective, PendingWork
 from .renamed import all_gather_flat, reduce_scatter_flat
@@ -104,6 +105,39 @@ class TorchTransport(Transport):
             out.copy_(flags)
         return self._start(f"max of {label}", partial(dist.all_reduce, out, dist.ReduceOp.MAX), (flags, out))
 
+    def make_exchange(self) -> Exchange:
+        return _StreamExchange(self, self.ranks_by_slice())
+
+    def start_all_to_all(
+        self,
+        source: Tensor,
+        target: Tensor,
+        receives: Sequence[int],
+        sends: Sequence[int],
+        give: Callable[[Tensor], Tensor],
+        take: Callable[[Tensor, Tensor], None],
+        label: str,
+    ) -> PendingCollective:
+        """Start to exchange pieces with all ranks, in their order.
+
+        Args:
+            source, target: 1-D, where pieces are and where they get to.
+            receives, sends: elements, by rank.
+            give: takes the source, and gives the pieces that go, in the order of ranks, 1-D. On the communication stream.
+            take: puts the pieces that come, 1-D, into the target, its first argument. Likewise.
+        """
+        self._stream.fall_in(source, target)
+        received = self._scratch.take(sum(receives), source)
+        in_bytes, out_bytes = ([numel * source.itemsize for numel in pieces] for pieces in (sends, receives))
+
+        def start(**options: Any) -> dist.Work:
+            # As bytes: not every backend knows all dtypes.
+            going, coming = give(source).view(torch.uint8), received.view(torch.uint8)
+            work: dist.Work = dist.all_to_all_single(coming, going, out_bytes, in_bytes, **options)
+            return work
+
+        return self._start(f"all-to-all of {label}", start, (source, received), partial(take, target, received))
+
     def flush(self) -> None:
         self._scratch.drop()
 
@@ -127,6 +161,56 @@ class TorchTransport(Transport):
 
     def _count(self, full: Tensor) -> None:
         self.sent_bytes += full.nbytes // self.num_slices * (self.num_slices - 1)
+
+
+class _StreamExchange(Exchange):
+    """By the backend's all-to-all, on the transport's communication stream.
+
+    Args:
+        rank_of_slice: ranks of the group, by slice.
+    """
+
+    def __init__(self, transport: TorchTransport, rank_of_slice: Sequence[int]) -> None:
+        self._transport = transport
+        self._slice_of_rank = {rank: index for index, rank in enumerate(rank_of_slice)}
+        self._is_in_order = all(rank == index for index, rank in enumerate(rank_of_slice))
+
+    def start(
+        self, source: Tensor, target: Tensor, sends: Pieces, receives: Pieces, *, label: str = "a bucket"
+    ) -> PendingCollective:
+        transport = self._transport
+        transport.count_exchanged(source.nbytes - sends.get(transport.slice_index, 0) * source.itemsize)
+        return transport.start_all_to_all(
+            source,
+            target,
+            self._by_rank(receives),
+            self._by_rank(sends),
+            partial(self._give, sends),
+            partial(self._take, receives),
+            label,
+        )
+
+    def _give(self, sends: Pieces, source: Tensor) -> Tensor:
+        if self._is_in_order:
+            return source
+        pieces = cut_pieces(source, sends)
+        return torch.cat([source[:0], *(pieces[index] for index in self._in_order(sends))])
+
+    def _take(self, receives: Pieces, target: Tensor, received: Tensor) -> None:
+        if self._is_in_order:
+            target.copy_(received)
+            return
+        order = self._in_order(receives)
+        places = cut_pieces(target, receives)
+        for index, piece in zip(order, torch.split(received, [receives[index] for index in order]), strict=True):
+            places[index].copy_(piece)
+
+    def _in_order(self, pieces: Pieces) -> list[int]:
+        return [index for _, index in sorted(self._slice_of_rank.items()) if index in pieces]
+
+    def _by_rank(self, pieces: Pieces) -> list[int]:
+        size = self._transport.control.size
+        return [pieces.get(self._slice_of_rank.get(rank, -1), 0) for rank in range(size)]
 
 
 def _add(total: Tensor, base: Tensor | None, out: Tensor) -> None:

@@ -133,5 +133,7 @@ def _square_sums(stores: Sequence[GradientStore]) -> Tensor:
 
 def _compute_norm(store: GradientStore, norm_type: float) -> Tensor:
     wide = torch.float64 if store.reduced.dtype is torch.float64 else torch.float32
+    if store.reduced.numel() == 0:  # of which torch does not know the largest element
+        return store.reduced.new_zeros((), dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(store.reduced, norm_type, dtype=wide)
     return norm.double()

@@ -18,6 +18,12 @@ ALIGNMENT_BYTES = 64
 
 _ALIGNMENT = ALIGNMENT_BYTES // 2  # elements: enough in every dtype of parameters and of their state, but for 8 bits
 
+# Where slices cut a parameter, in elements. On the CPU torch's own loops take so many at a time, and the rest of an array one by
+# one, which not all operations round alike: cut elsewhere, a step would give other bits. Devices compute each element alike; a
+# thread of the kernels takes so many, and they have one random number.
+_CUT_ON_CPU = _ALIGNMENT
+_CUT_ON_DEVICES = 8
+
 
 MASTER_WEIGHTS = ("float32", "remainder", "none")
 
@@ -60,8 +66,18 @@ class Precision:
 
     @property
     def alignment(self) -> int:
-        """Elements at whose multiples parameters and slices begin; with 8-bit state, no two ranks share a block of it."""
+        """Elements at whose multiples parameters begin."""
         return ops.QUANT_BLOCK if self.state_dtype is torch.int8 else _ALIGNMENT
+
+    def slice_alignment(self, home: torch.device) -> int:
+        """Elements at whose multiples slices may cut parameters; with 8-bit state, no two ranks share a block of it.
+
+        Args:
+            home: where they are stepped.
+        """
+        if self.state_dtype is torch.int8:
+            return ops.QUANT_BLOCK
+        return _CUT_ON_CPU if home.type in ("cpu", "meta") else _CUT_ON_DEVICES
 
     def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of a parameter of this dtype in its bucket."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import nn
 
-from ..collectives import PendingCollective, Transport
+from ..collectives import Chained, PendingCollective, Transport
 from ..collectives.pending import Done
 from ..profiling import named_range
 from ..storage.bucket import Bucket
@@ -52,6 +53,7 @@ class ParamGathers:
         self._readers: list[list[ForwardHook]] = []  # by bucket, of the modules that read it alone
         self._unhooked: set[int] = set()  # buckets whose readers go without their hooks until the next gather
         self._buckets: list[Bucket] = []
+        self._halfway: list[Chained] = []  # on their way from those that stepped them to the slices
         self._is_left = False  # to whoever reads parameters
         self._compiler_was_here = False
         self._compiled_again: set[str] = set()
@@ -113,10 +115,24 @@ class ParamGathers:
 
     def gather(self, bucket: Bucket) -> PendingCollective:
         """What `start` starts."""
-        if bucket.precision.parameter_compression is None:
+        if bucket.precision.parameter_compression is not None:
+            with named_range("all_gather", bucket.name):
+                return self._differences.start(bucket)
+        if bucket.moves is None:
             return self._gather_whole(bucket)
-        with named_range("all_gather", bucket.name):
-            return self._differences.start(bucket)
+        moves, full = bucket.moves, bucket.flat_param
+        with named_range("exchange", bucket.name):
+            exchange = self._transport.exchange.start(
+                full[slice(*moves.own_range)],
+                full[slice(*moves.slice_range)],
+                moves.from_slices,
+                moves.to_owners,
+                label=bucket.name,
+            )
+        # Ranks have owners of other buckets to wait for: none waits before it has stepped all of its own.
+        pending = Chained(exchange, partial(self._gather_whole, bucket), is_queued=self._transport.is_queued)
+        self._halfway.append(pending)
+        return pending
 
     def _gather_whole(self, bucket: Bucket) -> PendingCollective:
         with named_range("all_gather", bucket.name):
@@ -134,6 +150,9 @@ class ParamGathers:
 
     def leave_to_readers(self) -> None:
         """All gathers of this step have been started: whoever uses a parameter first waits for it."""
+        for pending in self._halfway:
+            pending.go_on()
+        self._halfway.clear()
         self._transport.flush()
         if self._lazy:
             self._follow_compiler()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 
@@ -24,6 +25,11 @@ _BUCKETS = 20  # so that two buffers of the size of a bucket are a tenth of the 
 # 250 KB at what a message of Gloo's costs a processor. With five times that for every hop, hops take no more than a fifth of the
 # time of what they carry.
 _BYTES_A_HOP = _MIB
+
+# Of padding, which is stored and travels: a share of a bucket, or what takes no page more. It goes with the number of ranks:
+# where it would be more, buckets become larger than what was asked for.
+PADDING_SHARE = 0.01
+PADDING_BYTES = 4096
 
 
 SMALLEST_COMPRESSED = 4096  # elements: below it, codes would save less than the block of a slice that is padded
@@ -61,16 +67,20 @@ def make_plan(
     bucket_bytes: int,
     precision: Precision,
     wire_dtype: torch.dtype | None = None,
+    home: torch.device | None = None,
     *,
     compresses: bool = False,
 ) -> Plan:
     """Plan buckets for parameters in the model's order; those of one dtype, device and number of copies share buckets.
 
-    Where ranks step slices, whole parameters lie in one slice each.
+    Where ranks step slices, whole parameters lie in one slice each, or, where that would take more padding, across slices, each with
+    a rank that steps it.
 
     Args:
-        bucket_bytes: what neither a bucket nor its gradients on their way exceed, unless one parameter alone does.
+        bucket_bytes: what neither a bucket nor its gradients on their way exceed, unless one parameter alone does, or so many
+            ranks have a slice that it would be padded by more than `PADDING_SHARE`.
         wire_dtype: in which gradients travel; None: in the parameters'.
+        home: where parameters are stepped; None: where they are.
         compresses: gradients travel as codes, and those that do not have buckets of their own.
     """
     dtypes = [precision.stored_dtype(p.param.dtype) for p in params]
@@ -79,6 +89,8 @@ def make_plan(
         kinds.setdefault((d, p.param.device, p.copies, compresses and is_compressible(p, d)), len(kinds))
         for d, p in zip(dtypes, params, strict=True)
     ]
+    # Differences of parameters are those of slices: what a rank steps has to be one.
+    keeps_slices = precision.parameter_compression is not None and any(p.is_whole for p in params)
     return Plan(
         [p.numel for p in params],
         kind_of,
@@ -87,6 +99,9 @@ def make_plan(
         precision.alignment,
         bucket_bytes,
         [p.whole_cost if ownership.by_slices else None for p in params],
+        slice_alignment=max((precision.slice_alignment(home or p.param.device) for p in params), default=1),
+        padding_share=inf if keeps_slices else PADDING_SHARE,
+        padding_bytes=PADDING_BYTES,
     )
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .._C import Plan, Segment
+from .redistribution import Redistribution
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """Every bucket is cut into slices of one length, one a rank.
+    """Every bucket is cut into slices of one length, one a rank. Buckets of whole parameters that lie across slices have owners
+    instead, each with a range of its own.
 
                                slice 0      slice 1      slice 2
         by slices, rank 1    │            │ steps and  │            │
@@ -35,23 +37,25 @@ class Ownership:
         """Whether this rank steps everything."""
         return not self.by_slices or self.num_slices == 1
 
-    def stepped(self, padded_numel: int) -> tuple[int, int]:
+    def stepped(self, plan: Plan, number: int) -> tuple[int, int]:
         """First and last element, plus one, of what this rank steps of a bucket: its own range."""
-        return self._slice(padded_numel) if self.by_slices else (0, padded_numel)
+        return plan.own_range(number, self.slice_index) if self.by_slices else (0, plan.buckets[number].padded_numel)
 
-    def written(self, padded_numel: int) -> tuple[int, int]:
+    def written(self, own_range: tuple[int, int]) -> tuple[int, int]:
         """Likewise of its own range, what this rank writes into a checkpoint: where ranks have the same, each writes a share."""
         if self.replica > 0:
             return 0, 0
-        begin, _ = self.stepped(padded_numel)
-        first, last = self._slice(padded_numel)
-        return first - begin, last - begin
+        numel = own_range[1] - own_range[0]
+        if self.by_slices:
+            return 0, numel
+        share = numel // self.num_slices
+        return self.slice_index * share, (self.slice_index + 1) * share
+
+    def redistribution(self, plan: Plan, number: int) -> Redistribution | None:
+        """What travels between the slices of a bucket and what ranks step of it; None where that is the same."""
+        return Redistribution.of(plan, number, self.slice_index) if self.by_slices else None
 
     def segments(self, plan: Plan) -> Iterator[Segment]:
         """The planned segments that this rank steps, bucket by bucket."""
-        for number, bucket in enumerate(plan.buckets):
-            yield from plan.segments(number, *self.stepped(bucket.padded_numel))
-
-    def _slice(self, padded_numel: int) -> tuple[int, int]:
-        numel = padded_numel // self.num_slices
-        return self.slice_index * numel, (self.slice_index + 1) * numel
+        for number in range(len(plan.buckets)):
+            yield from plan.segments(number, *self.stepped(plan, number))

@@ -239,7 +239,10 @@ class _Course:
             num_bytes = bucket.padded_numel * dtype.itemsize
             if self.held.buffers:
                 num_bytes = min(num_bytes, self.held.buffers // num_buffers(self.config))
-            sizes.append(self._staging_of(num_bytes, dtype.itemsize, is_encoded=store.residual is not None))
+            size = self._staging_of(num_bytes, dtype.itemsize, is_encoded=store.residual is not None)
+            if bucket.moves is not None:  # the sum of a slice, before it is brought to those who step it
+                size += bucket.padded_numel // transport.num_slices * torch.float32.itemsize
+            sizes.append(size)
         return sum(sorted(sizes, reverse=True)[:on_their_way])
 
     def _staging_of(self, num_bytes: int, item_bytes: int, *, is_encoded: bool) -> int:

@@ -19,6 +19,7 @@ from ..own_storage import with_own_storage
 from ..pages import release, trim_heap
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
+from ..plan.redistribution import Redistribution
 from ..streams import has_streams
 from .masters import make_master
 from .segment import Segment, view_of
@@ -38,7 +39,9 @@ class Bucket:
         name: how messages call the bucket.
         precision: what its parameters are kept in.
         flat_param: [padded_numel], all parameters; the gaps between them are zero.
-        own_range: the elements of the bucket that this rank steps; its slice, or all of the bucket in stage 0.
+        own_range: the elements of the bucket that this rank steps; its slice, all of the bucket in stage 0, or the whole
+            parameters that it owns.
+        moves: what travels between slices and own ranges; None where own ranges are slices, or all of the bucket.
         own_param: view of `flat_param` over the own range.
         home: the device where the own range is stepped.
         master: the exact values of the own range.
@@ -57,8 +60,10 @@ class Bucket:
         precision: Precision,
         *,
         home: torch.device | None,
+        moves: Redistribution | None = None,
     ) -> None:
         self.index = index
+        self.moves = moves
         self.precision = precision
         self.padded_numel = layout.padded_numel
         self.params = [params[i] for i in layout.params]
@@ -203,9 +208,12 @@ def lay_out_buckets(
         precision = replace(precision, parameter_compression=None)
     buckets = []
     for number, layout in enumerate(plan.buckets):
-        begin_end = ownership.stepped(layout.padded_numel)
-        pieces = plan.segments(number, *begin_end)
-        buckets.append(Bucket(first_index + number, layout, pieces, params, begin_end, precision, home=home))
+        own_range = ownership.stepped(plan, number)
+        pieces = plan.segments(number, *own_range)
+        moves = ownership.redistribution(plan, number)
+        buckets.append(
+            Bucket(first_index + number, layout, pieces, params, own_range, precision, home=home, moves=moves)
+        )
     return buckets
 
 

@@ -106,7 +106,7 @@ def num_buffers(config: Config) -> int:
 def stripes_of(bucket: Bucket, config: Config, bucket_bytes: int, num_slices: int) -> list[Stripe]:
     """The parts in which the gradients of a bucket travel, each at most as large as a bucket that is planned: `bucket_bytes`, and
     what makes its slices equal."""
-    unit = num_slices * bucket.precision.alignment
+    unit = num_slices * bucket.precision.slice_alignment(bucket.home)
     wanted = bucket_bytes // (config.wire_dtype or bucket.dtype).itemsize
     return cut_in_stripes(bucket.padded_numel, num_slices, max(1, -(-wanted // unit)) * unit)
 

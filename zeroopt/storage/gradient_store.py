@@ -8,6 +8,9 @@ stage 2   a full buffer borrowed from a pool until its reduce-scatter has been r
 In stage 2, a bucket that is larger than the pool's buffers (one huge parameter) travels in stripes: each is a part of every
 slice, and its sum the same part of the sum.
 
+Where whole parameters lie across slices (`Bucket.moves`), a sum is there first in the slices, and goes from there to the ranks that
+step them.
+
 Full buffers have the dtype of what travels (`Wire.dtype`), sums that of the parameters, or float32 for parameters with a
 master. Where the two differ, or what travels is no plain sum, stage 1 keeps its sum apart as stage 2 does.
 """
@@ -15,18 +18,20 @@ master. Where the two differ, or what travels is no plain sum, stage 1 keeps its
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..collectives import PendingCollective, Transport, Wire
+from ..collectives import Chained, PendingCollective, Transport, Wire
 from ..collectives.residual import Residual
 from ..own_storage import with_own_storage
 from ..pages import paged_zeros_like, release
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
+from ..plan.redistribution import Redistribution
 from ..streams import ReadByGraphs
 from .bucket import Bucket
 from .buffer_pool import BufferPool
@@ -75,7 +80,10 @@ class GradientStore:
         self._wire = wire
         self._dtype = wire.dtype or bucket.dtype
         sum_dtype = bucket.precision.sum_dtype(bucket.dtype, by_slices=ownership.by_slices)
-        self._sums_apart = pool is not None or self._dtype is not sum_dtype or not wire.backend_sums
+        self._moves = bucket.moves
+        self._in_slice: Tensor | None = None  # the sum of this rank's slice, before it goes to those who step it
+        plain_sum = self._dtype is sum_dtype and wire.backend_sums
+        self._sums_apart = pool is not None or not plain_sum or self._moves is not None
         self.sum_is_spread = not ownership.by_slices
         numel = bucket.padded_numel
         self.stripes = cut_in_stripes(numel, transport.num_slices, numel) if pool is None else pool.stripes(bucket)
@@ -158,13 +166,19 @@ class GradientStore:
         """Let the full buffer travel."""
         assert self.full is not None
         out, base = self.reduced if self._sums_apart else transport.own_slice(self.full), self.base
+        if self._moves is not None:
+            out, base = self._sum_of_slice(), None
         if self.is_striped:
             own = slice(self.stripe.begin, self.stripe.end)
             out, base = out[own], None if base is None else base[own]
         encoded = self._wire.encode(self.full, transport.num_slices)
         pending = transport.start_reduce_scatter(encoded, out, base, wire=self._wire, label=self.label)
-        self._pending.append((pending, self.full))
         self.stripe = next(self._turns)
+        if self._moves is not None and self.stripe.is_first:  # all of the slice is on its way
+            pending = Chained(
+                pending, partial(self._start_bringing, transport, self._moves), is_queued=transport.is_queued
+            )
+        self._pending.append((pending, self.full))
         if self._pool is not None:
             self.full = None
         self.is_open = False
@@ -173,6 +187,23 @@ class GradientStore:
         self._is_zero = False
         self.norm = None
         self.factor = None
+
+    def _sum_of_slice(self) -> Tensor:
+        """[slice], memory for its sum, in which nothing is rounded yet."""
+        if self._in_slice is None:
+            wide = self._dtype if self._dtype in (torch.float32, torch.float64) else torch.float32
+            self._in_slice = torch.empty(self.stripe.slice_numel, dtype=wide, device=self._bucket.device)
+        return self._in_slice
+
+    def _start_bringing(self, transport: Transport, moves: Redistribution) -> PendingCollective:
+        """Bring the sum to the ranks that step it."""
+        assert self._in_slice is not None
+        begin, end = moves.slice_range
+        source, self._in_slice = self._in_slice[: end - begin], None
+        is_sum = self.base is None and self.reduced.dtype is source.dtype
+        target = self.reduced if is_sum else source.new_empty(self.reduced.numel())
+        exchange = transport.exchange.start(source, target, moves.to_owners, moves.from_slices, label=self.label)
+        return exchange if is_sum else _Added(exchange, target, self.base, self.reduced)
 
     def finish_next(self, *, wait: bool = True) -> None:
         """Wait for the reduce that was started first; with the last one, `reduced` holds the sum.
@@ -264,7 +295,8 @@ class GradientStore:
         """Whether a kernel can sum the squares of `reduced`."""
         bucket = self._bucket
         is_apart = bucket.master.is_away or bucket.own_param.is_meta
-        return self.storage is not None and not is_apart and ops.has_kernels(self.reduced.device)
+        has_some = self.reduced.numel() > 0
+        return self.storage is not None and has_some and not is_apart and ops.has_kernels(self.reduced.device)
 
     def in_table(self) -> ops.SegmentArrays:
         """What a kernel's table has of it, where it can be in one."""
@@ -305,3 +337,19 @@ class GradientStore:
             self.zero()  # what else lies there is of an earlier step
             self.holds_sum = True
         self.part(segment).copy_(arrays[_SUM])
+
+
+class _Added(PendingCollective):
+    """What has been brought, added to an earlier sum and rounded as that is, once it is there."""
+
+    def __init__(self, exchange: PendingCollective, brought: Tensor, base: Tensor | None, out: Tensor) -> None:
+        self._exchange = exchange
+        self._terms: tuple[Tensor, Tensor | None] | None = brought, base
+        self._out = out
+
+    def finish(self) -> None:
+        self._exchange.finish()
+        if self._terms is not None:
+            brought, base = self._terms
+            self._out.copy_(brought if base is None else base.to(brought.dtype) + brought)
+            self._terms = None

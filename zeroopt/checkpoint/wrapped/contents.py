@@ -82,7 +82,7 @@ def _parts(
 ) -> Iterator[tuple[Bucket, Segment, _Range]]:
     """The parts of segments that this rank writes: all of them where ranks have different ones, else its slice's share."""
     for bucket in buckets:
-        begin, end = owner.replica.ownership.written(bucket.padded_numel)
+        begin, end = owner.replica.ownership.written(bucket.own_range)
         for segment in bucket.segments:
             first = max(begin - segment.offset, 0)
             last = min(end - segment.offset, segment.numel)
