@@ -70,6 +70,7 @@ from .errors import (
 from .feature import Feature
 from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
+from .options.splits import Split
 from .unwrap import unwrap
 from .wrap import wrap
 
@@ -101,6 +102,7 @@ __all__ = [
     "NonFiniteError",
     "NotSupportedError",
     "RankMismatchError",
+    "Split",
     "StateError",
     "ZeroDataParallel",
     "ZeroOptError",

@@ -14,6 +14,7 @@ from torch import nn
 from ._C import build_info
 from .admission.candidates import inspect, mark_wrapped
 from .admission.devices import check_has_codes, describe_device, warn_of_missing_kernels
+from .admission.matrix_splits import apply_splits, check_names
 from .building.building import Building, prepare
 from .building.functions import Init
 from .building.saved import Saved
@@ -34,6 +35,7 @@ from .optimizer import ZeroOptimizer
 from .options.config import Config, Fused, check_param_dtypes
 from .options.outer import OuterFactory
 from .options.precision import Precision
+from .options.splits import MatrixSplits, read_splits
 from .plan.agreement import agree, describe_groups, describe_params
 from .plan.dtensors import count_copies, describe_part, find_mesh, mesh_groups
 from .plan.params import ManagedParam
@@ -82,6 +84,7 @@ def wrap(
     gradient_compression: str | None = None,
     state_device: torch.device | str | None = None,
     step_in_backward: bool = False,
+    matrix_splits: MatrixSplits | None = None,
     init: InitOrPath | Sequence[InitOrPath] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[ZeroDataParallel, ZeroOptimizer]:
@@ -104,7 +107,7 @@ def wrap(
 
     A model that is trained by several optimizers (Muon for its matrices, AdamW for the rest) is wrapped with each of them in turn:
     `model, muon = zeroopt.wrap(model, muon)`, then `model, adamw = zeroopt.wrap(model, adamw)`, with the same options except
-    `fused`, `param_dtype`, `master_weights` and `state_dtype`.
+    `fused`, `param_dtype`, `master_weights`, `state_dtype` and `matrix_splits`.
 
     Args:
         model: any module with dense parameters of float32, float64, bfloat16 or float16 on one device, or with DTensors of
@@ -199,6 +202,10 @@ def wrap(
         step_in_backward: step each bucket as soon as its sum is there, while backward still runs, so that no gradients are kept
             (stage 2). Needs one backward a step, and nothing that looks at all gradients first. The options of `param_groups`
             that count are those when backward runs. `step()` remains to be called, and moves on what follows steps.
+        matrix_splits: parameters that hold several matrices (fused q, k and v, or heads), which an optimizer that steps whole
+            parameters is to step each by itself, as if they were parameters: by the name of the parameter, or a pattern of names
+            (`fnmatch`), the number of parts, their sizes, or a `zeroopt.Split`. {"*.attn.qkv.weight": 3} cuts the rows of an
+            `nn.Linear` in three. State dicts stay those of the whole parameters.
 
     Returns:
         The model and the optimizer to train with.
@@ -245,6 +252,7 @@ def wrap(
             outer_dtype=outer_dtype,
             state_device=state_device,
             step_in_backward=step_in_backward,
+            matrix_splits=read_splits(matrix_splits),
             norm_group=norm_group,
             average_group=average_group,
             shard_group=shard_group,
@@ -345,6 +353,8 @@ class _Findings:
             managed.copies = count_copies(managed, mesh)
         check_param_dtypes(config, {managed.name: managed.param.dtype for managed in self.params})
         check_fused(optimizer, self.params, config)
+        check_names(module, config)
+        apply_splits(optimizer, self.params, config)
         if config.step_in_backward:
             check_steps_by_bucket(optimizer)
             check_goes_along(features)

@@ -440,3 +440,45 @@ def test_what_lies_across_slices_gives_the_same_bits(
     for (want, in_slices), (got, across) in zip(wanted, found, strict=True):
         assert across and not in_slices
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def split_in_three(options: dict[str, Any] | None) -> list[Tensor]:
+    """Of a matrix of three, the rows; stepped as three parameters, or as parts of one."""
+    torch.manual_seed(0)
+    whole = nn.Linear(6, 12, bias=False)
+    net: nn.Module = nn.ModuleList([whole])
+    if options is None:
+        net = nn.ModuleList([nn.Linear(6, 4, bias=False) for _ in range(3)])
+        for part, values in zip(net, whole.weight.detach().chunk(3), strict=True):
+            part.weight.data.copy_(values)
+    inner = Lars(net.parameters())
+    options = dict(options or {})
+    with no_padding() if options.pop("across_slices", False) else nullcontext():
+        model, optimizer = zeroopt.wrap(_Joined(net), inner, **options) if options else (_Joined(net), inner)
+    for step in range(3):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [torch.cat([part.weight.detach().clone() for part in net])]
+
+
+class _Joined(nn.Module):
+    def __init__(self, parts: nn.ModuleList) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.cat([part.weight for part in self.parts])
+        return torch.tanh(nn.functional.linear(x.to(weight.dtype), weight))
+
+
+def test_parts_are_stepped_as_parameters(run_on_ranks: RunOnRanks) -> None:
+    wanted = run_on_ranks(1, split_in_three, None)[0]
+    for options in ({"stage": 0}, {"stage": 2}, {"stage": 1, "across_slices": True}, {"stage": 2, "param_dtype": BF16}):
+        for found in run_on_ranks(2, split_in_three, {**options, "matrix_splits": {"parts.*.weight": 3}}):
+            near = {"rtol": 0.0, "atol": 0.02} if "param_dtype" in options else {"rtol": 1e-6, "atol": 1e-7}
+            torch.testing.assert_close(found[0].float(), wanted[0], **near)
+        if options == {"stage": 2}:  # and not as one: their norms differ
+            whole = run_on_ranks(2, split_in_three, options)[0][0]
+            assert not torch.allclose(whole, wanted[0], rtol=1e-3)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..admission.group_edits import GroupEdit, GroupMembers, inspect_edit
+from ..admission.matrix_splits import apply_splits
 from ..collectives import lone_control
 from ..errors import StateError
 from ..options.config import check_param_dtypes
@@ -116,6 +117,7 @@ class Growth:
                 replica.count_copies(edit.new)
                 check_param_dtypes(trained.config, {managed.name: managed.param.dtype for managed in edit.new})
                 check_fused(trained.inner, [*edit.places, *edit.new], trained.config)
+                apply_splits(trained.inner, edit.new, trained.config)
             except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
                 problem = error
         groups = [(replica.control, edit.lines), *((group, []) for group in replica.mesh_groups)]

@@ -14,6 +14,7 @@ from .checks import as_text, check_every_so_many_steps, check_one_of
 from .outer import OuterFactory, check_outer
 from .placement import PLACEMENTS, Placement
 from .precision import Precision
+from .splits import Split
 
 if TYPE_CHECKING:
     from ..collectives.select import TransportFactory
@@ -58,6 +59,7 @@ class Config:
     outer_dtype: torch.dtype | str | None
     state_device: torch.device | str | None
     step_in_backward: bool
+    matrix_splits: Mapping[str, Split] | None
     norm_group: dist.ProcessGroup | None = field(compare=False)
     average_group: dist.ProcessGroup | None = field(compare=False)
     shard_group: dist.ProcessGroup | None = field(compare=False)
@@ -188,15 +190,15 @@ class Config:
 
     def check_shares(self, first: Config) -> None:
         """Raise ConfigError when these options of a second optimizer of a model do not go with those of its first."""
-        own = {"fused", "precision"}
+        own = {"fused", "precision", "matrix_splits"}
         if self.precision.param_dtype is None:
             own.add("cast_inputs")  # which could not be given
         for name in self._compared():
             if name not in own and as_text(getattr(self, name)) != as_text(getattr(first, name)):
                 raise ConfigError(
                     f"the model was wrapped with {name}={getattr(first, name)!r} for its first optimizer, and is now wrapped "
-                    f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights, state_dtype and "
-                    "parameter_compression may differ"
+                    f"with {name}={getattr(self, name)!r}; only fused, param_dtype, master_weights, state_dtype, "
+                    "parameter_compression and matrix_splits may differ"
                 )
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from math import prod
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class ManagedParam:
         grain: whether ranks may share its step. If not, it lies whole in one rank's slice.
         shape, stride, numel: of the part of it that every rank of the data-parallel group holds, which is the whole
             parameter unless it is a DTensor; see `plan.dtensors`. All methods are about that part.
+        part_sizes, part_dim: of the parts that are stepped each as a parameter of its own, and along which dimension they lie; none:
+            it is stepped as it is.
         copies: ranks outside of the data-parallel group, and this one, that hold the same elements.
     """
 
@@ -47,6 +50,8 @@ class ManagedParam:
     position: int
     grain: Grain = Grain.ELEMENT
     offset: int = field(default=-1, init=False)
+    part_sizes: list[int] = field(default_factory=list, init=False)
+    part_dim: int = field(default=0, init=False)
     copies: int = field(default=1, init=False)
     shape: torch.Size = field(init=False)
     stride: tuple[int, ...] = field(init=False)
@@ -114,14 +119,21 @@ class ManagedParam:
         """What it costs to step it whole, in comparison with others; None where it is not.
 
         Its number of elements, and for matrices times the smaller side, as for the products of Newton-Schulz iterations
-        (what has more dimensions counts as a matrix of its first one by the rest).
+        (what has more dimensions counts as a matrix of its first one by the rest). Of parts, the sum.
         """
         if not self.is_whole:
             return None
         if self.grain is Grain.PARAMETER or len(self.shape) < 2 or self.numel == 0:
             return self.numel
-        rows = self.shape[0]
-        return self.numel * min(rows, self.numel // rows)
+        if not self.part_sizes:
+            return _cost_of_matrix(self.shape)
+        before, after = self.shape[: self.part_dim], self.shape[self.part_dim + 1 :]
+        return sum(_cost_of_matrix((*before, size, *after)) for size in self.part_sizes)
+
+    @property
+    def is_stepped_in_parts(self) -> bool:
+        """Whether it is, and whoever steps it has to know."""
+        return self.is_whole and bool(self.part_sizes)
 
     @property
     def flat_layout(self) -> FlatLayout:
@@ -137,3 +149,8 @@ class ManagedParam:
         if value.stride() != self.stride:
             value = torch.empty_strided(self.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         return value.as_strided((self.numel,), (1,))
+
+
+def _cost_of_matrix(shape: Sequence[int]) -> int:
+    numel, rows = prod(shape), shape[0]
+    return numel * min(rows, numel // rows)

@@ -10,6 +10,7 @@ import torch
 from ..probing.probe import step_without_hooks
 from ..storage.own_shard import OwnShard
 from .paged_state import new_state_in_pages
+from .parts import Leaves, in_parts, parts_of
 
 
 def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], flags: Sequence[int]) -> None:
@@ -19,25 +20,41 @@ def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], fla
         flags: [number of parameters], 1 where the parameter has a gradient.
     """
     segments = [(shard, segment) for shard in shards for segment in shard.bucket.segments]
-    for shard, segment in segments:
-        if flags[segment.owner.index]:
-            segment.shard.grad = shard.grad_of(segment)
+
+    def give_gradients(leaves_of: Leaves) -> None:
+        for shard, segment in segments:
+            if flags[segment.owner.index]:
+                grad, leaves = shard.grad_of(segment), leaves_of[segment]
+                grads = [grad] if len(leaves) == 1 else parts_of(segment.owner, grad)
+                for leaf, part in zip(leaves, grads, strict=True):
+                    leaf.grad = part
+
     with new_state_in_pages(optimizer, [segment.shard for _, segment in segments]):
-        call_on_leaves(optimizer, step_without_hooks, shards)
+        call_on_leaves(optimizer, step_without_hooks, shards, give_gradients)
     for _, segment in segments:
         segment.shard.grad = None
 
 
 def call_on_leaves(
-    optimizer: torch.optim.Optimizer, method: Callable[[torch.optim.Optimizer], object], shards: Sequence[OwnShard]
+    optimizer: torch.optim.Optimizer,
+    method: Callable[[torch.optim.Optimizer], object],
+    shards: Sequence[OwnShard],
+    prepare: Callable[[Leaves], None] | None = None,
 ) -> None:
-    """Call a method of the optimizer that writes parameters, with this rank's segments in their place."""
+    """Call a method of the optimizer that writes parameters, with this rank's segments, or their parts, in their place.
+
+    Args:
+        prepare: is called before with what takes their place.
+    """
     by_group: list[list[torch.nn.Parameter]] = [[] for _ in optimizer.param_groups]
-    for shard in shards:
-        for segment in shard.bucket.segments:
-            by_group[segment.owner.group].append(segment.shard)
-    with _leaves_in_groups(optimizer, by_group):
-        method(optimizer)
+    segments = [segment for shard in shards for segment in shard.bucket.segments]
+    with in_parts(optimizer, segments) as leaves_of:
+        for segment in segments:
+            by_group[segment.owner.group].extend(leaves_of[segment])
+        if prepare is not None:
+            prepare(leaves_of)
+        with _leaves_in_groups(optimizer, by_group):
+            method(optimizer)
     for shard in shards:
         shard.master.round_stepped()
         shard.publish()
