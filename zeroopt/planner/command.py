@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import optim
 from ..errors import ConfigError
-from ..options.outer import CODE_BITS
+from ..options.precision import CODE_BITS
 from .estimate import MemoryEstimate, estimate_memory
 from .tiers import Options
 from .transformer import transformer_of
