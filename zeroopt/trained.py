@@ -168,7 +168,7 @@ class Trained:
         yield
         for bucket in self.buckets:
             bucket.master.catch_up()
-            replica.gathers.start_whole(bucket)
+            replica.gathers.start_written(bucket)
         replica.gathers.leave_to_readers()
         self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8))
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diloco import Diloco
 from torch import Tensor, nn
 from training import batch, build, loss_of, optimizer_for
+from whole_optimizers import Lars, no_padding
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
@@ -492,3 +493,26 @@ def refused() -> None:
 
 def test_what_is_refused(run_on_ranks: RunOnRanks) -> None:
     run_on_ranks(2, refused)
+
+
+def train_one_matrix() -> list[Tensor]:
+    """One of the two ranks of each group owns nothing of the only bucket."""
+    torch.manual_seed(0)
+    net = nn.Linear(6, 4, bias=False)
+    with no_padding():
+        model, optimizer = zeroopt.wrap(
+            net, Lars(net.parameters()), stage=2, average_every=2, outer_optimizer=nesterov, **groups()
+        )
+    assert optimizer.state_dicts.buckets[0].moves is not None
+    for step in range(4):
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4 * step + dist.get_rank()))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [net.weight.detach().clone()]
+
+
+def test_ranks_that_own_nothing_of_a_bucket(run_on_ranks: RunOnRanks) -> None:
+    first, *others = run_on_ranks(4, train_one_matrix)
+    assert torch.isfinite(first[0]).all()
+    assert all(torch.equal(first[0], other[0]) for other in others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from whole_optimizers import OPTIMIZERS, Lars, build, loss_for, no_padding
 from worker_pool import RunOnRanks
 
 import zeroopt
+import zeroopt.checkpoint
 from zeroopt.optim import FusedLAMB
 from zeroopt.options.precision import round_master
 
@@ -482,3 +484,40 @@ def test_parts_are_stepped_as_parameters(run_on_ranks: RunOnRanks) -> None:
         if options == {"stage": 2}:  # and not as one: their norms differ
             whole = run_on_ranks(2, split_in_three, options)[0][0]
             assert not torch.allclose(whole, wanted[0], rtol=1e-3)
+
+
+def save_across_slices(path: Path, name: str, options: dict[str, Any]) -> list[Tensor]:
+    """Exact parameters after some steps, which the checkpoint has."""
+    net = build()
+    model, optimizer = prepare(net, name, options)
+    run_steps(model, optimizer, 0, 2)
+    zeroopt.checkpoint.save(path, model, optimizer)
+    return [optimizer.full_parameter(param) for param in net.parameters()]
+
+
+def load_across_slices(path: Path, name: str, options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Exact parameters and what the model has, after a load into another model, and whether parameters have owners."""
+    net = build()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(7.0)
+    model, optimizer = prepare(net, name, options)
+    zeroopt.checkpoint.load(path, model, optimizer)
+    exact = [optimizer.full_parameter(param) for param in net.parameters()]
+    return exact, snapshot(net), any(bucket.moves is not None for bucket in optimizer.state_dicts.buckets)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"transport": "pairwise"}, {"share_parameters": True}, {"param_dtype": BF16}], ids=str
+)
+def test_checkpoints_of_parameters_across_slices(
+    run_on_ranks: RunOnRanks, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    path, options = tmp_path / "checkpoint", {"stage": 2, "across_slices": True, **more}
+    saved = run_on_ranks(2, save_across_slices, path, "lars", options)[0]
+    for world_size in (2, 3):
+        for exact, has, have_owners in run_on_ranks(world_size, load_across_slices, path, "lars", options):
+            assert have_owners
+            assert all(torch.equal(a, b) for a, b in zip(saved, exact, strict=True))
+            rounded = [value.to(part.dtype) for value, part in zip(saved, has, strict=True)]
+            assert all(torch.equal(a, b) for a, b in zip(rounded, has, strict=True))

@@ -232,6 +232,7 @@ def is_rounded(wire: Wire, dtype: torch.dtype) -> bool:
 
 
 def padded_numel(numel: int, num_slices: int) -> int:
-    """Elements of an own range of `numel` in equal slices that everything can begin at."""
-    slice_numel = -(-numel // num_slices)
+    """Elements of an own range of `numel` in equal slices that everything can begin at. None is empty: no transport moves nothing, and
+    a rank may own none of a bucket's whole parameters."""
+    slice_numel = max(1, -(-numel // num_slices))
     return num_slices * (-(-slice_numel // _SLICE_MULTIPLE) * _SLICE_MULTIPLE)

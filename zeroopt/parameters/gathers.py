@@ -94,7 +94,7 @@ class ParamGathers:
                 hook.take_off()
 
     def start(self, bucket: Bucket, readers: PendingCollective) -> None:
-        """Start to gather a bucket whose own slice has been stepped. Collective, as `Transport.start_all_gather`.
+        """Start to gather a bucket whose own range has been stepped. Collective, as `Transport.start_all_gather`.
 
         Args:
             readers: the rendezvous of the ranks that may still read their parameters, of which those of the bucket are about to
@@ -103,9 +103,10 @@ class ParamGathers:
         readers.finish()
         self._expect(bucket, self.gather(bucket))
 
-    def start_whole(self, bucket: Bucket) -> None:
-        """Likewise for a bucket whose own slice has been written by something else, when nobody reads it any more."""
-        self._expect(bucket, self._gather_whole(bucket))
+    def start_written(self, bucket: Bucket) -> None:
+        """Likewise for a bucket whose own range has been written by something else, when nobody reads it any more: it travels as it
+        is."""
+        self._expect(bucket, self._gather_own_ranges(bucket))
 
     def _expect(self, bucket: Bucket, gather: PendingCollective) -> None:
         self._is_left = False
@@ -115,11 +116,15 @@ class ParamGathers:
 
     def gather(self, bucket: Bucket) -> PendingCollective:
         """What `start` starts."""
-        if bucket.precision.parameter_compression is not None:
-            with named_range("all_gather", bucket.name):
-                return self._differences.start(bucket)
+        if bucket.precision.parameter_compression is None:
+            return self._gather_own_ranges(bucket)
+        with named_range("all_gather", bucket.name):
+            return self._differences.start(bucket)
+
+    def _gather_own_ranges(self, bucket: Bucket) -> PendingCollective:
+        """By way of slices, where own ranges are others."""
         if bucket.moves is None:
-            return self._gather_whole(bucket)
+            return self._gather_slices(bucket)
         moves, full = bucket.moves, bucket.flat_param
         with named_range("exchange", bucket.name):
             exchange = self._transport.exchange.start(
@@ -130,11 +135,11 @@ class ParamGathers:
                 label=bucket.name,
             )
         # Ranks have owners of other buckets to wait for: none waits before it has stepped all of its own.
-        pending = Chained(exchange, partial(self._gather_whole, bucket), is_queued=self._transport.is_queued)
+        pending = Chained(exchange, partial(self._gather_slices, bucket), is_queued=self._transport.is_queued)
         self._halfway.append(pending)
         return pending
 
-    def _gather_whole(self, bucket: Bucket) -> PendingCollective:
+    def _gather_slices(self, bucket: Bucket) -> PendingCollective:
         with named_range("all_gather", bucket.name):
             return self._transport.start_all_gather(bucket.flat_param, label=bucket.name)
 
@@ -264,7 +269,7 @@ class NoGathers(ParamGathers):
     def start(self, bucket: Bucket, readers: PendingCollective) -> None:
         """Nothing travels, and nobody's parameters are written."""
 
-    def start_whole(self, bucket: Bucket) -> None:
+    def start_written(self, bucket: Bucket) -> None:
         """Nothing travels."""
 
     def gather(self, bucket: Bucket) -> PendingCollective:
