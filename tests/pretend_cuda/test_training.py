@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from whole_optimizers import Lars, no_padding
 from worker_pool import RunOnRanks
+
+from zeroopt.options import precision
 
 from .process import PretendProcess
 from .training import BF16, Loop, train
@@ -51,7 +54,9 @@ NUM_ORDERS = -(-10_000 // len(LOOPS))  # of each
 
 
 def _train_on_cpu(loop: Loop) -> list[torch.Tensor]:
-    with no_padding() if loop.across_slices else nullcontext():
+    # Cut as on a device: the squares of a norm are added up slice by slice.
+    cut = patch.object(precision, "_CUT_ON_CPU", precision._CUT_ON_DEVICES)
+    with cut, no_padding() if loop.across_slices else nullcontext():
         return train(loop, torch.distributed.get_rank(), torch.device("cpu"))
 
 
