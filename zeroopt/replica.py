@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import ops
 from ._C import Plan
 from .building.building import Building
 from .collectives import ControlGroup, Transport, Wire
@@ -155,12 +156,15 @@ class Replica:
         assert config.gradient_compression is not None
         slice_numel = bucket.padded_numel // transport.num_slices
         lengths = [slice_numel] if self._pool is None else [s.end - s.begin for s in self._pool.stripes(bucket)]
+        longest, bits = max(lengths), CODE_BITS[config.gradient_compression]
+        if ops.encoded_bytes(longest, bits) >= longest * (config.reduce_dtype or bucket.dtype).itemsize:
+            return Wire(config.reduce_dtype)  # of so few elements a rank, codes are longer than these
         sent = transport.sent_slices
         residual = Residual(sent.start * slice_numel, len(sent), lengths, bucket.device)
         # An odd factor: other ranks, and other jobs with seeds side by side, round by other numbers.
         seed = (self.seed + (transport.control.rank + 1) * 0x9E3779B97F4A7C15) % 2**64
         noise = Noise(seed, bucket.index, self._rounds)
-        wire = CompressedWire(config.reduce_dtype, CODE_BITS[config.gradient_compression], residual, noise)
+        wire = CompressedWire(config.reduce_dtype, bits, residual, noise)
         return HostSumsWire(wire) if transport.sums_twice else wire
 
     def take_in(self, params: Sequence[ManagedParam], precision: Precision) -> list[Bucket]:

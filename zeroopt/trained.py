@@ -129,6 +129,7 @@ class Trained:
         active = self.replica.reducer.view.take()
         if not active.all():
             self.replica.check_replaced(self.params)
+            self.replica.reducer.clear_unused(active.tolist())
         return active
 
     # Parameters are written by kernels and transports, behind autograd's back.

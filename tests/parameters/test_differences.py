@@ -187,6 +187,51 @@ def test_exact_values_follow_what_a_user_writes(run_on_ranks: RunOnRanks) -> Non
         torch.testing.assert_close(model, exact, rtol=0, atol=0.02)
 
 
+def clipped(codes: str | None, by_option: bool) -> tuple[float, list[Tensor]]:
+    """The norm of the last step's gradients, and exact values."""
+    net = pulled()
+    options = {"max_grad_norm": 0.5} if by_option else {}
+    inner = torch.optim.AdamW(net.parameters(), lr=0.1)
+    model, optimizer = zeroopt.wrap(net, inner, stage=2, parameter_compression=codes, **SMALL, **options)
+    for _ in range(2):
+        model().backward()
+        norm = 0.0 if by_option else float(optimizer.clip_grad_norm_(0.5))
+        optimizer.step()
+        norm = float(optimizer.grad_norm) if by_option else norm
+        optimizer.zero_grad()
+    return norm, [optimizer.full_parameter(param).clone() for param in net.parameters()]
+
+
+@pytest.mark.parametrize("by_option", [False, True])
+def test_clipping(run_on_ranks: RunOnRanks, by_option: bool) -> None:
+    """Gradients do not depend on parameters here, so exact values are those without codes."""
+    (norm, exact), _ = run_on_ranks(2, clipped, "int8", by_option)
+    (plain_norm, plain), _ = run_on_ranks(2, clipped, None, by_option)
+    assert norm == pytest.approx(plain_norm)
+    for value, expected in zip(exact, plain, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+def with_an_infinity() -> tuple[int, int]:
+    """How many elements of the model, and of the exact values, are not finite after two steps."""
+    net = pulled()
+    model, optimizer = zeroopt.wrap(
+        net, torch.optim.SGD(net.parameters(), lr=LR), stage=2, parameter_compression="int8", **SMALL
+    )
+    with torch.no_grad():
+        net.weight[3, 4] = -torch.inf
+    for _ in range(2):
+        (model.module.weight[0].sum() + model.module.bias.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    exact = optimizer.full_parameter(net.weight)
+    return int((~torch.isfinite(net.weight)).sum()), int((~torch.isfinite(exact)).sum())
+
+
+def test_an_infinite_parameter_stays_alone(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, with_an_infinity) == [(1, 1), (1, 1)]
+
+
 def step_alone() -> None:
     net, plain = pulled(), pulled()
     model, optimizer = zeroopt.wrap(

@@ -111,7 +111,7 @@ class HierarchyTransport(TorchTransport):
             if level == 1 and wire.between_hosts is not None:
                 wire = wire.between_hosts
                 mine = wire.encode(mine, step.size)
-            received = memory[2 * level].view(torch.uint8)[: mine.nbytes].view(mine.dtype)
+            received = _room_for(mine, memory[2 * level])
             step.wait_for(  # as bytes: not every backend knows all dtypes
                 partial(dist.all_to_all_single, received.view(torch.uint8), mine.view(torch.uint8)),
                 f"transport {self.name}, {what}",
@@ -146,6 +146,12 @@ class HierarchyTransport(TorchTransport):
         if self._driver is None:
             return StreamCollective(self._stream, Done(), levels)
         return self._driver.start(Driven(levels))
+
+
+def _room_for(mine: Tensor, memory: Tensor) -> Tensor:
+    """Memory like `mine`: that which is there, or new where it is too small, as it may be for codes of few elements."""
+    place = memory.view(torch.uint8)[: mine.nbytes]
+    return place.view(mine.dtype) if place.nbytes == mine.nbytes else torch.empty_like(mine)
 
 
 class _Step:

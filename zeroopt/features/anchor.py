@@ -117,6 +117,7 @@ class Anchor:
         # Others write their slices of this buffer, each of which they alone have read.
         self._transport.own_slice(self._travelling).copy_(self._encoded_step())
         self._gathering = self._transport.start_all_gather(self._travelling, label=self._label)
+        self._transport.flush()
         self.stage = Stage.GATHERING
 
     def _encoded_step(self) -> Tensor:

@@ -25,12 +25,13 @@ from torch import nn
 
 from ..collectives import ControlGroup
 from ..collectives.lone import is_lone
-from ..errors import CollectiveError, ConfigError, RankMismatchError
+from ..errors import CollectiveError, ConfigError, NotSupportedError, RankMismatchError
 from ..feature import Feature, Step
 from ..options.config import Config
 from ..plan.agreement import agree
 from ..plan.dtensors import local_of
 from ..storage.bucket import Bucket
+from ..streams import is_capturing
 from ..trained import Trained
 
 
@@ -68,8 +69,17 @@ class ParameterAverage:
 
     def is_due(self) -> bool:
         """Count a step, and say whether parameters are averaged in it."""
+        self.check_counts()
         self.steps = (self.steps + 1) % self._every
         return self.steps == 0
+
+    def check_counts(self) -> None:
+        """Raise NotSupportedError where a CUDA graph is being captured, whose replays would not be counted."""
+        if is_capturing(self.control.device):
+            raise NotSupportedError(
+                "average_every counts steps, and those of a CUDA graph that is replayed tell nobody of themselves: leave step() out "
+                "of the graph"
+            )
 
     def average(self, buckets: Iterable[Bucket], order: Sequence[Sequence[int]]) -> Iterator[Bucket]:
         """Yield each bucket when its own range is the mean over the group. Collective over the group.

@@ -108,6 +108,7 @@ class OuterSteps(Feature):
 
     def on_gradients(self, step: Step) -> None:
         """Count the step, one that is skipped too, and see what it has to do with outer steps: then all parameters may change."""
+        self._average.check_counts()
         self.begin()
         self._average.steps += 1
         self._unbrought = set(range(self._schedule.num_fragments))

@@ -310,6 +310,18 @@ class GradientReducer:
             self._finished.wait()
         self._used.finish()
 
+    def clear_unused(self, active: Sequence[int]) -> None:
+        """Where gradients travel as codes, what had been left out of them travels with no gradient, too: it belongs to no step, and to
+        no norm.
+
+        Args:
+            active: by index of the parameter, 1 where there is a gradient to step with.
+        """
+        for bucket, store in zip(self._buckets, self.stores, strict=True):
+            for segment in bucket.segments if store.residual is not None else ():
+                if not active[segment.owner.index]:
+                    store.clear_part(segment)
+
     def note_step(self) -> None:
         """A step has been taken."""
         self.num_steps += 1

@@ -300,7 +300,13 @@ class GradientStore:
 
     def in_table(self) -> ops.SegmentArrays:
         """What a kernel's table has of it, where it can be in one."""
-        return ops.SegmentArrays(self._bucket.own_param, self.reduced, self._bucket.master.array)
+        param, master = self._bucket.master.kernel_arrays
+        return ops.SegmentArrays(param, self.reduced, master)
+
+    def clear_part(self, segment: Segment) -> None:
+        """Let the sum of a segment's gradients be zero."""
+        segment.view_in(self.reduced).zero_()
+        self.norm = None
 
     def part_as(self, segment: Segment, dtype: torch.dtype) -> Tensor:
         """The sum for one segment in the shape of its shard and in a dtype, which is that of the sum or wider; not to be

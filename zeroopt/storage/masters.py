@@ -245,8 +245,8 @@ class AheadOfModel(Float32Master):
 
     @property
     def difference(self) -> Tensor:
-        """[own range], by how much the model has to change; new memory."""
-        return self.stepped - self.param
+        """[own range], by how much the model has to change; new memory. What is infinite on both sides does not change."""
+        return torch.where(self.stepped == self.param, 0.0, self.stepped - self.param)
 
     def catch_up(self) -> None:
         self.param.copy_(self.stepped)
