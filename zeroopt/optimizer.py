@@ -576,7 +576,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return assemble(
             managed,
             segment,
-            None if segment is None else bucket.master.exact(*segment.range),
+            bucket.master.exact(*segment.range) if segment is not None and self._transport.replica == 0 else None,
             bucket.master.dtype,
             lone_control() if self._replica.ownership.has_all else self._transport.control,
         )

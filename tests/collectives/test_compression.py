@@ -325,7 +325,7 @@ def norm_without_one_head(codes: str | None) -> float:
     """Of the gradients of a step that leaves out a head whose gradients were large in the one before."""
     torch.manual_seed(0)
     net = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("trunk", "rare")})
-    model, optimizer = zeroopt.wrap(
+    _, optimizer = zeroopt.wrap(
         net, torch.optim.SGD(net.parameters(), lr=1e-3), stage=2, transport="pairwise", gradient_compression=codes
     )
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(dist.get_rank()))

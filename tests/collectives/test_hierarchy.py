@@ -1,4 +1,4 @@
-"""One level after the other: sums of the tree, bytes of a ring, groups that are made once, and failures that say among whom."""
+"""One level after the other: sums of the tree, bytes of a ring, groups that threads do not share, and failures that say among whom."""
 
 from __future__ import annotations
 
@@ -75,22 +75,52 @@ def test_sums_of_the_closest_come_first(
 
 
 def places(of_rank: list[int]) -> tuple[int, bool]:
-    """This rank's slice, and whether another model has its groups made again."""
+    """This rank's slice, and whether another model has groups of its own, in which its thread starts collectives."""
     first, second = connect_on(of_rank), connect_on(of_rank)
-    return first.slice_index, [step._group for step in first._steps] != [step._group for step in second._steps]
+    return first.slice_index, all(
+        one._group is not two._group for one, two in zip(first._steps, second._steps, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("of_rank", "slices"),
     [
         ([0, 0, 1, 1], [0, 2, 1, 3]),
-        ([0, 1, 1, 0], [0, 1, 3, 2]),
+        ([0, 1, 0, 1], [0, 1, 2, 3]),
         ([0, 0, 0, 0], [0, 1, 2, 3]),
         ([0, 1, 2, 3], [0, 1, 2, 3]),
     ],
 )
 def test_hosts_are_levels(run_on_ranks: RunOnRanks, of_rank: list[int], slices: list[int]) -> None:
-    assert run_on_ranks(4, places, of_rank) == [(index, False) for index in slices]
+    assert run_on_ranks(4, places, of_rank) == [(index, True) for index in slices]
+
+
+def test_hosts_with_ranks_in_another_order_are_refused(run_on_ranks: RunOnRanks) -> None:
+    """Places in a process group go by numbers of ranks, those in a level by hosts."""
+    with pytest.raises(RankError, match="needs hosts whose ranks are in one order"):
+        run_on_ranks(4, places, [0, 1, 1, 0])
+
+
+def train_two_models() -> list[Tensor]:
+    """Each with a thread of its own; gathers of one are on their way while gradients of the other are."""
+    pairs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = build("mlp")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        pairs.append((net, *zeroopt.wrap(net, optimizer, stage=2, transport=hierarchy(2), bucket_mb=0.001)))
+    for step in range(6):
+        for _, model, optimizer in pairs:
+            loss_of(model(batch("mlp", step))).backward()
+        for _, _, optimizer in pairs:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [param for net, *_ in pairs for param in snapshot(net)]
+
+
+def test_two_models_side_by_side(run_on_ranks: RunOnRanks) -> None:
+    first, *others = run_on_ranks(4, train_two_models)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def train_with(transports: Sequence[Any]) -> list[list[list[Tensor]]]:

@@ -254,3 +254,39 @@ def test_failures_name_ranks(run_on_ranks: RunOnRanks) -> None:
     answers = run_on_ranks.outcomes(4, lose_a_rank)
     for answer in answers[1:3]:
         assert "of bucket 1: failed for want of rank" in str(answer), answers
+
+
+def whole_tensors() -> list[float]:
+    """A whole gradient, an exact parameter, and what unwrapping leaves, beside those of one flat group."""
+    found = []
+    for groups in (None, NODES):
+        net = build("mlp")
+        extra = {} if groups is None else {"shard_group": group_of(groups)}
+        model, optimizer = zeroopt.wrap(
+            net,
+            optimizer_for("adamw", net),
+            stage=2,
+            bucket_mb=0.005,
+            param_dtype=torch.bfloat16,
+            cast_inputs=True,
+            **extra,
+        )
+        for step in range(2):
+            loss_of(model(batch("mlp", step)).float()).backward()
+            grads = [optimizer.full_grad(param) for param in net.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+        exact = [optimizer.full_parameter(param) for param in net.parameters()]
+        zeroopt.unwrap(model, optimizer)
+        found.append([*grads, *exact, *(param.detach().clone() for param in net.parameters())])
+    flat, sharded = found
+    return [
+        float((one.float() - other.float()).norm() / one.float().norm())
+        for one, other in zip(flat, sharded, strict=True)
+    ]
+
+
+def test_whole_tensors_have_each_piece_once(run_on_ranks: RunOnRanks) -> None:
+    for differences in run_on_ranks(4, whole_tensors):
+        assert differences
+        assert max(differences) < 0.1  # 16-bit sums are rounded once more on their way across

@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from worker_pool import WORKER_DIED, RunOnRanks
 
@@ -69,3 +70,16 @@ def test_a_rank_that_dies_is_noticed(run_on_ranks: RunOnRanks) -> None:
     first, _, died = run_on_ranks.outcomes(3, lose_rank_2)
     assert died.type_name == WORKER_DIED
     assert isinstance(first, float)
+
+
+def make_where_one_rank_is_in_more_groups() -> int:
+    """Whether numbers come by it, where rank 0 is in a group that rank 1 is not in."""
+    dist.new_group([0])
+    group = second_group(dist.group.WORLD, "a test")
+    total = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(total, group=group)
+    return int(total)
+
+
+def test_ranks_may_be_in_different_groups(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, make_where_one_rank_is_in_more_groups) == [3, 3]

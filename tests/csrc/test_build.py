@@ -28,6 +28,8 @@ CUDA_CALLS = {
     "cuda_reduce": ([64], 0, 0, 128, 0, 4, 0),
     "cuda_quantize": (64, 128, 192, 4, True, 0),
     "cuda_dequantize": (64, 128, 192, 4, True, 0),
+    "cuda_encode_slices": (64, 0, 128, 192, 4, 1, 8, 0, 0, 0, 0),
+    "cuda_sum_encoded": ([64], 8, 0, 128, 0, 4, 0),
     "cuda_squared_norms": (64, 64, 64, 1, 0, 64, 4, 64, 0),
     "cuda_step": STEP,
 }

@@ -141,7 +141,14 @@ def test_goes_on_from_what_was_gathered(outer_dtype: str | None, arrived: bool) 
 
 
 def test_slices_begin_where_everything_can() -> None:
-    for numel, slices, expected in ((0, 2, 512), (1, 1, 256), (256, 1, 256), (257, 1, 512), (512, 2, 512), (513, 2, 1024)):
+    for numel, slices, expected in (
+        (0, 2, 512),
+        (1, 1, 256),
+        (256, 1, 256),
+        (257, 1, 512),
+        (512, 2, 512),
+        (513, 2, 1024),
+    ):
         assert padded_numel(numel, slices) == expected
 
 

@@ -20,8 +20,6 @@ from zeroopt.parameters.compiled import CompiledCall, watch_compiler
 from zeroopt.parameters.gathers import ParamGathers
 from zeroopt.plan.params import ManagedParam
 
-TIMEOUT_S = 180.0
-
 
 class Gather(PendingCollective):
     """Notes when it is waited for."""
@@ -151,7 +149,7 @@ def wait_by_part(prepare: Callable[[Model], None], late: bool) -> None:
 def test_each_compiled_part_waits_for_its_own_parameters(run_on_ranks: RunOnRanks) -> None:
     for prepare in (compile_in_place, compile_forwards, replace):
         for late in (False, True):
-            run_on_ranks(1, wait_by_part, prepare, late, timeout=TIMEOUT_S)
+            run_on_ranks(1, wait_by_part, prepare, late)
 
 
 def compile_function(reads: bool) -> tuple[list[int], list[bool]]:
@@ -172,13 +170,11 @@ def compile_function(reads: bool) -> tuple[list[int], list[bool]]:
 
 def test_a_function_that_is_given_parameters_has_the_step_wait(run_on_ranks: RunOnRanks) -> None:
     """Its guards see the class of parameters on their way, and nobody is told before it is called."""
-    assert run_on_ranks(1, compile_function, True, timeout=TIMEOUT_S) == [
-        ([1, 1, 1, 0, 0, 0], [True, True, True, False, False, False])
-    ]
+    assert run_on_ranks(1, compile_function, True) == [([1, 1, 1, 0, 0, 0], [True, True, True, False, False, False])]
 
 
 def test_a_function_that_is_given_none_has_not(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(1, compile_function, False, timeout=TIMEOUT_S) == [([1, 0, 0, 0, 0, 0], [True] * 6)]
+    assert run_on_ranks(1, compile_function, False) == [([1, 0, 0, 0, 0, 0], [True] * 6)]
 
 
 def change_shapes() -> tuple[int, bool]:
@@ -196,7 +192,7 @@ def change_shapes() -> tuple[int, bool]:
 
 def test_what_is_compiled_again_behind_a_wait_does_not_count(run_on_ranks: RunOnRanks) -> None:
     # The second part takes what requires a gradient, so each shape is compiled twice.
-    assert run_on_ranks(1, change_shapes, timeout=TIMEOUT_S) == [(6, True)]
+    assert run_on_ranks(1, change_shapes) == [(6, True)]
 
 
 class Refusal(PendingCollective):
@@ -215,7 +211,7 @@ def compile_while_closed() -> set[str]:
 
 
 def test_the_compiler_does_not_wait_for_what_is_not_under_way(run_on_ranks: RunOnRanks) -> None:
-    assert run_on_ranks(1, compile_while_closed, timeout=TIMEOUT_S) == [set()]
+    assert run_on_ranks(1, compile_while_closed) == [set()]
 
 
 class Told:
@@ -248,7 +244,7 @@ def watch_through_a_reset() -> tuple[list[bool], list[bool]]:
 
 
 def test_a_watcher_is_told_once_of_each_compilation(run_on_ranks: RunOnRanks) -> None:
-    (told,) = run_on_ranks(1, watch_through_a_reset, timeout=TIMEOUT_S)
+    (told,) = run_on_ranks(1, watch_through_a_reset)
     assert [len(each) for each in told] == [1, 1] and not told[0][0]
 
 
@@ -288,4 +284,4 @@ def copy_and_unhook() -> None:
 
 
 def test_nothing_of_it_is_copied_or_left(run_on_ranks: RunOnRanks) -> None:
-    run_on_ranks(1, copy_and_unhook, timeout=TIMEOUT_S)
+    run_on_ranks(1, copy_and_unhook)

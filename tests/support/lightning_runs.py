@@ -32,7 +32,8 @@ class Net:
         super().__init__()
         torch.manual_seed(1234)
         hidden = 10
-        self.body = nn.Sequential(nn.Linear(FEATURES, hidden), nn.BatchNorm1d(hidden), nn.GELU())
+        # Without a bias: before a BatchNorm its gradient is rounding alone, of which Adam makes whole steps.
+        self.body = nn.Sequential(nn.Linear(FEATURES, hidden, bias=False), nn.BatchNorm1d(hidden), nn.GELU())
         self.head = nn.Linear(hidden, CLASSES)
         self.unused = nn.Linear(3, 2)
         self.losses: list[float] = []

@@ -41,10 +41,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0  # of a call: what compiles, or imports half of torch, takes a minute on a busy machine
 GRACE_S = 10.0  # what the other ranks get after the first failure: they may be waiting for the rank that failed
 START_TIMEOUT_S = 120.0
-NEW_GROUP_TIMEOUT_S = 20.0
+NEW_GROUP_TIMEOUT_S = 60.0
 STACK_DUMP_S = 0.5
 MAX_WORKERS = 10  # of all pools: those of 1, 2, 3 and 4 ranks together
 SHOWN_OUTPUT = 4000  # last characters of a failing rank's stdout and stderr

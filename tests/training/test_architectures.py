@@ -24,7 +24,6 @@ from zeroopt.options.precision import round_master
 
 STAGES = (0, 1, 2)
 STEPS = 3
-TIMEOUT_S = 180.0  # a worker's first model imports transformers
 BF16 = torch.bfloat16
 Options = dict[str, Any]
 
@@ -130,12 +129,12 @@ def follow_closely(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_two_ranks_follow_ddp_bit_for_bit(run_on_ranks: RunOnRanks, name: str) -> None:
-    run_on_ranks(2, follow_exactly, name, timeout=TIMEOUT_S)
+    run_on_ranks(2, follow_exactly, name)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_three_ranks_follow_ddp(run_on_ranks: RunOnRanks, name: str) -> None:
-    run_on_ranks(3, follow_closely, name, timeout=TIMEOUT_S)
+    run_on_ranks(3, follow_closely, name)
 
 
 def train_by_hand(name: str, way: str, sum_dtype: torch.dtype) -> History:
@@ -181,4 +180,4 @@ def follow_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bfloat16_with_float32_masters_trains_as_by_hand(run_on_ranks: RunOnRanks, name: str) -> None:
-    run_on_ranks(2, follow_by_hand, name, timeout=TIMEOUT_S)
+    run_on_ranks(2, follow_by_hand, name)

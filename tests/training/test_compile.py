@@ -25,7 +25,6 @@ import zeroopt
 from zeroopt.errors import NotSupportedError
 from zeroopt.parameters.arriving import ArrivingParameter
 
-TIMEOUT_S = 180.0  # a worker's first use of the compiler imports half of torch
 BACKEND = "aot_eager"
 
 
@@ -152,7 +151,7 @@ def follow_compiled(scenario: Callable[[Prepare], list[Tensor]]) -> None:
 def test_compiled_models_follow_ddp(
     run_on_ranks: RunOnRanks, scenario: Callable[[Prepare], list[Tensor]], world_size: int
 ) -> None:
-    run_on_ranks(world_size, follow_compiled, scenario, timeout=TIMEOUT_S)
+    run_on_ranks(world_size, follow_compiled, scenario)
 
 
 def compiled_graphs(how: str, foresight: bool) -> int:
@@ -184,7 +183,7 @@ def compare_numbers_of_graphs(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["around", "within", "in parts"])
 def test_what_watches_the_first_forward_has_nothing_compiled_again(run_on_ranks: RunOnRanks, how: str) -> None:
-    run_on_ranks(2, compare_numbers_of_graphs, how, timeout=TIMEOUT_S)
+    run_on_ranks(2, compare_numbers_of_graphs, how)
 
 
 def follow_machine_code(cache: str) -> None:
@@ -198,7 +197,7 @@ def follow_machine_code(cache: str) -> None:
 
 
 def test_machine_code_follows_ddp(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
-    run_on_ranks(2, follow_machine_code, str(tmp_path), timeout=TIMEOUT_S)
+    run_on_ranks(2, follow_machine_code, str(tmp_path))
 
 
 class Block(nn.Module):
@@ -347,7 +346,7 @@ WAYS: dict[str, tuple[Way, dict[str, bool]]] = {
 def test_parameters_stay_on_their_way_and_nothing_is_compiled_for_that(run_on_ranks: RunOnRanks, name: str) -> None:
     way, options = WAYS[name]
     options = {"before": False, "checkpoints": False} | options
-    for plain, compiled in run_on_ranks(2, run_compiled_and_not, way, **options, timeout=TIMEOUT_S):
+    for plain, compiled in run_on_ranks(2, run_compiled_and_not, way, **options):
         assert all(map(torch.equal, plain.params, compiled.params))
         assert compiled.on_their_way == plain.on_their_way == [len(plain.params)] * len(SIZES)
         assert compiled.breaks == 0
@@ -384,7 +383,7 @@ def run_step_compiled() -> tuple[list[int], list[int], list[int]]:
 
 
 def test_a_compiled_training_step_leaves_parameters_on_their_way(run_on_ranks: RunOnRanks) -> None:
-    for new_graphs, on_their_way, new_breaks in run_on_ranks(2, run_step_compiled, timeout=TIMEOUT_S):
+    for new_graphs, on_their_way, new_breaks in run_on_ranks(2, run_step_compiled):
         assert new_graphs[0] > 0 and new_graphs[2:] == [0, 0, 0]
         assert set(on_their_way[1:]) == {len(list(Net().parameters()))}
         # Code is left where zeroopt's own begins. A piece without tensors is broken anew without a new graph.
@@ -420,4 +419,4 @@ def train_after(stage: int, first: Callable[[Tensor], None]) -> list[Tensor]:
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_compiled_autograd_is_refused(run_on_ranks: RunOnRanks, stage: int) -> None:
-    run_on_ranks(2, run_compiled_backward, stage, timeout=TIMEOUT_S)
+    run_on_ranks(2, run_compiled_backward, stage)

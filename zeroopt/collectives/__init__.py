@@ -13,6 +13,7 @@ In reading order; each imports from those above it:
     control            `ControlGroup`: the small things that ranks tell each other
     exchange           `Exchange`: pieces of a bucket, from the ranks that have them to those that need them
     descriptors        whether there are enough for so many connections
+    group_names        what torch calls groups that only their own ranks make
     second_group       another group of the same ranks, for another thread
     merging            what different ranks know, put together
     hosts              which ranks can share memory

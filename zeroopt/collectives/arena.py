@@ -27,7 +27,9 @@ from ..pages import release
 from .control import ControlGroup
 from .shared_memory import map_together
 
-_MOST_ADDRESSES = 1 << 46  # half of those that a process has
+_MOST_ADDRESSES = (
+    1 << 42
+)  # a thirty-second of those that a process has: every model has some, and what is used up is mapped anew
 _LIMITED_SHARE = 8  # of what a user allows a process, the part that one host's ranks take
 
 

@@ -54,9 +54,10 @@ class HierarchyTransport(TorchTransport):
         self.sums_twice = len(levels.sizes) > 1
         self.slice_index = levels.slice_of(self.control.rank)
         members = [levels.members(self.control.rank, level) for level in range(len(levels.sizes))]
-        self._steps = [_Step(ranks, subgroup(site, ranks)) for ranks in members]
-        # On the CPU whoever waits is held up; a thread that waits holds up nobody.
+        # On the CPU whoever waits is held up; a thread that waits holds up nobody. Each has groups of its own, for Gloo goes by the order
+        # in which collectives are started, and threads of two models start theirs in any.
         self._driver = Driver() if site.device.type == "cpu" else None
+        self._steps = [_Step(ranks, subgroup(site, ranks, shared=self._driver is None)) for ranks in members]
 
     @classmethod
     def connect(cls, site: Site) -> Transport:
@@ -65,6 +66,12 @@ class HierarchyTransport(TorchTransport):
                 f"transport='hierarchy' needs as many ranks on each host, got hosts of {[len(ranks) for ranks in site.hosts]} ranks; "
                 "use transport=zeroopt.collectives.hierarchy(...) with sizes of your own, or transport='auto'"
             )
+        if not _are_in_order(site.hosts):
+            raise ConfigError(
+                f"transport='hierarchy' needs hosts whose ranks are in one order, in each host and across hosts, got {site.hosts}; use "
+                "transport='auto'"
+            )
+        _check_waits(site)
         return cls(site, Levels.of_hosts(site.hosts))
 
     @classmethod
@@ -191,9 +198,26 @@ def _connect_levels(sizes: tuple[int, ...], group: dist.ProcessGroup, device: to
         raise ConfigError(
             f"expected hierarchy{sizes} to have sizes of 2 or more, whose product divides the number of ranks, {group.size()}"
         )
+    _check_waits(Site(group, device))
     rest = (group.size() // unit,) if group.size() > unit else ()
     return HierarchyTransport(Site(group, device), Levels((*sizes, *rest), tuple(range(group.size()))))
 
 
 def _are_alike(hosts: Sequence[Sequence[int]]) -> bool:
     return len({len(ranks) for ranks in hosts}) == 1
+
+
+def _are_in_order(hosts: Sequence[Sequence[int]]) -> bool:
+    """Whether the ranks of every level are in the order of their numbers, which is that of their places in a process group."""
+    places = [*hosts, *zip(*hosts, strict=True)]
+    return all(list(ranks) == sorted(ranks) for ranks in places)
+
+
+def _check_waits(site: Site) -> None:
+    """Raise ConfigError where the host waits for what a device has to do: levels would start when somebody waits for them, and not in the
+    same order on all ranks."""
+    if site.blocks_host and site.device.type != "cpu":
+        raise ConfigError(
+            f"transport='hierarchy' needs CPU parameters, or a backend that works on a device's streams, got {site.device.type} "
+            f"parameters and {site.backend}; use transport='auto'"
+        )

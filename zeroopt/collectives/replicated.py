@@ -171,7 +171,7 @@ class _Reduce(PendingCollective):
         gather = across.start_all_gather(padded, label=self._label)
         across.flush()
         gather.finish()
-        _PASS_ON.combine([self._summed], self._out, self._base)
+        self._wire.combine([self._summed], self._out, self._base)
         self.is_over = True
         self._transport.give_back(self._memory)
 
@@ -180,9 +180,6 @@ class _Reduce(PendingCollective):
 
     def wait_until_read(self) -> None:
         self._within.wait_until_read()
-
-
-_PASS_ON = Wire()
 
 
 def connect_replicated(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from .control import ControlGroup
 from .descriptors import warn_of_few_descriptors
+from .group_names import level_names
 from .group_timeout import group_timeout
 
 _BACKEND = "zeroopt_gloo"  # Gloo that connects ranks when they first tell each other something
@@ -29,6 +30,7 @@ def second_group(group: dist.ProcessGroup, what: str) -> dist.ProcessGroup:
         warn_of_few_descriptors(len(ranks) - 1, what)
     timeout = group_timeout(group, ControlGroup(group).device)
     backend = _BACKEND if _connects_late() else "gloo"
+    level_names(group, "gloo")
     made: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
     ControlGroup(made).collect(None, 0, what)
     return made

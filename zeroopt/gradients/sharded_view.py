@@ -249,6 +249,8 @@ class ShardedView(GradientView):
         return grads
 
     def _assemble(self, managed: ManagedParam, piece: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if self._transport.replica != 0:  # of several ranks that have the same piece, one tells it
+            piece = None
         return assemble(managed, self._segments.get(managed.index), piece, dtype, self._transport.control)
 
     def is_shown(self, managed: ManagedParam) -> bool:
