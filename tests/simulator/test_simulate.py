@@ -72,7 +72,7 @@ def test_what_makes_no_sense_is_refused(simulator: Simulator) -> None:
     with pytest.raises(ConfigError, match="expected method to be one of zeroopt, DDP, FSDP2, got 'ddp'"):
         simulator.run(MACHINE, WORLD_SIZE, method="ddp")
     with pytest.raises(ConfigError, match="expected collectives to be one of"):
-        simulator.run(MACHINE, WORLD_SIZE, collectives="tree")
+        simulator.run(MACHINE, WORLD_SIZE, collectives="star")
     with pytest.raises(NotSupportedError, match="does not know what average_every would change"):
         simulator.run(MACHINE, WORLD_SIZE, average_every=4)
     with pytest.raises(ConfigError, match="multiple of host_ranks"):

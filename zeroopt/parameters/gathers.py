@@ -88,7 +88,7 @@ class ParamGathers:
     def _unhook_readers(self, bucket: int) -> None:
         """It has come, and nobody waits any more: a module with a hook takes torch a microsecond and a half more to call. Code that has
         been compiled may have looked at hooks, so they stay where there is such."""
-        if self._lazy and not has_compiled():
+        if self._lazy and not (self._compiler_was_here or has_compiled()):
             self._unhooked.add(bucket)
             for hook in self._readers[bucket]:
                 hook.take_off()
@@ -182,6 +182,8 @@ class ParamGathers:
         class is why it is compiled again, and would be in each step: from the second time on nothing is left to readers.
         """
         self._compiler_was_here = True
+        for bucket in list(self._unhooked):  # or the code that is made now would be made again when hooks are back
+            self._hook_readers(bucket)
         if not (self._is_left and self.pending):
             return
         if again and not is_below_compiled_call():
