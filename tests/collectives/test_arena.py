@@ -40,7 +40,9 @@ def cut_and_write(sizes: list[int]) -> list[list[list[int]]]:
         if number % 3 != 2 or rank == 0:
             ends.fill_(10 * number + rank)
     dist.barrier()
-    return [[[int(memory[0]), int(memory[-1])] for memory in of_rank] for of_rank in buffers]
+    found = [[[int(memory[0]), int(memory[-1])] for memory in of_rank] for of_rank in buffers]
+    dist.barrier()  # no ticket says that others still read
+    return found
 
 
 def test_all_cut_alike(run_on_ranks: RunOnRanks) -> None:
@@ -90,7 +92,7 @@ def place_of(memory: Tensor) -> tuple[int, int]:
 
 
 def give_back(shared: bool) -> list[int]:
-    """Pages of a full buffer while it is in use, when it has been freed, when a view of it is gone, and a ticket later."""
+    """Pages of a full buffer while it is in use, when it has been freed, and some tickets after a view of it is gone."""
     transport = connect("shm")
     buffer = transport.allocate(BYTES, torch.uint8, CPU, shared=shared).fill_(1)
     place = place_of(buffer)
@@ -105,7 +107,6 @@ def give_back(shared: bool) -> list[int]:
     assert int(view.sum()) == BYTES - 5
     transport.barrier()
     del view
-    counts.append(resident_pages(*place))
     for _ in range(
         4
     ):  # the ticket after, that all have read it, what is posted then, and that the other rank has come so far
@@ -117,9 +118,8 @@ def give_back(shared: bool) -> list[int]:
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_goes_back(run_on_ranks: RunOnRanks, shared: bool) -> None:
     pages = BYTES // PAGESIZE
-    for before, freed, dropped, after in run_on_ranks(2, give_back, shared):
-        assert (before, freed, after) == (pages, pages, 0)
-        assert shared or dropped == pages
+    for counts in run_on_ranks(2, give_back, shared):
+        assert counts == [pages, pages, 0]
 
 
 def free_before_it_is_read() -> list[float]:

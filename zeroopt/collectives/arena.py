@@ -84,8 +84,9 @@ class Arena:
 
 
 class Returns:
-    """Gives memory of this rank back to the system when no rank uses it any more: this one has dropped it, and all have read a
-    ticket that this one has posted since.
+    """Gives memory of this rank back to the system when no rank uses it any more: this one has dropped it, and all have read the
+    tickets that it had posted by then. Of memory that other ranks have, too, they may have dropped it later: all have read a ticket
+    that this one has posted since.
 
     Args:
         board: of the ranks of the host.
@@ -98,7 +99,7 @@ class Returns:
         self._memory = memory
         self._index = index
         self._pid = os.getpid()
-        self._dropped: deque[tuple[int, memoryview]] = deque()  # after how many tickets, and what
+        self._dropped: deque[tuple[int, memoryview]] = deque()  # how many tickets are to be read, and what
         self._is_closed = False
 
     def expect(self, part: memoryview, piece: memoryview, begin: int, num_bytes: int, *, shared: bool) -> None:
@@ -110,10 +111,10 @@ class Returns:
             return
         part = piece[begin : begin + -(-num_bytes // PAGESIZE) * PAGESIZE]
         posted = self._board.posted()[self._index]
-        if not self._is_closed:
-            self._dropped.append((posted, part))
-        elif not shared and self._all_have_read(posted):
+        if not shared and self._all_have_read(posted):
             _give_back(part)
+        elif not self._is_closed:
+            self._dropped.append((posted + shared, part))
 
     def close(self) -> None:
         """No more tickets will be posted here. What is dropped from now on is given back where others have read all that there is."""
@@ -121,7 +122,7 @@ class Returns:
 
     def sweep(self) -> None:
         """Give back what can be."""
-        while self._dropped and self._all_have_read(self._dropped[0][0] + 1):
+        while self._dropped and self._all_have_read(self._dropped[0][0]):
             _give_back(self._dropped.popleft()[1])
 
     def _all_have_read(self, count: int) -> bool:
