@@ -30,18 +30,22 @@ def subgroup(site: Site, ranks: Sequence[int], *, shared: bool = True) -> dist.P
     Raises:
         CollectiveError: one of them did not do its part.
     """
+    level_names(site.group, site.backend)
+    if not shared:
+        return _make(site, ranks)
     made = _known.setdefault(site.group, {})
     key = (tuple(ranks), site.device)
-    level_names(site.group, site.backend)
-    if key not in made or not shared:
-        with named_failures(f"making a process group of {name_ranks(list(ranks))}", None):
-            new = dist.new_group(
-                [dist.get_global_rank(site.group, rank) for rank in ranks],
-                timeout=group_timeout(site.group, site.device),
-                backend=site.backend,
-                use_local_synchronization=True,  # of the job's other ranks, nobody need take part
-            )
-        if not shared:
-            return new
-        made[key] = new
+    if key not in made:
+        made[key] = _make(site, ranks)
     return made[key]
+
+
+def _make(site: Site, ranks: Sequence[int]) -> dist.ProcessGroup:
+    with named_failures(f"making a process group of {name_ranks(list(ranks))}", None):
+        made: dist.ProcessGroup = dist.new_group(
+            [dist.get_global_rank(site.group, rank) for rank in ranks],
+            timeout=group_timeout(site.group, site.device),
+            backend=site.backend,
+            use_local_synchronization=True,  # of the job's other ranks, nobody need take part
+        )
+    return made
