@@ -12,6 +12,7 @@ import torch
 
 from zeroopt import ConfigError, NotSupportedError
 from zeroopt.__main__ import main
+from zeroopt.optim import FusedLAMB
 from zeroopt.planner.transformer import transformer_of
 from zeroopt.simulator import Machine, command, simulate
 from zeroopt.simulator.simulate import Simulator
@@ -75,6 +76,11 @@ def test_what_makes_no_sense_is_refused(simulator: Simulator) -> None:
         simulator.run(MACHINE, WORLD_SIZE, collectives="star")
     with pytest.raises(NotSupportedError, match="does not know what average_every would change"):
         simulator.run(MACHINE, WORLD_SIZE, average_every=4)
+    with pytest.raises(NotSupportedError, match="does not know what parameter_compression would change"):
+        simulator.run(MACHINE, WORLD_SIZE, parameter_compression="int8")
+    whole = Simulator(transformer_of(0, layers=1, width=64, vocabulary=64), FusedLAMB, tokens=8)
+    with pytest.raises(NotSupportedError, match="brought to owners"):
+        whole.run(MACHINE, WORLD_SIZE)
     with pytest.raises(ConfigError, match="multiple of host_ranks"):
         simulator.run(MACHINE, 7)
     with pytest.raises(ConfigError, match="expected either tokens or sample"):

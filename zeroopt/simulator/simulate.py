@@ -22,7 +22,7 @@ from .workload import Workload, count_operations, workload_of
 
 METHODS = ("zeroopt", "DDP", "FSDP2")
 
-_UNKNOWN = ("average_every", "gradient_compression", "parameter_compression", "wire", "state_device")
+_UNKNOWN = ("average_every", "gradient_compression", "wire", "state_device")
 _STEPS = 3  # after which each is like the last
 _DDP_BUCKET = 25 * 2**20
 
@@ -117,7 +117,9 @@ class Simulator:
         if collectives is not None and collectives not in COSTS:
             raise ConfigError(f"expected collectives to be one of {', '.join(COSTS)}, got {collectives!r}")
         config = config_of(options)
-        unknown = [name for name in _UNKNOWN if getattr(config, name, None) is not None]
+        unknown = [name for name in _UNKNOWN if getattr(config, name) is not None]
+        if config.precision.parameter_compression is not None:
+            unknown.append("parameter_compression")
         if unknown:
             raise NotSupportedError(f"the simulator does not know what {', '.join(unknown)} would change: leave it out")
         workload = self.workload(machine, world_size, config)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..diagnosis.footprint import footprint
+from ..errors import NotSupportedError
 from ..options.config import Config
 from ..planner.activations import LossOf, Sample, arguments_of, loss_of
 from ..planner.estimator import Estimator
@@ -132,8 +133,17 @@ def _total(module: nn.Module, name: str, by_module: dict[str, float]) -> float:
 
 
 def workload_of(estimator: Estimator, config: Config, cluster: Cluster, operations: Operations) -> Workload:
-    """Of the plan that zeroopt itself makes on the meta device."""
+    """Of the plan that zeroopt itself makes on the meta device.
+
+    Raises:
+        NotSupportedError: ranks bring whole parameters to their owners for the step, which no collective here stands for.
+    """
     rehearsal = estimator.rehearse(config, cluster)
+    if any(bucket.moves is not None for bucket in rehearsal.buckets):
+        raise NotSupportedError(
+            f"with {cluster.world_size} ranks, parameters that this optimizer steps whole lie across slices and are brought to owners, "
+            "which the simulator does not know: simulate fewer ranks, or an optimizer that steps each element by itself"
+        )
     held = footprint(
         rehearsal.buckets,
         rehearsal.stores,
