@@ -37,25 +37,25 @@ class Noise:
     rounds: Iterator[int]
 
 
-class CompressedWire(Wire):
-    """Moves the gradients of one bucket as codes.
+class CodedWire(Wire):
+    """Moves codes with a step for every 256 elements, rounded stochastically. Subclasses say by which random numbers.
 
     Args:
         dtype: of the bucket while it is filled.
         bits: of a code, 8 or 4.
-        residual: of what this rank sends.
     """
 
     backend_sums = False
     nests = False
-    residual: Residual
 
-    def __init__(self, dtype: torch.dtype | None, bits: int, residual: Residual, noise: Noise) -> None:
+    def __init__(self, dtype: torch.dtype | None, bits: int) -> None:
         super().__init__(dtype)
-        self.residual = residual
-        self._bits, self._noise = bits, noise
+        self._bits = bits
 
-    def encode(self, full: Tensor, num_slices: int) -> Tensor:
+    def _codes_of(
+        self, full: Tensor, num_slices: int, *, seed: int, step: int, key: int, residual: Tensor | None = None
+    ) -> Tensor:
+        """In memory of their own; `seed`, `key` and `residual` as for `ops.encode_slices`, `step` may be any number of a count."""
         num_bytes = num_slices * ops.encoded_bytes(full.numel() // num_slices, self._bits)
         # Not in place: blocks are encoded side by side, in whatever order.
         encoded = torch.empty(num_bytes, dtype=torch.uint8, device=full.device)
@@ -64,15 +64,37 @@ class CompressedWire(Wire):
             encoded,
             num_slices=num_slices,
             bits=self._bits,
-            seed=self._noise.seed,
-            step=next(self._noise.rounds) % 2**32,
-            key=self._noise.key,
-            residual=self.residual.next(),
+            seed=seed,
+            step=step % 2**32,
+            key=key,
+            residual=residual,
         )
         return encoded
 
     def combine(self, slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> None:
         ops.sum_encoded(slices, out, bits=self._bits, base=base)
+
+
+class CompressedWire(CodedWire):
+    """Moves the gradients of one bucket as codes.
+
+    Args:
+        dtype, bits: as for `CodedWire`.
+        residual: of what this rank sends.
+    """
+
+    residual: Residual
+
+    def __init__(self, dtype: torch.dtype | None, bits: int, residual: Residual, noise: Noise) -> None:
+        super().__init__(dtype, bits)
+        self.residual = residual
+        self._noise = noise
+
+    def encode(self, full: Tensor, num_slices: int) -> Tensor:
+        noise = self._noise
+        return self._codes_of(
+            full, num_slices, seed=noise.seed, step=next(noise.rounds), key=noise.key, residual=self.residual.next()
+        )
 
 
 class HostSumsWire(Wire):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..collectives import Wire
+from ..collectives.compression import CodedWire
 from ..options.precision import CODE_BITS
 
 
@@ -18,8 +18,8 @@ class SummedHere(Wire):
     backend_sums = False
 
 
-class Coded(Wire):
-    """Codes with a step for every 256 elements, rounded stochastically, by other random numbers in each step and on each rank.
+class Coded(CodedWire):
+    """Codes, rounded by other random numbers in each step and on each rank.
 
     Args:
         bits: of a code.
@@ -27,30 +27,15 @@ class Coded(Wire):
         bucket: index of the bucket that travels.
     """
 
-    backend_sums = False
-    nests = False
-
     def __init__(self, bits: int, now: Callable[[], tuple[int, int]], bucket: int) -> None:
-        super().__init__()
-        self._bits, self._now, self._bucket = bits, now, bucket
+        super().__init__(None, bits)
+        self._now, self._bucket = now, bucket
 
     def encode(self, full: Tensor, num_slices: int) -> Tensor:
         seed, step = self._now()
-        num_bytes = num_slices * ops.encoded_bytes(full.numel() // num_slices, self._bits)
-        codes = torch.empty(num_bytes, dtype=torch.uint8, device=full.device)
-        ops.encode_slices(
-            full,
-            codes,
-            num_slices=num_slices,
-            bits=self._bits,
-            seed=seed,
-            step=step % 2**32,
-            key=2 * self._bucket + (num_slices == 1),  # a rank's own step is no outer gradient
-        )
-        return full.view(torch.uint8)[:num_bytes].copy_(codes)
-
-    def combine(self, slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> None:
-        ops.sum_encoded(slices, out, bits=self._bits, base=base)
+        key = 2 * self._bucket + (num_slices == 1)  # a rank's own step is no outer gradient
+        codes = self._codes_of(full, num_slices, seed=seed, step=step, key=key)
+        return full.view(torch.uint8)[: codes.numel()].copy_(codes)
 
 
 def outer_wire(
