@@ -51,21 +51,12 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
         "computed, and no other rank is needed. The exit code is 1 where it does not fit into --memory."
     )
     _add_model(estimate)
-    training = estimate.add_argument_group("its training")
-    training.add_argument("--optimizer", default="AdamW", metavar="CLASS", help="or MODULE:FUNCTION that makes one")
+    training = _add_training(estimate)
     training.add_argument("--world-size", type=int, required=True, metavar="RANKS")
     training.add_argument("--host-ranks", type=int, metavar="RANKS", help="on each host; up to 8 by default")
     training.add_argument("--groups", type=int, default=1, help="of so many ranks each that train alone and average")
-    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     training.add_argument(
         "--tokens", type=int, help="of a sequence, a rank and micro-batch; without, activations are not counted"
-    )
-    training.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of zeroopt.wrap, such as stage=1; several times",
     )
     training.add_argument(
         "--built-by-wrap", action="store_true", help="the model is on the meta device when it is wrapped"
@@ -85,19 +76,10 @@ def _add_simulate(simulate: argparse.ArgumentParser) -> None:
         "Nothing is computed, and no other rank is needed. --measure prints such a file for the machine at hand."
     )
     _add_model(simulate)
-    training = simulate.add_argument_group("its training")
-    training.add_argument("--optimizer", default="AdamW", metavar="CLASS", help="or MODULE:FUNCTION that makes one")
+    training = _add_training(simulate)
     training.add_argument("--world-size", type=int, nargs="+", metavar="RANKS", help="one or several")
-    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     training.add_argument("--tokens", type=int, help="of a sequence")
     training.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="of a rank and step")
-    training.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of zeroopt.wrap, such as stage=1; several times",
-    )
     training.add_argument(
         "--methods", nargs="+", choices=("zeroopt", "DDP", "FSDP2"), default=["zeroopt"], metavar="METHOD"
     )
@@ -112,6 +94,20 @@ def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     machine.add_argument("--network-delay-ms", type=float, default=0.1, help="between hosts, for --measure")
     simulate.add_argument("--json", action="store_true", help="print JSON")
     simulate.set_defaults(run=_simulate)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    training = parser.add_argument_group("its training")
+    training.add_argument("--optimizer", default="AdamW", metavar="CLASS", help="or MODULE:FUNCTION that makes one")
+    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    training.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of zeroopt.wrap, such as stage=1; several times",
+    )
+    return training
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
