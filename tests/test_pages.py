@@ -9,25 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transports import resident_pages
 
 from zeroopt.pages import folded, paged_zeros, paged_zeros_like, release, trim_heap
 
 CPU = torch.device("cpu")
 PAGES = 64
 NUMEL = PAGES * PAGESIZE // 4
-
-
-def resident_bytes(tensor: Tensor) -> int:
-    """Of the mapping in which a tensor begins."""
-    found = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            first, last = (int(end, 16) for end in head.split("-"))
-            found = first <= tensor.data_ptr() < last
-        elif found and head == "Rss:":
-            return int(line.split()[1]) << 10
-    raise AssertionError("no such mapping")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -52,10 +40,10 @@ def shared_values() -> Tensor:
 def test_whole_pages_of_a_part_go_and_the_rest_stays(shared: bool) -> None:
     values = shared_values() if shared else paged_zeros(NUMEL, torch.float32, CPU)
     values.fill_(1.0)
-    before = resident_bytes(values)
+    before = resident_pages(values.data_ptr(), values.nbytes)
     begin, end = PAGESIZE // 8, NUMEL - PAGESIZE // 8  # in the middle of the first page and of the last
     release(values[begin:end])
-    assert before - resident_bytes(values) >= (PAGES - 2) * PAGESIZE
+    assert before - resident_pages(values.data_ptr(), values.nbytes) >= PAGES - 2
     assert torch.all(values[:begin] == 1) and torch.all(values[end:] == 1)
     first, last = PAGESIZE // 4, NUMEL - PAGESIZE // 4
     assert not values[first:last].any() and torch.all(values[begin:first] == 1)

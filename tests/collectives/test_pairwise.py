@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -34,8 +35,6 @@ class SilentGroup:
         tags: of all messages, in the order of their start.
     """
 
-    group_name = "silent"
-
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self.tags: list[int] = []
@@ -53,8 +52,8 @@ class SilentGroup:
     recv = send
 
 
-def silent_transport(world_size: int) -> tuple[PairwiseTransport, SilentGroup]:
-    group = SilentGroup(world_size)
+def silent_transport(world_size: int, group: SilentGroup | None = None) -> tuple[PairwiseTransport, SilentGroup]:
+    group = group or SilentGroup(world_size)
     return PairwiseTransport(cast(dist.ProcessGroup, group)), group
 
 
@@ -139,9 +138,10 @@ def test_numbers_come_back_only_when_all_others_were_used(counts: list[int]) -> 
 
 
 def test_transports_of_a_group_have_numbers_of_their_own() -> None:
-    ranges = []
+    ranges, group = [], SilentGroup(2)
     for _ in range(3):
-        transport, group = silent_transport(2)
+        group.tags.clear()
+        transport, _ = silent_transport(2, group)
         transport.start_all_gather(torch.zeros(2))
         transport.start_reduce_scatter(torch.zeros(2), torch.zeros(1))
         ranges.append(set(group.tags))
@@ -186,3 +186,24 @@ def use_numbers_up(exchanges: int) -> bool:
 
 def test_numbers_are_used_again(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, use_numbers_up, 30) == [True, True]
+
+
+def meet_in_a_group_of_a_former_name(store: Path) -> bool:
+    """Rank 0 has had a transport in a group of this name, of which rank 2 was not."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    former = dist.new_group([0, 1])
+    if rank in (0, 1):
+        PairwiseTransport(former)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    group = dist.new_group([0, 2])
+    if rank not in (0, 2):
+        return True
+    assert rank == 2 or group.group_name == former.group_name
+    flags = torch.tensor([rank], dtype=torch.uint8)
+    PairwiseTransport(group).start_max(flags, flags).finish()
+    return flags.item() == 2
+
+
+def test_ranks_meet_in_a_group_of_a_former_name(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    assert all(run_on_ranks(3, meet_in_a_group_of_a_former_name, tmp_path / "store", timeout=60))

@@ -45,7 +45,8 @@ TIMEOUT_S = 180.0  # of a call: what compiles, or imports half of torch, takes a
 GRACE_S = 10.0  # what the other ranks get after the first failure: they may be waiting for the rank that failed
 START_TIMEOUT_S = 120.0
 NEW_GROUP_TIMEOUT_S = 60.0
-STACK_DUMP_S = 0.5
+STACK_DUMP_S = 10.0  # at most, on a busy machine
+STACKS_LOOK_S = 0.25
 MAX_WORKERS = 10  # of all pools: those of 1, 2, 3 and 4 ranks together
 SHOWN_OUTPUT = 4000  # last characters of a failing rank's stdout and stderr
 SEED = 0
@@ -207,6 +208,10 @@ class Worker:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
 
+    def stacks_written(self) -> int:
+        """Bytes."""
+        return self.stacks.stat().st_size if self.stacks.exists() else 0
+
     def silence(self) -> Failure:
         stacks = self.stacks.read_text() if self.stacks.exists() else ""
         return Failure(RankError(NO_ANSWER, "did not answer in time; its stacks:"), stacks, self.output())
@@ -298,8 +303,19 @@ class WorkerPool:
             return {}
         for rank in ranks:
             self._workers[rank].ask_for_stacks()
-        time.sleep(STACK_DUMP_S)
+        self._wait_for_stacks(ranks)
         return {rank: self._workers[rank].silence() for rank in ranks}
+
+    def _wait_for_stacks(self, ranks: set[int]) -> None:
+        """Until all have written theirs, and write no more."""
+        deadline = time.monotonic() + STACK_DUMP_S
+        before: list[int] = []
+        while time.monotonic() < deadline:
+            time.sleep(STACKS_LOOK_S)
+            written = [self._workers[rank].stacks_written() for rank in ranks]
+            if all(written) and written == before:
+                return
+            before = written
 
 
 def _failures(answers: list[Any]) -> dict[int, Failure]:

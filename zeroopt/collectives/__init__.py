@@ -11,6 +11,7 @@ In reading order; each imports from those above it:
     renamed            collectives of flat tensors, by one name
     pickled            what ranks send each other pickled lies on the CPU
     control            `ControlGroup`: the small things that ranks tell each other
+    numbering          numbers of what is made over a group
     exchange           `Exchange`: pieces of a bucket, from the ranks that have them to those that need them
     descriptors        whether there are enough for so many connections
     group_names        what torch calls groups that only their own ranks make

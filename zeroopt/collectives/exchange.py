@@ -4,13 +4,13 @@ to one another."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .control import ControlGroup
+from .numbering import next_number
 from .pending import PendingCollective, PendingWork, start_message
 
 Pieces = Mapping[int, int]
@@ -19,7 +19,6 @@ Pieces = Mapping[int, int]
 _FIRST_TAG = 1 << 22  # of messages, out of the way of the control group's and of transports' own
 _NUM_TAGS = 1 << 14
 _NUM_EXCHANGES = 1 << 7
-_exchanges_of_group: Counter[str] = Counter()
 
 
 class Exchange(ABC):
@@ -55,9 +54,7 @@ class MessageExchange(Exchange):
         self._slice_index = slice_index
         self._rank_of_slice = rank_of_slice
         self._count = count
-        number = _exchanges_of_group[self._group.group_name]
-        _exchanges_of_group[self._group.group_name] += 1
-        self._first_tag = _FIRST_TAG + number % _NUM_EXCHANGES * _NUM_TAGS
+        self._first_tag = _FIRST_TAG + next_number(self._group, MessageExchange) % _NUM_EXCHANGES * _NUM_TAGS
         self._number = 0
 
     def start(

@@ -7,7 +7,7 @@ the result does not depend on who was faster.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..profiling import named_range
 from .base import Transport, slice_of
+from .numbering import next_number
 from .pending import PendingCollective, PendingWork, start_message
 from .wire import PLAIN, Wire
 
@@ -35,7 +36,6 @@ _FIRST_TAG = 1 << 24
 _NUM_TAGS = 1 << 16
 _NUM_TRANSPORTS = 1 << 8
 REDUCE, GATHER, MAX, SCALAR = range(4)
-_transports_of_group: Counter[str] = Counter()
 
 # Large slices go in several messages: while one is summed, the next arrives. Messages of 4 MiB made an exchange that nothing
 # else goes on beside a little faster, and a backward that goes on beside it slower.
@@ -68,8 +68,7 @@ class PairwiseTransport(Transport):
         self.place = self._members.index(self.control.rank)
         self.num_slices = len(self._members)
         self.order_slices(range(self.num_slices))
-        self._first_tag = _FIRST_TAG + _transports_of_group[group.group_name] % _NUM_TRANSPORTS * _NUM_TAGS
-        _transports_of_group[group.group_name] += 1
+        self._first_tag = _FIRST_TAG + next_number(group, PairwiseTransport) % _NUM_TRANSPORTS * _NUM_TAGS
         self._exchanges = 0
         self.staging = StagingPool()
         # Starting with the next rank spreads the first messages over all peers.
