@@ -21,6 +21,7 @@ DDP = "DDP"
 AVERAGE_EVERY = 4
 OUTER_EVERY = 20
 POWER_SGD_RANK = 4
+ONE_BUCKET_MB = 1 << 20
 
 Wrapped: TypeAlias = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -81,7 +82,9 @@ def ddp_in_bfloat16(model: nn.Module, optimizer: torch.optim.Optimizer, place: P
 
 
 def ddp_power_sgd(model: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> Wrapped:
-    wrapped = DistributedDataParallel(model)
+    # One bucket: the hook starts its later collectives when its earlier ones end, which for several buckets is in another
+    # order on another rank, and Gloo then takes one for the other.
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=ONE_BUCKET_MB)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWER_SGD_RANK, start_powerSGD_iter=2)
     wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     return wrapped, optimizer
@@ -142,6 +145,12 @@ METHODS: dict[str, Method] = {
     "zeroopt stage 2, bfloat16 gradients": Method(zero(stage=2, reduce_dtype=torch.bfloat16)),
     "zeroopt stage 2, int8 gradients": Method(zero(stage=2, gradient_compression="int8")),
     "zeroopt stage 2, int4 gradients": Method(zero(stage=2, gradient_compression="int4")),
+    "zeroopt stage 2, int8 gradients and parameters": Method(
+        zero(stage=2, gradient_compression="int8", parameter_compression="int8")
+    ),
+    "zeroopt stage 2, int4 gradients and parameters": Method(
+        zero(stage=2, gradient_compression="int4", parameter_compression="int4")
+    ),
     "zeroopt stage 2, bfloat16, int8 gradients": Method(
         zero(stage=2, param_dtype=torch.bfloat16, cast_inputs=False, gradient_compression="int8")
     ),
