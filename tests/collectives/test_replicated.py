@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import whole_optimizers
 from torch import Tensor
 from training import batch, build, loss_of, optimizer_for, snapshot, train
 from transports import CPU, sum_of_slices, values
@@ -97,6 +98,30 @@ def test_training_is_that_of_one_flat_group(run_on_ranks: RunOnRanks) -> None:
         for options, (flat, sharded) in zip(OPTIONS, variants, strict=True):
             for expected, got in zip(flat, sharded, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), options
+
+
+def step_matrices(groups: Sequence[Sequence[int]] | None, optimizer_name: str) -> tuple[list[Tensor], int]:
+    """Parameters after three steps, and how many times this rank has stepped a parameter."""
+    with whole_optimizers.no_padding():
+        net = whole_optimizers.build()
+        inner = whole_optimizers.OPTIMIZERS[optimizer_name](net)
+        extra = {} if groups is None else {"shard_group": group_of(groups)}
+        model, optimizer = zeroopt.wrap(net, inner, stage=2, bucket_mb=0.003, **extra)
+        for step in range(3):
+            whole_optimizers.loss_for(model, step, dist.get_rank()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return snapshot(net), len(inner.stepped)
+
+
+@pytest.mark.parametrize("optimizer_name", ["mixed", "lars"])
+def test_each_group_steps_each_matrix_once(run_on_ranks: RunOnRanks, optimizer_name: str) -> None:
+    flat, sharded = (run_on_ranks(4, step_matrices, groups, optimizer_name) for groups in (None, NODES))
+    for (expected, _), (got, _) in zip(flat, sharded, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    stepped = sum(number for _, number in flat)
+    assert stepped > 0
+    assert [sum(sharded[rank][1] for rank in ranks) for ranks in NODES] == [stepped] * 2
 
 
 def clip_and_consolidate(
