@@ -14,6 +14,7 @@ from .module import ZeroDataParallel
 from .optimizer import ZeroOptimizer
 from .plan.agreement import agree
 from .plan.claims import release
+from .stepping.part_state import kept_by_part
 
 
 @overload
@@ -44,7 +45,8 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
 
     Raises:
         ConfigError: these are not a wrapped model and all its optimizers. On all ranks; nothing has been changed.
-        NotSupportedError: parameters are DTensors. On all ranks; nothing has been changed.
+        NotSupportedError: parameters are DTensors, or parts of them (`matrix_splits`) have state that the optimizer could not have of
+            the whole. On all ranks; nothing has been changed.
         StateError: within `join()`.
     """
     if not isinstance(model, ZeroDataParallel):
@@ -62,7 +64,7 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
         problem = ConfigError(
             f"expected all {len(model.optimizers)} optimizers that zeroopt.wrap returned with this model, got {len(given)} objects"
         )
-    agree([(replica.control, [f"{len(given)} optimizers"])], problem, "zeroopt.unwrap")
+    agree([(replica.control, [f"{len(given)} optimizers"])], problem or _problem_with_state(given), "zeroopt.unwrap")
     replica.reducer.discard()
     replica.gathers.finish_all()
     values = _exact_values(model)
@@ -89,6 +91,19 @@ def unwrap(model: ZeroDataParallel, optimizer: ZeroOptimizer | Sequence[ZeroOpti
         return module
     result = [by_wrapped[id(one)] for one in given]
     return (module, result[0] if single else result)
+
+
+def _problem_with_state(optimizers: Sequence[ZeroOptimizer]) -> Exception | None:
+    """State that plain optimizers could not go on from."""
+    for one in optimizers:
+        for managed in one.state_dicts.params:
+            names = kept_by_part(one.state.get(managed.param, {}))
+            if names:
+                return NotSupportedError(
+                    f"parameter {managed.name!r} was stepped in parts, of which each has {names[0]!r} for itself: a plain optimizer "
+                    "steps it whole and cannot go on from that. Reset the state first, by optimizer.state.clear()"
+                )
+    return None
 
 
 def _exact_values(model: ZeroDataParallel) -> dict[Tensor, Tensor]:

@@ -205,7 +205,8 @@ def wrap(
         matrix_splits: parameters that hold several matrices (fused q, k and v, or heads), which an optimizer that steps whole
             parameters is to step each by itself, as if they were parameters: by the name of the parameter, or a pattern of names
             (`fnmatch`), the number of parts, their sizes, or a `zeroopt.Split`. {"*.attn.qkv.weight": 3} cuts the rows of an
-            `nn.Linear` in three. State dicts stay those of the whole parameters.
+            `nn.Linear` in three. State dicts have the state of the whole parameters, and by part what has another shape, which then
+            loads with the same parts only.
 
     Returns:
         The model and the optimizer to train with.

@@ -62,6 +62,38 @@ class Lars(torch.optim.Optimizer):
                 param.sub_(buffer, alpha=group["lr"])
 
 
+class Shampoo(torch.optim.Optimizer):
+    """Shampoo (Gupta et al. 2018, arXiv:1802.09568) of matrices, with a statistic for each side that is not too long, and rates that go
+    by the largest gradient so far: state of all kinds of shapes."""
+
+    def __init__(self, params: Any, lr: float = 0.1, longest: int = 5) -> None:
+        super().__init__(params, {"lr": lr})
+        self._longest = longest
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(self._direction(param, param.grad), alpha=group["lr"])
+
+    def _direction(self, param: Tensor, grad: Tensor) -> Tensor:
+        state = self.state[param]
+        if not state:
+            sides = [torch.eye(size) if size <= self._longest else None for size in param.shape]
+            state.update(step=0, moment=torch.zeros_like(param), sides=sides, norms={"largest": torch.zeros(())})
+        state["step"] += 1
+        state["moment"].lerp_(grad, 0.5)
+        torch.maximum(state["norms"]["largest"], grad.norm(), out=state["norms"]["largest"])
+        rows, columns = state["sides"]
+        direction = state["moment"] / (1 + state["norms"]["largest"])
+        if rows is not None:
+            direction = torch.linalg.solve(rows.add_(grad @ grad.T), direction)
+        if columns is not None:
+            direction = torch.linalg.solve(columns.add_(grad.T @ grad), direction.T).T
+        return direction
+
+
 class MuonAndAdam(torch.optim.Optimizer):
     """One class for all parameters, as users write it: matrices orthogonalised, the rest stepped by Adam."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import restore, snapshot
 from ulps import SUM_ORDER_ULPS, History, assert_same
-from whole_optimizers import OPTIMIZERS, Lars, build, loss_for, no_padding
+from whole_optimizers import OPTIMIZERS, Lars, Shampoo, build, loss_for, no_padding
 from worker_pool import RunOnRanks
 
 import zeroopt
@@ -484,6 +484,94 @@ def test_parts_are_stepped_as_parameters(run_on_ranks: RunOnRanks) -> None:
         if options == {"stage": 2}:  # and not as one: their norms differ
             whole = run_on_ranks(2, split_in_three, options)[0][0]
             assert not torch.allclose(whole, wanted[0], rtol=1e-3)
+
+
+# Sizes of parts whose statistics add up to a length of the parameter, or not.
+PARTS: dict[str, list[int]] = {"shampoo": [7, 4, 1], "adafactor": [6, 4, 2]}
+
+
+def prepare_parts(name: str, options: dict[str, Any]) -> tuple[nn.Linear, nn.Module, zeroopt.ZeroOptimizer]:
+    torch.manual_seed(0)
+    net = nn.Linear(6, 12, bias=False)
+    inner = Shampoo(net.parameters()) if name == "shampoo" else torch.optim.Adafactor(net.parameters(), lr=0.05)
+    model, optimizer = zeroopt.wrap(net, inner, stage=2, **options)
+    return net, model, optimizer
+
+
+def step_linear(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+    torch.tanh(model(x)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def resume_in_parts(path: Path, name: str) -> Any:
+    """Weights after four steps: at once, from a whole state dict, from a checkpoint; and how those refuse other parts."""
+    options = {"matrix_splits": {"weight": PARTS[name]}}
+    net, model, optimizer = prepare_parts(name, options)
+    for step in range(2):
+        step_linear(model, optimizer, step)
+    weight = net.weight.detach().clone()
+    zeroopt.checkpoint.save(path, model, optimizer)
+    optimizer.consolidate_state_dict()
+    whole: list[Any] = [optimizer.full_state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(whole)
+    for step in range(2, 4):
+        step_linear(model, optimizer, step)
+    results = [net.weight.detach().clone()]
+    refused = []
+    for how in (whole[0], path):
+        for parts in (PARTS[name], [4, 4, 4], None):
+            net, model, optimizer = prepare_parts(name, {} if parts is None else {"matrix_splits": {"weight": parts}})
+            try:
+                if how is path:
+                    zeroopt.checkpoint.load(path, model, optimizer)
+                else:
+                    optimizer.load_state_dict(how)
+                    net.weight.data.copy_(weight)
+            except zeroopt.ZeroOptError as error:
+                refused.append(str(error))
+                continue
+            for step in range(2, 4):
+                step_linear(model, optimizer, step)
+            results.append(net.weight.detach().clone())
+    return results, refused
+
+
+def load_in_parts(path: Path, name: str) -> Tensor:
+    net, model, optimizer = prepare_parts(name, {"matrix_splits": {"weight": PARTS[name]}})
+    zeroopt.checkpoint.load(path, model, optimizer)
+    for step in range(2, 4):
+        step_linear(model, optimizer, step)
+    return net.weight.detach().clone()
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name == "shampoo" or name in OPTIMIZERS])
+def test_state_of_unequal_parts_is_kept(run_on_ranks: RunOnRanks, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "checkpoint"
+    for results, refused in run_on_ranks(2, resume_in_parts, path, name):
+        assert len(results) == 3 and all(torch.equal(one, results[0]) for one in results)
+        assert len(refused) == 4 and all(
+            "load it with the matrix_splits with which it was saved" in one for one in refused
+        )
+    for found in run_on_ranks(3, load_in_parts, path, name):
+        assert torch.allclose(found, results[0], rtol=1e-6, atol=1e-7)
+
+
+def unwrap_parts() -> str:
+    _, model, optimizer = prepare_parts("shampoo", {"matrix_splits": {"weight": [7, 4, 1]}})
+    step_linear(model, optimizer, 0)
+    with pytest.raises(zeroopt.NotSupportedError if dist.get_rank() == 0 else zeroopt.RankMismatchError) as caught:
+        zeroopt.unwrap(model, optimizer)  # rank 0 has the only parameter
+    step_linear(model, optimizer, 1)
+    optimizer.state.clear()
+    zeroopt.unwrap(model, optimizer)
+    return str(caught.value)
+
+
+def test_state_of_parts_is_not_given_to_a_plain_optimizer(run_on_ranks: RunOnRanks) -> None:
+    for found in run_on_ranks(2, unwrap_parts):
+        assert "parameter 'weight' was stepped in parts" in found
 
 
 def save_across_slices(path: Path, name: str, options: dict[str, Any]) -> list[Tensor]:

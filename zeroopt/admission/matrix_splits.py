@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..options.config import Config
 from ..options.splits import split_of
 from ..plan.params import ManagedParam
+from ..stepping.part_state import problem_with_parts
 from ..stepping.rules import rule_for
 
 
@@ -28,7 +29,7 @@ def apply_splits(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam
     """Note of each parameter of what parts it consists. Element-wise optimizers do the same on parts and on the whole.
 
     Raises:
-        ConfigError: a parameter has no such parts, or a kernel steps it whole.
+        ConfigError: a parameter has no such parts, a kernel steps it whole, or the optimizer has state of it that parts cannot have.
     """
     if config.matrix_splits is None:
         return
@@ -38,6 +39,13 @@ def apply_splits(optimizer: torch.optim.Optimizer, params: Sequence[ManagedParam
             managed.part_sizes = split.sizes(managed.name, managed.shape)
             managed.part_dim = split.dim
     cut = [managed for managed in params if managed.part_sizes]
+    for managed in cut:
+        problem = problem_with_parts(managed, optimizer.state.get(managed.param, {}))
+        if problem is not None:
+            raise ConfigError(
+                f"matrix_splits: the state that {type(optimizer).__name__} has of parameter {managed.name!r} has {problem}; begin "
+                "with an optimizer that has not stepped it"
+            )
     if config.fused and rule_for(optimizer) is not None and any(managed.is_whole for managed in cut):
         raise ConfigError(
             f"matrix_splits: a fused kernel steps the parameters of {type(optimizer).__name__} whole; pass fused=False"

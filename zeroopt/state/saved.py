@@ -20,9 +20,10 @@ from ..pages import paged_zeros
 from ..plan.dtensors import is_distributed
 from ..plan.params import ManagedParam, ParamState
 from ..probing.probe import is_per_element
+from ..stepping.part_state import problem_with_parts
 from ..storage.masters import MASTER_NAMES
 from ..storage.segment import Segment
-from .entries import Path, block_of, map_leaves, map_tensors
+from .entries import OUTER, Path, block_of, map_leaves, map_tensors
 from .layout import ShardLayout
 from .shard_tensor import ShardTensor
 from .tiers import decoded
@@ -146,6 +147,13 @@ class SavedState:
                 )
 
     def _take_entry(self, segment: Segment, entry: Mapping[str, Any], layout: ShardLayout | None) -> None:
+        own = {name: value for name, value in entry.items() if name not in MASTER_NAMES and name != OUTER}
+        problem = problem_with_parts(segment.owner, own)
+        if problem is not None:
+            raise StateError(
+                f"the state dict has, of parameter {segment.owner.name!r}, {problem}: load it with the matrix_splits with which it "
+                "was saved"
+            )
         result = self._state.setdefault(segment.owner.position, {})
         for name, value in entry.items():
             result[name] = map_leaves(value, partial(self._take_value, segment, layout), (name,))

@@ -7,7 +7,8 @@ In reading order; each imports from those above it:
     bucket_kernel  `BucketKernel`: some buckets by a fused kernel
     grouping       which of them in one call
     paged_state    where the state lies that an optimizer's own step makes
-    parts          parameters that are stepped part by part
+    part_state     their state, of parameters that are stepped part by part
+    parts          those parameters
     plain          by the optimizer's own step
     stepper        `ShardStepper`: chooses for each bucket
 """

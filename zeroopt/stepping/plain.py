@@ -10,7 +10,8 @@ import torch
 from ..probing.probe import step_without_hooks
 from ..storage.own_shard import OwnShard
 from .paged_state import new_state_in_pages
-from .parts import Leaves, in_parts, parts_of
+from .part_state import parts_of
+from .parts import Leaves, in_parts
 
 
 def step_plain(optimizer: torch.optim.Optimizer, shards: Sequence[OwnShard], flags: Sequence[int]) -> None:
