@@ -50,6 +50,15 @@ def test_it_knows_where_everything_belongs() -> None:
     assert filling.missing == [len(bucket.params) for bucket in buckets]
 
 
+def test_gradients_that_have_stayed_are_not_forgotten_with_the_buckets() -> None:
+    scene = Scene()
+    scene.filling.streams.note_left()
+    scene.filling.regroup(scene.replica.buckets)
+    assert scene.filling.streams.are_left
+    scene.filling.reset()
+    assert not scene.filling.streams.are_left
+
+
 def test_a_backward_begins_and_ends() -> None:
     scene = Scene()
     filling = scene.filling

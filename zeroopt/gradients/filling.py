@@ -39,6 +39,7 @@ class Filling:
     def __init__(self, view: GradientView) -> None:
         self._view = view
         self.order: list[int] = []
+        self.streams = PackingStreams(())
         self.scale = 1.0
         self.attach((), ())
 
@@ -63,9 +64,12 @@ class Filling:
         self._sizes = list(map(len, self._indices))
         self._leaves = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._tables: dict[int, ops.PackTable] = {}  # of buckets whose gradients have been packed together
+        are_left = self.streams.are_left
         self.streams = PackingStreams(buckets)
         self.packs_together = self.streams.are_there
         self.reset()
+        if are_left:
+            self.streams.note_left()
 
     def begin(self, scale: float) -> None:
         """A backward begins."""

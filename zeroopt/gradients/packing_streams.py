@@ -26,6 +26,7 @@ class PackingStreams:
 
     Attributes:
         last: on which the last gradient of each bucket has come that waits, by what tells streams apart. None: none waits.
+        are_left: gradients have stayed, on whatever streams they came, until a later backward takes them along.
         tell: tells the current stream likewise.
     """
 
@@ -45,7 +46,7 @@ class PackingStreams:
             self._came_on: list[dict[object, Any]] = [{} for _ in range(self._count)]  # gradients that wait
             # Of which buckets some have come on other streams than the one that has joined them.
             self._come_from_others = bytearray(self._count)
-            self._are_left = False
+        self.are_left = False
 
     def note_opened(self, bucket: int) -> None:
         """The current stream has got a buffer for a bucket, which nobody else packs."""
@@ -60,8 +61,8 @@ class PackingStreams:
                 self._came_on[bucket][here] = current_stream(self._device)
 
     def note_left(self) -> None:
-        """Gradients stay, on whatever streams they have come, until a later backward takes them along."""
-        self._are_left = True
+        """Gradients stay until a later backward takes them along."""
+        self.are_left = True
 
     def join(self, bucket: int) -> None:
         """Let the current stream come behind all that others have done for a bucket."""
@@ -79,7 +80,7 @@ class PackingStreams:
     def note_all_read(self, bucket: int, grads: Iterable[Tensor]) -> None:
         """All gradients of a bucket are, after `join`. The allocator need not hear of those that have come on this very stream: where another
         one has made them, autograd has told it."""
-        if self.are_there and (self._are_left or self._come_from_others[bucket]):
+        if self.are_there and (self.are_left or self._come_from_others[bucket]):
             self.note_read(grads)
 
     def note_read(self, grads: Iterable[Tensor]) -> None:
