@@ -77,7 +77,7 @@ def test_masters_follow_what_is_written_and_only_then() -> None:
 def test_steps_are_no_writes() -> None:
     net, _, trained = wrapped(param_dtype=BF16)
     calls: list[int] = []
-    trained.take_up_writes = lambda: calls.append(1)  # type: ignore[method-assign]
+    trained.take_up_writes = lambda *_: calls.append(1)  # type: ignore[method-assign]
     active = torch.tensor([1, 0, 0, 0, 0, 1], dtype=torch.uint8)
     versions = [param._version for param in net.parameters()]
     trained.note_changes(active)
@@ -135,5 +135,5 @@ def test_rewriting_parameters_is_a_change_of_all() -> None:
             bucket.own_param.fill_(2)
     assert all((param == 2).all() for param in net.parameters())
     assert all(param._version > old for param, old in zip(net.parameters(), versions, strict=True))
-    trained.take_up_writes = lambda: pytest.fail("these are no writes of others")  # type: ignore[method-assign]
+    trained.take_up_writes = lambda *_: pytest.fail("these are no writes of others")  # type: ignore[method-assign]
     trained.follow_writes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,13 +65,14 @@ class Trained:
 
         Before the next step, `attach_buckets`.
         """
-        self.buckets += self.replica.take_in(params, self.config.precision)
+        taken = self.replica.take_in(params, self.config.precision)
+        self.buckets += taken
         self.params += params
         first = len(self.params) - len(params)
         self.generations.append(list(reversed(range(first, len(self.params)))))
         self._versions += [managed.param._version for managed in params]
         self.state_dicts.begun.update(m.position for m in params if m.param in self.inner.state)
-        self.state_dicts.take_in_state()
+        self.state_dicts.take_in_state(taken)
         trim_heap()  # of values on their way into buckets and masters
 
     def keep(self, kept: Sequence[ManagedParam]) -> None:
@@ -149,14 +150,21 @@ class Trained:
         self._versions = [managed.param._version for managed in self.params]
 
     def follow_writes(self) -> None:
-        """Let float32 masters follow parameters that something other than a step has written since, if anything has."""
-        if [managed.param._version for managed in self.params] != self._versions:
-            self.take_up_writes()
+        """Let exact values follow parameters that something other than a step has written since, if anything has."""
+        written = [m for m, version in zip(self.params, self._versions, strict=True) if m.param._version != version]
+        if written:
+            self.take_up_writes(written)
 
-    def take_up_writes(self) -> None:
-        """Let float32 masters follow the parameters. Not collective."""
+    def take_up_writes(self, written: Collection[ManagedParam] | None = None) -> None:
+        """Let exact values follow the parameters. Not collective.
+
+        Args:
+            written: those that may have been; None: any.
+        """
+        chosen = set(self.params if written is None else written)
         for bucket in self.buckets:
-            bucket.master.follow_writes()
+            if not chosen.isdisjoint(bucket.params):
+                bucket.master.follow_writes([segment for segment in bucket.segments if segment.owner in chosen])
         self.note_versions()
 
     @contextmanager

@@ -81,9 +81,20 @@ def test_a_float32_master_follows_what_was_written_and_nothing_else(dtype: torch
     master.write(0, 40, new)
     master.param[::2] = new[::2].to(dtype)  # whichever way something has rounded the exact values, they stay
     master.param[7], master.param[8] = 5.0, -5.0
-    master.follow_writes()
+    master.follow_writes([])
     expected = new.clone()
     expected[7], expected[8] = 5.0, -5.0
+    assert torch.equal(master.exact(), expected)
+
+
+def test_what_is_ahead_of_the_model_begins_anew_where_that_was_written_and_nowhere_else() -> None:
+    master = make_master(torch.zeros(40), Precision(parameter_compression="int8"))
+    master.stepped.copy_(values(40))
+    owner = ManagedParam("p", nn.Parameter(torch.empty(12)), 0, 0, 0)
+    master.param.fill_(5.0)
+    master.follow_writes([Segment(owner, 0, 20, 12, owner.param, F32)])
+    expected = values(40)
+    expected[20:32] = 5.0
     assert torch.equal(master.exact(), expected)
 
 

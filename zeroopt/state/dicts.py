@@ -275,8 +275,12 @@ class StateDicts(StateHolder):
         if self.outer is not None:  # last, for it looks at parameters
             self.outer.load_state(outer, [] if loaded.layout is None else list(map(dict, loaded.layout.outer_options)))
 
-    def take_in_state(self) -> None:
-        """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it."""
+    def take_in_state(self, taken: Sequence[Bucket]) -> None:
+        """State that the optimizer had before it was wrapped, keyed by parameters: keep this rank's part of it.
+
+        Args:
+            taken: the buckets of the parameters that have just been taken in, whose values are the exact ones.
+        """
         state = self._inner.state
         held = {m.position: state[m.param] for m in self.params if m.param in state and m.numel}
         saved = SavedState(
@@ -289,8 +293,8 @@ class StateDicts(StateHolder):
                 state.pop(managed.param, None)
         state.update(own)
         self._take_masters(state)  # of parameters that were trained before
-        for bucket in self.buckets:
-            bucket.master.follow_writes()
+        for bucket in taken:
+            bucket.master.follow_writes(bucket.segments)
 
     def idle_state(self) -> dict[int, ParamState]:
         """State of the parameters that no rank steps, by position: the same on all ranks, as it was made or loaded."""

@@ -15,7 +15,7 @@ Whoever saves, loads, averages or steps parameters asks the `Master` of their bu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -113,8 +113,8 @@ class Master(ABC):
         self.param[begin:end].copy_(self.round(values))
         self.publish(begin, end)
 
-    def follow_writes(self) -> None:
-        """Something other than a step may have written parameters: let exact values follow."""
+    def follow_writes(self, written: Sequence[Segment]) -> None:
+        """Something other than a step may have written the parameters of these segments: let exact values follow."""
         self.fetch()
 
     def round_stepped(self) -> None:
@@ -187,12 +187,12 @@ class Float32Master(Master):
     def keep(self, begin: int, end: int, values: Tensor) -> None:
         self.stepped[begin:end].copy_(values)
 
-    def follow_writes(self) -> None:
+    def follow_writes(self, written: Sequence[Segment]) -> None:
         """Those exact values follow that the parameters are not the rounded values of, whichever way these were rounded."""
         self.fetch()
         master, param = self.stepped, self.param
-        written = (master.to(param.dtype) != param) & (self.round(master) != param)
-        master[written] = param[written].float()
+        changed = (master.to(param.dtype) != param) & (self.round(master) != param)
+        master[changed] = param[changed].float()
 
     def round_stepped(self) -> None:
         self.param.copy_(self.round(self.stepped))
@@ -237,7 +237,7 @@ class Remainder(Master):
 
 class AheadOfModel(Float32Master):
     """float32 values that the model's float32 parameters follow (`parameters.differences`): a step changes the exact ones alone.
-    Where something else writes the parameters, exact values begin anew from these: what codes had left out is too small to matter."""
+    Where something else writes a parameter, its exact values begin anew from that; all others keep what codes have left out."""
 
     @property
     def kernel_arrays(self) -> tuple[Tensor, Tensor | None]:
@@ -257,8 +257,9 @@ class AheadOfModel(Float32Master):
     def fetch(self) -> None:
         self.stepped.copy_(self.param)
 
-    def follow_writes(self) -> None:
-        self.fetch()
+    def follow_writes(self, written: Sequence[Segment]) -> None:
+        for segment in written:
+            segment.part_of(self.stepped).copy_(segment.part_of(self.param))
 
     def round_stepped(self) -> None:
         """The model follows when differences have travelled."""
