@@ -13,47 +13,56 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from gpt import GPT
+from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
-from train_gpt import VOCABULARY, draw_batch, load_text
+from torch.utils.data import DataLoader
+from train_gpt import VOCABULARY, load_text
 
 import zeroopt
-import zeroopt.checkpoint
+from zeroopt.checkpoint import RandomState, async_save, resume
+from zeroopt.data import GlobalBatchSampler
 
 
 def train(args: argparse.Namespace) -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cpu")
-    text, _ = load_text()
+    tokens, _ = load_text()
+    windows = tokens.unfold(0, args.context + 1, args.context)
+    sampler = GlobalBatchSampler(len(windows), args.batch, seed=args.seed)
+    loader: DataLoader[Tensor] = DataLoader(windows, batch_sampler=sampler)  # type: ignore[arg-type]
     torch.manual_seed(args.seed)
     net = GPT(VOCABULARY, args.context, layers=2, width=64, heads=4)
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=1e-3), stage=args.stage)
     scheduler = LinearLR(optimizer, total_iters=100)
 
-    first = 0
-    newest = zeroopt.checkpoint.latest(args.checkpoints)
-    if newest is not None:
-        first = zeroopt.checkpoint.load(newest, model, optimizer, {"scheduler": scheduler})["step"]
-        if rank == 0:
-            print(f"going on from {newest}, step {first}", flush=True)
+    extra = {"scheduler": scheduler, "sampler": sampler}
+    random = {"random": RandomState()}
+    step = resume(args.checkpoints, model, optimizer, extra, rank_extra=random).get("step", 0)
+    if step and dist.get_rank() == 0:
+        print(f"going on from step {step}", flush=True)
 
     saving: Future[None] | None = None
-    for step in range(first, args.steps):
-        loss = model(*draw_batch(text, args, step * world_size + rank, device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        if (step + 1) % args.every == 0:
-            # Returns when this rank's part is copied; the next call waits for what is still being written.
-            saving = zeroopt.checkpoint.async_save(
-                args.checkpoints / f"step-{step + 1}",
-                model,
-                optimizer,
-                {"scheduler": scheduler, "step": step + 1},
-                keep=3,
-            )
-        if rank == 0:
-            print(f"step {step + 1}  loss {loss.item():.6f}", flush=True)
+    while step < args.steps:
+        for batch in loader:  # to the end of an epoch
+            loss = model(batch[:, :-1].long(), batch[:, 1:].long())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            sampler.step()
+            step += 1
+            if step % args.every == 0:
+                # Returns when this rank's part is copied; the next call waits for what is still being written.
+                saving = async_save(
+                    args.checkpoints / f"step-{step}",
+                    model,
+                    optimizer,
+                    {**extra, "step": step},
+                    rank_extra=random,
+                    keep=3,
+                )
+            if dist.get_rank() == 0:
+                print(f"step {step}  loss {loss.item():.6f}", flush=True)
+            if step == args.steps:
+                break
     if saving is not None:
         saving.result()
 
@@ -65,7 +74,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--context", type=int, default=32, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a rank and step")
+    parser.add_argument("--batch", type=int, default=12, help="sequences a step, of all ranks together")
     parser.add_argument("--seed", type=int, default=0)
     dist.init_process_group("gloo")
     try:

@@ -15,6 +15,7 @@ In reading order; each imports from those above it:
     ops               typed functions over the compiled kernels
     options           what a user asked for
     collectives       transports: how ranks reach each other
+    data              in which order samples are trained on
     plan              which element lies where, and who owns it
     probing           what an optimizer does, found by trying
     storage           the memory of buckets
@@ -53,7 +54,7 @@ from .source_folder import check_kernels
 
 check_kernels()  # before anything asks for them
 
-from . import ops, optim
+from . import data, ops, optim
 from ._C import build_info
 from .building.functions import reset_parameters
 from .errors import (
@@ -110,6 +111,7 @@ __all__ = [
     "__version__",
     "build_info",
     "checkpoint",
+    "data",
     "estimate_memory",
     "ops",
     "optim",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,14 @@ def entries(version: int, rank: int = 0, size: int = 1) -> dict[str, Any]:
     }
 
 
-def write(path: Path, version: int, group: dist.ProcessGroup | None = None, **options: Any) -> None:
-    """Write that version."""
+def write(
+    path: Path, version: int, group: dist.ProcessGroup | None = None, *, runs: Sequence[str] = (), **options: Any
+) -> None:
+    """Write that version, as the last of these runs, if any."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    facts = {"version": version} | ({"runs": list(runs)} if runs else {})
     side = {f"rank{rank}.pt": {"noise": torch.full((3,), float(version)), "rank": rank}}
-    write_checkpoint(path, entries(version, rank, size), {"version": version}, side, group, **options)
+    write_checkpoint(path, entries(version, rank, size), facts, side, group, **options)
 
 
 def version_of(path: Path) -> int:

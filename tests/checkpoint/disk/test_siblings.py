@@ -81,6 +81,28 @@ def test_the_oldest_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-0", "step-1", "step-10"]
 
 
+def test_those_of_other_runs_stay_and_do_not_count(tmp_path: Path) -> None:
+    write(tmp_path / "a-1", 1, runs=["a"])
+    write(tmp_path / "b-1", 2, runs=["b"])
+    write(tmp_path / "nobodys", 3)
+    write(tmp_path / "a-2", 4, keep=1, runs=["a"])
+    assert names(tmp_path) == ["a-2", "b-1", "nobodys"]
+    write(tmp_path / "fork-1", 5, keep=1, runs=["b", "fork"])
+    assert names(tmp_path) == ["a-2", "fork-1", "nobodys"], "it has gone on from b"
+    write(tmp_path / "b-2", 6, keep=1, runs=["b", "again"])
+    assert names(tmp_path) == ["a-2", "b-2", "fork-1", "nobodys"]
+    write(tmp_path / "old-2", 7, keep=1, runs=["", "old"])
+    assert names(tmp_path) == ["a-2", "b-2", "fork-1", "old-2"], "from before runs had names"
+
+
+def test_the_latest_of_some_names(tmp_path: Path) -> None:
+    for version, name in enumerate(["lr1-step-10", "lr2-step-10", "lr1-step-20", "lr2-step-5"]):
+        write(tmp_path / name, version)
+    assert latest(tmp_path, "lr1-step-*") == tmp_path / "lr1-step-20"
+    assert latest(tmp_path, "lr2-*") == tmp_path / "lr2-step-5"
+    assert latest(tmp_path, "lr3-*") is None
+
+
 def test_the_new_one_stays_even_when_clocks_say_that_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a", 1)
     monkeypatch.setattr("time.time_ns", lambda: 0)

@@ -31,6 +31,12 @@ def as_json(facts: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def runs_in(facts: dict[str, Any]) -> list[str]:
+    """The names of the runs from which a checkpoint descends, that which wrote it last; one without a name where nothing is known of
+    them."""
+    return list(facts.get("runs") or [""])
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint consists of.
@@ -55,6 +61,11 @@ class Manifest:
     def of(facts: dict[str, Any], files: dict[str, FileRecord], number: int, saved_at: int) -> Manifest:
         """That of a checkpoint which is written now."""
         return Manifest(facts, files, number, saved_at, build_info()["version"], torch.__version__)
+
+    @property
+    def runs(self) -> list[str]:
+        """From which it descends, see `runs_in`."""
+        return runs_in(self.facts)
 
     @property
     def order(self) -> tuple[int, int]:

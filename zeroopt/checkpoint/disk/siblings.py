@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ...errors import CheckpointError
@@ -15,8 +17,11 @@ from .paths import local_path
 _log = logging.getLogger("zeroopt")
 
 
-def latest(root: str | os.PathLike[str]) -> Path | None:
+def latest(root: str | os.PathLike[str], names: str = "*") -> Path | None:
     """The newest complete checkpoint directly in a directory; None when there is none.
+
+    Args:
+        names: only of checkpoints whose names match this pattern, such as "lr3-step-*" where jobs share a directory.
 
     That is by numbers in the manifests, for each save takes one more than the largest that it finds beside it. Clocks count
     only for checkpoints that were saved before there were numbers, and these are older than all others.
@@ -30,6 +35,8 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
     found = []
     try:
         for path in local_path(root).iterdir():
+            if not fnmatchcase(path.name, names):
+                continue
             manifest = _manifest_of(path)
             if manifest is not None and _is_complete(path, manifest):
                 found.append((manifest.order, path))
@@ -54,18 +61,20 @@ def next_number(target: Path) -> int:
     return max(numbers) + 1
 
 
-def keep_newest(target: Path, count: int) -> None:
-    """Remove the oldest checkpoints next to `target`, so that with it `count` remain, and what killed runs have left.
+def keep_newest(target: Path, count: int, runs: Sequence[str]) -> None:
+    """Remove the oldest checkpoints next to `target`, so that with it `count` of these runs remain, and what killed runs have left.
 
-    Of one rank alone. What has no valid manifest stays, as do directories that hold anything else besides. What cannot be
-    removed is logged, not raised: the new checkpoint is safe.
+    Of one rank alone. Those that other runs have written stay and do not count. What has no valid manifest stays, as do
+    directories that hold anything else besides. What cannot be removed is logged, not raised: the new checkpoint is safe.
     """
     try:
         others = []
         for path in target.parent.iterdir():
             with suppress(NewerFormatError):
                 manifest = _manifest_of(path)
-                if manifest is not None and path != target and not foreign_names(path, manifest):
+                if manifest is None or path == target or manifest.runs[-1] not in runs:
+                    continue
+                if not foreign_names(path, manifest):
                     others.append((manifest.order, path))
         for _, path in sorted(others, reverse=True)[count - 1 :]:
             remove(path)

@@ -37,10 +37,14 @@ class ShardSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_sharded_tensors=False)
         self._entries, self._is_coordinator = entries, is_coordinator
 
-    def create_local_plan(self) -> SavePlan:
-        """This rank's part. Raises CheckpointError for what could not be loaded again."""
+    def flatten(self) -> None:
+        """Have `state_dict` hold what was given by flat key."""
         self.set_up_planner(dict(self._entries), is_coordinator=self._is_coordinator)
         self.state_dict = {key: _with_elements(value) for key, value in self.state_dict.items()}
+
+    def create_local_plan(self) -> SavePlan:
+        """This rank's part. Raises CheckpointError for what could not be loaded again."""
+        self.flatten()
         shards = {key: value for key, value in self.state_dict.items() if isinstance(value, ShardTensor)}
         rest = {key: value for key, value in self.state_dict.items() if key not in shards}
         for key, value in rest.items():

@@ -45,6 +45,11 @@ class Checkpoint:
         """What the run that wrote it has told of itself; None of a checkpoint of DCP alone."""
         return None if self.manifest is None else self.manifest.facts
 
+    @property
+    def identity(self) -> tuple[str, int]:
+        """What tells it from other checkpoints."""
+        return str(os.path.realpath(self.path)), 0 if self.manifest is None else self.manifest.saved_at
+
     def verify(self, group: dist.ProcessGroup | None) -> None:
         """Compare all files with the manifest; of a checkpoint of DCP alone, look only whether they are long enough.
 
@@ -108,14 +113,18 @@ class Checkpoint:
             plan = planner.create_local_plan()
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+        self._read_items(plan.items, planner)
+        return {key: planner.state_dict[key] for key in entries if not self.is_tensor(key)}
+
+    def _read_items(self, items: list[ReadItem], planner: ShardLoadPlanner) -> None:
+        """Give the planner what it has planned to read."""
         reader = FileSystemReader(self.path)
         reader.set_up_storage_reader(self.metadata, True)
-        for name, items in self._by_file(plan.items).items():
+        for name, of_file in self._by_file(items).items():
             try:
-                reader.read_data(LoadPlan(items), planner).wait()
+                reader.read_data(LoadPlan(of_file), planner).wait()
             except Exception as error:
                 raise CheckpointError(f"cannot read {self.path / name}: {error}") from error
-        return {key: planner.state_dict[key] for key in entries if not self.is_tensor(key)}
 
     def is_tensor(self, key: str) -> bool:
         """Whether an entry of the checkpoint is a tensor."""

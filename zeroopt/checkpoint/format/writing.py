@@ -20,7 +20,7 @@ from torch.futures import Future
 from ...errors import CheckpointError
 from ..disk.directory import aside, commit
 from ..disk.files import CheckedFiles, FileRecord
-from ..disk.manifest import Manifest, as_json
+from ..disk.manifest import Manifest, as_json, runs_in
 from ..disk.paths import local_path
 from ..disk.siblings import keep_newest, next_number
 from .plain import check_plain
@@ -52,7 +52,8 @@ def write_checkpoint(
         facts: what else is to be known of the run, plain JSON. Those of rank 0 count.
         side_files: names of files to objects, saved by torch.save; of this rank, so other ranks use other names. A view
             of a tensor is saved with its whole storage.
-        keep: how many checkpoints next to `path` remain with this one; the oldest are removed. All, with None.
+        keep: how many checkpoints of the same runs, by `facts["runs"]`, remain next to `path` with this one; the oldest are removed.
+            All, with None.
         remembered: what these ranks need not tell again of the checkpoint that they wrote last; then of this one.
 
     Raises:
@@ -124,7 +125,7 @@ def write_checkpoint(
 
         together(group, f"writing the checkpoint {target}", write, finish)
     if keep is not None and rank == 0:
-        keep_newest(target, keep)
+        keep_newest(target, keep, runs_in(facts))
 
 
 class _Planned(NamedTuple):

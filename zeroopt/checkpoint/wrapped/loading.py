@@ -17,17 +17,18 @@ from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...state.dicts import LoadedState
 from ...state.layout import describe_layout
+from ..disk.manifest import runs_in
 from ..format.extra import EXTRA, check_extra, rank_file, unpack_extra
 from ..format.reading import Checkpoint, open_checkpoint
 from ..format.together import together
 from .contents import clean_name
 from .groups import has_positions, match_groups, read_groups
+from .lineage import goes_on
 from .residuals import residual_file, restore_residuals
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
 
 
-@torch.no_grad()
 def load(
     path: str | os.PathLike[str],
     model: ZeroDataParallel,
@@ -73,73 +74,35 @@ def load(
         StateError: there is no process group, or within `join()`.
     """
     group = begin(model, process_group)
-    source = _Source(path, model_key, optimizer_key)
-
-    def open_source() -> _Opened:
-        optimizers = optimizers_of(model, optimizer)
-        check_group(model, group)
-        identity = source.open(with_optimizer=bool(optimizers))
-        is_first = model.replica.transport.control.rank == 0
-        return _Opened(identity, list(model_names(model, source.model, trained_only=trained_only)) if is_first else [])
-
-    def compare(opened: list[_Opened]) -> list[None]:
-        _check_same([one.identity for one in opened])
-        wanted = {name for one in opened for name in one.names}
-        check_names(wanted, source.model, strict=strict, has_more=trained_only)
-        return [None] * len(opened)
-
-    together(group, f"opening the checkpoint {path}", open_source, compare)
-    source.checkpoint.verify(group)
-    reading = _Reading()
-
-    def read() -> None:
-        reading.take_extra(source.checkpoint, extra, rank_extra, group)
-        reading.take_model(source, model, trained_only=trained_only)
-        for one in optimizers_of(model, optimizer):
-            reading.take_state(source, one, strict=strict)
-        if optimizer is not None:
-            reading.take_residuals(source.checkpoint, group)
-
-    together(group, f"reading the checkpoint {path}", read, lambda done: done)
-    with ExitStack() as undo:
-        loaded: dict[str, Any] = {}
-
-        def load_extra() -> None:
-            loaded.update(unpack_extra(extra, reading.extra, undo))
-            loaded.update(unpack_extra(rank_extra, reading.rank_extra, undo))
-
-        together(group, f"loading the extra values of {path}", load_extra, lambda done: done)
-        undo.pop_all()
-    reading.commit(model)
-    return loaded
+    source = Source(str(path), partial(open_checkpoint, path), model_key, optimizer_key)
+    return load_source(source, group, model, optimizer, extra, rank_extra, strict=strict, trained_only=trained_only)
 
 
-class _Opened(NamedTuple):
-    """What the ranks compare of a checkpoint that each of them has opened.
+class Source:
+    """A checkpoint that is to be loaded, and the names in it.
+
+    Args:
+        name: for messages.
+        opens: gives the checkpoint.
+        model_key, optimizer_key: as for `load`.
 
     Attributes:
-        identity: what tells it from others.
-        names: of the model, as keys of the checkpoint; from the first rank of those that hold it.
+        checkpoint, model, optimizer: the checkpoint and its names, once it is open.
     """
 
-    identity: tuple[str, int]
-    names: list[str]
-
-
-class _Source:
-    """A checkpoint, and the names in it."""
-
-    def __init__(self, path: str | os.PathLike[str], model_key: str, optimizer_key: str) -> None:
-        self._path, self._model_key, self._optimizer_key = path, model_key, optimizer_key
+    def __init__(
+        self, name: str, opens: Callable[[], Checkpoint], model_key: str = "model", optimizer_key: str = "optimizer"
+    ) -> None:
+        self.name = name
+        self._opens, self._model_key, self._optimizer_key = opens, model_key, optimizer_key
 
     def open(self, *, with_optimizer: bool) -> tuple[str, int]:
         """Open it, and return what tells it from others."""
-        self.checkpoint = open_checkpoint(self._path)
+        self.checkpoint = self._opens()
         self.model = self._names(self._model_key)
         if with_optimizer:
             self.optimizer = self._names(self._optimizer_key)
-        manifest = self.checkpoint.manifest
-        return str(os.path.realpath(self._path)), 0 if manifest is None else manifest.saved_at
+        return self.checkpoint.identity
 
     @cached_property
     def groups(self) -> list[dict[str, Any]]:
@@ -179,10 +142,78 @@ class _Source:
         if not names:
             found = sorted({key.partition(".")[0] for key in self.checkpoint.metadata.state_dict_metadata})
             raise CheckpointError(
-                f"{self._path} has nothing under {prefix!r}, only {', '.join(map(repr, found))}: say with model_key and "
+                f"{self.name} has nothing under {prefix!r}, only {', '.join(map(repr, found))}: say with model_key and "
                 "optimizer_key where it has the model and the optimizer, or leave out the optimizer to load the model alone"
             )
         return names
+
+
+@torch.no_grad()
+def load_source(
+    source: Source,
+    group: dist.ProcessGroup,
+    model: ZeroDataParallel,
+    optimizer: Optimizers | None,
+    extra: Mapping[str, Any] | None,
+    rank_extra: Mapping[str, Any] | None,
+    *,
+    strict: bool = True,
+    trained_only: bool = False,
+) -> dict[str, Any]:
+    """What `load` does, from a checkpoint that may lie elsewhere. Collective in the group."""
+
+    def open_source() -> _Opened:
+        optimizers = optimizers_of(model, optimizer)
+        check_group(model, group)
+        identity = source.open(with_optimizer=bool(optimizers))
+        is_first = model.replica.transport.control.rank == 0
+        return _Opened(identity, list(model_names(model, source.model, trained_only=trained_only)) if is_first else [])
+
+    def compare(opened: list[_Opened]) -> list[None]:
+        _check_same([one.identity for one in opened])
+        wanted = {name for one in opened for name in one.names}
+        check_names(wanted, source.model, strict=strict, has_more=trained_only)
+        return [None] * len(opened)
+
+    together(group, f"opening the checkpoint {source.name}", open_source, compare)
+    source.checkpoint.verify(group)
+    reading = _Reading()
+
+    def read() -> None:
+        reading.take_extra(source.checkpoint, extra, rank_extra, group)
+        reading.take_model(source, model, trained_only=trained_only)
+        for one in optimizers_of(model, optimizer):
+            reading.take_state(source, one, strict=strict)
+        if optimizer is not None:
+            reading.take_residuals(source.checkpoint, group)
+
+    together(group, f"reading the checkpoint {source.name}", read, lambda done: done)
+    with ExitStack() as undo:
+        loaded: dict[str, Any] = {}
+
+        def load_extra() -> None:
+            loaded.update(unpack_extra(extra, reading.extra, undo))
+            loaded.update(unpack_extra(rank_extra, reading.rank_extra, undo))
+
+        together(group, f"loading the extra values of {source.name}", load_extra, lambda done: done)
+        undo.pop_all()
+    reading.commit(model)
+    facts = source.checkpoint.facts
+    if optimizer is not None and facts is not None:
+        goes_on(model, runs_in(facts))
+    return loaded
+
+
+class _Opened(NamedTuple):
+    """What the ranks compare of a checkpoint that each of them has opened.
+
+    Attributes:
+        identity: what tells it from others.
+        names: of the model, as keys of the checkpoint; from the first rank of those that hold it.
+    """
+
+    identity: tuple[str, int]
+    names: list[str]
 
 
 def _check_same(identities: list[tuple[str, int]]) -> list[None]:
@@ -225,14 +256,14 @@ class _Reading:
             self.rank_extra = checkpoint.side_file(rank_file(group.rank())) or {}
             check_extra(rank_extra, self.rank_extra)
 
-    def take_model(self, source: _Source, model: ZeroDataParallel, *, trained_only: bool) -> None:
+    def take_model(self, source: Source, model: ZeroDataParallel, *, trained_only: bool) -> None:
         """Read this rank's part of the model."""
         target = model_target(model, source.model, trained_only=trained_only)
         values = source.checkpoint.read(target.entries)
         self._trained = [partial(commit, values) for commit in target.trained]
         self._rest = [partial(commit, values) for commit in target.rest]
 
-    def take_state(self, source: _Source, optimizer: ZeroOptimizer, *, strict: bool) -> None:
+    def take_state(self, source: Source, optimizer: ZeroOptimizer, *, strict: bool) -> None:
         """Read this rank's part of an optimizer's state."""
         optimizer.check_may_load("load()")
         matched = match_groups(optimizer, source.groups, strict=strict)

@@ -27,6 +27,7 @@ from ..format.remembered import Remembered
 from ..format.together import together
 from ..format.writing import write_checkpoint
 from .contents import model_contents, state_contents
+from .lineage import runs_of
 from .parts import Part, describe_part, join_parts
 from .residuals import residual_contents, residual_file
 
@@ -65,7 +66,8 @@ def save(
         rank_extra: the same, of each rank alone, such as the state of its random number generators.
         process_group: ranks that together hold the model: all ranks when None. With other models on other ranks, or ranks that
             train replicas alone (`average_every`), those of this one.
-        keep: how many checkpoints next to `path` remain, with this one; the oldest are removed. All when None.
+        keep: how many checkpoints next to `path` remain, with this one, of those that this run has written, or one from which it has
+            gone on; the oldest are removed. All when None.
         trained_only: of the model, save only the parameters that its optimizers train, where all else is kept elsewhere (the base
             model of adapters, or the weights that a trainer saves besides). `load` needs the same then.
 
@@ -192,13 +194,11 @@ def _take(
         for one in model.optimizers:
             one.check_can_save(group)
             one.follow_writes()
-        state = {name: entry for one in optimizers for name, entry in state_contents(one).items()}
         side_files: dict[str, Any] = {} if rank_extra is None else {rank_file(group.rank()): pack_extra(rank_extra)}
         if group.rank() == 0:
             side_files[EXTRA] = pack_extra(extra)
-        entries: dict[str, Any] = {"model": model_contents(model, trained_only=trained_only)}
+        entries = own_contents(model, optimizers, trained_only=trained_only)
         if optimizers:
-            entries["optimizer"] = {"state": state}
             residuals = residual_contents(model)
             if residuals:
                 side_files[residual_file(group.rank())] = residuals
@@ -212,8 +212,20 @@ def _take(
     if group.rank() == 0:
         if optimizer is not None:
             snapshot.entries["optimizer"]["param_groups"] = [entry for part in parts for entry in part.param_groups]
-        snapshot.facts.update(world_size=group.size(), optimizers=[entry for part in parts for entry in part.facts])
+        optimizer_facts = [entry for part in parts for entry in part.facts]
+        snapshot.facts.update(world_size=group.size(), optimizers=optimizer_facts, runs=runs_of(model))
     return snapshot
+
+
+def own_contents(
+    model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer], *, trained_only: bool = False
+) -> dict[str, Any]:
+    """What this rank has of a model and its optimizers, as `write_checkpoint` takes it, without their options. Live tensors."""
+    state = {name: entry for one in optimizers for name, entry in state_contents(one).items()}
+    contents: dict[str, Any] = {"model": model_contents(model, trained_only=trained_only)}
+    if optimizers:
+        contents["optimizer"] = {"state": state}
+    return contents
 
 
 class _Taken(NamedTuple):

@@ -1,0 +1,93 @@
+"""The script that goes on whatever is killed, started by torchrun as a cluster does."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import IO
+from unittest.mock import patch
+
+import pytest
+import torch
+from paths import PYTHON_PATH, ROOT, SUPPORT
+from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = str(ROOT / "examples")
+PATIENCE_S = 120.0
+STEPS = 12
+OPTIONS = {"steps": STEPS, "every": 4, "stage": 2, "context": 32, "batch": 12, "seed": 0}
+
+
+def run(checkpoints: Path, steps: int = STEPS) -> list[str]:
+    """The lines that the example prints on this rank."""
+    with patch.object(sys, "path", [EXAMPLES, *sys.path]), redirect_stdout(io.StringIO()) as printed:
+        import elastic as example
+
+        going_on = example.Run(Namespace(checkpoints=checkpoints, **{**OPTIONS, "steps": steps}), torch.device("cpu"))
+        going_on.resume()
+        going_on.train()
+    return printed.getvalue().splitlines()
+
+
+def run_and_stop(checkpoints: Path) -> list[str]:
+    with patch("zeroopt.checkpoint.StopRequest.came", lambda _: True):
+        return run(checkpoints)
+
+
+def losses_of(lines: list[str]) -> dict[int, float]:
+    found = [re.fullmatch(r"step (\d+)  loss ([0-9.]+)", line) for line in lines]
+    return {int(match[1]): float(match[2]) for match in found if match}
+
+
+def test_it_stops_as_asked_and_goes_on_as_if_it_had_not(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    expected = losses_of(run_on_ranks(2, run, tmp_path / "undisturbed", 6)[0])
+    stopped = run_on_ranks(2, run_and_stop, tmp_path / "stopped")[0]
+    assert stopped[-1] == "stopped as asked, and saved step 1"
+    rest = run_on_ranks(2, run, tmp_path / "stopped", 6)[0]
+    assert rest[0] == "beginning at step 1 with 2 ranks"
+    assert losses_of(stopped) | losses_of(rest) == expected
+
+
+def start_host(kind: str, port: int, checkpoints: Path, output: IO[str]) -> subprocess.Popen[bytes]:
+    """An agent of torchrun with one rank, as if it were a machine of its own."""
+    torchrun = "--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id test"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", *torchrun.split(), "--rdzv-endpoint", f"127.0.0.1:{port}"),
+        *("--rdzv-conf", f"last_call_timeout=1,is_host={int(kind == 'stays')}", "--local-addr", "127.0.0.1"),
+        *(str(SUPPORT / "elastic_host.py"), kind, f"--checkpoints={checkpoints}"),
+        *(f"--{name}={value}" for name, value in OPTIONS.items()),
+    ]
+    environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": PYTHON_PATH}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def test_a_host_is_lost_and_the_other_goes_on(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    expected = losses_of(run_on_ranks(2, run, tmp_path / "undisturbed")[0])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = []
+    try:
+        for kind in ("stays", "lost"):
+            with (tmp_path / f"{kind}.log").open("w") as output:
+                agents.append(start_host(kind, port, tmp_path / "checkpoints", output))
+        codes = [agent.wait(PATIENCE_S) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # an agent ends its ranks
+            agent.wait()
+    stayed, lost = ((tmp_path / f"{kind}.log").read_text() for kind in ("stays", "lost"))
+    assert codes == [0, -signal.SIGKILL], stayed + lost
+    assert "beginning at step 4 with 1 ranks" in stayed
+    assert losses_of((lost + stayed).splitlines()) == pytest.approx(expected, rel=1e-4)
