@@ -94,6 +94,9 @@ class Feature:
     def local_backward_runs(self) -> None:
         """A backward under `no_sync()` leaves gradients on this rank. Not collective."""
 
+    def local_backward_ended(self) -> None:
+        """A backward under `no_sync()` is through. Not collective."""
+
     def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
         """Gradients were set to None or to zero. Not collective.
 

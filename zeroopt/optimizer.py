@@ -753,6 +753,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "join() is not supported with average_every: give every rank as many batches, or, with an outer_optimizer, call "
                 "model.leave() where there are no more"
             )
+        if self._config.micro_batches is not None:
+            raise NotSupportedError(
+                "join() is not supported with micro_batches, by which every rank has as many: give every rank as many batches"
+            )
         self._config.check_keeps_gradients("join()")
 
     def step_along(self, options: Sequence[Mapping[str, Any]], grad_scale: float | None) -> None:

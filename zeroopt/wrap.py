@@ -25,6 +25,7 @@ from .collectives.single import SingleTransport
 from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Feature
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
+from .features.micro_batches import check_number_of_ranks, check_sums_in_tree
 from .features.of_model import ModelFeatures
 from .features.outer_optimizer import inspect_outer
 from .features.outer_steps import check_outer_dtype, transport_across
@@ -84,6 +85,7 @@ def wrap(
     gradient_compression: str | None = None,
     state_device: torch.device | str | None = None,
     step_in_backward: bool = False,
+    micro_batches: int | None = None,
     matrix_splits: MatrixSplits | None = None,
     init: InitOrPath | Sequence[InitOrPath] | None = None,
     device: torch.device | str | None = None,
@@ -202,6 +204,11 @@ def wrap(
         step_in_backward: step each bucket as soon as its sum is there, while backward still runs, so that no gradients are kept
             (stage 2). Needs one backward a step, and nothing that looks at all gradients first. The options of `param_groups`
             that count are those when backward runs. `step()` remains to be called, and moves on what follows steps.
+        micro_batches: M, a power of two: a step is M backward passes on every rank, all but the last under `no_sync()`, the i-th of
+            rank r on micro-batch r M + i of the step. Their gradients are summed in one binary tree over all of them, so that the same
+            N M micro-batches give the same weights, bit for bit, on any number N of ranks that is a power of two. Divide losses by M,
+            as without it. Sums are float32, so 16-bit parameters need `reduce_dtype=torch.float32`; with M above 2 a rank keeps
+            more local gradients. docs/reproducibility.md says what it takes of the model.
         matrix_splits: parameters that hold several matrices (fused q, k and v, or heads), which an optimizer that steps whole
             parameters is to step each by itself, as if they were parameters: by the name of the parameter, or a pattern of names
             (`fnmatch`), the number of parts, their sizes, or a `zeroopt.Split`. {"*.attn.qkv.weight": 3} cuts the rows of an
@@ -253,6 +260,7 @@ def wrap(
             outer_dtype=outer_dtype,
             state_device=state_device,
             step_in_backward=step_in_backward,
+            micro_batches=micro_batches,
             matrix_splits=read_splits(matrix_splits),
             norm_group=norm_group,
             average_group=average_group,
@@ -354,6 +362,8 @@ class _Findings:
             managed.copies = count_copies(managed, mesh)
         check_param_dtypes(config, {managed.name: managed.param.dtype for managed in self.params})
         check_fused(optimizer, self.params, config)
+        if config.micro_batches is not None:
+            check_number_of_ranks(group.size())
         check_names(module, config)
         apply_splits(optimizer, self.params, config)
         if config.step_in_backward:
@@ -443,6 +453,8 @@ def _connect(found: _Findings, group: dist.ProcessGroup) -> Transport:
     if callable(config.transport):  # what a user's function comes to on one rank, the others have to hear of
         agree([(ControlGroup(group), [] if made is None else [f"transport {made.name}"])], problem)
     assert made is not None
+    if config.micro_batches is not None:
+        check_sums_in_tree(made)
     return made
 
 

@@ -41,6 +41,10 @@ class OtherWire(Wire):
         ({"step_in_backward": 1}, "expected step_in_backward to be one of True, False, got 1"),
         ({"step_in_backward": True, "stage": 1}, "step_in_backward=True needs stage 2, got stage=1"),
         ({"cast_inputs": 1}, "expected cast_inputs to be one of True, False, got 1"),
+        ({"micro_batches": 3}, "expected micro_batches to be 1, 2, 4 or another power of two, or None, got 3"),
+        ({"micro_batches": 0}, "expected micro_batches to be 1, 2, 4 or another power of two, or None, got 0"),
+        ({"micro_batches": True}, "expected micro_batches to be 1, 2, 4 or another power of two, or None, got True"),
+        ({"micro_batches": 2, "reduce_dtype": BF16}, "micro_batches sums in float32, and reduce_dtype=torch.bfloat16"),
         ({"bucket_buffers": 0}, "expected bucket_buffers to be a positive number of buffers, got 0"),
         ({"bucket_buffers": 2.0}, "expected bucket_buffers to be a positive number of buffers, got 2.0"),
         ({"bucket_buffers": True}, "expected bucket_buffers to be a positive number of buffers, got True"),
@@ -78,6 +82,16 @@ def test_values_that_no_release_would_take(options: dict[str, Any], message: str
     with pytest.raises(ConfigError) as caught:
         config_with(**options)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"wire": Wire()}, {"average_every": 2}, {"step_in_backward": True}, {"gradient_compression": "int8"}],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_depends_on_the_number_of_ranks_does_not_go_with_micro_batches(options: dict[str, Any]) -> None:
+    with pytest.raises(NotSupportedError, match=f"micro_batches promises the same bits.* {next(iter(options))}="):
+        config_with(micro_batches=2, **options)
 
 
 @pytest.mark.parametrize("options", [{"reduce_dtype": BF16}, {"wire": Wire()}], ids=lambda value: next(iter(value)))

@@ -79,6 +79,7 @@ def config_with(**options: Any) -> Config:
         "outer_dtype": None,
         "state_device": None,
         "step_in_backward": False,
+        "micro_batches": None,
         "matrix_splits": None,
         "norm_group": None,
         "average_group": None,

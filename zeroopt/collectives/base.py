@@ -130,6 +130,12 @@ class Transport(ABC):
         return self.hops_among(self.num_slices, self.num_slices)
 
     @property
+    def sums_in_tree(self) -> bool:
+        """Whether float32 sums are those of `ops.reduce` over all ranks of the group, in their order, where their number is a power of
+        two."""
+        return True
+
+    @property
     def writes_parameters(self) -> bool:
         """Whether this rank is one of the `writers`."""
         return self.control.rank in self.writers

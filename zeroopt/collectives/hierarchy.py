@@ -89,6 +89,10 @@ class HierarchyTransport(TorchTransport):
         return num_bytes + 2 * block
 
     @property
+    def sums_in_tree(self) -> bool:
+        return self.levels.ranks == tuple(range(self.control.size))
+
+    @property
     def sent_slices(self) -> range:
         if len(self.levels.sizes) == 1:
             return super().sent_slices

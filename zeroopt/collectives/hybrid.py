@@ -97,6 +97,10 @@ class HybridTransport(Transport):
         return block + messages_among(num_hosts).staging_bytes(block, item_bytes, num_hosts, num_hosts)
 
     @property
+    def sums_in_tree(self) -> bool:
+        return [rank for ranks in self._hosts for rank in ranks] == list(range(self.control.size))
+
+    @property
     def sent_bytes(self) -> int:
         return self._between_hosts.sent_bytes + self._gathers_between_hosts.sent_bytes
 

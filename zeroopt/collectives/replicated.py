@@ -63,6 +63,11 @@ class ReplicatedTransport(Transport):
         self._reduces: deque[_Reduce] = deque()  # those that have not gone across yet
 
     @property
+    def sums_in_tree(self) -> bool:
+        follow = [rank for ranks in self._owners for rank in sorted(ranks)] == list(range(self.control.size))
+        return follow and self.within.sums_in_tree and self.across.sums_in_tree
+
+    @property
     def sent_bytes(self) -> int:
         return self.within.sent_bytes + self.across.sent_bytes
 

@@ -55,6 +55,10 @@ class TorchTransport(Transport):
     def staging_bytes(cls, num_bytes: int, item_bytes: int, num_slices: int, num_hosts: int) -> int:
         return num_bytes // num_slices  # a sum that has yet to be added to another one, or widened
 
+    @property
+    def sums_in_tree(self) -> bool:
+        return self.sums_here
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, shared: bool = False) -> Tensor:
         if self.allocator is None:
             return super().allocate(numel, dtype, device, shared=shared)

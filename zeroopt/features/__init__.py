@@ -12,6 +12,7 @@ In reading order; each imports from those above it:
     anchor       what the ranks last had in common of a bucket, and how it gets its outer step
     outer_bytes  what outer steps take
     outer_steps  `outer_optimizer`: instead of the mean, the step of an optimizer (DiLoCo)
+    micro_batches    `micro_batches`: gradients of a step are summed in one tree over micro-batches and ranks
     clipping     by the norm of all gradients
     grad_scaler  steps through a GradScaler: all ranks leave out the same ones
     captures     CUDA graphs, for which parameters stay where they are

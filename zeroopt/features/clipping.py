@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..feature import Feature, Features, Step
+from ..gradients.exact_norms import exact_norm
 from ..gradients.norms import clip_by, note_norms
 from ..profiling import named_range
 from ..storage.bucket import Bucket
@@ -52,6 +53,7 @@ class Clipping(Feature):
         self._trained = trained
         self._replica = trained.replica
         self._norms = norms
+        self._is_exact = trained.config.micro_batches is not None
         self._norm: Tensor | None = None
         self._norm_of_backward = 0
         self._clipped_backward = -1  # whose gradients `max_grad_norm` has clipped
@@ -67,11 +69,16 @@ class Clipping(Feature):
         Args:
             active: uint8 [number of parameters], 1 where there is a gradient.
         """
-        return self._replica.reducer.view.norm(stores, active, self._replica.norm_groups, norm_type)
+        replica, view = self._replica, self._replica.reducer.view
+        if not self._is_exact:
+            return view.norm(stores, active, replica.norm_groups, norm_type)
+        transport = None if view.is_plain else replica.transport
+        numel = sum(managed.numel for managed in replica.params)
+        return exact_norm(view.norm_terms(stores, active), numel, transport, replica.norm_groups, norm_type)
 
     def clip(self, active: Tensor, max_norm: float, norm_type: float) -> Tensor:
         """Clip the gradients of this optimizer by their own norm. Returns the norm before, 0-dim float64. Collective."""
-        self._norms.prepare(norm_type)
+        self._prepare(norm_type)
         with named_range("clip"):
             norm = self.compute_norm(active, norm_type, self._trained.stores)
             self._clip_by(norm, max_norm, norm_type)
@@ -84,7 +91,7 @@ class Clipping(Feature):
         if step.is_skipped:
             return
         norms, reducer = self._norms, self._replica.reducer
-        norms.prepare(2.0)
+        self._prepare(2.0)
         with named_range("clip"):
             number = reducer.num_backwards
             if norms.of_model is None or norms.of_model[0] != number or self._clipped_backward == number:
@@ -92,6 +99,10 @@ class Clipping(Feature):
             # Otherwise as another optimizer has found it before it clipped its own gradients.
             self._clipped_backward = number
             self._clip_by(norms.of_model[1], max_norm, 2.0)
+
+    def _prepare(self, norm_type: float) -> None:
+        if not self._is_exact:  # to which shares of buckets, each rounded, are of no use
+            self._norms.prepare(norm_type)
 
     def note_overflow(self) -> None:
         """A GradScaler has skipped a step that was to clip."""

@@ -16,6 +16,7 @@ from .captures import Captures
 from .clipping import BucketNorms
 from .foresight import Foresight
 from .join import Join, Joining
+from .micro_batches import MicroBatches
 from .step_in_backward import StepInBackward
 
 
@@ -59,13 +60,18 @@ class ModelFeatures:
         if config.placement.shard_gradient and not config.step_in_backward and not further:
             self.foresight = Foresight(replica.module, replica.transport)
             self.features.add(self.foresight)
+        # Before those that look at what travels.
+        if config.micro_batches is not None:
+            self.features.add(
+                MicroBatches(config.micro_batches, replica.params, replica.reducer, replica.transport, self.turnout)
+            )
         if config.check_every is not None:
             self.audit = Audit(config.check_every, replica.params, replica.transport, replica.gathers.finish_all)
             self.features.add(self.audit)
         for feature in further:
             self.features.add(feature)
         # Behind those that may change sums, of which it keeps the norm.
-        self.features.add(self.norms, on=config.max_grad_norm is not None)
+        self.features.add(self.norms, on=config.max_grad_norm is not None and config.micro_batches is None)
         if config.step_in_backward:
             self.step_in_backward = StepInBackward(replica)
             self.features.add(self.step_in_backward)

@@ -7,6 +7,8 @@ In reading order; each imports from those above it:
     norm_groups       over whom to sum the norm of a whole model
     norms             norms and clipping, where each rank holds a slice
     untrained         gradients of parameters that no optimizer trains
+    exact_norms       norms whose bits do not depend on how elements are shared
+    tree_sum          `TreeSum`: micro-batches of one rank, summed as ranks are
     overflow          whether any rank has found a gradient that is not finite
     view              `GradientView`: what `param.grad` shows
     whole_view        in stage 0

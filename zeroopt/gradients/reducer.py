@@ -94,6 +94,7 @@ class GradientReducer:
         self._all_cleared = True  # and features have heard of it
         self._first_left = -1  # index of the parameter whose gradient came first in it
         self._running = False  # between the first hook of a backward and its end
+        self._runs_local = False  # likewise of one under no_sync(), where somebody hears of its end
         self._later: list[int] = []  # of gradients that are taken up when backward is through
 
     # Parameters and buckets.
@@ -377,6 +378,7 @@ class GradientReducer:
     def _note_cleared(self, buckets: Sequence[Bucket]) -> None:
         are_all = len(buckets) == len(self._buckets)
         self._all_cleared |= are_all
+        self._runs_local = False  # if it is said to, it has raised
         for gradients_cleared in self._events["gradients_cleared"]:
             gradients_cleared(None if are_all else buckets)
 
@@ -452,6 +454,9 @@ class GradientReducer:
         return filling.leave(managed, grad) if full is None else filling.pack(managed, full)
 
     def _leave_local(self, index: int) -> None:
+        if self._events["local_backward_ended"] and not self._runs_local:
+            self._runs_local = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_local)
         if not self._left_local:
             self._first_left = index
         self._all_cleared = False
@@ -463,6 +468,13 @@ class GradientReducer:
         self.view.keep_local(index)
         if self.buffer_sync is not None:
             self.buffer_sync.note_local_backward()
+
+    @untraced_hook
+    def _end_local(self) -> None:
+        """Autograd calls this when a backward under `no_sync()` is through."""
+        self._runs_local = False
+        for local_backward_ended in self._events["local_backward_ended"]:
+            local_backward_ended()
 
     def _refuse_second(self, managed: ManagedParam) -> None:
         self._transport.give_up("its backward raised")

@@ -18,11 +18,12 @@ from ..feature import Features
 from ..plan.params import ManagedParam
 from ..storage.assembling import assemble
 from ..storage.bucket import Bucket
-from ..storage.factors import Factors
+from ..storage.factors import Factors, settle_unlike
 from ..storage.gradient_store import GradientStore
 from ..storage.segment import Segment
 from ..untraced import untraced
 from . import tensor_operators
+from .exact_norms import NormTerm
 from .norm_groups import NormGroups
 from .norms import is_finite, norm_of_shards, note_norms
 from .overflow import agree_on_overflow
@@ -134,6 +135,10 @@ class ShardedView(GradientView):
     def holds_sums(self) -> bool:
         return any(store.holds_sum for store in self._stores)
 
+    @property
+    def shows_sums(self) -> bool:
+        return any(map(self.is_shown, self._params))
+
     def has_local(self, managed: ManagedParam) -> bool:
         grad = managed.param.grad
         if grad is self._objects[managed.index]:
@@ -227,6 +232,12 @@ class ShardedView(GradientView):
 
     def norm(self, stores: Sequence[GradientStore], active: Tensor, beyond: NormGroups, norm_type: float) -> Tensor:
         return norm_of_shards(stores, self._transport, beyond, norm_type)
+
+    def norm_terms(self, stores: Sequence[GradientStore], active: Tensor) -> list[NormTerm]:
+        held = [store for store in stores if store.holds_sum]
+        settle_unlike(held)
+        terms = [NormTerm(store.reduced, store.norm_weight, store.factor) for store in held]
+        return terms or [NormTerm(stores[0].reduced[:0], 1.0, None)]
 
     def whole(self, managed: ManagedParam) -> Tensor | None:
         dtype = self._store(managed.index).reduced.dtype

@@ -16,6 +16,7 @@ from ..errors import StateError
 from ..plan.params import ManagedParam
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
+from .exact_norms import NormTerm
 from .norm_groups import NormGroups
 
 
@@ -61,6 +62,11 @@ class GradientView(ABC):
     @abstractmethod
     def holds_sums(self) -> bool:
         """Whether there are sums of earlier backward passes to which the one that has just begun adds. After `begin_backward`."""
+
+    @property
+    @abstractmethod
+    def shows_sums(self) -> bool:
+        """Whether `param.grad` of some parameter shows a sum over ranks."""
 
     @abstractmethod
     def has_local(self, managed: ManagedParam) -> bool:
@@ -149,6 +155,15 @@ class GradientView(ABC):
         Args:
             active: as `take` gave it.
             beyond: the ranks that hold other parts of the model.
+        """
+
+    @abstractmethod
+    def norm_terms(self, stores: Sequence[GradientStore], active: Tensor) -> list[NormTerm]:
+        """What this rank has of these gradients, for `exact_norm`: all of it where `is_plain`, else its slices. At least one
+        term; their factors are one.
+
+        Args:
+            active: as `take` gave it.
         """
 
     @abstractmethod

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..collectives import Transport
 from ..plan.params import ManagedParam
 from ..storage.bucket import Bucket
+from ..storage.factors import settle_unlike
 from ..storage.gradient_store import GradientStore
+from .exact_norms import NormTerm
 from .norm_groups import NormGroups
 from .norms import norm_of_whole
 from .view import GradientView, dense
@@ -54,6 +56,10 @@ class WholeView(GradientView):
             grad is not None and grad.data_ptr() == address
             for grad, address in zip(grads, self._addresses, strict=True)
         )
+
+    @property
+    def shows_sums(self) -> bool:
+        return self.holds_sums
 
     def has_local(self, managed: ManagedParam) -> bool:
         return managed.param.grad is not None
@@ -141,6 +147,17 @@ class WholeView(GradientView):
             if active[managed.index] and id(store) in chosen
         ]
         return norm_of_whole(params, beyond, norm_type)
+
+    def norm_terms(self, stores: Sequence[GradientStore], active: Tensor) -> list[NormTerm]:
+        settle_unlike(stores)
+        chosen = set(map(id, stores))
+        terms = [
+            NormTerm(managed.flatten(grad), 1.0 / managed.copies, self._store_of[managed.index].factor)
+            for managed in self._params
+            if active[managed.index] and id(self._store_of[managed.index]) in chosen
+            if (grad := managed.local_grad()) is not None
+        ]
+        return terms or [NormTerm(stores[0].reduced[:0], 1.0, None)]
 
     def whole(self, managed: ManagedParam) -> Tensor | None:
         grad = managed.param.grad

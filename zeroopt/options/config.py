@@ -59,6 +59,7 @@ class Config:
     outer_dtype: torch.dtype | str | None
     state_device: torch.device | str | None
     step_in_backward: bool
+    micro_batches: int | None
     matrix_splits: Mapping[str, Split] | None
     norm_group: dist.ProcessGroup | None = field(compare=False)
     average_group: dist.ProcessGroup | None = field(compare=False)
@@ -92,6 +93,8 @@ class Config:
             self._check_step_in_backward()
         if self.precision.parameter_compression is not None:
             self._check_parameter_compression()
+        if self.micro_batches is not None:
+            self._check_micro_batches()
         if self.cast_inputs and self.precision.param_dtype is None:
             raise ConfigError("cast_inputs=True casts to param_dtype, which is not given")
         if self.shard_group is not None:
@@ -160,6 +163,29 @@ class Config:
         if self.precision.param_dtype is torch.float16:
             self.check_keeps_gradients(
                 "param_dtype=torch.float16, which calls for a GradScaler (torch.bfloat16 does not),"
+            )
+
+    def _check_micro_batches(self) -> None:
+        count = self.micro_batches
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1 or count & (count - 1):
+            raise ConfigError(f"expected micro_batches to be 1, 2, 4 or another power of two, or None, got {count!r}")
+        refused = {
+            "step_in_backward": self.step_in_backward,
+            "average_every": self.average_every,
+            "gradient_compression": self.gradient_compression,
+            "parameter_compression": self.precision.parameter_compression,
+            "wire": self.wire,
+        }
+        for name, value in refused.items():
+            if value:
+                raise NotSupportedError(
+                    f"micro_batches promises the same bits on any number of ranks, and {name}={as_text(value)} does not give them; "
+                    "leave one of them out"
+                )
+        if self.reduce_dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"micro_batches sums in float32, and reduce_dtype={self.reduce_dtype} would round what a rank has summed: leave it at "
+                "None, or with 16-bit parameters at torch.float32"
             )
 
     def _check_parameter_compression(self) -> None:
@@ -233,6 +259,12 @@ def check_param_dtypes(config: Config, dtypes: Mapping[str, torch.dtype]) -> Non
         if param_dtype is not None and dtype not in (torch.float32, param_dtype):
             raise ConfigError(
                 f"param_dtype={param_dtype}: expected parameters of torch.float32 or {param_dtype}, got {param!r} of {dtype}"
+            )
+        stored = config.precision.stored_dtype(dtype)
+        if config.micro_batches is not None and (config.wire_dtype or stored).itemsize == 2:
+            raise ConfigError(
+                f"micro_batches sums in float32, and the gradient of {param!r} would travel in {stored}, in which what a rank has summed "
+                "would be rounded: pass reduce_dtype=torch.float32 (stages 1 and 2)"
             )
         name = "reduce_dtype" if config.wire is None else "wire.dtype"
         _check_fits(name, config.wire_dtype, config.precision.stored_dtype(dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -35,6 +35,13 @@ class Factors:
             here = factor.detach().to(store.reduced.device)
             self._products[key] = before, factor, here.clone() if before is None else before * here
         return self._products[key][2]
+
+
+def settle_unlike(stores: Sequence[GradientStore]) -> None:
+    """Have sums multiplied now, unless all are to be multiplied by one tensor."""
+    if len({id(store.factor) for store in stores}) > 1:
+        for store in stores:
+            store.settle()
 
 
 def scale_sums(stores: Iterable[GradientStore], factor: Tensor) -> None:

@@ -1,0 +1,129 @@
+"""A norm whose bits do not depend on who adds up what: on how ranks, buckets or threads share the elements.
+
+Floating-point sums depend on their order. So each term is rounded to a few multiples of fixed powers of two first, the same ones for all
+terms, so coarse that sums of such multiples are exact (Demmel and Nguyen, 2013, "Fast reproducible floating-point summation"):
+
+    |y| = |x| / 2^e < 1           2^e: above the largest element of all ranks, whose exponent they exchange first
+    y^2 = t1 + t2 + t3 + rest     t1 a multiple of 2^-w, t2 of 2^-2w, t3 of 2^-3w, each what is left rounded to nearest
+    S_k = sum of t_k              exact in float64 where 2^w times the number of elements is at most 2^51, whatever the order
+    norm = 2^e sqrt(S1 + (S2 + S3))
+
+With a billion elements w is 21. What is left out of a term is less than 2^-64 of the largest square, all together 2^-34 of the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..collectives import Transport
+from ..errors import NotSupportedError
+from .norm_groups import NormGroups
+
+_DIGITS = 52  # of a float64, that follow the first one
+_MOST_EXPONENT = 1022  # of a normal float64
+_PARTS = 3  # into which a term is cut
+_CHUNK_NUMEL = {"cpu": 1 << 14}  # whose float64 values stay in the cache
+_DEVICE_CHUNK_NUMEL = 1 << 24
+
+
+@dataclass(frozen=True)
+class NormTerm:
+    """Some elements, of which this rank adds up the powers.
+
+    Attributes:
+        values: 1-D, float32, float64 or 16 bits.
+        weight: what they count for; exact where it is a power of two.
+        factor: 0-dim, by which all of them have yet to be multiplied; None: nothing.
+    """
+
+    values: Tensor
+    weight: float
+    factor: Tensor | None
+
+
+def exact_norm(
+    terms: Sequence[NormTerm], numel: int, transport: Transport | None, beyond: NormGroups, norm_type: float
+) -> Tensor:
+    """The p-norm of the elements of all ranks, 0-dim float64, the same for every way to share them among ranks. Collective: two exchanges
+    of a few scalars.
+
+    Args:
+        terms: of this rank, at least one, whose factors are one tensor.
+        numel: of all ranks, at least.
+        transport: over whose slices to add up; None: each rank has all elements.
+        beyond: the ranks that hold other parts of the model.
+
+    Raises:
+        NotSupportedError: p is none of 1, 2 and infinity.
+    """
+    if norm_type not in (1.0, 2.0, math.inf):
+        raise NotSupportedError(
+            f"with micro_batches, gradients are clipped by their 1-norm, 2-norm or largest element, whose bits do not depend on the number "
+            f"of ranks, got norm_type={norm_type}"
+        )
+    factor = terms[0].factor
+    assert all(term.factor is factor for term in terms)
+    largest = _over_slices(_largest(terms), transport, "largest gradients").amax()
+    if math.isinf(norm_type):
+        norm = beyond.max_over_model(largest)
+    else:
+        exponent = torch.frexp(largest).exponent.clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+        parts = _sums_of_parts(terms, _power_of_two(-exponent), numel.bit_length(), norm_type)
+        first, second, third = (_over_slices(part, transport, "gradient norms").sum() for part in parts.unbind())
+        total = first + (second + third)
+        for _ in range(int(norm_type)):
+            total = total * _power_of_two(exponent)
+        total = torch.where(largest.isfinite(), total, largest)
+        norm = beyond.sum_over_model(total).pow(1.0 / norm_type)
+    return norm if factor is None else norm * factor.double().abs()
+
+
+def _over_slices(value: Tensor, transport: Transport | None, label: str) -> Tensor:
+    """[number of slices], by slice; further replicas have the same."""
+    if transport is None:
+        return value.reshape(1)
+    return transport.gather_scalar(value, label=label)[: transport.num_slices]
+
+
+def _largest(terms: Sequence[NormTerm]) -> Tensor:
+    """0-dim float64; NaN where there is one."""
+    largest = [torch.linalg.vector_norm(term.values, math.inf).double() for term in terms if term.values.numel()]
+    return torch.stack(largest).amax() if largest else terms[0].values.new_zeros((), dtype=torch.float64)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float64, exactly, which `torch.ldexp` leaves to a function for all exponents.
+
+    Args:
+        exponent: 0-dim, integer.
+    """
+    return ((exponent.long() + 1023) << _DIGITS).view(torch.float64)
+
+
+def _sums_of_parts(terms: Sequence[NormTerm], scale: Tensor, count_bits: int, norm_type: float) -> Tensor:
+    """float64 [parts]: exact sums of the parts of |x * scale|^p, all below 1, of fewer than 2^count_bits elements."""
+    width = _DIGITS - 1 - count_bits
+    # What is added to it is rounded to a multiple of 2^(-k * width).
+    rounders = [math.ldexp(1.5, _DIGITS - k * width) for k in range(1, _PARTS + 1)]
+    device = terms[0].values.device
+    sums = torch.zeros(_PARTS, dtype=torch.float64, device=device)
+    for term in terms:
+        for chunk in torch.split(term.values, _CHUNK_NUMEL.get(device.type, _DEVICE_CHUNK_NUMEL)):
+            sums += _cut(chunk.double() * scale, norm_type, rounders).mul_(term.weight)
+    return sums
+
+
+def _cut(rest: Tensor, norm_type: float, rounders: Sequence[float]) -> Tensor:
+    """float64 [parts]: the sums over one chunk, which is changed."""
+    rest = rest.square_() if norm_type == 2.0 else rest.abs_()
+    sums = []
+    for rounder in rounders:
+        part = (rest + rounder).sub_(rounder)
+        sums.append(part.sum())
+        rest -= part
+    return torch.stack(sums)
