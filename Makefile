@@ -42,6 +42,8 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(VENV)/bin/python -m bench.scale --models "1.5 B" --gpus 8 64 --buckets-mb 100
 	$(VENV)/bin/python -m bench.ranks --world-sizes 2 --layers 2 --steps 2
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
+	$(VENV)/bin/python -m bench.kills --kills 10
+	$(VENV)/bin/python -m bench.kills --kills 10 --without-disk --any-ranks
 	$(VENV)/bin/python -m bench.gpu --rehearse --out runs/smoke/gpu
 
 gpu: ## Build, test and measure on the GPU at hand, with what is installed (some 8 minutes; needs no network)

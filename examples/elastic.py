@@ -5,13 +5,14 @@
         examples/elastic.py --checkpoints /shared/runs/elastic
 
 It goes on from the newest whole checkpoint, with the samples behind those that it was trained on, whoever has been killed and whether
-torchrun starts it again or the cluster does. On SIGTERM or SIGUSR1 it saves after the step that is under way, and ends. docs/elastic.md
+torchrun starts it again or the cluster does. With --copies, after the loss of a rank it goes on from the last step. On SIGTERM or SIGUSR1 it saves after the step that is under way, and ends. docs/elastic.md
 says what to tell SLURM and Kubernetes.
 """
 
 import argparse
 import os
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from train_gpt import VOCABULARY, load_text, mean_over_ranks
 import zeroopt
 from zeroopt.checkpoint import RandomState, StopRequest, async_save, resume, save
 from zeroopt.data import GlobalBatchSampler
+from zeroopt.elastic import Guard
 
 
 class Run:
@@ -36,24 +38,29 @@ class Run:
         windows = tokens.unfold(0, args.context + 1, args.context)
         self.args, self.device = args, device
         self.sampler = GlobalBatchSampler(len(windows), args.batch, seed=args.seed)
-        self.loader: DataLoader[Tensor] = DataLoader(windows, batch_sampler=self.sampler)  # type: ignore[arg-type]
+        own = torch.Generator()  # not torch's, from which dropout would draw
+        self.loader: DataLoader[Tensor] = DataLoader(windows, batch_sampler=self.sampler, generator=own)  # type: ignore[arg-type]
         torch.manual_seed(args.seed)
         net = GPT(VOCABULARY, args.context, layers=2, width=64, heads=4).to(device)
         self.model, self.optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=1e-3), stage=args.stage)
         self.scheduler = LinearLR(self.optimizer, total_iters=100)
         self.random = {"random": RandomState()}
+        self.guard: Guard | None = None
+        if args.copies:
+            self.guard = Guard(self.model, self.optimizer, self.parts, rank_extra=self.random)
         self.step = 0
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        found = resume(self.args.checkpoints, self.model, self.optimizer, self.parts, rank_extra=self.random)
+        """Go on from the copies of the last step, or the newest checkpoint, if there is either."""
+        found = self.guard.restore() if self.guard else {}
+        found = found or resume(self.args.checkpoints, self.model, self.optimizer, self.parts, rank_extra=self.random)
         self.step = found.get("step", 0)
         report(f"beginning at step {self.step} with {dist.get_world_size()} ranks")
 
     def train(self) -> None:
         """To the last step, or to the step behind a signal."""
         saving: Future[None] | None = None
-        with StopRequest() as stop:
+        with self.guard or nullcontext(), StopRequest() as stop:
             while self.step < self.args.steps:
                 for batch in self.loader:  # to the end of an epoch
                     self.train_on(batch.to(self.device).long())
@@ -80,6 +87,8 @@ class Run:
         self.scheduler.step()
         self.sampler.step()
         self.step += 1
+        if self.guard:
+            self.guard.step(self.step)
         report(f"step {self.step}  loss {mean_over_ranks([loss.item()], self.device)[0]:.6f}")
 
     def save(self) -> None:
@@ -106,6 +115,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=Path("runs/elastic"), help="where all ranks see it")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--copies", action="store_true", help="of each step in memory: a killed rank costs no step")
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--context", type=int, default=32, help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=24, help="sequences a step, of all ranks together")

@@ -27,7 +27,8 @@ def train(args: argparse.Namespace) -> None:
     tokens, _ = load_text()
     windows = tokens.unfold(0, args.context + 1, args.context)
     sampler = GlobalBatchSampler(len(windows), args.batch, seed=args.seed)
-    loader: DataLoader[Tensor] = DataLoader(windows, batch_sampler=sampler)  # type: ignore[arg-type]
+    own = torch.Generator()  # not torch's, from which dropout would draw
+    loader: DataLoader[Tensor] = DataLoader(windows, batch_sampler=sampler, generator=own)  # type: ignore[arg-type]
     torch.manual_seed(args.seed)
     net = GPT(VOCABULARY, args.context, layers=2, width=64, heads=4)
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=1e-3), stage=args.stage)

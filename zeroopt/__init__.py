@@ -36,6 +36,7 @@ In reading order; each imports from those above it:
     ddp_around        DistributedDataParallel put around it
     module            what `wrap` returns: the model
     checkpoint        directories of checkpoints
+    elastic           going on after ranks were killed, from memory
     wrap              `wrap`
     unwrap            `unwrap`
     integrations      frameworks that people train in

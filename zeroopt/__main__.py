@@ -1,4 +1,5 @@
-"""The command line: ``python -m zeroopt env``, ``estimate``, ``simulate`` and ``checkpoint inspect|export``."""
+"""The command line: ``python -m zeroopt env``, ``estimate``, ``simulate``, ``checkpoint inspect|export`` and ``elastic
+list|remove``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import sys
 
 from .diagnosis.env import print_environment
-from .errors import ZeroOptError
+from .errors import ConfigError, ZeroOptError
 
 
 def main() -> int:
@@ -42,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("path", help="the checkpoint's directory")
     export.add_argument("--to", required=True, metavar="FILE", help="the file to write; must not exist yet")
     export.set_defaults(run=_export)
+
+    elastic = commands.add_parser("elastic", help="copies that runs keep in memory of this host")
+    of_elastic = elastic.add_subparsers(metavar="command", required=True)
+    listing = of_elastic.add_parser("list", help="print the jobs that have some, and how many bytes")
+    listing.set_defaults(run=_list_copies)
+    remove = of_elastic.add_parser("remove", help="remove those of jobs that have ended for good")
+    remove.add_argument("jobs", nargs="+", metavar="JOB", help="as `list` names them")
+    remove.set_defaults(run=_remove_copies)
+    for command in (listing, remove):
+        command.add_argument("--memory", default="/dev/shm", metavar="DIRECTORY", help="a file system in memory")
     return parser
 
 
@@ -61,6 +72,7 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--built-by-wrap", action="store_true", help="the model is on the meta device when it is wrapped"
     )
+    training.add_argument("--copies", action="store_true", help="kept in memory by zeroopt.elastic.Guard")
     wanted = estimate.add_argument_group("what to tell")
     wanted.add_argument("--memory", metavar="SIZE", help="of a rank, such as 80GB: what makes it fit?")
     wanted.add_argument(
@@ -155,6 +167,25 @@ def _export(arguments: argparse.Namespace) -> int:
     from .checkpoint.format.reading import open_checkpoint
 
     export(open_checkpoint(arguments.path), arguments.to)
+    return 0
+
+
+def _list_copies(arguments: argparse.Namespace) -> int:
+    from .elastic.place import bytes_of, jobs
+
+    for job in jobs(arguments.memory):
+        print(f"{job}  {bytes_of(job, arguments.memory)} bytes")
+    return 0
+
+
+def _remove_copies(arguments: argparse.Namespace) -> int:
+    from .elastic.place import directory_of, jobs, remove_job
+
+    unknown = sorted({*arguments.jobs} - {*jobs(arguments.memory)})
+    if unknown:
+        raise ConfigError(f"no job of this user with the name {unknown[0]!r} has copies in {arguments.memory}")
+    for job in arguments.jobs:
+        remove_job(directory_of(job, arguments.memory))
     return 0
 
 

@@ -26,6 +26,7 @@ EXAMPLES = str(ROOT / "examples")
 PATIENCE_S = 120.0
 STEPS = 12
 OPTIONS = {"steps": STEPS, "every": 4, "stage": 2, "context": 32, "batch": 12, "seed": 0}
+HERE = {"copies": False}  # what torchrun's runs are told by a flag, or its absence
 
 
 def run(checkpoints: Path, steps: int = STEPS) -> list[str]:
@@ -33,7 +34,9 @@ def run(checkpoints: Path, steps: int = STEPS) -> list[str]:
     with patch.object(sys, "path", [EXAMPLES, *sys.path]), redirect_stdout(io.StringIO()) as printed:
         import elastic as example
 
-        going_on = example.Run(Namespace(checkpoints=checkpoints, **{**OPTIONS, "steps": steps}), torch.device("cpu"))
+        going_on = example.Run(
+            Namespace(checkpoints=checkpoints, **{**OPTIONS, **HERE, "steps": steps}), torch.device("cpu")
+        )
         going_on.resume()
         going_on.train()
     return printed.getvalue().splitlines()
@@ -67,9 +70,39 @@ def start_host(kind: str, port: int, checkpoints: Path, output: IO[str]) -> subp
         *(str(SUPPORT / "elastic_host.py"), kind, f"--checkpoints={checkpoints}"),
         *(f"--{name}={value}" for name, value in OPTIONS.items()),
     ]
-    environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": PYTHON_PATH}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment())
+
+
+def environment() -> dict[str, str]:
+    own = {"PYTHONPATH": PYTHON_PATH, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, **WORKER_ENVIRONMENT, **own}
+
+
+def test_a_rank_is_killed_and_no_step_is_lost(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    expected = losses_of(run_on_ranks(2, run, tmp_path / "undisturbed")[0])
+    before = set(Path("/dev/shm").glob("zeroopt-*"))
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "2",
+        ),
+        *(str(SUPPORT / "elastic_host.py"), "killed", f"--checkpoints={tmp_path / 'checkpoints'}", "--copies"),
+        *(f"--{name}={value}" for name, value in (OPTIONS | {"every": 1000}).items()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("beginning")] == [
+        f"beginning at step {step} with 2 ranks" for step in (0, 6)
+    ]
+    assert losses_of(lines) == expected
+    assert set(Path("/dev/shm").glob("zeroopt-*")) <= before
 
 
 def test_a_host_is_lost_and_the_other_goes_on(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:

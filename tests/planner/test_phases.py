@@ -89,6 +89,23 @@ def test_parameters_whose_differences_travel_have_exact_values_and_codes_beside_
     assert held == {**plain, "masters": 4 * NUMEL // 8, "codes": NUMEL * bits // 8 + steps}
 
 
+@pytest.mark.parametrize(
+    ("options", "bytes_a_parameter"),
+    [
+        ({}, 12),
+        ({"param_dtype": torch.bfloat16}, 12),
+        ({"stage": 0}, 12),
+        ({"state_dtype": torch.int8}, 12 + 2 * 4 / 256),
+    ],
+    ids=str,
+)
+def test_copies_are_two_of_what_a_rank_steps(options: dict[str, Any], bytes_a_parameter: float) -> None:
+    held = parts(asked(8, copies=True, **options), "step")
+    assert held["copies"] == 2 * bytes_a_parameter * NUMEL // 8
+    assert {**parts(asked(8, **options), "step"), "copies": held["copies"]} == held
+    assert "copies" not in parts(asked(8, copies=True, device="cuda", **options), "step")
+
+
 def test_wrapping_holds_one_bucket_twice() -> None:
     assert parts(asked(2), "wrapping") == {"parameters": 4 * (NUMEL + LAYER)}
     # With half as many bytes, it is the beginning: the model as it was built, and the first bucket.

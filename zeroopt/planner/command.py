@@ -40,6 +40,7 @@ def estimate(arguments: argparse.Namespace) -> int:
         sample=sample,
         memory=None if arguments.memory is None else _size(arguments.memory),
         built_by_wrap=arguments.built_by_wrap,
+        copies=arguments.copies,
         compare=not arguments.alone,
         groups=arguments.groups,
         **parse_options(arguments.option),

@@ -69,6 +69,7 @@ def estimate_memory(
     activations: int | None = None,
     memory: float | None = None,
     built_by_wrap: bool = False,
+    copies: bool = False,
     compare: bool = True,
     groups: int = 1,
     **options: Any,
@@ -91,6 +92,7 @@ def estimate_memory(
         activations: instead, their bytes, where they were measured.
         memory: bytes that a rank may hold: find out which options make it fit.
         built_by_wrap: the model will be on the meta device when it is wrapped. Otherwise each rank builds it before.
+        copies: a `zeroopt.elastic.Guard` will copy what each rank steps. On the CPU they count; those of devices lie in the host's memory.
         compare: estimate every stage and tier besides.
         groups: of `world_size` ranks each that train alone and average (`average_every`); this is one of them.
         **options: of `zeroopt.wrap`.
@@ -105,7 +107,9 @@ def estimate_memory(
         sample = tokens_sample(model, tokens)
     ranks = default_host_ranks(world_size) if host_ranks is None else host_ranks
     cluster = Cluster(world_size, ranks, device or _device_of(model), groups)
-    estimator = Estimator(model, optimizer, cluster, sample, loss, activations, built_by_wrap=built_by_wrap)
+    estimator = Estimator(
+        model, optimizer, cluster, sample, loss, activations, built_by_wrap=built_by_wrap, copies=copies
+    )
     asked = estimator.variant(options)
     variants, refused = _side_by_side(estimator, options) if compare else ([], {})
     return MemoryEstimate(

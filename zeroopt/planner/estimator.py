@@ -89,6 +89,7 @@ class Estimator:
         activations: int | None,
         *,
         built_by_wrap: bool = False,
+        copies: bool = False,
     ) -> None:
         self._model, self._sample, self._loss, self._given = model, sample, loss, activations
         made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(list(model.parameters()))
@@ -102,6 +103,7 @@ class Estimator:
             built - sum(trainee.nbytes for trainee in trainees),
             sum(buffer.nbytes for buffer in model.buffers()),
             _largest_module(model) if built_by_wrap else None,
+            copies,
         )
         self._traced: dict[tuple[torch.dtype | None, bool], Activations] = {}
 

@@ -32,14 +32,15 @@ PARTS = (
     "buffers",
     "staging",
     "codes",
+    "copies",
     "activations",
     "scratch",
     "rest",
     "runtime",
 )
 """What bytes are for. residuals: what `gradient_compression` has left out of gradients. buffers: full gradient buffers of stage 2.
-outer: what outer steps keep. staging: what messages take beside buffers. codes: in which differences of parameters travel. rest:
-frozen parameters and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
+outer: what outer steps keep. staging: what messages take beside buffers. codes: in which differences of parameters travel. copies:
+those of `zeroopt.elastic.Guard`, on the CPU. rest: frozen parameters and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
 
 _BEFORE_TRAINING = ("building", "wrapping")  # in which libraries take nothing worth counting
 
@@ -71,6 +72,7 @@ class Setting:
         model_buffers: bytes.
         module: bytes of the parameters of the largest module, where `wrap` builds the model module by module; None where it is
             built before.
+        copies: whether a `zeroopt.elastic.Guard` copies what each rank steps.
     """
 
     optimizer: torch.optim.Optimizer
@@ -80,6 +82,7 @@ class Setting:
     frozen: int
     model_buffers: int
     module: int | None = None
+    copies: bool = False
 
 
 def phases_of(
@@ -131,7 +134,7 @@ class _Course:
         held = self.held
         kept = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
         kept["residuals"] = held.residuals
-        state = {"state": held.moments, "outer": held.outer, "codes": self._codes()}
+        state = {"state": held.moments, "outer": held.outer, "codes": self._codes(), "copies": self._copies()}
         in_backward = {"buffers": self.buffers, "staging": self.staging}
         on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
         own_step = own_step_bytes(self.rehearsal, self.setting.optimizer, self.config, self.setting.cluster.device)
@@ -338,6 +341,17 @@ class _Course:
         """This rank's part, copied. Where ranks have the same, each writes a share."""
         ranks = 1 if self.config.placement.shard_state else self.setting.cluster.world_size
         return (self._exact() + self.held.moments + self._outer_whole()) // ranks
+
+    def _copies(self) -> int:
+        """Two of what this rank would write, in memory of the host; 8-bit moments as float32."""
+        if not self.setting.copies or not self.is_lazy:
+            return 0
+        moments = self.held.moments
+        if self.config.precision.state_dtype is torch.int8:
+            scale = torch.float32.itemsize
+            moments = moments * (ops.QUANT_BLOCK * torch.float32.itemsize + scale) // (ops.QUANT_BLOCK + scale)
+        ranks = 1 if self.config.placement.shard_state else self.setting.cluster.world_size
+        return 2 * (self._exact() + moments) // ranks
 
     def _read(self) -> int:
         """All that this rank steps, beside what it holds, until all ranks have theirs."""

@@ -1,0 +1,153 @@
+"""Runs whose ranks are killed and started again."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.kills.marks import MOMENTS, Marks
+from bench.kills.training import End, Task, train
+from bench.launch import Plan, Ranks, running_ranks
+from zeroopt.elastic.place import directory_of, remove_job
+
+STEPS = 60
+KILLED_IN = MOMENTS[1:-1]
+ONCE_A_START = ("wrap", "load", "first step")
+STEPS_BEFORE_A_KILL = 6
+MOST_DELAY_S = 0.004  # after a rank has come to the moment
+LOOK_S = 0.0002
+GRACE_S = 60.0  # in which the ranks that were not killed end by themselves
+
+
+@dataclass
+class Tally:
+    """What came of it.
+
+    Attributes:
+        kills: by the moment in which the rank was when it died.
+        hung: starts after whose kill others did not end by themselves.
+        ended_in_s: seconds from a kill until all others had ended.
+        going_on_in_s: seconds from when all had ended to the first forward of the next start.
+        steps_again: steps that all ranks had done, and that were done again.
+    """
+
+    kills: Counter[str] = field(default_factory=Counter)
+    hung: int = 0
+    ended_in_s: list[float] = field(default_factory=list)
+    going_on_in_s: list[float] = field(default_factory=list)
+    steps_again: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When to kill whom.
+
+    Attributes:
+        steps: that the rank has done before, since its start; for those moments that come again.
+    """
+
+    rank: int
+    moment: str
+    steps: int
+    delay_s: float
+
+    @staticmethod
+    def draw(draws: random.Random, ranks: int) -> Kill:
+        """One at random."""
+        moment = draws.choice(KILLED_IN)
+        return Kill(
+            draws.randrange(ranks), moment, draws.randint(0, STEPS_BEFORE_A_KILL), draws.uniform(0, MOST_DELAY_S)
+        )
+
+    def is_due(self, marks: Marks, begun: int | None) -> bool:
+        """Whether the rank is there."""
+        if marks.moment(self.rank) != self.moment:
+            return False
+        return self.moment in ONCE_A_START or (begun is not None and marks.step(self.rank) >= begun + self.steps)
+
+
+class Run:
+    """One run in a folder of its own, started again after each kill.
+
+    Args:
+        any_ranks: draws the number of ranks of each start, 1, 2, 4 … up to that of the plan; None: always that.
+    """
+
+    def __init__(
+        self, plan: Plan, options: dict[str, Any], tally: Tally, *, without_disk: bool, any_ranks: random.Random | None
+    ) -> None:
+        self._plan, self._tally, self._any_ranks = plan, tally, any_ranks
+        self._folder = Path(tempfile.mkdtemp(prefix="zeroopt-kills-"))
+        micro_batches = None if any_ranks is None else plan.world_size
+        self._task = Task(self._folder, STEPS, options, micro_batches, without_disk, job=self._folder.name)
+        self._marks = Marks(self._folder / "marks", plan.world_size)
+        self._done = 0
+        self._all_ended_at: float | None = None
+
+    def to_its_end(self, kills: list[Kill]) -> list[str]:
+        """The digests of all ranks; kills for which there was no moment are not done."""
+        try:
+            ends = None
+            for kill in [*kills, None]:
+                ends = self._start(kill)
+                if ends is not None:
+                    break
+            assert ends is not None
+            return [end.digest for end in ends]
+        finally:
+            shutil.rmtree(self._folder)
+            remove_job(directory_of(self._task.job))
+
+    def _start(self, kill: Kill | None) -> list[End] | None:
+        """What the ranks have returned; None where one was killed."""
+        self._marks.clear()
+        plan = self._plan
+        if self._any_ranks is not None:
+            plan = replace(plan, world_size=2 ** self._any_ranks.randrange(plan.world_size.bit_length()))
+        if kill is not None:
+            kill = replace(kill, rank=kill.rank % plan.world_size)
+        with running_ranks(plan, train, self._task) as ranks:
+            if self._watch(ranks, kill):
+                assert kill is not None
+                self._do(kill, ranks)
+                return None
+            return ranks.values()
+
+    def _watch(self, ranks: Ranks, kill: Kill | None) -> bool:
+        """Wait until a kill is due; False when all have returned before."""
+        begun: int | None = None
+        while kill is None or not kill.is_due(self._marks, begun):
+            if begun is None and self._marks.moment(0) == "forward":
+                begun = self._marks.step(0)
+                self._note_going_on(begun)
+            if ranks.have_returned(within_s=LOOK_S):
+                return False
+        return True
+
+    def _note_going_on(self, begun: int) -> None:
+        if self._all_ended_at is not None:
+            self._tally.going_on_in_s.append(time.monotonic() - self._all_ended_at)
+            self._tally.steps_again.append(self._done - begun)
+            self._all_ended_at = None
+
+    def _do(self, kill: Kill, ranks: Ranks) -> None:
+        time.sleep(kill.delay_s)
+        begin = time.monotonic()
+        pid = ranks.processes[kill.rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        for process in ranks.processes:
+            process.join(max(0.0, begin + GRACE_S - time.monotonic()))
+        self._tally.hung += any(process.is_alive() for process in ranks.processes)
+        self._tally.kills[self._marks.moment(kill.rank)] += 1
+        self._all_ended_at = time.monotonic()
+        self._tally.ended_in_s.append(self._all_ended_at - begin)
+        self._done = max(self._done, min(self._marks.step(rank) for rank in range(len(ranks.processes))))

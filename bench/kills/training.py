@@ -1,0 +1,180 @@
+"""What the ranks do that are killed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.data import DataLoader
+
+import zeroopt
+from bench.kills.marks import Marks
+from bench.model import make_model
+from zeroopt.checkpoint import RandomState, async_save, resume, save
+from zeroopt.data import GlobalBatchSampler
+from zeroopt.elastic import Guard
+
+TOKENS, VOCABULARY, BATCH = 16, 64, 8
+SAVE_EVERY = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train.
+
+    Attributes:
+        folder: for checkpoints or copies, and the marks.
+        steps: after which the run ends.
+        micro_batches: of a step, of all ranks together, where their number changes and the bits are to be the same; None: each rank has one.
+        without_disk: copies in memory instead of checkpoints.
+        job: its name, for copies.
+    """
+
+    folder: Path
+    steps: int
+    options: dict[str, Any]
+    micro_batches: int | None
+    without_disk: bool
+    job: str
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank has ended. begun: at which step it went on."""
+
+    begun: int
+    digest: str
+
+
+def train(task: Task) -> End:
+    """Go on from what there is, to the end of the run. Of one rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = 1 if task.micro_batches is None else task.micro_batches // ranks
+    options = task.options | ({} if task.micro_batches is None else {"micro_batches": mine})
+    marks = Marks(task.folder / "marks", ranks)
+    marks.note(rank, "wrap")
+    torch.manual_seed(0)
+    net = make_model(VOCABULARY, TOKENS, layers=2, width=64)
+    noisy = nn.Sequential(net.token_embedding, nn.Dropout(0.1))  # so that random states matter
+    net.register_module("token_embedding", noisy)
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=1e-2), **options)
+    scheduler = LinearLR(optimizer, total_iters=task.steps)
+    tokens = torch.randint(VOCABULARY, (96, TOKENS + 1), generator=torch.Generator().manual_seed(1))
+    sampler = GlobalBatchSampler(len(tokens), BATCH, micro_batches=mine)
+    own = torch.Generator()  # else whoever begins to iterate draws from the one that dropout draws from
+    loader: DataLoader[Tensor] = DataLoader(tokens, batch_sampler=sampler, generator=own)  # type: ignore[arg-type]
+    torch.manual_seed(rank)
+    parts = {"scheduler": scheduler, "sampler": sampler}
+    keeping = Copies(task, model, optimizer, parts) if task.without_disk else Checkpoints(task, model, optimizer, parts)
+    marks.note(rank, "load")
+    begun = step = keeping.begin()
+    marks.note_step(rank, step)
+    while step < task.steps:
+        for number, batch in enumerate(loader):
+            micro = number % mine
+            is_last = micro == mine - 1
+            if task.micro_batches is not None:  # dropout goes by the micro-batch, whoever has it
+                torch.manual_seed(step * task.micro_batches + rank * mine + micro)
+            with nullcontext() if is_last else model.no_sync():
+                with marks.during(rank, "forward"):
+                    loss = model(batch[:, :-1], batch[:, 1:]) / mine
+                with marks.during(rank, "backward"):
+                    loss.backward()
+            if not is_last:
+                continue
+            with marks.during(rank, "first step" if step == begun else "step"):
+                optimizer.step()
+                optimizer.zero_grad()
+            scheduler.step()
+            sampler.step()
+            step += 1
+            marks.note_step(rank, step)
+            with marks.during(rank, "save"):
+                keeping.keep(step)
+            if step == task.steps:
+                break
+    keeping.end()
+    marks.note(rank, "ended")
+    return End(begun, digest_of(model, optimizer))
+
+
+class Checkpoints:
+    """On a disk, every other one in the background."""
+
+    def __init__(self, task: Task, model: Any, optimizer: Any, parts: dict[str, Any]) -> None:
+        self._task, self._held, self._parts = task, (model, optimizer), parts
+        self._random = {"random": RandomState()}
+        self._saving: Future[None] | None = None
+
+    def begin(self) -> int:
+        """From which step the run goes on."""
+        found = resume(self._task.folder / "checkpoints", *self._held, self._parts, rank_extra=self._random)
+        return int(found.get("step", 0))
+
+    def keep(self, step: int) -> None:
+        """Of some steps, a checkpoint."""
+        if step % SAVE_EVERY:
+            return
+        path = self._task.folder / "checkpoints" / f"step-{step}"
+        contents = (path, *self._held, {**self._parts, "step": step})
+        if step % (2 * SAVE_EVERY):
+            self._saving = async_save(*contents, rank_extra=self._random, keep=2)
+        else:
+            save(*contents, rank_extra=self._random, keep=2)
+
+    def end(self) -> None:
+        """Nothing is on its way."""
+        if self._saving is not None:
+            self._saving.result()
+
+
+class Copies:
+    """In memory, of each step."""
+
+    def __init__(self, task: Task, model: Any, optimizer: Any, parts: dict[str, Any]) -> None:
+        random = {"random": RandomState()}
+        self._guard = Guard(model, optimizer, parts, rank_extra=random, job=task.job)
+
+    def begin(self) -> int:
+        """From which step the run goes on."""
+        return int(self._guard.restore().get("step", 0))
+
+    def keep(self, step: int) -> None:
+        """A copy of each step."""
+        self._guard.step(step)
+
+    def end(self) -> None:
+        """The memory is given back."""
+        self._guard.close()
+
+
+@torch.no_grad()
+def digest_of(model: nn.Module, optimizer: zeroopt.ZeroOptimizer) -> str:
+    """Of parameters and state, whoever has what of it; of the state on the first rank alone. Collective."""
+    optimizer.consolidate_state_dict()
+    state = optimizer.full_state_dict() if dist.get_rank() == 0 else {}
+    digest = hashlib.sha256()
+    for tensor in all_tensors([model.state_dict(), state]):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """In their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from all_tensors(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from all_tensors(one)

@@ -1,0 +1,45 @@
+"""The newest step that is whole, among what there is on all hosts."""
+
+from __future__ import annotations
+
+from zeroopt.elastic.finding import OnHost, choose
+from zeroopt.elastic.place import FileName
+from zeroopt.elastic.slots import NOT_WHOLE
+
+A, B = FileName(1, 2, 0), FileName(1, 2, 1)
+
+
+def on_host(**steps: tuple[int, int]) -> dict[FileName, OnHost]:
+    names = {"a": A, "b": B, "c": FileName(2, 1, 0)}
+    return {names[name]: OnHost(of, 10) for name, of in steps.items()}
+
+
+def test_the_newest_that_all_have() -> None:
+    both = on_host(a=(4, 3), b=(2, 3))
+    found = choose([both, both], [[0, 1]])
+    assert (found.step, found.names, found.last_layout, found.to_fetch) == (3, [A, B], 1, [])
+
+
+def test_there_may_be_none() -> None:
+    assert choose([{}, {}], [[0, 1]]).step is None
+    torn = on_host(a=(4, NOT_WHOLE), b=(NOT_WHOLE, 3))
+    assert choose([torn, torn], [[0, 1]]).step is None
+    alone = on_host(a=(4, 3))
+    assert choose([alone, alone], [[0, 1]]).step is None, "the other rank's are gone with its host"
+
+
+def test_the_later_layout_counts_where_it_is_whole() -> None:
+    both = on_host(a=(4, 5), b=(4, 5), c=(NOT_WHOLE, 6))
+    found = choose([both], [[0]])
+    assert (found.step, found.names) == (6, [FileName(2, 1, 0)])
+    torn = on_host(a=(4, 5), b=(4, 5), c=(NOT_WHOLE, NOT_WHOLE))
+    found = choose([torn], [[0]])
+    assert (found.step, found.names, found.last_layout) == (5, [A, B], 2)
+
+
+def test_a_new_host_fetches_what_others_have() -> None:
+    kept = on_host(a=(6, 7), b=(6, 5))  # of the rank of the other host, the last copy that was sent
+    found = choose([kept, {}], [[0], [1]])
+    assert (found.step, found.to_fetch, found.room) == (6, [(A, [0, 1]), (B, [0, 1])], {0: 0, 1: 20})
+    elsewhere = choose([on_host(a=(6, 7)), on_host(b=(7, 6))], [[0], [1]])
+    assert (elsewhere.step, elsewhere.to_fetch) == (7, [(A, [0, 1]), (B, [1, 0])])

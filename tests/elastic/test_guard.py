@@ -1,0 +1,118 @@
+"""Copies in memory, and going on from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import TIERS, all_of, assert_all_same, assert_same, train, wrapped
+from worker_pool import RunOnRanks
+
+from zeroopt.checkpoint import RandomState
+from zeroopt.elastic import Guard
+from zeroopt.elastic.place import files_in
+from zeroopt.elastic.slots import Slots
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("mlp", options) for options in TIERS.values()),
+    ("mlp", {"stage": 0}),
+    ("conv", {"step_in_backward": True}),
+]
+
+
+def train_under_guard(memory: Path, model_name: str, options: dict[str, Any], steps: int) -> Any:
+    """What there is after so many steps, all of them copied, as if the process were then killed."""
+    model, optimizer = wrapped(model_name, "adamw", options)
+    random = {"random": RandomState()}
+    guard = Guard(model, optimizer, {"word": "yes"}, rank_extra=random, job="job", memory=memory)
+    first = guard.restore().get("step", 0)
+    for step in range(first, steps):
+        train(model, optimizer, model_name, range(step, step + 1))
+        torch.rand(1)
+        guard.step(step + 1)
+    guard.wait()
+    return first, all_of(model, [optimizer]), torch.rand(1).item()
+
+
+def restored(memory: Path, model_name: str, options: dict[str, Any]) -> Any:
+    model, optimizer = wrapped(model_name, "adamw", options)
+    torch.manual_seed(99)
+    guard = Guard(model, optimizer, rank_extra={"random": RandomState()}, job="job", memory=memory)
+    found = guard.restore()
+    return found.get("step", 0), all_of(model, [optimizer]), torch.rand(1).item(), found.get("word")
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_all_is_there_again(run_on_ranks: RunOnRanks, tmp_path: Path, case: int) -> None:
+    before = run_on_ranks(2, train_under_guard, tmp_path, *CASES[case], 3)
+    after = run_on_ranks(2, restored, tmp_path, *CASES[case])
+    for (_, expected, random), (step, values, found_random, word) in zip(before, after, strict=True):
+        assert (step, word, found_random) == (3, "yes", random)
+        assert_same(values, expected)
+
+
+def test_any_number_of_ranks_goes_on_and_copies_anew(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    (_, expected, _), *_ = run_on_ranks(2, train_under_guard, tmp_path, "mlp", {}, 4)
+    assert_all_same([values for _, values, *_ in run_on_ranks(3, restored, tmp_path, "mlp", {})], expected)
+    first, *_ = run_on_ranks(3, train_under_guard, tmp_path, "mlp", {"stage": 1}, 6)
+    assert first[0] == 4
+    (name, *more) = files_in(tmp_path / next(path.name for path in tmp_path.iterdir()))
+    assert (name.layout, name.ranks, len(more)) == (2, 3, 2), "those of two ranks are gone"
+    assert_all_same([values for _, values, *_ in run_on_ranks(1, restored, tmp_path, "mlp", {})], first[1])
+
+
+def torn(memory: Path, steps: int, torn_rank: int) -> Any:
+    """Copies of which one was cut off in the middle."""
+    result = train_under_guard(memory, "mlp", {}, steps)
+    directory = next(memory.iterdir())
+    if dist.get_rank() == torn_rank:
+        slots = Slots.open(directory / str(files_in(directory)[torn_rank]))
+        slot = slots.slot_of(steps)
+        assert slot is not None
+        slots.begin(slot)[:] = 255
+    return result
+
+
+@pytest.mark.parametrize("torn_rank", [0, 1])
+def test_a_copy_that_was_cut_off_is_passed_over_on_all_ranks(
+    run_on_ranks: RunOnRanks, tmp_path: Path, torn_rank: int
+) -> None:
+    (_, expected, _), *_ = run_on_ranks(2, train_under_guard, tmp_path / "other", "mlp", {}, 2)
+    run_on_ranks(2, torn, tmp_path / "this", 3, torn_rank)
+    after = run_on_ranks(2, restored, tmp_path / "this", "mlp", {})
+    assert [step for step, *_ in after] == [2, 2]
+    assert_all_same([values for _, values, *_ in after], expected)
+
+
+def every_other(memory: Path) -> list[int]:
+    model, optimizer = wrapped("mlp", "adamw", {})
+    steps = []
+    with Guard(model, optimizer, every=2, job="job", memory=memory) as guard:
+        for step in range(1, 6):
+            train(model, optimizer, "mlp", range(step, step + 1))
+            guard.step(step)
+            guard.wait()
+            steps.append(Guard(model, optimizer, job="job", memory=memory).restore().get("step", 0))
+        train(model, optimizer, "mlp", range(5, 6))
+    return steps
+
+
+def test_a_guard_copies_every_so_many_steps_and_leaves_nothing(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    assert run_on_ranks(2, every_other, tmp_path) == [[0, 2, 2, 4, 4]] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_room(memory: Path) -> str:
+    model, optimizer = wrapped("mlp", "adamw", {})
+    train(model, optimizer, "mlp", range(1))
+    guard = Guard(model, optimizer, {"object": object()}, job="job", memory=memory)
+    guard.step(1)
+    return ""
+
+
+def test_what_cannot_be_copied_is_an_error_on_all_ranks(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    errors: list[Any] = run_on_ranks.outcomes(2, without_room, tmp_path)
+    assert all(error.type_name == "CheckpointError" and "extra" in error.message for error in errors)

@@ -1,0 +1,53 @@
+"""Where copies are, and whose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zeroopt.elastic.place import FileName, directory_of, files_in, job_of_parent, jobs, remove_ended
+from zeroopt.errors import ConfigError
+
+NUMBERS = st.integers(0, 10**7)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS)
+def test_a_file_says_whose_it_is(layout: int, ranks: int, rank: int) -> None:
+    name = FileName(layout, ranks, rank)
+    assert FileName.parse(str(name)) == name
+    assert FileName.parse(f".{name}") is None, "one that is being made"
+
+
+def test_jobs_are_told_apart(tmp_path: Path) -> None:
+    for job in ("a", "b.1"):
+        directory_of(job, tmp_path).mkdir()
+    (tmp_path / "something").mkdir()
+    (directory_of("a", tmp_path) / str(FileName(1, 2, 0))).touch()
+    (directory_of("a", tmp_path) / "else").touch()
+    assert list(jobs(tmp_path)) == ["a", "b.1"]
+    assert files_in(directory_of("a", tmp_path)) == [FileName(1, 2, 0)]
+    assert files_in(directory_of("c", tmp_path)) == []
+    with pytest.raises(ConfigError, match="a job's name may have letters"):
+        directory_of("a/b", tmp_path)
+
+
+@pytest.mark.slow
+def test_what_ended_processes_have_left_goes(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    mine = job_of_parent()
+    start = mine.rpartition("-")[2]
+    of_ended = mine.replace(f"-{os.getppid()}-", f"-{ended.stdout.strip()}-")
+    of_former = mine.removesuffix(start) + "1"  # a process of the same number
+    elsewhere = of_ended.replace("of-process-", "of-process-1")  # in another container
+    for job in (mine, of_ended, of_former, elsewhere, "named"):
+        directory_of(job, tmp_path).mkdir()
+    remove_ended(tmp_path)
+    assert set(jobs(tmp_path)) == {mine, elsewhere, "named"}

@@ -1,0 +1,176 @@
+"""What a rank copies, and where it lies in a slot: tensors in fixed places, and behind them the values that are no tensors."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from ..checkpoint.format.plain import MetadataUnpickler
+from ..checkpoint.format.planning import ShardSavePlanner
+from ..state.shard_tensor import ShardTensor
+
+_ALIGNMENT = 64
+_LENGTH_BYTES = 8  # before the values
+_ROOM = 2  # times as much as values take at first, for those that grow
+_LEAST_ROOM = 1 << 16
+
+
+class Entries:
+    """What a rank has of a model and its optimizers at one moment: live tensors and values by flat key."""
+
+    def __init__(self, nested: Mapping[str, Any], *, is_first: bool) -> None:
+        self.planner = ShardSavePlanner(nested, is_coordinator=is_first)
+        self.planner.flatten()
+
+    @property
+    def signature(self) -> list[Any]:
+        """What has to stay as it is for the same places to do: names, shapes, and which elements this rank has."""
+        return [(key, *_shape_of(value)) for key, value in self.planner.state_dict.items()]
+
+    def is_shard(self, item: WriteItem) -> bool:
+        """Whether it is of a tensor that steps alone change."""
+        return isinstance(self.planner.state_dict[item.index.fqn], ShardTensor)
+
+    def shards(self) -> Iterator[ShardTensor]:
+        """All tensors that steps alone change."""
+        return (value for value in self.planner.state_dict.values() if isinstance(value, ShardTensor))
+
+    def plain(self, item: WriteItem) -> Tensor:
+        """A tensor that this rank has whole."""
+        value: Tensor = self.planner.state_dict[item.index.fqn]
+        return value
+
+    def tensor(self, item: WriteItem) -> Tensor:
+        """The tensor of an item."""
+        value = self.planner.resolve_data(item)
+        assert isinstance(value, Tensor)
+        return value
+
+    def values(self, items: Sequence[WriteItem]) -> dict[str, Any]:
+        """Those that are no tensors, by key."""
+        return {item.index.fqn: self.planner.state_dict[item.index.fqn] for item in items}
+
+
+def _shape_of(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, ShardTensor):
+        return value.start, value.stop, value.dtype, tuple(value.shape)
+    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else ()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where in a slot what a rank copies lies.
+
+    Attributes:
+        tensors: items of tensors, and where they begin.
+        values: items of other values.
+        values_begin: where these begin, all together.
+        slot_bytes: of all.
+    """
+
+    tensors: list[tuple[WriteItem, int]]
+    values: list[WriteItem]
+    values_begin: int
+    slot_bytes: int
+
+    @staticmethod
+    def of(plan: SavePlan, packed_bytes: int) -> Places:
+        """For a plan of one rank, and values that take so many bytes now."""
+        tensors, end = [], 0
+        for item in plan.items:
+            if item.tensor_data is not None:
+                tensors.append((item, end))
+                num_bytes = math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+                end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        values = [item for item in plan.items if item.tensor_data is None]
+        room = max(_LEAST_ROOM, _ROOM * packed_bytes) + _LENGTH_BYTES
+        return Places(tensors, values, end, end + room)
+
+    def has_room(self, packed: bytes) -> bool:
+        """Whether values fit."""
+        return self.values_begin + _LENGTH_BYTES + len(packed) <= self.slot_bytes
+
+    def table(self, metadata: Metadata | None, name: str) -> bytes:
+        """What a reader needs: DCP's metadata, those of all ranks from the first one, and where the tensors of this one lie.
+
+        Args:
+            name: of the file.
+        """
+        storage: dict[MetadataIndex, Any] = {}
+        for item, begin in self.tensors:
+            storage[item.index] = _StorageInfo(name, begin, 0)
+        for item in self.values:
+            storage[item.index] = _StorageInfo(name, self.values_begin, 0)
+        mine = Metadata({}) if metadata is None else metadata
+        return pickle.dumps(
+            Metadata(
+                mine.state_dict_metadata,
+                mine.planner_data,
+                {**storage, _VALUES: _StorageInfo(name, self.values_begin, 0)},
+            )
+        )
+
+
+_VALUES = MetadataIndex("")  # no tensor has this name
+
+
+def read_table(table: bytes) -> tuple[Metadata, int]:
+    """The metadata of `Places.table`, and where values begin. No code in it is run."""
+    metadata: Metadata = MetadataUnpickler(io.BytesIO(table)).load()
+    begin = metadata.storage_data.pop(_VALUES).offset
+    return metadata, begin
+
+
+def view(slot: NDArray[np.uint8], begin: int, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in a slot."""
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    if not num_bytes:
+        return torch.empty(tuple(sizes), dtype=dtype)
+    return torch.from_numpy(slot[begin : begin + num_bytes]).view(dtype).view(tuple(sizes))
+
+
+def pack(values: Any) -> bytes:
+    """Values in bytes."""
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    return stream.getvalue()
+
+
+def put_values(slot: NDArray[np.uint8], begin: int, packed: bytes) -> None:
+    """Put packed values into a slot."""
+    slot[begin : begin + _LENGTH_BYTES].view(np.int64)[0] = len(packed)
+    begin += _LENGTH_BYTES
+    slot[begin : begin + len(packed)] = np.frombuffer(packed, dtype=np.uint8)
+
+
+def values_in(slot: NDArray[np.uint8], begin: int) -> io.BytesIO:
+    """The packed values of a slot."""
+    length = int(slot[begin : begin + _LENGTH_BYTES].view(np.int64)[0])
+    begin += _LENGTH_BYTES
+    return io.BytesIO(slot[begin : begin + length].tobytes())
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor by one thread, without Python's lock where its bytes are side by side on the CPU."""
+    source = source.detach()
+    if source.is_cpu and source.is_contiguous() and source.numel():
+        np.copyto(_as_bytes(target), _as_bytes(source))
+    else:
+        target.copy_(source)
+
+
+def _as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+    return array

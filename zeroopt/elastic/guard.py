@@ -1,0 +1,345 @@
+"""`Guard`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+
+from ..checkpoint.format.extra import EXTRA, pack_extra, rank_file
+from ..checkpoint.format.plain import check_plain
+from ..checkpoint.format.together import together
+from ..checkpoint.wrapped.lineage import runs_of
+from ..checkpoint.wrapped.loading import Source, load_source
+from ..checkpoint.wrapped.parts import describe_part
+from ..checkpoint.wrapped.residuals import residual_contents, residual_file
+from ..checkpoint.wrapped.saving import Optimizers, begin, optimizers_of, own_contents
+from ..collectives import ControlGroup
+from ..collectives.hosts import ranks_by_host
+from ..collectives.second_group import second_group
+from ..errors import CheckpointError, ConfigError, NotSupportedError
+from ..feature import Feature, Step
+from ..module import ZeroDataParallel
+from .contents import Entries, pack
+from .copier import Copier
+from .finding import Found, choose, find
+from .neighbours import Neighbours, Ring, fetch
+from .place import MEMORY, FileName, directory_of, files_in, job_of_parent, remove_ended, remove_job
+from .slots import Slots
+from .stored import StoredCheckpoint
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+
+class Guard:
+    """Keeps a copy of each rank's part of a training in memory that outlives its process, so that after a kill it goes on from the last
+    step, with equal weights.
+
+        with zeroopt.elastic.Guard(model, optimizer, {"scheduler": scheduler, "sampler": sampler}) as guard:
+            step = guard.restore().get("step", 0)
+            while step < steps:
+                ...
+                optimizer.step()
+                scheduler.step()
+                step += 1
+                guard.step(step)
+
+    Whoever starts ranks again (torchrun with `--max-restarts`) has to live on; see `job`. Any number of ranks goes on. At the end of the
+    context the memory is given back, unless by an exception: then the next ranks need it.
+
+    Each rank copies its part of the parameters, as exact as they are kept, and of the optimizer's state, to a slot of shared memory, and
+    to another one after the next step, so that one is always whole. A thread copies while the next forward and backward run; the next
+    step of the optimizer, or with `step_in_backward` the next backward, waits for it. Whatever else changes parameters or state before,
+    calls `wait` first. On devices the copy is made within `step`.
+
+    Memory: twice what a rank would write into a checkpoint, 24 Ψ/N bytes with AdamW, in the file system in memory of its host; with several
+    hosts as much again for a rank of another one.
+
+    Collective: every rank calls all methods, but for `wait`.
+
+    Args:
+        model, optimizer, extra, rank_extra: as for `zeroopt.checkpoint.save`. What is given is asked for its state in each `step`.
+        every: steps between copies.
+        between_hosts: where there are several, each copy goes to the next host besides. A thread sends it while training goes on, until the
+            next copy. Then a host may be lost with its memory.
+        job: names what belongs together, the same on all hosts. None: what was started by the process that has started this one, for as long
+            as that one lives. What a job of a given name leaves stays until `close`, or until `python -m zeroopt elastic remove JOB`.
+        memory: a file system in memory.
+
+    Raises:
+        ConfigError: `every` is less than 1, the name is no name, or the optimizer is not the model's.
+        NotSupportedError: not all ranks hold the model together (`average_every`, pipeline stages, DTensors).
+    """
+
+    def __init__(
+        self,
+        model: ZeroDataParallel,
+        optimizer: Optimizers,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        rank_extra: Mapping[str, Any] | None = None,
+        every: int = 1,
+        between_hosts: bool = True,
+        job: str | None = None,
+        memory: str | os.PathLike[str] = MEMORY,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"every has to be at least 1, got {every}")
+        self._model, self._optimizers = model, optimizers_of(model, optimizer)
+        self._extra, self._rank_extra, self._every = extra, rank_extra, every
+        self._directory = directory_of(job_of_parent() if job is None else job, memory)
+        self._group = begin(model, None)
+        self._control = ControlGroup(self._group)
+        self._check_supported()
+        self._hosts = ranks_by_host(self._control)
+        self._is_first_of_host = any(ranks[0] == self._control.rank for ranks in self._hosts)
+        self._between: ControlGroup | None = None
+        if len(self._hosts) > 1:
+            self._between = ControlGroup(second_group(self._group, "connecting for copies between hosts"))
+        self._sends = self._between is not None and between_hosts
+        if self._is_first_of_host:
+            remove_ended(memory)
+        self._layout = 0
+        self._copier: Copier | None = None
+        self._neighbours: Neighbours | None = None
+        self._copies = 0  # in the present layout
+        self._has_older = True
+        self._copying, self._sending = _Background("zeroopt.elastic"), _Background("zeroopt.elastic.hosts")
+        in_backward = model.features.step_in_backward is not None
+        self._waiting = _WaitBeforeChanges(self.wait, in_backward=in_backward)
+        model.features.features.add(self._waiting)
+
+    def restore(self) -> dict[str, Any]:
+        """Go on from the last step of which all ranks have a whole copy; where there is none, as at the first start, change nothing.
+
+        Returns:
+            All extra values, with this rank's own where as many ranks go on, and "step", the number that was given to `step`. An empty
+            dict where there is nothing.
+
+        Raises:
+            CheckpointError: on all ranks: what was copied is of another model, or there is no room for what is on other hosts. Nothing has
+                been changed.
+        """
+        self.wait()
+        found = together(
+            self._group,
+            f"looking for copies in {self._directory}",
+            lambda: find(self._directory),
+            lambda everyone: [choose(everyone, self._hosts)] * len(everyone),
+        )
+        self._layout = found.last_layout
+        if found.step is None:
+            return {}
+        self._fetch(found)
+        source = Source(str(self._directory), partial(self._open, found))
+        loaded = load_source(source, self._group, self._model, self._optimizers, self._extra, self._rank_extra)
+        return {**loaded, "step": found.step}
+
+    def step(self, step: int) -> None:
+        """Copy what there is after a step, if its number is a multiple of `every`. The whole copy before stays until this one is whole on all
+        ranks.
+
+        Args:
+            step: its number, the same on all ranks, larger than those before.
+
+        Raises:
+            CheckpointError: on all ranks: there is not enough memory, or an extra value cannot be copied.
+            CollectiveError: a rank is gone.
+        """
+        if step % self._every:
+            return
+        self.wait()
+        self._sending.wait()
+        entries, packed = self._take()
+        is_new = self._copier is None or not self._copier.fits(entries, packed)
+        # Who comes here has the copy before, and has sent it, so that none needs the one before that.
+        if self._control.first(is_new, "copying to memory") is not None:
+            self._lay_out(entries, packed)
+        elif self._has_older and self._copies:
+            self._remove_older()
+        assert self._copier is not None
+        finish = self._copier.begin(entries, packed, step)
+        if all(shard.is_cpu for shard in entries.shards()):
+            self._copying.start(finish)
+        else:
+            finish()  # behind the step, on its stream
+        self._copies += 1
+        if self._sends:
+            self._sending.start(partial(self._send, self._copying.future, step))
+
+    def wait(self) -> None:
+        """Return when the last copy is whole on this rank. Not collective."""
+        self._copying.wait()
+
+    def close(self) -> None:
+        """Give the memory back, on all hosts."""
+        self.wait()
+        self._sending.wait()
+        self._model.features.features.switch(self._waiting, on=False)
+        self._control.barrier("giving copies back")
+        self._copier = self._neighbours = None
+        if self._is_first_of_host:
+            remove_job(self._directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _check_supported(self) -> None:
+        replica = self._model.replica
+        if replica.mesh_groups or replica.transport.control.size != self._group.size():
+            raise NotSupportedError(
+                "copies in memory are of models that all ranks hold together: with pipeline stages, tensor parallelism, average_every or an "
+                "outer_optimizer, use zeroopt.checkpoint"
+            )
+
+    # Going on.
+
+    def _fetch(self, found: Found) -> None:
+        """Bring what is on another host alone to each host. Collective."""
+        if not found.to_fetch:
+            return
+        assert self._between is not None and found.step is not None
+        between, directory, step, rank = self._between, self._directory, found.step, self._control.rank
+
+        def check_room() -> None:
+            needed = found.room.get(rank, 0)
+            if needed:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                free = shutil.disk_usage(directory).free
+                if needed > free:
+                    raise CheckpointError(
+                        f"{directory} has {free} bytes left, and copies that are on other hosts take {needed}"
+                    )
+
+        def fetch_all() -> None:
+            for name, ranks in found.to_fetch:
+                if rank in ranks:
+                    path = directory / str(name)
+                    fetch(between, Slots.open(path) if rank == ranks[0] else None, path, step, ranks)
+
+        what = f"bringing copies of step {step} to all hosts"
+        together(self._group, what, check_room, lambda done: done)
+        together(self._group, what, fetch_all, lambda done: done)
+
+    def _open(self, found: Found) -> StoredCheckpoint:
+        assert found.step is not None
+        parts = [Slots.open(self._directory / str(name)) for name in found.names]
+        return StoredCheckpoint(self._directory, found.step, parts)
+
+    # Copying.
+
+    def _take(self) -> tuple[Entries, bytes]:
+        """What there is to copy, and what of it is no tensor."""
+        model, rank = self._model, self._control.rank
+        model.replica.gathers.finish_all()
+        for one in self._optimizers:
+            one.follow_writes()
+        nested = own_contents(model, self._optimizers)
+        facts = None
+        side: dict[str, Any] = {residual_file(rank): residual_contents(model)}
+        if rank == 0:
+            part = describe_part(model, self._optimizers)
+            nested["optimizer"]["param_groups"] = part.param_groups
+            facts = {"world_size": self._control.size, "optimizers": part.facts, "runs": list(runs_of(model))}
+            side[EXTRA] = pack_extra(self._extra)
+        if self._rank_extra is not None:
+            side[rank_file(rank)] = pack_extra(self._rank_extra)
+        entries = Entries(nested, is_first=rank == 0)
+        values = {key: value for key, value in entries.planner.state_dict.items() if not isinstance(value, Tensor)}
+        return entries, pack({"values": values, "side": side, "facts": facts})
+
+    def _lay_out(self, entries: Entries, packed: bytes) -> None:
+        """Find places anew, in another file. Collective."""
+        self._layout += 1
+        path = self._directory / str(FileName(self._layout, self._control.size, self._control.rank))
+
+        def plan_mine() -> SavePlan:
+            for name, value in (("extra", self._extra), ("rank_extra", self._rank_extra)):
+                check_plain(pack_extra(value), name)
+            return entries.planner.create_local_plan()
+
+        def plan_all(plans: list[SavePlan]) -> list[tuple[SavePlan, Metadata | None]]:
+            planned, metadata = entries.planner.create_global_plan(plans)
+            return [(plan, None if rank else metadata) for rank, plan in enumerate(planned)]
+
+        def make() -> None:
+            self._copier = Copier(path, plan, metadata, entries, packed)
+
+        def find_neighbours() -> None:
+            assert self._between is not None and self._copier is not None
+            ring = Ring.of(self._control.rank, self._hosts)
+            self._neighbours = Neighbours(self._between, ring, self._copier.slots, self._directory)
+
+        what = f"making room for copies in {self._directory}"
+        plan, metadata = together(self._group, what, plan_mine, plan_all)
+        together(self._group, what, make, lambda done: done)
+        if self._sends:
+            together(self._group, what, find_neighbours, lambda done: done)
+        self._copies = 0
+        self._has_older = True
+
+    def _remove_older(self) -> None:
+        """All ranks have a whole copy in the present layout, so that nobody needs another."""
+        self._has_older = False
+        for name in files_in(self._directory) if self._is_first_of_host else ():
+            if name.layout < self._layout:
+                (self._directory / str(name)).unlink(missing_ok=True)
+
+    # Sending to another host.
+
+    def _send(self, copied: Future[None] | None, step: int) -> None:
+        if copied is not None:
+            copied.result()
+        assert self._neighbours is not None
+        self._neighbours.exchange(step)
+
+
+class _Background:
+    """A thread that does one thing at a time."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self.future: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin something, after what was begun before has been waited for."""
+        assert self.future is None
+        self.future = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Wait for what was begun, if anything was, and raise what it has raised."""
+        future, self.future = self.future, None
+        if future is not None:
+            future.result()
+
+
+class _WaitBeforeChanges(Feature):
+    """What changes parameters and state waits until they are copied: a step, or a backward that steps."""
+
+    def __init__(self, wait: Callable[[], None], *, in_backward: bool) -> None:
+        self._wait, self._in_backward = wait, in_backward
+
+    def backward_begins(self) -> None:
+        """Parameters may change in it."""
+        if self._in_backward:
+            self._wait()
+
+    def before_step(self, step: Step) -> None:
+        """Parameters change next."""
+        self._wait()

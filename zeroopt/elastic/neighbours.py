@@ -1,0 +1,138 @@
+"""Each rank's copies on another host besides, so that a host may be lost with all its memory.
+
+    host 0   rank 0 ──▶ rank 2   host 1        and from the last host to the first
+             rank 1 ──▶ rank 3
+
+What another host holds of a rank is a file as the rank's own, with two slots, of which one is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..collectives import ControlGroup
+from ..collectives.pending import PendingWork, start_message
+from .slots import Slots
+
+_Array = NDArray[Any]
+
+_TAG = 1 << 21  # of messages, apart from those of a control group
+_WHAT = "copying to the next host"
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Who keeps whose copies.
+
+    Attributes:
+        to: the rank that keeps those of this one; None on a single host.
+        sources: the ranks whose copies this one keeps.
+    """
+
+    to: int | None
+    sources: list[int]
+
+    @staticmethod
+    def of(rank: int, hosts: Sequence[Sequence[int]]) -> Ring:
+        """That of a rank.
+
+        Args:
+            hosts: the ranks of each host.
+        """
+        if len(hosts) == 1:
+            return Ring(None, [])
+        keeper = {
+            one: hosts[(number + 1) % len(hosts)][index % len(hosts[(number + 1) % len(hosts)])]
+            for number, host in enumerate(hosts)
+            for index, one in enumerate(host)
+        }
+        return Ring(keeper[rank], [one for one, other in sorted(keeper.items()) if other == rank])
+
+
+class Neighbours:
+    """What this rank keeps for ranks of the host before its own, and sends to one of the next.
+
+    Args:
+        control: of a Gloo group that only one thread uses at a time.
+        mine: what is sent.
+        directory: where what comes is kept.
+
+    Raises:
+        CollectiveError: a neighbour is gone.
+        OSError: there is not enough memory. What others send is taken all the same.
+    """
+
+    def __init__(self, control: ControlGroup, ring: Ring, mine: Slots, directory: Path) -> None:
+        self._control, self._ring, self._mine = control, ring, mine
+        name = np.frombuffer(mine.path.name.encode(), dtype=np.uint8)
+        table = np.frombuffer(mine.table, dtype=np.uint8)
+        sizes = np.array([len(name), len(table), mine.slot_bytes], dtype=np.int64)
+        told = self._exchange(sizes, [np.zeros(3, dtype=np.int64) for _ in ring.sources])
+        names = self._exchange(name, [np.zeros(size[0], dtype=np.uint8) for size in told])
+        tables = self._exchange(table, [np.zeros(size[1], dtype=np.uint8) for size in told])
+        self._kept = [
+            Slots.make(directory / name.tobytes().decode(), table.tobytes(), int(size[2]))
+            for size, name, table in zip(told, names, tables, strict=True)
+        ]
+
+    def exchange(self, step: int) -> None:
+        """Send the slot of a step, and keep those of others. All ranks call it."""
+        slot = self._mine.slot_of(step)
+        assert slot is not None
+        numbers = [kept.older for kept in self._kept]
+        into = [kept.begin(number) for kept, number in zip(self._kept, numbers, strict=True)]
+        self._exchange(self._mine.bytes_of(slot), into)
+        for kept, number in zip(self._kept, numbers, strict=True):
+            kept.finish(number, step)
+
+    def _exchange(self, mine: _Array, into: list[_Array]) -> list[_Array]:
+        """Send an array to the next host, and receive one from each source."""
+        group, ring = self._control.group, self._ring
+        works = [
+            (source, start_message(group.recv, _bytes(array), source, _TAG))
+            for source, array in zip(ring.sources, into, strict=True)
+            if array.size
+        ]
+        if ring.to is not None:
+            works.append((ring.to, start_message(group.send, _bytes(mine), ring.to, _TAG)))
+        PendingWork(_WHAT, works, (mine, *into)).finish()
+        return into
+
+
+def fetch(control: ControlGroup, slots: Slots | None, path: Path, step: int, ranks: Sequence[int]) -> None:
+    """Bring the slot of a step from the first of some ranks to all of them, which alone call it. They are of different hosts.
+
+    Args:
+        slots: on the first rank.
+        path: of the file, on the others.
+
+    Raises:
+        CollectiveError: one of them is gone.
+        OSError: there is not enough memory.
+    """
+    if slots is None:
+        sizes = torch.zeros(2, dtype=torch.int64)
+        control.pass_on(sizes, ranks, _WHAT)
+        table = torch.zeros(int(sizes[0]), dtype=torch.uint8)
+        control.pass_on(table, ranks, _WHAT)
+        made = Slots.make(path, table.numpy().tobytes(), int(sizes[1]))
+        control.pass_on(_bytes(made.begin(0)), ranks, _WHAT)
+        made.finish(0, step)
+        return
+    slot = slots.slot_of(step)
+    assert slot is not None
+    control.pass_on(torch.tensor([len(slots.table), slots.slot_bytes]), ranks, _WHAT)
+    control.pass_on(_bytes(np.frombuffer(slots.table, dtype=np.uint8).copy()), ranks, _WHAT)
+    control.pass_on(_bytes(slots.bytes_of(slot)), ranks, _WHAT)
+
+
+def _bytes(array: _Array) -> Tensor:
+    return torch.from_numpy(array.view(np.uint8))

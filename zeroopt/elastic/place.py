@@ -1,0 +1,115 @@
+"""Where in a host's memory a job's copies are: a directory of a file system in memory, with a file for each rank.
+
+    /dev/shm/zeroopt-1000-run7/
+        00000003-of-2-rank-0       third layout since the job began, of two ranks
+        00000003-of-2-rank-1
+
+It is the job's as long as the job's name is used; where the name is that of a process, as long as this lives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+
+MEMORY = "/dev/shm"
+_JOB = re.compile(r"[A-Za-z0-9._-]+")
+_FILE = re.compile(r"(?P<layout>[0-9]{8})-of-(?P<ranks>[0-9]+)-rank-(?P<rank>[0-9]+)")
+_OF_PROCESS = re.compile(r"of-process-(?P<namespace>[0-9]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)")
+_START_FIELD = 19  # of /proc/PID/stat, counted from behind the name of the program
+
+
+@dataclass(frozen=True, order=True)
+class FileName:
+    """Whose copy a file holds.
+
+    Attributes:
+        layout: counts how often what ranks hold was laid out anew since the job began.
+        ranks: how many there were.
+        rank: whose it is.
+    """
+
+    layout: int
+    ranks: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.layout:08}-of-{self.ranks}-rank-{self.rank}"
+
+    @staticmethod
+    def parse(name: str) -> FileName | None:
+        """None for the name of something else."""
+        match = _FILE.fullmatch(name)
+        return None if match is None else FileName(*(int(part) for part in match.groups()))
+
+
+def directory_of(job: str, memory: str | os.PathLike[str] = MEMORY) -> Path:
+    """That of a job of this user. Raises ConfigError for what cannot be part of a file's name."""
+    if not _JOB.fullmatch(job):
+        raise ConfigError(f"a job's name may have letters, digits and . _ - in it, got {job!r}")
+    return Path(memory) / f"{_prefix()}{job}"
+
+
+def files_in(directory: Path) -> list[FileName]:
+    """The copies in a directory, which need not exist."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(found for name in names if (found := FileName.parse(name)) is not None)
+
+
+def job_of_parent() -> str:
+    """The name of a job that is as old as the parent of this process: of the agent of torchrun, which starts ranks again."""
+    return _name_of_process(os.getppid())
+
+
+def remove_job(directory: Path) -> None:
+    """Remove all that a job has left on this host."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_ended(memory: str | os.PathLike[str] = MEMORY) -> None:
+    """Remove what jobs of this user have left whose name is that of a process that has ended."""
+    for job in jobs(memory):
+        match = _OF_PROCESS.fullmatch(job)
+        if match and int(match["namespace"]) == _namespace() and _name_of_process(int(match["pid"])) != job:
+            remove_job(directory_of(job, memory))
+
+
+def jobs(memory: str | os.PathLike[str] = MEMORY) -> Iterator[str]:
+    """The names of this user's jobs that have something on this host."""
+    for path in sorted(Path(memory).glob(f"{_prefix()}*")):
+        yield path.name.removeprefix(_prefix())
+
+
+def bytes_of(job: str, memory: str | os.PathLike[str] = MEMORY) -> int:
+    """What the files of a job take."""
+    directory = directory_of(job, memory)
+    return sum((directory / str(name)).stat().st_size for name in files_in(directory))
+
+
+def _prefix() -> str:
+    return f"zeroopt-{os.getuid()}-"
+
+
+def _name_of_process(pid: int) -> str:
+    """A process number may come again; with the time of its start it does not."""
+    start = "0"
+    with suppress(OSError):
+        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[_START_FIELD]
+    return f"of-process-{_namespace()}-{pid}-{start}"
+
+
+def _namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
