@@ -435,9 +435,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Let state that was read be this optimizer's. Not collective."""
         self._state_dicts.adopt(loaded)
 
-    def rewriting_parameters(self) -> AbstractContextManager[None]:
-        """Within it, every rank writes its own range of the buckets; then all get them. Collective."""
-        return self._trained.rewriting_parameters()
+    def rewriting_parameters(self, *, exact: bool = True) -> AbstractContextManager[None]:
+        """Within it, every rank writes its own range of the buckets; then all get them. Collective.
+
+        Args:
+            exact: exact values are written, and models get these; else what models have is, and exact values stay.
+        """
+        return self._trained.rewriting_parameters(exact=exact)
+
+    @property
+    def generations(self) -> Sequence[Sequence[int]]:
+        """Numbers of its parameters as they were planned, for each time that some were taken in."""
+        return self._trained.generations
+
+    def follow_order(self, order: Sequence[Sequence[int]]) -> None:
+        """Plan the buckets as some were that had this order, where nothing stands against it. Collective.
+
+        Args:
+            order: as `generations`.
+        """
+        self._replanning.plan_by(order)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param_group, as torch's optimizers do. Collective: every rank must add the same.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,9 @@ from . import ops
 from ._C import Plan
 from .building.building import Building
 from .collectives import ControlGroup, Transport, Wire
-from .collectives.compression import CompressedWire, HostSumsWire, Noise
+from .collectives.compression import CompressedWire, HostSumsWire
 from .collectives.residual import Residual
+from .collectives.rounding import Noise, RoundingNumbers
 from .collectives.turnout import Turnout
 from .errors import StateError
 from .feature import Features
@@ -60,6 +60,7 @@ class Replica:
         mesh: of the model's DTensors, and its groups of more than one rank.
         norm_groups: over which the norm of the gradients is that of the whole model.
         seed: of stochastic rounding, the same on all ranks.
+        rounding: by which numbers what travels as codes is rounded.
         dtypes: of the model's parameters, before they were wrapped.
         optimizers: that have been wrapped with the model.
 
@@ -101,10 +102,10 @@ class Replica:
             transport.num_slices, transport.slice_index, by_slices=placement.shard_state, replica=transport.replica
         )
         sharded = self._make_sharded_view(features, check_outside) if placement.shard_state else None
-        self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, _bytes_on_the_way(module, config), transport.hops)
+        on_the_way = _most_over(self.mesh_groups, _bytes_on_the_way(module, config))
+        self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, on_the_way, transport.hops)
         pool = BufferPool(config, self.bucket_bytes, transport) if placement.shard_gradient else None
         self._pool = pool
-        self._rounds = count()  # of rounding what travels as codes
         view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
             module,
@@ -120,10 +121,12 @@ class Replica:
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)
         self.seed = _agree_on_seed([self.control, *self.mesh_groups])
+        reducer = self.reducer
+        self.rounding = RoundingNumbers(self.seed, lambda: (reducer.num_backwards, reducer.num_steps))
         self.gathers = (
             NoGathers(module, transport, lazy=False)
             if self.ownership.has_all
-            else ParamGathers(module, transport, lazy=config.overlap, seed=self.seed)
+            else ParamGathers(module, transport, lazy=config.overlap, rounding=self.rounding)
         )
         claim(self)
 
@@ -161,9 +164,7 @@ class Replica:
             return Wire(config.reduce_dtype)  # of so few elements a rank, codes are longer than these
         sent = transport.sent_slices
         residual = Residual(sent.start * slice_numel, len(sent), lengths, bucket.device)
-        # An odd factor: other ranks, and other jobs with seeds side by side, round by other numbers.
-        seed = (self.seed + (transport.control.rank + 1) * 0x9E3779B97F4A7C15) % 2**64
-        noise = Noise(seed, bucket.index, self._rounds)
+        noise = Noise(self.rounding, transport.control.rank, bucket.key)
         wire = CompressedWire(config.reduce_dtype, bits, residual, noise)
         return HostSumsWire(wire) if transport.sums_twice else wire
 
@@ -407,6 +408,13 @@ def _bytes_on_the_way(module: nn.Module, config: Config) -> int:
         for param in module.parameters()
         if param.requires_grad
     )
+
+
+def _most_over(groups: Sequence[ControlGroup], number: int) -> int:
+    """The most of a number over a mesh, by which copies of parameters lie in buckets alike. Collective in each of its groups."""
+    for group in groups:
+        number = max(own for (own,) in group.numbers([number], "agreeing on the size of buckets"))
+    return number
 
 
 def _agree_on_seed(groups: Sequence[ControlGroup]) -> int:

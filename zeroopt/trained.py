@@ -168,15 +168,20 @@ class Trained:
         self.note_versions()
 
     @contextmanager
-    def rewriting_parameters(self) -> Iterator[None]:
-        """Within it, every rank writes its own range of the buckets; then all get them. Collective."""
+    def rewriting_parameters(self, *, exact: bool = True) -> Iterator[None]:
+        """Within it, every rank writes its own range of the buckets; then all get them. Collective.
+
+        Args:
+            exact: exact values are written, and models get these; else what models have is, and exact values stay.
+        """
         replica = self.replica
         replica.gathers.finish_all()
         everyone_came = replica.transport.start_rendezvous("writing parameters")
         everyone_came.finish()  # nobody reads them any more
         yield
         for bucket in self.buckets:
-            bucket.master.catch_up()
+            if exact:
+                bucket.master.catch_up()
             replica.gathers.start_written(bucket)
         replica.gathers.leave_to_readers()
         self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8))

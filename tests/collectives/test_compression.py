@@ -55,8 +55,8 @@ def gradients_of(rank: int, number: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def wrap(of_hosts: list[int] | None = None, **options: Any) -> Any:
-    torch.manual_seed(3)  # of which rounding takes its seed
+def wrap(of_hosts: list[int] | None = None, seed: int = 3, **options: Any) -> Any:
+    torch.manual_seed(seed)  # of which rounding takes its own
     net = Given(as_planned=of_hosts is not None)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     options = {"stage": 2, "bucket_mb": 0.06, "fused": False, **options}
@@ -87,7 +87,10 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     weights = weights_of(model)
-    left = {name: (entry["start"], entry["values"].float()) for name, entry in residual_contents(model).items()}
+    left = {
+        name: (entry["start"], entry["values"].float())
+        for name, entry in residual_contents(model).get("left_out", {}).items()
+    }
     return model.replica.transport.name, weights, left, sent
 
 
@@ -195,7 +198,7 @@ def overflow() -> list[tuple[bool, bool, float]]:
         scaler.update()
         optimizer.zero_grad()
         changed = any(not torch.equal(before[name], now) for name, now in weights_of(model).items())
-        left = torch.cat([entry["values"] for entry in residual_contents(model).values()])
+        left = torch.cat([entry["values"] for entry in residual_contents(model)["left_out"].values()])
         seen.append((changed, bool(left.isfinite().all()), left.abs().max().item()))
     return seen
 
@@ -214,12 +217,48 @@ def save_and_go_on(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         optimizer.step()
         optimizer.zero_grad()
     zeroopt.checkpoint.save(path, model, optimizer)
-    kept = residual_contents(model)
+    kept = residual_contents(model)["left_out"]
     model, optimizer = wrap(transport="pairwise", gradient_compression="int8")
     model(gradients_of(dist.get_rank(), 7)).backward()  # which leaves out something else
     optimizer.step()
     zeroopt.checkpoint.load(path, model, optimizer)
-    return kept, residual_contents(model)
+    return kept, residual_contents(model)["left_out"]
+
+
+def go_on_and_resume(path: str, of_hosts: list[int] | None, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What there is two steps after a save, of the run that was saved, and of one that goes on from it."""
+    results = []
+    for resumes in (False, True):
+        model, optimizer = wrap(of_hosts, seed=11 + resumes, **options)
+        for number in range(2, 4) if resumes else range(4):
+            if number == 2 and resumes:
+                zeroopt.checkpoint.load(path, model, optimizer)
+            elif number == 2:
+                zeroopt.checkpoint.save(path, model, optimizer)
+            model(gradients_of(dist.get_rank(), number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        left = {name: entry["values"] for name, entry in residual_contents(model)["left_out"].items()}
+        results.append({**weights_of(model), **{f"left out of {name}": values for name, values in left.items()}})
+    return results
+
+
+@pytest.mark.parametrize(
+    ("of_hosts", "options"),
+    [
+        (None, {"gradient_compression": "int8", "parameter_compression": "int4", "transport": "pairwise"}),
+        (None, {"gradient_compression": "int4", "stage": 1, "transport": "pairwise"}),
+        ([0, 0, 1, 1], {"gradient_compression": "int8", "parameter_compression": "int8"}),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
+    run_on_ranks: RunOnRanks, tmp_path: Path, of_hosts: list[int] | None, options: dict[str, Any]
+) -> None:
+    size = 2 if of_hosts is None else len(of_hosts)
+    for went_on, resumed in run_on_ranks(size, go_on_and_resume, str(tmp_path / "checkpoint"), of_hosts, options):
+        assert set(went_on) == set(resumed) > set(SHAPES)
+        assert all(torch.equal(resumed[name], values) for name, values in went_on.items())
 
 
 def load_on_others(path: str) -> bool:
@@ -228,7 +267,7 @@ def load_on_others(path: str) -> bool:
     model(gradients_of(dist.get_rank(), 7)).backward()
     optimizer.step()
     zeroopt.checkpoint.load(path, model, optimizer)
-    return all((entry["values"] == 0).all() for entry in residual_contents(model).values())
+    return all((entry["values"] == 0).all() for entry in residual_contents(model)["left_out"].values())
 
 
 def test_checkpoints_have_what_is_left_out(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:

@@ -241,6 +241,48 @@ def test_copies_stay_equal_under_stochastic_rounding(run_on_ranks: RunOnRanks) -
     assert run_on_ranks(4, keep_copies_equal) == [True] * 4
 
 
+class UnevenBeside(nn.Module):
+    """A matrix that is copied, and parameters of which one rank has so much more that they take a bucket more."""
+
+    def __init__(self, mesh: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.copied = nn.Parameter(distribute_tensor(torch.randn(80, 64), mesh, [Replicate()]))
+        self.heads = nn.ParameterList(
+            nn.Parameter(distribute_tensor(torch.randn(3, 4096), mesh, [Shard(0)])) for _ in range(2)
+        )
+
+    def forward(self, pull: Tensor) -> Tensor:
+        return (self.copied.to_local() * pull).sum() + sum(head.to_local().square().sum() for head in self.heads)
+
+
+def keep_copies_equal_in_codes() -> tuple[int, Tensor]:
+    """How many buckets there are, and the copied matrix."""
+    mesh = square_mesh()
+    net = UnevenBeside(mesh["tp"])
+    model, optimizer = zeroopt.wrap(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        process_group=mesh["dp"].get_group(),
+        transport="pairwise",
+        bucket_mb=0.035,
+        gradient_compression="int4",
+        parameter_compression="int4",
+    )
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(10 * step + mesh["dp"].get_local_rank())
+        model(torch.randn(80, 64, generator=generator)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return len(model.replica.buckets), parallel.local(net.copied).detach().clone()
+
+
+def test_copies_stay_equal_in_codes_though_ranks_have_other_buckets(run_on_ranks: RunOnRanks) -> None:
+    results = run_on_ranks(4, keep_copies_equal_in_codes)
+    assert len({count for count, _ in results}) == 2
+    assert all(torch.equal(copied, results[0][1]) for _, copied in results)
+
+
 def copy_model(options: dict[str, Any]) -> bool:
     """A copy of a wrapped model is a model like any other, gradients included."""
     mesh = square_mesh()

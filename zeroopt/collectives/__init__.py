@@ -23,6 +23,7 @@ In reading order; each imports from those above it:
     arena              that memory, cut into buffers
     turnout            which ranks still train
     residual           what codes have left out of gradients, to be sent later
+    rounding           by which random numbers codes are rounded
     courier            a thread that goes on when messages arrive
     wire               `Wire`: in what form gradients travel
     compression        as 8- or 4-bit codes

@@ -11,30 +11,15 @@ its part. Whoever owns a slice decodes those of all ranks and sums them in float
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from .residual import Residual
+from .rounding import Noise
 from .wire import Wire
-
-
-@dataclass(frozen=True)
-class Noise:
-    """By which one rank rounds one bucket.
-
-    Attributes:
-        seed: of this rank.
-        key: of the bucket.
-        rounds: the numbers of what is encoded, one after the other, for all buckets of the rank.
-    """
-
-    seed: int
-    key: int
-    rounds: Iterator[int]
 
 
 class CodedWire(Wire):
@@ -92,8 +77,14 @@ class CompressedWire(CodedWire):
 
     def encode(self, full: Tensor, num_slices: int) -> Tensor:
         noise = self._noise
+        stripe, residual = self.residual.next()
         return self._codes_of(
-            full, num_slices, seed=noise.seed, step=next(noise.rounds), key=noise.key, residual=self.residual.next()
+            full,
+            num_slices,
+            seed=noise.seed,
+            step=noise.numbers.backward,
+            key=noise.key_of(stripe),
+            residual=residual,
         )
 
 

@@ -43,11 +43,12 @@ class Residual:
         """Whether there is something in it."""
         return bool(self._parts)
 
-    def next(self) -> Tensor:
-        """1-D, that of the stripe which travels next."""
+    def next(self) -> tuple[int, Tensor]:
+        """The number of the stripe which travels next, and its part, 1-D."""
         if not self._parts:
             self._allocate()
-        return self._parts[next(self._turns)]
+        stripe = next(self._turns)
+        return stripe, self._parts[stripe]
 
     def read(self) -> Tensor:
         """[numel], a copy in the order of the bucket's elements."""

@@ -218,7 +218,7 @@ class OuterSteps(Feature):
             # Ranks may go on from what one of them has saved, with its seed.
             return (self._trained.stepper.seed * 31 + self.control.rank) % 2**63, self._average.steps
 
-        return outer_wire(self._trained.config.outer_dtype, now, bucket.index)
+        return outer_wire(self._trained.config.outer_dtype, now, bucket.key)
 
     def _tell(self, doing: Doing) -> _Heard:
         """Say what this rank is about to do, and hear what the others are. Collective over the average group."""

@@ -13,7 +13,8 @@ from ..options.precision import CODE_BITS
 
 
 class SummedHere(Wire):
-    """Outer gradients are summed in float32, whatever they travel in, and whichever backend there is."""
+    """Outer gradients are summed in float32, whatever they travel in, and whichever backend there is. A host's sum that goes on to
+    other hosts is rounded to that once more: to send it as it is would take as many bytes as not to round at all."""
 
     backend_sums = False
 
@@ -24,7 +25,7 @@ class Coded(CodedWire):
     Args:
         bits: of a code.
         now: tells the seed of this rank, and the number of the step.
-        bucket: index of the bucket that travels.
+        bucket: key of the bucket that travels.
     """
 
     def __init__(self, bits: int, now: Callable[[], tuple[int, int]], bucket: int) -> None:

@@ -140,6 +140,21 @@ class Replanning(Feature):
             self._is_due = False
             self._replan(order[0])
 
+    def plan_by(self, order: Sequence[Sequence[int]]) -> None:
+        """Plan the buckets by an order, for good, if that can be done on all ranks. Collective.
+
+        Args:
+            order: numbers of the parameters as they were planned, for each time that some were taken in; the same on all ranks.
+        """
+        trained = self._trained
+        is_captured = self._captures is not None and self._captures.exist
+        is_whole = len(order) == 1 and sorted(order[0]) == list(range(len(trained.params)))
+        can = is_whole and self._is_alone() and not is_captured
+        if bool(trained.gather_number(float(can), "buckets as they were").all()):
+            self._is_due = False
+            self._replica.rejoin_gradients()
+            self._replan(order[0])
+
     def _is_alone(self) -> bool:
         """Whether all buckets of the model come from one plan, which another one can replace.
 

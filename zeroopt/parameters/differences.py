@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..collectives import PendingCollective, Transport
+from ..collectives.rounding import RoundingNumbers
 from ..options.precision import CODE_BITS
 from ..storage.bucket import Bucket
 from ..storage.masters import AheadOfModel
@@ -29,24 +30,24 @@ class _Codes:
 
     Attributes:
         encoded: uint8, [num_slices * bytes of a slice], where the transport can work on it; always the same memory.
-        step: how often they have been made.
+        key: of their random numbers.
     """
 
     encoded: Tensor
     bits: int
-    step: int = 0
+    key: int
 
 
 class Differences:
     """Those of one wrapped model.
 
     Args:
-        seed: of the rounding, the same on all ranks.
+        rounding: the same on all ranks.
     """
 
-    def __init__(self, transport: Transport, seed: int) -> None:
+    def __init__(self, transport: Transport, rounding: RoundingNumbers | None) -> None:
         self._transport = transport
-        self._seed = seed
+        self._rounding = rounding
         self._codes: dict[int, _Codes] = {}
 
     def forget(self) -> None:
@@ -60,18 +61,18 @@ class Differences:
 
         The one before has arrived. When this one has, the model has the new parameters.
         """
-        codes = self._codes_of(bucket)
+        codes, rounding = self._codes_of(bucket), self._rounding
+        assert rounding is not None
         num_slices, own = self._transport.num_slices, self._transport.slice_index
         ops.encode_slices(
             cast(AheadOfModel, bucket.master).difference,
             self._transport.own_slice(codes.encoded),
             num_slices=1,
             bits=codes.bits,
-            seed=(self._seed + own) % 2**64,
-            step=codes.step,
-            key=bucket.index,
+            seed=(rounding.seed + own) % 2**64,
+            step=rounding.step,
+            key=codes.key,
         )
-        codes.step = (codes.step + 1) % 2**32
         gather = self._transport.start_all_gather(codes.encoded, label=bucket.name)
         return _Difference(gather, codes, bucket.flat_param, num_slices)
 
@@ -80,7 +81,7 @@ class Differences:
             bits = code_bits(bucket)
             num_bytes = encoded_bytes(bucket, self._transport.num_slices)
             encoded = self._transport.allocate(num_bytes, torch.uint8, bucket.device)
-            self._codes[bucket.index] = _Codes(encoded, bits)
+            self._codes[bucket.index] = _Codes(encoded, bits, bucket.key)
         return self._codes[bucket.index]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..collectives import Chained, PendingCollective, Transport
 from ..collectives.pending import Done
+from ..collectives.rounding import RoundingNumbers
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..streams import has_streams, is_capturing
@@ -38,13 +39,15 @@ class ParamGathers:
 
     Args:
         lazy: let the first use of a parameter wait for it; else `leave_to_readers` waits for all.
-        seed: of the rounding of what travels in codes, the same on all ranks.
+        rounding: of what travels in codes; needed where something does.
     """
 
-    def __init__(self, module: nn.Module, transport: Transport, *, lazy: bool, seed: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, transport: Transport, *, lazy: bool, rounding: RoundingNumbers | None = None
+    ) -> None:
         self._module = module
         self._transport = transport
-        self._differences = Differences(transport, seed)
+        self._differences = Differences(transport, rounding)
         self._lazy = lazy and not is_scripted(module)
         self.pending: dict[int, PendingCollective] = {}
         self.are_read_by_graphs = False

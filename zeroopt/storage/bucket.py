@@ -92,6 +92,12 @@ class Bucket:
         assert not owner.is_whole or piece.numel == owner.numel
         return nn.Parameter(with_own_storage(view_of(self.master.stepped, owner, piece.offset, piece.numel)))
 
+    @property
+    def key(self) -> int:
+        """What tells its random numbers from those of others: the same on all ranks that hold copies of its parameters, however many
+        buckets these have of other parameters besides, as with uneven DTensors."""
+        return min((managed.index for managed in self.params), default=0)
+
     def offset_of(self, managed: ManagedParam) -> int:
         """Where in this bucket a parameter lies, or is to lie."""
         return self._offset_of[managed]

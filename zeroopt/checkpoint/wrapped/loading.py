@@ -24,7 +24,7 @@ from ..format.together import together
 from .contents import clean_name
 from .groups import has_positions, match_groups, read_groups
 from .lineage import goes_on
-from .residuals import residual_file, restore_residuals
+from .residuals import follow_planned_order, residual_file, restore_residuals, sends_codes
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
 
@@ -111,12 +111,8 @@ class Source:
 
     def layout_for(self, optimizer: ZeroOptimizer) -> dict[str, Any]:
         """What a state dict says of itself under "zeroopt", as far as the checkpoint knows."""
-        facts = self.checkpoint.facts
-        of_all = [] if facts is None else facts["optimizers"]
-        # By any parameter, for the first one may be new.
-        names = {clean_name(name) for name in optimizer.names().values()}
-        mine = next((one for one in of_all if one["first_param"] in names), None)
-        if mine is None:
+        mine = self.facts_of(optimizer)
+        if not mine:
             return {}
         params = optimizer.state_dicts.params
         # Where parameters were kept as they are here, so is their state.
@@ -130,6 +126,19 @@ class Source:
             outer_options=mine.get("outer_options", ()),
         )
         return {"zeroopt": layout.to_dict()}
+
+    def facts_of(self, optimizer: ZeroOptimizer) -> Mapping[str, Any]:
+        """What the checkpoint knows of it; empty where that is nothing."""
+        facts = self.checkpoint.facts
+        of_all: list[dict[str, Any]] = [] if facts is None else facts["optimizers"]
+        # By any parameter, for the first one may be new.
+        names = {clean_name(name) for name in optimizer.names().values()}
+        return next((one for one in of_all if one["first_param"] in names), {})
+
+    def is_of(self, world_size: int) -> bool:
+        """Whether so many ranks have saved it."""
+        facts = self.checkpoint.facts
+        return facts is not None and facts["world_size"] == world_size
 
     def _stored_dtype(self, name: str, param_dtype: str) -> str | None:
         """In what the run kept a parameter that it has saved as exactly as it could."""
@@ -177,15 +186,18 @@ def load_source(
 
     together(group, f"opening the checkpoint {source.name}", open_source, compare)
     source.checkpoint.verify(group)
+    if optimizer is not None and source.is_of(group.size()) and sends_codes(model.replica):
+        for one in optimizers_of(model, optimizer):
+            follow_planned_order(one, source.facts_of(one).get("order", []))
     reading = _Reading()
 
     def read() -> None:
-        reading.take_extra(source.checkpoint, extra, rank_extra, group)
+        reading.take_extra(source, extra, rank_extra, group)
         reading.take_model(source, model, trained_only=trained_only)
         for one in optimizers_of(model, optimizer):
             reading.take_state(source, one, strict=strict)
         if optimizer is not None:
-            reading.take_residuals(source.checkpoint, group)
+            reading.take_residuals(source, group)
 
     together(group, f"reading the checkpoint {source.name}", read, lambda done: done)
     with ExitStack() as undo:
@@ -243,16 +255,16 @@ class _Reading:
 
     def take_extra(
         self,
-        checkpoint: Checkpoint,
+        source: Source,
         extra: Mapping[str, Any] | None,
         rank_extra: Mapping[str, Any] | None,
         group: dist.ProcessGroup,
     ) -> None:
         """Read the extra values, and see that all are there that are to be loaded."""
+        checkpoint = source.checkpoint
         self.extra = checkpoint.side_file(EXTRA) or {}
         check_extra(extra, self.extra)
-        facts = checkpoint.facts
-        if facts is not None and facts["world_size"] == group.size():
+        if source.is_of(group.size()):
             self.rank_extra = checkpoint.side_file(rank_file(group.rank())) or {}
             check_extra(rank_extra, self.rank_extra)
 
@@ -277,11 +289,10 @@ class _Reading:
         loaded = optimizer.state_dicts.read([state_dict], keeps=True)
         self._states.append((optimizer, replace(loaded, kept=matched.unknown)))
 
-    def take_residuals(self, checkpoint: Checkpoint, group: dist.ProcessGroup) -> None:
-        """Read what this rank has left out of gradients, where as many ranks saved."""
-        facts = checkpoint.facts
-        alike = facts is not None and facts["world_size"] == group.size()
-        self._residuals = (checkpoint.side_file(residual_file(group.rank())) if alike else None) or {}
+    def take_residuals(self, source: Source, group: dist.ProcessGroup) -> None:
+        """Read what this rank keeps for itself, where as many ranks saved."""
+        is_alike = source.is_of(group.size())
+        self._residuals = (source.checkpoint.side_file(residual_file(group.rank())) if is_alike else None) or {}
 
     def commit(self, model: ZeroDataParallel) -> None:
         """Let all of it be the model's and the optimizers'. Collective in the model's process group."""

@@ -13,6 +13,7 @@ from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
 from ...state.entries import on_cpu
 from .contents import clean_name
+from .residuals import planned_order, sends_codes
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def describe_part(model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer]) 
             "seed": one.state_dicts.seed,
             "steps_since_average": one.state_dicts.steps_since_average,
             **({"outer_options": options} if (options := one.state_dicts.outer_options) else {}),
+            **({"order": planned_order(one)} if sends_codes(one.replica) else {}),
         }
         for one in optimizers
     ]
