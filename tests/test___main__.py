@@ -12,6 +12,7 @@ from written_checkpoints import write
 
 from zeroopt.__main__ import main
 from zeroopt.diagnosis.env import environment
+from zeroopt.elastic.place import FileName, directory_of, jobs
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
@@ -64,6 +65,20 @@ def test_a_checkpoint_that_is_whole_and_one_that_is_not(
     (tmp_path / "a" / "rank0.pt").unlink()
     assert run(monkeypatch, "checkpoint", "inspect", tmp_path / "a") == 1
     assert "rank0.pt" in capsys.readouterr().out
+
+
+def test_copies_in_memory_are_listed_and_removed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for job in ("a", "b"):
+        directory_of(job, tmp_path).mkdir()
+    (directory_of("b", tmp_path) / str(FileName(1, 1, 0))).write_bytes(bytes(100))
+    assert run(monkeypatch, "elastic", "list", "--memory", tmp_path) == 0
+    assert capsys.readouterr().out.splitlines() == ["a  0 bytes", "b  100 bytes"]
+    assert run(monkeypatch, "elastic", "remove", "b", "c", "--memory", tmp_path) == 1
+    assert "no job of this user with the name 'c'" in capsys.readouterr().err
+    assert run(monkeypatch, "elastic", "remove", "b", "--memory", tmp_path) == 0
+    assert list(jobs(tmp_path)) == ["a"]
 
 
 @pytest.mark.parametrize(("command", "code"), [(["env"], 0), (["checkpoint", "inspect", "nowhere"], 1)], ids=str)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from checkpoints import TIERS, all_of, assert_all_same, assert_same, train, wrapped
 from worker_pool import RunOnRanks
 
+import zeroopt
 from zeroopt.checkpoint import RandomState
 from zeroopt.elastic import Guard
 from zeroopt.elastic.place import files_in
@@ -116,3 +117,47 @@ def without_room(memory: Path) -> str:
 def test_what_cannot_be_copied_is_an_error_on_all_ranks(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     errors: list[Any] = run_on_ranks.outcomes(2, without_room, tmp_path)
     assert all(error.type_name == "CheckpointError" and "extra" in error.message for error in errors)
+
+
+def alone(memory: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 4)
+    model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), average_every=2)
+    Guard(model, optimizer, job="job", memory=memory)
+
+
+def test_models_that_not_all_ranks_hold_together_are_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    errors: list[Any] = run_on_ranks.outcomes(2, alone, tmp_path)
+    assert {error.type_name for error in errors} == {"NotSupportedError"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def several(memory: Path) -> Any:
+    """Two optimizers of a model, a scheduler, and what comes back of them."""
+    found = []
+    for start in range(2):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        model, first = zeroopt.wrap(net, torch.optim.SGD(net[0].parameters(), lr=0.1, momentum=0.9))
+        model, second = zeroopt.wrap(model, torch.optim.AdamW(net[1].parameters(), lr=0.1))
+        scheduler = torch.optim.lr_scheduler.StepLR(first, 1)
+        guard = Guard(model, [first, second], {"scheduler": scheduler}, job="job", memory=memory)
+        step = guard.restore().get("step", 0)
+        if start == 0:
+            model(torch.ones(2, 4)).sum().backward()
+            first.step()
+            second.step()
+            scheduler.step()
+            guard.step(step + 1)
+            guard.wait()
+        rates = [one.param_groups[0]["lr"] for one in (first, second)]
+        found.append((all_of(model, [first, second]), rates, scheduler.last_epoch))
+    guard.close()
+    return found
+
+
+def test_all_optimizers_and_their_options_come_back(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for before, after in run_on_ranks(2, several, tmp_path):
+        assert_same(after[0], before[0])
+        assert after[1:] == before[1:]
+        assert after[1] == [pytest.approx(0.01), 0.1]

@@ -102,6 +102,7 @@ def test_parameters_whose_differences_travel_have_exact_values_and_codes_beside_
 def test_copies_are_two_of_what_a_rank_steps(options: dict[str, Any], bytes_a_parameter: float) -> None:
     held = parts(asked(8, copies=True, **options), "step")
     assert held["copies"] == 2 * bytes_a_parameter * NUMEL // 8
+    assert parts(asked(8, copies=True, host_ranks=4, **options), "step")["copies"] == 2 * held["copies"]
     assert {**parts(asked(8, **options), "step"), "copies": held["copies"]} == held
     assert "copies" not in parts(asked(8, copies=True, device="cuda", **options), "step")
 

@@ -25,7 +25,7 @@ def main() -> None:
 
     checkpoints = Path(next(word.partition("=")[2] for word in sys.argv if word.startswith("--checkpoints=")))
     saved = checkpoints / f"step-{SAVED_STEP}"
-    if kind == "stays" and os.environ["WORLD_SIZE"] == "1" and not saved.exists():
+    if kind == "stays" and os.environ["GROUP_WORLD_SIZE"] == "1" and not saved.exists():
         signal.pause()  # until the agent has met the other one, and starts anew
     train_on = elastic.Run.train_on
     is_last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)

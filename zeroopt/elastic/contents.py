@@ -98,6 +98,14 @@ class Places:
         room = max(_LEAST_ROOM, _ROOM * packed_bytes) + _LENGTH_BYTES
         return Places(tensors, values, end, end + room)
 
+    def views(self, slot: NDArray[np.uint8]) -> list[tuple[WriteItem, Tensor]]:
+        """Items of tensors, and their memory in a slot."""
+        made = []
+        for item, begin in self.tensors:
+            assert item.tensor_data is not None
+            made.append((item, view(slot, begin, item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype)))
+        return made
+
     def has_room(self, packed: bytes) -> bool:
         """Whether values fit."""
         return self.values_begin + _LENGTH_BYTES + len(packed) <= self.slot_bytes

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from .contents import Entries, Places, copy_into, put_values, view
+from .contents import Entries, Places, copy_into, put_values
 from .slots import Slots
 
 _WORTH_A_LOOK = 4096  # elements
@@ -37,6 +37,7 @@ class Copier:
         self._known: list[dict[str, tuple[int, int]]] = [{}, {}]  # memory and version of what lasts, by slot
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.slots = Slots.make(path, self._places.table(metadata, path.name), self._places.slot_bytes)
+        self._targets = [self._places.views(self.slots.bytes_of(slot)) for slot in (0, 1)]
 
     def fits(self, entries: Entries, packed: bytes) -> bool:
         """Whether everything has its place."""
@@ -48,9 +49,7 @@ class Copier:
         slot = self.slots.begin(number)
         put_values(slot, self._places.values_begin, packed)
         later: list[tuple[Tensor, WriteItem]] = []
-        for item, start in self._places.tensors:
-            assert item.tensor_data is not None
-            target = view(slot, start, item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype)
+        for item, target in self._targets[number]:
             if entries.is_shard(item):
                 later.append((target, item))
             elif self._may_have_changed(number, item.index.fqn, entries.plain(item)):

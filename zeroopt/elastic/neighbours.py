@@ -72,8 +72,8 @@ class Neighbours:
 
     def __init__(self, control: ControlGroup, ring: Ring, mine: Slots, directory: Path) -> None:
         self._control, self._ring, self._mine = control, ring, mine
-        name = np.frombuffer(mine.path.name.encode(), dtype=np.uint8)
-        table = np.frombuffer(mine.table, dtype=np.uint8)
+        name = _array(mine.path.name.encode())
+        table = _array(mine.table)
         sizes = np.array([len(name), len(table), mine.slot_bytes], dtype=np.int64)
         told = self._exchange(sizes, [np.zeros(3, dtype=np.int64) for _ in ring.sources])
         names = self._exchange(name, [np.zeros(size[0], dtype=np.uint8) for size in told])
@@ -130,8 +130,12 @@ def fetch(control: ControlGroup, slots: Slots | None, path: Path, step: int, ran
     slot = slots.slot_of(step)
     assert slot is not None
     control.pass_on(torch.tensor([len(slots.table), slots.slot_bytes]), ranks, _WHAT)
-    control.pass_on(_bytes(np.frombuffer(slots.table, dtype=np.uint8).copy()), ranks, _WHAT)
+    control.pass_on(_bytes(_array(slots.table)), ranks, _WHAT)
     control.pass_on(_bytes(slots.bytes_of(slot)), ranks, _WHAT)
+
+
+def _array(content: bytes) -> _Array:
+    return np.frombuffer(bytearray(content), dtype=np.uint8)
 
 
 def _bytes(array: _Array) -> Tensor:

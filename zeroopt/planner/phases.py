@@ -343,15 +343,18 @@ class _Course:
         return (self._exact() + self.held.moments + self._outer_whole()) // ranks
 
     def _copies(self) -> int:
-        """Two of what this rank would write, in memory of the host; 8-bit moments as float32."""
+        """Two of what this rank would write, in memory of the host, and with several hosts of what one of another would; 8-bit moments
+        as float32."""
         if not self.setting.copies or not self.is_lazy:
             return 0
         moments = self.held.moments
         if self.config.precision.state_dtype is torch.int8:
             scale = torch.float32.itemsize
             moments = moments * (ops.QUANT_BLOCK * torch.float32.itemsize + scale) // (ops.QUANT_BLOCK + scale)
-        ranks = 1 if self.config.placement.shard_state else self.setting.cluster.world_size
-        return 2 * (self._exact() + moments) // ranks
+        cluster = self.setting.cluster
+        ranks = 1 if self.config.placement.shard_state else cluster.world_size
+        slots = 4 if cluster.world_size > cluster.host_ranks else 2
+        return slots * (self._exact() + moments) // ranks
 
     def _read(self) -> int:
         """All that this rank steps, beside what it holds, until all ranks have theirs."""
