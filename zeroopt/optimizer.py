@@ -182,7 +182,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._outer is None:
             raise NotSupportedError(f"{what} needs an outer_optimizer, in whose steps a rank without data takes part")
         self.take_up_groups()
-        self._reducer.check_storage()
+        self._reducer.check_parameters()
         return self._outer
 
     @property
@@ -216,7 +216,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: parameters were moved, replaced or unfrozen, gradients of a backward under `no_sync()` were never
-                reduced, or the last backward raised.
+                reduced, or the last backward raised; or an earlier step was broken off when it had begun to change parameters
+                (Ctrl-C, no memory, a rank that died), from which only a checkpoint leads on.
             ConfigError, NotSupportedError: `param_groups` were edited, and cannot be trained as they are. Nothing has been changed.
             RankMismatchError: they were edited in another way on another rank; on all ranks. Nothing has been changed.
             NonFiniteError, RankMismatchError: with `check_every`, on all ranks; see `zeroopt.wrap`.
@@ -231,10 +232,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._finish_gradients(step)
         if self._config.share_parameters:  # stepping writes what the other ranks read
             everyone_came.finish()
-        for bucket in self._update(step):
-            self._gathers.start(bucket, everyone_came)
-        everyone_came.finish()
-        self._end_step(step)
+        with self._reducer.guard.changing(self.number):
+            for bucket in self._update(step):
+                self._gathers.start(bucket, everyone_came)
+            everyone_came.finish()
+            self._end_step(step)
         return loss
 
     def _begin_step(self) -> Step:
@@ -348,8 +350,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             NotSupportedError: it is called by `set_optimizer_state_dict` of torch with `full_state_dict=True`.
+            StateError: a step was broken off; see `step`.
         """
         caller = sys._getframe(1)
+        self._reducer.guard.check()
         has_all = self._replica.ownership.has_all
         wanted = () if has_all else ranks_that_want_all(caller, self._transport.control.size)
         self.take_up_groups()
@@ -434,6 +438,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def adopt(self, loaded: LoadedState) -> None:
         """Let state that was read be this optimizer's. Not collective."""
         self._state_dicts.adopt(loaded)
+        self._reducer.guard.forget(self.number)
 
     def rewriting_parameters(self, *, exact: bool = True) -> AbstractContextManager[None]:
         """Within it, every rank writes its own range of the buckets; then all get them. Collective.
@@ -610,8 +615,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Raises:
             ConfigError: there is no such rank. On every rank that asks for it.
-            StateError: within `join()`.
+            StateError: within `join()`, or a step was broken off; see `step`.
         """
+        self._reducer.check_whole()
         if not 0 <= to < self._replica.control.size:
             raise ConfigError(f"expected a rank below {self._replica.control.size}, got to={to}")
         self._join.check_outside("consolidate_state_dict()")
@@ -701,7 +707,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _check_ready(self) -> None:
         """Raise StateError before anything is changed."""
-        self._reducer.check_storage()
+        self._reducer.check_parameters()
         self._growth.check_frozen()
         if self._reducer.has_local_gradients:
             raise StateError(
@@ -729,7 +735,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _switch(self, mode: str) -> None:
         """Do what `train()` or `eval()` of the wrapped optimizer does, on this rank's part of the parameters. Collective."""
         self._join.check_outside(f"{mode}() of an optimizer")
-        self._reducer.check_storage()
+        self._reducer.check_parameters()
         self._gathers.finish_all()
         self._trained.follow_writes()
         self._state_dicts.consolidated = None
@@ -756,7 +762,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return {position: names[param] for position, param in enumerate(params)}
 
     def check_can_save(self, group: dist.ProcessGroup) -> None:
-        """Raise NotSupportedError when ranks of a group that save together train alone."""
+        """Raise NotSupportedError when ranks of a group that save together train alone, and StateError when a step was broken off."""
+        self._reducer.guard.check()
         if self._averages and group.size() > self._transport.control.size:
             raise NotSupportedError(
                 "with average_every, ranks that train alone differ between averagings: save each such group of ranks as a "

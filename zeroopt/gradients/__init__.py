@@ -3,6 +3,7 @@
 In reading order; each imports from those above it:
 
     hooks             the hook of a parameter
+    step_guard        a step that was broken off
     lockstep          whether all ranks are at the same place of the training loop
     norm_groups       over whom to sum the norm of a whole model
     norms             norms and clipping, where each rank holds a slice

@@ -29,6 +29,7 @@ from ..untraced import is_compiled_backward, untraced_hook
 from .filling import Filling
 from .hooks import GradientHook
 from .in_flight import InFlight
+from .step_guard import StepGuard
 from .untrained import UntrainedGradients
 from .used import UsedParams
 from .view import GradientView
@@ -39,6 +40,7 @@ class GradientReducer:
 
     Attributes:
         sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
+        guard: knows whether a step was broken off.
         view: what `param.grad` shows.
         stores: the gradients of each bucket.
         buffer_sync: sends the model's buffers at the end of each backward; None where they stay as they are.
@@ -67,6 +69,7 @@ class GradientReducer:
         bucket_buffers: int,
     ) -> None:
         self.sync = True
+        self.guard = StepGuard()
         self.view = view
         self.stores: list[GradientStore] = []
         self.buffer_sync: BufferSync | None = None
@@ -284,9 +287,16 @@ class GradientReducer:
         """uint8 [number of parameters]: 1 where any rank had a gradient since `discard`. Valid after `finish`."""
         return self._used.flags
 
-    def check_storage(self) -> None:
-        """Raise StateError when a parameter no longer lies in its bucket."""
+    def check_parameters(self) -> None:
+        """Raise StateError when a parameter no longer lies in its bucket, or a step was broken off."""
+        self.check_whole()
         self._filling.check_storage()
+
+    def check_whole(self) -> None:
+        """Raise StateError when a step was broken off, and tell the other ranks that this one goes no further."""
+        if self.guard.is_broken:
+            self._transport.give_up("its step was broken off")
+        self.guard.check()
 
     # Between backward and step.
 
@@ -498,7 +508,7 @@ class GradientReducer:
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _start_backward(self) -> None:
-        self.check_storage()
+        self.check_parameters()
         # Left by the backward before: its buckets are about to be filled again.
         self._in_flight.finish_sums()
         self._used.forget(self.view.begin_backward())
