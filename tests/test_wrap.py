@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from training import MODELS, build, loss_of, optimizer_for
+from training import MODELS, batch, build, loss_of, optimizer_for
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt.storage.bucket import Bucket
+from zeroopt.storage.gradient_store import GradientStore
 
 
 def linear() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -332,3 +336,43 @@ def test_one_rank_of_ten_thousand(run_on_ranks: RunOnRanks) -> None:
     ((state_numel, losses),) = run_fresh(1, wrap_as_one_of_many, 10_000)
     assert state_numel <= 32
     assert all(0 < loss < 100 for loss in losses)
+
+
+def wrap_without_memory(cls: type, name: str) -> tuple[str, str, bool]:
+    """On rank 1 memory gives out in the second call of a method. What is raised there and on the others; whether all is as it was."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    net = build("mlp")
+    before = [param.detach().clone() for param in net.parameters()]
+    inner = optimizer_for("adamw", net)
+    method, calls = getattr(cls, name), count()
+
+    def give_out(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1 and rank == 1:
+            raise torch.OutOfMemoryError("16 GiB")
+        return method(*args, **kwargs)
+
+    options: dict[str, Any] = {"bucket_mb": 0.001, "sync_module_states": False}
+    with patch.object(cls, name, give_out), pytest.raises(Exception) as raised:
+        zeroopt.wrap(net, inner, **options)
+    same = all(map(torch.equal, before, net.parameters()))
+    alone = all(param.untyped_storage().nbytes() == param.nbytes for param in net.parameters())
+    model, optimizer = zeroopt.wrap(net, inner, **options)
+    loss_of(model(batch("mlp", 0))).backward()
+    optimizer.step()
+    return type(raised.value).__name__, str(raised.value), same and alone
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "what"),
+    [
+        (Bucket, "hold_params", "moving parameters into buckets"),
+        (GradientStore, "__init__", "making room for gradients"),
+    ],
+)
+def test_memory_that_gives_out_is_told_to_all(run_on_ranks: RunOnRanks, cls: type, name: str, what: str) -> None:
+    """And wrapping can be tried again."""
+    (here, told, is_whole), (there, error, is_whole_there) = run_on_ranks(2, wrap_without_memory, cls, name)
+    assert (there, error) == ("OutOfMemoryError", "16 GiB")
+    assert (here, told) == ("RankMismatchError", f"{what} failed on rank 1: 16 GiB")
+    assert is_whole and is_whole_there

@@ -31,12 +31,12 @@ from .pages import trim_heap
 from .parameters.gathers import NoGathers, ParamGathers
 from .plan.agreement import agree
 from .plan.buckets import choose_bucket_bytes, is_compressible, make_plan
-from .plan.claims import claim, claimed_params
+from .plan.claims import claim, claimed_params, release
 from .plan.dtensors import count_copies, find_mesh, local_of, mesh_groups
 from .plan.ownership import Ownership
 from .plan.params import ManagedParam, ParamState
 from .state.moving import Extent, hand_out, move_arrays
-from .storage.bucket import Bucket, lay_out_buckets, make_buckets
+from .storage.bucket import Bucket, fill_buckets, lay_out_buckets
 from .storage.buffer_pool import BufferPool
 from .storage.gradient_store import GradientStore
 from .storage.masters import Master
@@ -175,6 +175,11 @@ class Replica:
 
         Args:
             params: in the model's order; their indices go on from those of `params`.
+
+        Raises:
+            Exception: memory is wanting, or the like, on this rank. The parameters are in memory of their own again; where they were
+                to be rounded, some are.
+            RankMismatchError: so it is on another rank.
         """
         config = self.config
         self.rejoin_gradients()
@@ -184,15 +189,13 @@ class Replica:
             self.transport.open_exchange()
         if config.sync_module_states and precision.param_dtype is not None:
             self._sync_params(params)  # before they are rounded, or masters would differ
-        buckets = make_buckets(
-            plan,
-            params,
-            self.ownership,
-            self.transport,
-            precision,
-            home=config.placement.home,
-            shared=config.share_parameters,
-            first_index=len(self.buckets),
+        buckets = lay_out_buckets(
+            plan, params, self.ownership, precision, home=config.placement.home, first_index=len(self.buckets)
+        )
+        self._on_all(
+            "moving parameters into buckets",
+            lambda: fill_buckets(buckets, self.transport, shared=config.share_parameters),
+            lambda: self._move_out(buckets),
         )
         if self._building is not None:
             self._building.run(buckets, self.transport, config)
@@ -202,12 +205,41 @@ class Replica:
         self._await_writers(buckets)
         self.params += params
         self.buckets += buckets
-        self.reducer.extend(params, buckets)
+        is_first = len(buckets) == len(self.buckets)
+        self._on_all(
+            "making room for gradients",
+            lambda: self.reducer.extend(params, buckets),
+            lambda: self._move_out(buckets) if is_first else None,
+        )
         self.reducer.untrained.fit({managed.param for managed in self.params})
         self.gathers.extend(buckets)
         if len(buckets) < len(self.buckets):
             self.reducer.start_in_order(self._reverse_order())
         return buckets
+
+    def _on_all(self, what: str, do: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Do something for which memory may be wanting, and where it fails on any rank, undo it on all. Collective."""
+        problem: Exception | None = None
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks have to hear of it
+            problem = error
+        try:
+            agree([(self.control, []), *((group, []) for group in self.mesh_groups)], problem, what)
+        except Exception:
+            undo()
+            raise
+
+    def _move_out(self, buckets: Sequence[Bucket]) -> None:
+        """Of the first buckets of a model that cannot be wrapped, let parameters have memory of their own again, or none."""
+        release(self)
+        self.reducer.remove_hooks()
+        if self._building is not None:
+            self._building.undo()
+            return
+        for bucket in buckets:
+            if not bucket.flat_param.is_meta:
+                bucket.release(set(bucket.params))
 
     def make_plan(self, params: Sequence[ManagedParam], precision: Precision) -> Plan:
         """Plan buckets for these parameters, in this order."""

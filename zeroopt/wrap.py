@@ -225,7 +225,7 @@ def wrap(
         CheckpointError: `init` is a path where no checkpoint is, or a damaged one, or that of another model. Nothing has been
             changed.
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
-            been changed.
+            been changed, but where memory gives out on a rank: see docs/failures.md.
         StateError: there is no process group, though several processes were started, or this rank is not in it.
         CollectiveError: a rank died or stopped meanwhile.
     """

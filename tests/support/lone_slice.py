@@ -18,7 +18,7 @@ from zeroopt.options.precision import Precision
 from zeroopt.plan.buckets import make_plan
 from zeroopt.plan.ownership import Ownership
 from zeroopt.plan.params import Grain, ManagedParam
-from zeroopt.storage.bucket import Bucket, make_buckets
+from zeroopt.storage.bucket import Bucket, fill_buckets, lay_out_buckets
 from zeroopt.storage.gradient_store import GradientStore
 from zeroopt.storage.own_shard import OwnShard
 from zeroopt.storage.segment import Segment
@@ -113,9 +113,9 @@ def buckets_of(
     ownership = Ownership(transport.num_slices, transport.slice_index, by_slices=by_slices)
     precision = Precision() if precision is None else precision
     plan = make_plan(params, ownership, bucket_bytes, precision)
-    return make_buckets(
-        plan, params, ownership, transport, precision, home=None, shared=shared, first_index=first_index
-    )
+    buckets = lay_out_buckets(plan, params, ownership, precision, home=None, first_index=first_index)
+    fill_buckets(buckets, transport, shared=shared)
+    return buckets
 
 
 class LoneStep:

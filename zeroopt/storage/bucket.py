@@ -5,7 +5,7 @@ A bucket may be a layout alone: gradients can be put together by it before the p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -223,28 +223,13 @@ def lay_out_buckets(
     return buckets
 
 
-def make_buckets(
-    plan: Plan,
-    params: Sequence[ManagedParam],
-    ownership: Ownership,
-    transport: Transport,
-    precision: Precision,
-    *,
-    home: torch.device | None,
-    shared: bool,
-    first_index: int = 0,
-) -> list[Bucket]:
-    """Move the parameters into buckets, one bucket after the other, so that only one bucket exists twice at a time.
+def fill_buckets(buckets: Iterable[Bucket], transport: Transport, *, shared: bool) -> None:
+    """Move parameters into buckets that are layouts so far, one bucket after the other, so that only one bucket exists twice at a time.
 
     Collective. With `shared`, the ranks of a host get the same buckets, with the values of the first of them. When the values are
     there, masters have to `fetch` them.
-
-    Args:
-        params, home, first_index: as for `lay_out_buckets`.
     """
-    buckets = lay_out_buckets(plan, params, ownership, precision, home=home, first_index=first_index)
     for bucket in buckets:
         bucket.hold_params(transport, shared=shared)
         if bucket.device.type == "cpu":
             trim_heap()  # of where the parameters were
-    return buckets
