@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from worker_pool import WORKER_DIED, RunOnRanks
 
 from zeroopt import CollectiveError
-from zeroopt.collectives import ControlGroup, lone_control
+from zeroopt.collectives import ControlGroup, lone_control, lost
 from zeroopt.collectives.control import tree_links
 
 WHAT = "comparing notes"
@@ -187,17 +187,39 @@ def test_who_dies_is_named_at_once(run_on_ranks: RunOnRanks) -> None:
         assert error.startswith(f"{WHAT}: failed for want of rank 1: "), name
 
 
-def name_nobody(tensors: list[Tensor]) -> str:
-    """What rank 0 hears when one of two others does not come: it cannot tell which."""
-    group = dist.new_group(timeout=timedelta(seconds=0.2))
-    if dist.get_rank() == 2:
-        return ""
-    with pytest.raises(CollectiveError) as raised:
-        ControlGroup(group).broadcast(tensors, 2, WHAT)
-    return str(raised.value)
+def errors_without_rank_3(timeout_s: float, names: Sequence[str], *, dies: bool) -> dict[str, str]:
+    """What the others hear of some calls, each in a group of its own."""
+    groups = {name: dist.new_group(timeout=timedelta(seconds=timeout_s)) for name in names}
+    for group in groups.values():  # nobody is missing so far
+        ControlGroup(group).barrier(WHAT)
+    if dist.get_rank() == 3:
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+    errors = {}
+    with patch.object(lost, "_GRACE_S", 0.1):
+        for name, group in groups.items():
+            with pytest.raises(CollectiveError) as raised:
+                CALLS[name](ControlGroup(group), 3)
+            errors[name] = str(raised.value)
+    return errors
 
 
-def test_of_several_nobody_is_blamed(run_on_ranks: RunOnRanks) -> None:
-    first, second, _ = run_on_ranks(3, name_nobody, [torch.zeros(3)])
-    assert first.startswith(f"{WHAT}: failed for want of other ranks: ")
-    assert second.startswith(f"{WHAT}: failed for want of other ranks: ")
+NEED_ALL = ["gather", "objects", "hand_out", "tell", "total", "barrier"]
+
+
+def check_only_rank_3_is_named(errors: object) -> None:
+    assert isinstance(errors, dict), errors
+    for name, error in errors.items():
+        assert error.startswith(f"{WHAT}: failed for want of rank 3: "), (name, error)
+
+
+def test_of_several_the_one_that_dies_is_named(run_on_ranks: RunOnRanks) -> None:
+    """Also by those that wait for others, which have given up for want of it."""
+    for errors in run_on_ranks.outcomes(4, errors_without_rank_3, NEVER_S, NEED_ALL, dies=True)[:3]:
+        check_only_rank_3_is_named(errors)
+
+
+def test_of_several_the_one_that_does_not_come_is_named(run_on_ranks: RunOnRanks) -> None:
+    for errors in run_on_ranks(4, errors_without_rank_3, 0.5, ["gather", "barrier"], dies=False)[:3]:
+        check_only_rank_3_is_named(errors)

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import pytest
 import torch.distributed as dist
 
-from zeroopt import CollectiveError, StateError
 from zeroopt.collectives.failure import (
     ADVICE,
     describe_failure,
     is_timeout,
     name_ranks,
-    named_failures,
     the_other_rank,
 )
 
@@ -70,23 +68,3 @@ def test_of_many_ranks_the_first_ones_are_named(ranks: Sequence[int], named: str
 @pytest.mark.parametrize(("rank", "size", "other"), [(0, 2, 1), (1, 2, 0), (0, 1, None), (1, 3, None)])
 def test_the_other_of_two_is_known(rank: int, size: int, other: int | None) -> None:
     assert the_other_rank(dist.ProcessGroup(rank, size)) == other  # type: ignore[call-arg]
-
-
-def test_calls_of_torch_fail_as_transports_do() -> None:
-    cause = RuntimeError(LOST)
-    with pytest.raises(CollectiveError) as raised, named_failures("barrier", 1, "Bring a friend"):
-        raise cause
-    assert str(raised.value) == f"barrier: failed for want of rank 1: {LOST}. Bring a friend"
-    assert raised.value.__cause__ is cause
-
-
-@pytest.mark.parametrize("error", [StateError("ours"), CollectiveError("named before"), KeyError("a bug")])
-def test_other_errors_pass_as_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, named_failures("barrier", None):
-        raise error
-    assert raised.value is error and error.__cause__ is None
-
-
-def test_nothing_happens_where_nothing_fails() -> None:
-    with named_failures("barrier", None):
-        pass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
@@ -35,14 +36,6 @@ class FakeWork(dist.Work):
         return True
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """What a test leaves unfinished would be waited for when the process ends."""
-    before = set(PendingWork._unfinished)
-    yield
-    PendingWork._unfinished &= before
-
-
 def pending(*works: FakeWork, keep: Sequence[object] = (), advice: str = "") -> PendingWork:
     """Works that need ranks 0, 1, …"""
     return PendingWork(WHAT, list(enumerate(works)), keep, advice)
@@ -71,9 +64,7 @@ def test_all_works_are_waited_for_once() -> None:
 
 
 def test_nothing_to_wait_for_is_finished_too() -> None:
-    nothing = pending()
-    nothing.finish()
-    assert nothing not in PendingWork._unfinished
+    pending().finish()
 
 
 def test_what_is_read_or_written_is_kept_until_it_is_finished() -> None:
@@ -86,16 +77,6 @@ def test_what_is_read_or_written_is_kept_until_it_is_finished() -> None:
     assert kept() is None
 
 
-def test_what_nobody_finishes_is_kept_though_it_is_dropped() -> None:
-    dropped = weakref.ref(pending(FakeWork()))
-    assert dropped() in PendingWork._unfinished
-    kept = dropped()
-    assert kept is not None
-    kept.finish()
-    del kept
-    assert dropped() is None
-
-
 def test_a_failure_is_told_with_the_rank_and_again_when_asked_again() -> None:
     first, lost, last = FakeWork(), FakeWork(LOST), FakeWork()
     work = pending(first, lost, last, advice="Bring a friend")
@@ -105,17 +86,11 @@ def test_a_failure_is_told_with_the_rank_and_again_when_asked_again() -> None:
     assert (len(first.waits), len(lost.waits)) == (1, 1)
 
 
-def test_what_has_not_come_when_the_time_has_gone_by_is_given_up_at_once() -> None:
-    late, last = FakeWork(TIMED_OUT), FakeWork()
-    failure_of(pending(late, last))
+@pytest.mark.parametrize("reason", [TIMED_OUT, LOST])
+def test_what_has_not_come_when_another_has_failed_is_given_up_at_once(reason: str) -> None:
+    failing, last = FakeWork(reason), FakeWork()
+    failure_of(pending(failing, last))
     assert [wait is not None and wait <= timedelta(milliseconds=1) for wait in last.waits] == [True]
-
-
-def test_when_a_rank_is_lost_the_others_have_a_moment_to_hear_of_it_from_there() -> None:
-    lost, last = FakeWork(LOST), FakeWork()
-    failure_of(pending(lost, last))
-    (wait,) = last.waits
-    assert wait is not None and timedelta(milliseconds=1) < wait <= timedelta(seconds=0.3)
 
 
 @pytest.mark.parametrize(
@@ -140,21 +115,6 @@ def test_abandoning_goes_through_all_and_raises_nothing() -> None:
     assert [len(work.waits) for work in works] == [1, 1, 1]
 
 
-def test_at_exit_what_is_on_its_way_is_waited_for_however_late_it_is() -> None:
-    work, failing = FakeWork(), FakeWork(LOST)
-    pending(work, failing).wait_at_exit(deadline=0.0)
-    assert [len(each.waits) for each in (work, failing)] == [1, 1]
-    assert work.waits[0] is not None and timedelta() < work.waits[0] < timedelta(seconds=1)
-
-
-def test_at_exit_nobody_waits_for_what_has_failed() -> None:
-    works = [FakeWork(LOST), FakeWork()]
-    failed = pending(*works)
-    failure_of(failed)
-    failed.wait_at_exit(deadline=0.0)
-    assert [len(work.waits) for work in works] == [1, 1]
-
-
 def test_a_message_that_cannot_be_started_fails_when_it_is_waited_for() -> None:
     def refuse(tensors: list[Tensor], rank: int, tag: int) -> dist.Work:
         raise RuntimeError(LOST)
@@ -175,3 +135,17 @@ def test_a_message_is_started_with_all_that_it_needs() -> None:
 
     assert start_message(send, tensor, 3, 7) is work
     assert heard == [([tensor], 3, 7)]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_for_tensors_on_a_device_the_thread_itself_waits(on_device: bool) -> None:
+    """For it is the current stream of that thread that has to wait."""
+    waited_in: list[threading.Thread] = []
+
+    class Noting(FakeWork):
+        def wait(self, timeout: timedelta | None = None) -> bool:
+            waited_in.append(threading.current_thread())
+            return True
+
+    PendingWork(WHAT, [(1, Noting())], (), on_device=on_device).finish()
+    assert (waited_in == [threading.current_thread()]) is on_device

@@ -6,6 +6,9 @@ In reading order; each imports from those above it:
     group_timeout      how long ranks wait for one another
     lone               what stands for the process group of a process that trains by itself
     backends           which backends a process group has
+    lost               which rank is lost, where something has failed for want of one
+    messages           `Messages`: what a backend has been told, until it is through
+    patience           waits that signals end
     pending            `PendingCollective`: what has been started and has to be finished
     flat               tensors side by side, so that they travel as one
     renamed            collectives of flat tensors, by one name

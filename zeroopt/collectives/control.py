@@ -6,7 +6,7 @@ do, as transports do. Alone in its group, a rank has the answers at once: no bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -15,15 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends import backends_of
-from .failure import named_failures, the_other_rank
+from .failure import the_other_rank
 from .flat import group_alike, pieces_of
 from .lone import lone_group
+from .lost import has_gloo, named_failures
 from .pending import Done, PendingCollective, PendingWork, start_message
-from .pickled import check_on_cpu
+from .pickled import check_on_cpu, pickled, unpickled
 from .renamed import all_gather_flat
 
 T = TypeVar("T")
 
+_CPU = torch.device("cpu")
 _TAG = 1 << 23  # of messages, out of the way of a user's own ones on the same group
 
 
@@ -63,8 +65,10 @@ class ControlGroup:
         everyone = tensor.new_empty(self.size, *tensor.shape)
         if tensor.numel():
             # Of ten thousand ranks, a list of tensors takes longer to make than the numbers to travel.
+            mine = tensor.reshape(-1)
             with self._named(what):
-                all_gather_flat(everyone.view(-1), tensor.reshape(-1), group=self.group)
+                work = all_gather_flat(everyone.view(-1), mine, group=self.group, async_op=True)
+            self._pending(what, [(self._the_other, work)], (everyone, mine), mine.device).finish()
         return everyone
 
     def numbers(self, values: Sequence[int], what: str) -> list[list[int]]:
@@ -77,26 +81,58 @@ class ControlGroup:
         """What all ranks have, by rank. It is pickled."""
         if self.size == 1:
             return [value]
-        check_on_cpu(value, what)
-        everyone: list[Any] = [None] * self.size
-        with self._named(what):
-            dist.all_gather_object(everyone, value, group=self.group)
-        return everyone
+        mine = pickled(value, what).to(self.device)
+        lengths = [length for (length,) in self.numbers([mine.numel()], what)]
+        padded = mine.new_zeros(max(lengths))
+        padded[: mine.numel()] = mine
+        return [unpickled(row[:length]) for row, length in zip(self.gather(padded, what), lengths, strict=True)]
 
     def collect(self, value: T, to: int, what: str) -> list[T] | None:
         """What all ranks have, by rank, on rank `to` alone; None elsewhere. It is pickled."""
         if self.size == 1:
             return [value]
+        if has_gloo(self.group):
+            return self._collect_messages(value, to, what)
         check_on_cpu(value, what)
         everyone: list[Any] | None = [None] * self.size if self.rank == to else None
         with self._named(what):
             dist.gather_object(value, everyone, dst=self._in_job(to), group=self.group)
         return everyone
 
+    def _collect_messages(self, value: T, to: int, what: str) -> list[T] | None:
+        """By Gloo, message by message: then it is known which rank is missing, and torch.distributed need not know the group any
+        more, as after `destroy_process_group`."""
+        if self.rank != to:
+            self._send_pickled({to: value}, what)
+            return None
+        others = [rank for rank in range(self.size) if rank != to]
+        told = self._receive_pickled(others, what)
+        return [value if rank == to else told[rank] for rank in range(self.size)]
+
+    def _send_pickled(self, values: Mapping[int, object], what: str) -> None:
+        """Send a value to each of some ranks, which receive it by `_receive_pickled`."""
+        messages = {rank: pickled(value, what) for rank, value in values.items()}
+        lengths = {rank: torch.tensor(message.numel()) for rank, message in messages.items()}
+        sent = [(rank, part) for parts in (lengths, messages) for rank, part in parts.items()]
+        works = [(rank, start_message(self.group.send, _as_bytes(part), rank, _TAG)) for rank, part in sent]
+        self._pending(what, works, sent, _CPU).finish()
+
+    def _receive_pickled(self, sources: Sequence[int], what: str) -> dict[int, Any]:
+        lengths = self._receive_each({rank: torch.tensor(0) for rank in sources}, what)
+        messages = {rank: torch.empty(int(length), dtype=torch.uint8) for rank, length in lengths.items()}
+        return {rank: unpickled(message) for rank, message in self._receive_each(messages, what).items()}
+
+    def _receive_each(self, tensors: dict[int, Tensor], what: str) -> dict[int, Tensor]:
+        works = [(rank, start_message(self.group.recv, _as_bytes(part), rank, _TAG)) for rank, part in tensors.items()]
+        self._pending(what, works, tensors, _CPU).finish()
+        return tensors
+
     def hand_out(self, values: Sequence[T] | None, source: int, what: str) -> T:
         """This rank's value of those that rank `source` has, one for each rank; the others pass None. It is pickled."""
         mine: list[Any] = [None] if values is None else [values[self.rank]]
         if self.size > 1:
+            if has_gloo(self.group):
+                return self._hand_out_messages(values, source, what)
             check_on_cpu(values, what)
             with self._named(what):
                 # torch's annotation asks for a list, though it takes None where there is nothing to hand out.
@@ -104,15 +140,25 @@ class ControlGroup:
         value: T = mine[0]
         return value
 
+    def _hand_out_messages(self, values: Sequence[T] | None, source: int, what: str) -> T:
+        if self.rank != source:
+            told: T = self._receive_pickled([source], what)[source]
+            return told
+        assert values is not None
+        self._send_pickled({rank: value for rank, value in enumerate(values) if rank != source}, what)
+        return values[source]
+
     def tell(self, value: T, source: int, what: str) -> T:
         """What rank `source` has. It is pickled."""
-        box: list[Any] = [value]
-        if self.size > 1:
-            if self.rank == source:
-                check_on_cpu(value, what)
-            with self._named(what):
-                dist.broadcast_object_list(box, self._in_job(source), group=self.group)
-        told: T = box[0]
+        if self.size == 1:
+            return value
+        message = pickled(value if self.rank == source else None, what).to(self.device)
+        length = torch.tensor(message.numel(), device=self.device)
+        self.broadcast([length], source, what)
+        if self.rank != source:
+            message = message.new_empty(int(length))
+        self.broadcast([message], source, what)
+        told: T = value if self.rank == source else unpickled(message)
         return told
 
     def total(self, tensor: Tensor, what: str) -> Tensor:
@@ -162,21 +208,21 @@ class ControlGroup:
             return Done()
         with self._named(what):
             work = dist.broadcast(tensor, self._in_job(source), group=self.group, async_op=True)
-        return self._pending(what, [(self._the_other, work)], tensor)
+        return self._pending(what, [(self._the_other, work)], tensor, tensor.device)
 
     def send(self, tensor: Tensor, to: Sequence[int], what: str) -> None:
         """Send a contiguous tensor to ranks that call `receive`. Returns when they may have received it all."""
         if tensor.numel():
             message = _as_bytes(tensor)
             works = [(rank, start_message(self.group.send, message, rank, _TAG)) for rank in to]
-            self._pending(what, works, message).finish()
+            self._pending(what, works, message, message.device).finish()
 
     def receive(self, tensor: Tensor, source: int, what: str) -> None:
         """Overwrite a contiguous tensor with what rank `source` sends to this one."""
         if tensor.numel():
             message = _as_bytes(tensor)
             works = [(source, start_message(self.group.recv, message, source, _TAG))]
-            self._pending(what, works, message).finish()
+            self._pending(what, works, message, message.device).finish()
 
     def pass_on(self, tensor: Tensor, ranks: Sequence[int], what: str) -> None:
         """Overwrite a contiguous tensor on some ranks with that of the first of them. They alone call it.
@@ -194,24 +240,27 @@ class ControlGroup:
         """Return when all ranks have called it."""
         if self.size > 1:
             with self._named(what):
-                dist.barrier(group=self.group)
+                work = dist.barrier(group=self.group, async_op=True)
+            self._pending(what, [(self._the_other, work)], (), self.device).finish()
 
     def _start_all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> PendingCollective:
         if self.size == 1:
             return Done()
         with self._named(what):
             work = dist.all_reduce(tensor, op, group=self.group, async_op=True)
-        return self._pending(what, [(self._the_other, work)], tensor)
+        return self._pending(what, [(self._the_other, work)], tensor, tensor.device)
 
-    def _pending(self, what: str, works: Sequence[tuple[int | None, dist.Work]], tensor: Tensor) -> PendingCollective:
-        return PendingWork(what, works, (tensor,), self._advice)
+    def _pending(
+        self, what: str, works: Sequence[tuple[int | None, dist.Work]], keep: object, device: torch.device
+    ) -> PendingCollective:
+        return PendingWork(what, works, (keep,), self._advice, self.group, on_device=device.type != "cpu")
 
     @property
     def _the_other(self) -> int | None:
         return the_other_rank(self.group)
 
     def _named(self, what: str) -> AbstractContextManager[None]:
-        return named_failures(what, self._the_other, self._advice)
+        return named_failures(what, self._the_other, self._advice, self.group)
 
     def _in_job(self, rank: int) -> int:
         """By which number torch.distributed's own functions know a rank of the group."""

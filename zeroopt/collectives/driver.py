@@ -18,7 +18,8 @@ from queue import SimpleQueue
 from typing import ClassVar
 
 from ..errors import CollectiveError
-from .pending import AT_EXIT, PendingCollective
+from .messages import AT_EXIT_S
+from .pending import PendingCollective
 
 
 class Driven(PendingCollective):
@@ -95,6 +96,6 @@ def _run_all(waiting: SimpleQueue[Driven | None]) -> None:
 @atexit.register
 def _finish_at_exit() -> None:
     """The other ranks may still need what this one passes on. It comes before messages that nobody has waited for."""
-    deadline = time.monotonic() + AT_EXIT.total_seconds()
+    deadline = time.monotonic() + AT_EXIT_S
     for driver in list(Driver._all):
         driver.wait_at_exit(deadline)

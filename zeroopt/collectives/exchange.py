@@ -75,7 +75,8 @@ class MessageExchange(Exchange):
             for rank in (self._rank_of_slice[index],)
         ]
         self._count(sum(piece.nbytes for piece in outgoing.values()))
-        return PendingWork(f"bringing {label} to the ranks that step or share it", works, (source, target))
+        what = f"bringing {label} to the ranks that step or share it"
+        return PendingWork(what, works, (source, target), group=self._group, on_device=not source.is_cpu)
 
 
 def cut_pieces(flat: Tensor, pieces: Pieces) -> dict[int, Tensor]:

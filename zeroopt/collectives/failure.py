@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch.distributed as dist
-
-from ..errors import CollectiveError, ZeroOptError
 
 ADVICE = (
     "Every rank must run forward, backward and step equally often and in the same order: give all ranks the same number of "
@@ -48,19 +45,3 @@ def name_ranks(ranks: Sequence[int]) -> str:
 def the_other_rank(group: dist.ProcessGroup) -> int | None:
     """Whom a call that needs all ranks waits for, where there are two; None where it may be any of several."""
     return 1 - group.rank() if group.size() == 2 else None
-
-
-@contextmanager
-def named_failures(what: str, missing: int | None, further_advice: str = "") -> Iterator[None]:
-    """Let calls of torch.distributed fail as transports do: with a CollectiveError that says what was going on.
-
-    Args:
-        missing: the rank that they wait for; None stands for any.
-        further_advice: what else there is to do.
-    """
-    try:
-        yield
-    except ZeroOptError:
-        raise
-    except RuntimeError as error:
-        raise CollectiveError(describe_failure(what, [missing], str(error), further_advice)) from error

@@ -27,8 +27,9 @@ from ..errors import ConfigError
 from .base import Transport, slice_of
 from .comm_stream import StreamCollective
 from .driver import Driven, Driver
-from .failure import name_ranks, named_failures
+from .failure import name_ranks
 from .levels import Levels
+from .lost import named_failures
 from .pending import Done, PendingCollective, PendingWork
 from .renamed import all_gather_flat
 from .site import Site
@@ -180,7 +181,7 @@ class _Step:
         what = f"{what} among {name_ranks(self._members)}"
         with named_failures(what, self._missing):
             work = collective(group=self._group, async_op=True)
-        PendingWork(what, [(self._missing, work)], keep).finish()
+        PendingWork(what, [(self._missing, work)], keep, on_device=not keep[0].is_cpu).finish()
 
 
 def hierarchy(*sizes: int) -> Callable[[dist.ProcessGroup, torch.device], Transport]:

@@ -140,7 +140,7 @@ class HybridTransport(Transport):
         return pending
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
-        with self.messages():
+        with self.failing_together():
             between_hosts = self._gathers_between_hosts.start_all_gather(self._local.own_slice(full), label=label)
         pending = _HybridGather(self, between_hosts, lambda: self._local_gathers.start_all_gather(full, label=label))
         pending.errand = self._courier.hand_over(pending.pass_on)
@@ -175,8 +175,8 @@ class HybridTransport(Transport):
         self._between_hosts.give_up(reason)
 
     @contextmanager
-    def messages(self) -> Iterator[None]:
-        """Where messages between hosts fail, this host's other ranks hear of it, for they depend on what should come."""
+    def failing_together(self) -> Iterator[None]:
+        """Where something fails within the host or between hosts, all ranks hear of it that depend on what should come."""
         try:
             yield
         except RuntimeError:
@@ -209,14 +209,14 @@ class _HybridReduce(PendingCollective):
         return self._between_hosts is not None
 
     def go_between_hosts(self) -> None:
-        self._within_host.finish()  # messages take the sum from the block: it has to be complete before they start
-        with self._transport.messages():
+        with self._transport.failing_together():
+            self._within_host.finish()  # messages take the sum from the block: it has to be complete before they start
             self._between_hosts = self._start_between_hosts()
 
     def finish(self) -> None:
         self._transport.start_through(self)
         assert self._between_hosts is not None
-        with self._transport.messages():
+        with self._transport.failing_together():
             self._between_hosts.finish()
             # The block that is given back may be written at once, while other hosts have yet to receive what it holds.
             self._between_hosts.wait_until_read()
@@ -250,11 +250,12 @@ class _HybridGather(PendingCollective):
 
     def pass_on(self) -> None:
         """Wait for the messages of other hosts and hand them to this host's ranks. On the courier's thread."""
-        with self._transport.messages():
+        with self._transport.failing_together():
             self._between_hosts.finish()  # what has not arrived cannot be shown to this host's ranks
         self._within_host = self._start_within_host()
 
     def finish(self) -> None:
         self.errand.wait()
         assert self._within_host is not None
-        self._within_host.finish()
+        with self._transport.failing_together():
+            self._within_host.finish()

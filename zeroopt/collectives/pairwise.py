@@ -102,14 +102,16 @@ class PairwiseTransport(Transport):
         for number, own in enumerate(parts[self.place]):
             works += self.receive({peer: parts[peer][number] for peer in self.peers}, tag + number)
             works += self.send(dict.fromkeys(self.peers, own), tag + number)
-        return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,))
+        return PendingWork(f"transport {self.name}, all-gather of {label}", works, (full,), group=self.control.group)
 
     def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
         # Straight between all pairs, as scalars too, for an all_reduce that fails does not say for want of which rank.
         tag = self.take_tags(1, MAX, flags.nbytes)
         received = {peer: torch.empty_like(flags) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, flags), tag)
-        pending = PendingWork(f"transport {self.name}, max of {label}", works, (flags, received))
+        pending = PendingWork(
+            f"transport {self.name}, max of {label}", works, (flags, received), group=self.control.group
+        )
         return _PairwiseMax(pending, [flags, *received.values()], out)
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
@@ -117,7 +119,8 @@ class PairwiseTransport(Transport):
         own = value.reshape(1)
         received = {peer: torch.empty_like(own) for peer in self.peers}
         works = self.receive(received, tag) + self.send(dict.fromkeys(self.peers, own), tag)
-        PendingWork(f"transport {self.name}, gather of {label}", works, (own, received)).finish()
+        what = f"transport {self.name}, gather of {label}"
+        PendingWork(what, works, (own, received), group=self.control.group).finish()
         return torch.cat(self.in_order_of_slices([received.get(place, own) for place in range(self.num_slices)]))
 
     def in_order_of_slices(self, of_members: Sequence[T]) -> list[T]:
@@ -189,7 +192,7 @@ class _PairwiseReduce(PendingCollective):
         for part in range(self._num_parts):
             outgoing = {peer: self._part_of(transport.slice_at(full, peer), part) for peer in transport.peers}
             sends += transport.send(outgoing, self._tag + part)
-        self._sends = PendingWork(self._what, sends, (full,))
+        self._sends = PendingWork(self._what, sends, (full,), group=transport.control.group)
 
     def finish(self) -> None:
         while self._next_part < self._num_parts:
@@ -209,7 +212,7 @@ class _PairwiseReduce(PendingCollective):
 
     def _receive(self, part: int) -> PendingWork:
         works = self._transport.receive(self._incoming(part), self._tag + part)
-        return PendingWork(self._what, works, (self._staging,))
+        return PendingWork(self._what, works, (self._staging,), group=self._transport.control.group)
 
     def _incoming(self, part: int) -> dict[int, Tensor]:
         """Where the peers' messages for a part of the own slice arrive."""

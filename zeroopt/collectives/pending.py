@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from datetime import timedelta
-from typing import ClassVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CollectiveError
 from .failure import describe_failure, is_timeout
+from .lost import name_lost
+from .messages import Messages, leave_behind
+from .patience import wait_patiently
 
 
 class PendingCollective(ABC):
@@ -56,16 +54,16 @@ class Done(PendingCollective):
 class PendingWork(PendingCollective):
     """What torch.distributed has been told to do.
 
+    Where it is dropped before it is finished, as with a model, another thread waits for it.
+
     Args:
         what: transport and collective, for messages.
         works: by the rank that it needs; None: by all.
         keep: tensors that it reads or writes.
         further_advice: what else there is to do where it fails.
+        group: whose ranks these are, for what more can be found out where it fails.
+        on_device: of tensors on a device, for which the current stream of the thread waits that finishes it.
     """
-
-    # Gloo breaks the connection of a message that is freed before it has arrived, and with it the process group. So what
-    # nobody finishes, because a model was dropped, stays here.
-    _unfinished: ClassVar[set[PendingWork]] = set()
 
     def __init__(
         self,
@@ -73,68 +71,49 @@ class PendingWork(PendingCollective):
         works: Sequence[tuple[int | None, dist.Work]],
         keep: Collection[object],
         further_advice: str = "",
+        group: dist.ProcessGroup | None = None,
+        *,
+        on_device: bool = False,
     ) -> None:
         self._what = what
         self._further_advice = further_advice
-        self._works = deque(works)
-        self._keep = keep
+        self._group = group
+        self._on_device = on_device
+        self._messages = Messages(works, keep, group)
         self._failure: str | None = None
-        self._unfinished.add(self)
 
     def finish(self) -> None:
         if self._failure is not None:
             raise CollectiveError(self._failure)
-        while self._works:
-            rank, work = self._works[0]
-            try:
-                work.wait()
-            except RuntimeError as error:
-                # The backend's own message says whether it was a timeout or a lost connection.
-                self._failure = self._give_up_rest(rank, str(error))
-                raise CollectiveError(self._failure) from error
-            self._works.popleft()
-        self._unfinished.discard(self)
-        self._keep = ()
-
-    def wait_at_exit(self, deadline: float) -> None:
-        """Wait for what is still on its way, unless it is in vain."""
-        with suppress(RuntimeError):
-            for _, work in self._works if self._failure is None else ():
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        if self._messages.is_over:
+            return
+        failed = self._messages.wait() if self._on_device else wait_patiently(self._messages.wait)
+        if failed is not None:
+            rank, error = failed
+            # The backend's own message says whether it was a timeout or a lost connection.
+            self._failure = self._give_up_rest(rank, str(error))
+            raise CollectiveError(self._failure) from error
 
     def abandon(self) -> None:
         """Break the connections over which something has yet to come."""
-        for _, work in self._works:
-            with suppress(RuntimeError):
-                work.wait(_AT_ONCE)
+        self._messages.give_up()
 
     def _give_up_rest(self, rank: int | None, reason: str) -> str:
         """Give up the messages that have not come by now. That breaks their connections, so that the ranks at the other ends
         fail at once too, rather than wait for this one."""
         missing = [rank]
-        # Ranks that are slow to look would find this one gone, too: let them hear first of the one that failed.
-        until = time.monotonic() + (0.0 if is_timeout(reason) else _GRACE_S)
-        for other, work in list(self._works)[1:]:
-            try:
-                work.wait(max(_AT_ONCE, timedelta(seconds=until - time.monotonic())))
-            except RuntimeError as error:
-                # Who is merely not there yet is to blame only when the time has gone by for all.
-                if is_timeout(reason) or not is_timeout(str(error)):
-                    missing.append(other)
-        return describe_failure(self._what, missing, reason, self._further_advice)
+        # Before others find this one gone, too, they are told. After a timeout there are no connections any more.
+        if not is_timeout(reason):
+            name_lost(self._group, missing, reason)
+        for other, why in self._messages.give_up():
+            # Who is merely not there yet is to blame only when the time has gone by for all.
+            if is_timeout(reason) or not is_timeout(why):
+                missing.append(other)
+        return describe_failure(self._what, name_lost(self._group, missing, reason), reason, self._further_advice)
 
-
-_AT_ONCE = timedelta(milliseconds=1)
-_GRACE_S = 0.3
-AT_EXIT = timedelta(seconds=10)
-
-
-@atexit.register
-def _finish_at_exit() -> None:
-    """A rank that is through may be ahead of the others, who have yet to receive what it has sent."""
-    deadline = time.monotonic() + AT_EXIT.total_seconds()
-    for pending in list(PendingWork._unfinished):
-        pending.wait_at_exit(deadline)
+    def __del__(self) -> None:
+        if not self._messages.is_over:
+            leave_behind(self._messages)
 
 
 def start_message(

@@ -9,7 +9,26 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def pickled(value: object, what: str) -> Tensor:
+    """A value as bytes, uint8 on the CPU.
+
+    Args:
+        what: is going on, for messages.
+
+    Raises:
+        AssertionError: there is a tensor on another device in it.
+    """
+    check_on_cpu(value, what)
+    return torch.frombuffer(bytearray(pickle.dumps(value, pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
+
+
+def unpickled(message: Tensor) -> Any:
+    """The value that such bytes stand for."""
+    return pickle.loads(message.cpu().numpy().tobytes())
 
 
 def check_on_cpu(value: object, what: str) -> None:

@@ -12,6 +12,7 @@ from .control import ControlGroup
 from .descriptors import warn_of_few_descriptors
 from .group_names import level_names
 from .group_timeout import group_timeout
+from .lost import note_connected
 
 _BACKEND = "zeroopt_gloo"  # Gloo that connects ranks when they first tell each other something
 
@@ -19,8 +20,8 @@ _BACKEND = "zeroopt_gloo"  # Gloo that connects ranks when they first tell each 
 def second_group(group: dist.ProcessGroup, what: str) -> dist.ProcessGroup:
     """One for small things on the CPU, with the timeout of the first. Collective.
 
-    Gloo by itself connects each rank with each, which ten thousand ranks have no descriptors for. Here a rank has the two beside it and
-    rank 0. They are connected at once, so that a rank that dies later is noticed.
+    Gloo by itself connects each rank with each, which ten thousand ranks have no descriptors for. Here all are connected with
+    rank 0 alone. They are connected at once, so that a rank that dies later is noticed.
 
     Args:
         what: is going on, for messages.
@@ -32,6 +33,8 @@ def second_group(group: dist.ProcessGroup, what: str) -> dist.ProcessGroup:
     backend = _BACKEND if _connects_late() else "gloo"
     level_names(group, "gloo")
     made: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    if backend == _BACKEND:
+        note_connected(made, range(len(ranks)) if group.rank() == 0 else [0])
     ControlGroup(made).collect(None, 0, what)
     return made
 

@@ -34,6 +34,7 @@ from .arena import Arena, Returns
 from .base import Transport
 from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
+from .lost import add_witness, name_lost
 from .pending import PendingCollective
 from .shared_memory import SharedMemoryError, map_together
 from .site import Site
@@ -148,6 +149,7 @@ class ShmTransport(Transport):
         self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
         self._scalar_before: PendingCollective | None = None
+        add_witness(group, self)
 
     @classmethod
     def serves(cls, site: Site) -> bool:
@@ -307,9 +309,18 @@ class ShmTransport(Transport):
                 late = behind[0] if self.slice_index in behind[-1] else behind[-1]
                 blamed = set.union(*behind) & lost if in_vain else late
                 raise self._fail(
-                    f"transport shm, {kind} of {label}: rank {self.control.rank} waits in vain for "
-                    + "; ".join(self._describe(rank) for rank in sorted(blamed))
+                    f"transport shm, {kind} of {label}: rank {self.control.rank} waits in vain for {self._name(blamed)}"
                 )
+
+    def _name(self, blamed: set[int]) -> str:
+        """Those members for want of whom this rank has failed, or for want of whom they have; the other ranks are told."""
+        described = {self._members[place]: self._describe(place) for place in sorted(blamed)}  # as they are now
+        lost = [rank for rank in name_lost(self.control.group, list(described), "") if rank is not None]
+        elsewhere = [rank for rank in lost if rank not in self._members]
+        here = [
+            described.get(rank) or self._describe(self._members.index(rank)) for rank in lost if rank in self._members
+        ]
+        return "; ".join([*here, *([f"{name_ranks(elsewhere)}, which other ranks have lost"] if elsewhere else [])])
 
     def _behind(self, posted_count: int, read_count: int) -> list[set[int]]:
         """Ranks that have yet to post, and those that have yet to read so many tickets; without what nobody waits for."""
@@ -328,6 +339,12 @@ class ShmTransport(Transport):
         self._board.leave()
         self._failure = message
         return CollectiveError(message)
+
+    def dead_ranks(self) -> set[int]:
+        """The ranks of the group on this host whose process has ended before they could leave."""
+        ended = [rank for rank in range(self.num_slices) if not self._is_alive(rank)]
+        left = self._board.left()  # asked last: who leaves does so before its lock goes
+        return {self._members[rank] for rank in ended if not left[rank]}
 
     def _is_lost(self, rank: int) -> bool:
         """Whether a rank will neither post nor read any more."""

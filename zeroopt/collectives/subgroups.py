@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from .failure import name_ranks, named_failures
+from .failure import name_ranks
 from .group_names import level_names
 from .group_timeout import group_timeout
+from .lost import named_failures
 from .site import Site
 
 # Communicators take memory of the device: models that are wrapped one after the other share them.
@@ -41,7 +42,7 @@ def subgroup(site: Site, ranks: Sequence[int], *, shared: bool = True) -> dist.P
 
 
 def _make(site: Site, ranks: Sequence[int]) -> dist.ProcessGroup:
-    with named_failures(f"making a process group of {name_ranks(list(ranks))}", None):
+    with named_failures(f"making a process group of {name_ranks(list(ranks))}", None, group=site.group):
         made: dist.ProcessGroup = dist.new_group(
             [dist.get_global_rank(site.group, rank) for rank in ranks],
             timeout=group_timeout(site.group, site.device),

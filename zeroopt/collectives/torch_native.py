@@ -16,7 +16,8 @@ from torch import Tensor
 from .base import Transport
 from .comm_stream import CommStream, StreamCollective
 from .exchange import Exchange, Pieces, cut_pieces
-from .failure import named_failures, the_other_rank
+from .failure import the_other_rank
+from .lost import named_failures
 from .pending import PendingCollective, PendingWork
 from .renamed import all_gather_flat, reduce_scatter_flat
 from .scratch import Scratch
@@ -159,9 +160,13 @@ class TorchTransport(Transport):
             follow: what its result has yet to go through.
         """
         what = f"transport {self.name}, {what}"
-        with self._stream.entered(), named_failures(what, self._missing):
-            work = collective(group=self.control.group, async_op=True)
-        return StreamCollective(self._stream, PendingWork(what, [(self._missing, work)], keep), follow)
+        group = self.control.group
+        with self._stream.entered(), named_failures(what, self._missing, group=group):
+            work = collective(group=group, async_op=True)
+        pending = PendingWork(
+            what, [(self._missing, work)], keep, group=group, on_device=self._stream.device.type != "cpu"
+        )
+        return StreamCollective(self._stream, pending, follow)
 
     def _count(self, full: Tensor) -> None:
         self.sent_bytes += full.nbytes // self.num_slices * (self.num_slices - 1)

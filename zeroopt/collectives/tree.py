@@ -134,10 +134,11 @@ class _Rounds:
 
     def _send(self, tensor: Tensor, place: int, number: int) -> None:
         works = self._transport.send({place: tensor}, self._tag + number)
-        self._sends.append(PendingWork(self._what, works, (tensor,)))
+        self._sends.append(PendingWork(self._what, works, (tensor,), group=self._transport.control.group))
 
     def _receive(self, tensor: Tensor, place: int, number: int) -> PendingWork:
-        return PendingWork(self._what, self._transport.receive({place: tensor}, self._tag + number), (tensor,))
+        works = self._transport.receive({place: tensor}, self._tag + number)
+        return PendingWork(self._what, works, (tensor,), group=self._transport.control.group)
 
 
 class _Climb(_Rounds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -170,8 +171,7 @@ SCRIPT = """
 
 @pytest.mark.parametrize("end", ENDS)
 def test_process_ends(tmp_path: Path, end: str) -> None:
-    """Who forgets to ask for the result has the checkpoint all the same; who destroys the process group before has it, or
-    nothing. Nobody hangs."""
+    """Who forgets to ask for the result has the checkpoint all the same, and so has who destroys the process group before."""
     script = textwrap.dedent(SCRIPT) + ENDS[end]
     ranks = [
         subprocess.Popen(
@@ -187,12 +187,36 @@ def test_process_ends(tmp_path: Path, end: str) -> None:
     finally:
         for rank in ranks:
             rank.kill()
-    found = zeroopt.checkpoint.latest(tmp_path)
-    if end == "destroys first":
-        assert found in (None, tmp_path / "saved")
-        assert found is not None or all("in the background is not there" in output for output in outputs)
-    else:  # without destroy_process_group torch sometimes aborts in the very end
-        assert found == tmp_path / "saved", outputs
+    # Without destroy_process_group torch sometimes aborts in the very end.
+    assert zeroopt.checkpoint.latest(tmp_path) == tmp_path / "saved", outputs
+
+
+def die_while_saving(path: Path, *, background: bool) -> str:
+    """What the others hear when rank 1 is killed before it has written anything."""
+    model, optimizer = wrapped("mlp", "sgd", {})
+    write = saving.write_checkpoint
+
+    def write_or_die(*args: Any) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)
+
+    with patch.object(saving, "write_checkpoint", write_or_die), pytest.raises(zeroopt.CollectiveError) as raised:
+        if background:
+            zeroopt.checkpoint.async_save(path / "x", model, optimizer).result()
+        else:
+            zeroopt.checkpoint.save(path / "x", model, optimizer)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_rank_that_dies_while_saving_is_named(run_on_ranks: RunOnRanks, tmp_path: Path, background: bool) -> None:
+    """By all others, at once, and nothing is left on the disk."""
+    outcomes = run_on_ranks.outcomes(4, die_while_saving, tmp_path, background=background)
+    for message in (outcomes[0], *outcomes[2:]):
+        assert isinstance(message, str), message
+        assert "preparing the checkpoint" in message and "failed for want of rank 1:" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 # What cannot be saved.

@@ -105,8 +105,9 @@ def async_save(
 
     Collective in the call; what follows is done by a thread, over a Gloo group of its own. The next `save`, `async_save` or
     `load` over the same ranks waits for it first, and raises what it raised, on all ranks, whether or not some have asked
-    for the result before. Wait for the result before the process group is destroyed. A process that ends without having
-    asked for it still waits until the checkpoint is in place; a failure is then only logged.
+    for the result before. `destroy_process_group` may come before it is there. A process that ends without having asked for
+    it still waits until the checkpoint is in place; a failure is then only logged. Where a rank dies or stops meanwhile, it
+    fails within the timeout of the process group.
 
     Returns:
         A future. `result()` waits until the checkpoint is in place, and raises what `save` would.
