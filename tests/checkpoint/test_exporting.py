@@ -155,3 +155,27 @@ def peak_of_export(path: Path) -> float:
 def test_tensors_go_through_memory_one_after_the_other(tmp_path: Path) -> None:
     [peak] = run_fresh(1, peak_of_export, tmp_path)
     assert peak < 2.3  # as it was saved, and as it is exported
+
+
+@pytest.mark.parametrize(
+    ("parts", "paths"),
+    [
+        ({"optimizer": 3, "model": torch.ones(1)}, None),
+        ({"optimizer": {"param_groups": [3], "state": {}}}, None),
+        ({"optimizer": {"param_groups": [{"params": [[1]]}], "state": {}}}, None),
+        ({"optimizer": {"param_groups": [{"params": [1]}], "state": 3}}, None),
+        ({"a": {"b": 1, "c": 2}}, {"a.b": ("a",), "a.c": ("a", "c")}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_fits_nowhere_is_refused_or_as_it_is(parts: Any, paths: Any, tmp_path: Path) -> None:
+    dcp.save(parts, checkpoint_id=tmp_path / "a")
+    checkpoint = open_checkpoint(tmp_path / "a")
+    checkpoint.metadata.planner_data = paths or checkpoint.metadata.planner_data
+    if parts.get("optimizer") == 3:
+        export(checkpoint, tmp_path / "torch.pt")
+        assert torch.load(tmp_path / "torch.pt", weights_only=True)["optimizer"] == 3
+        return
+    with pytest.raises(CheckpointError):
+        export(checkpoint, tmp_path / "torch.pt")
+    assert os.listdir(tmp_path) == ["a"]

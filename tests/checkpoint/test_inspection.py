@@ -15,6 +15,7 @@ from written_checkpoints import write
 
 import zeroopt
 from zeroopt.__main__ import main
+from zeroopt.checkpoint import inspection
 from zeroopt.checkpoint.format.writing import write_checkpoint
 from zeroopt.checkpoint.inspection import inspect
 
@@ -111,3 +112,38 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     target = os.path.realpath(tmp_path / "torch.pt")
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {target} exists already. Choose another name, or remove it\n")
+
+
+def inside_itself() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def laughs() -> list[Any]:
+    """Few lists, each with the one before ten times."""
+    value: list[Any] = []
+    for _ in range(20):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"a": {"step": torch.tensor(float("nan"))}},
+            "1 parameters have taken a number of steps that is none, such as nan",
+        ),
+        ({"a": {"step": float("inf")}}, "such as inf"),
+        ({"a": {"step": (inside_itself(),)}}, "more than 100 containers in each other"),
+        ({"a": {"step": (laughs(),)}}, "more than 1000 values in it"),
+    ],
+    ids=["nan", "infinite", "in itself", "laughs"],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_odd_values_are_told(state: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "_SHOWN_VALUES", 1000)
+    dcp.save({"optimizer": {"state": state}}, checkpoint_id=tmp_path / "a")
+    (problem,) = inspect(tmp_path / "a").problems
+    assert message in problem

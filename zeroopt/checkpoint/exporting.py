@@ -37,6 +37,19 @@ def export(checkpoint: Checkpoint, to: str | os.PathLike[str]) -> None:
             f"{target} would be in the checkpoint, where no other files may be. Choose another directory"
         )
     checkpoint.verify(None)
+    try:
+        _write(checkpoint, target)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    except Exception as error:  # what values that fit nowhere make torch and pickle do
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be one file of torch.save ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _write(checkpoint: Checkpoint, target: Path) -> None:
     keys: dict[int, str] = {}
     content = _skeleton(checkpoint, keys)
 
@@ -53,8 +66,6 @@ def export(checkpoint: Checkpoint, to: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         aside.rename(target)
         sync_directory(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -69,7 +80,7 @@ def _skeleton(checkpoint: Checkpoint, keys: dict[int, str]) -> dict[str, Any]:
             keys[id(flat[key])] = key
     paths = checkpoint.metadata.planner_data or {}
     nested = unflatten_state_dict(flat, {key: paths.get(key, (key,)) for key in flat})
-    if "optimizer" in nested:
+    if isinstance(nested.get("optimizer"), dict):
         nested["optimizer"] = by_number(nested["optimizer"])
     return nested
 
@@ -80,13 +91,16 @@ def by_number(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: the param_groups do not name all parameters.
     """
-    groups = optimizer.get("param_groups")
-    if not isinstance(groups, list) or not all(isinstance(group.get("params"), list) for group in groups):
+    groups, states = (optimizer.get(name, default) for name, default in (("param_groups", None), ("state", {})))
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
         raise CheckpointError("the optimizer has no param_groups that name its parameters, so these have no order")
     names = [name for group in groups for name in group["params"]]
+    if not (isinstance(states, dict) and all(isinstance(name, (str, int)) for name in (*names, *states))):
+        raise CheckpointError("the optimizer's state is not that of parameters by name or number")
     numbers = {name: number for number, name in enumerate(names)}
-    states = optimizer.get("state", {})
-    if unknown := sorted(states.keys() - numbers.keys()):
+    if unknown := sorted(states.keys() - numbers.keys(), key=str):
         raise CheckpointError(f"there is optimizer state of {unknown[0]!r}, which is in none of the param_groups")
     return {
         "state": {numbers[name]: states[name] for name in names if name in states},

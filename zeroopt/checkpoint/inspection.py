@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import CheckpointError
 from .format.reading import Checkpoint, open_checkpoint
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_SHOWN_DEPTH = 100  # of containers in each other
+_SHOWN_VALUES = 10**7  # in a container and those in it
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
 def _describe(checkpoint: Checkpoint, report: Report) -> None:
     manifest = checkpoint.manifest
     if manifest is not None:
-        saved_at = datetime.fromtimestamp(manifest.saved_at / 1e9).astimezone().isoformat(" ", "seconds")
+        saved_at = (_EPOCH + timedelta(microseconds=manifest.saved_at // 1000)).astimezone().isoformat(" ", "seconds")
         report.written_by = {"zeroopt": manifest.zeroopt, "torch": manifest.torch, "saved_at": saved_at}
         report.facts = manifest.facts
     for key, entry in checkpoint.metadata.state_dict_metadata.items():
@@ -138,16 +143,41 @@ def _describe(checkpoint: Checkpoint, report: Report) -> None:
 def _read_values(checkpoint: Checkpoint, report: Report) -> None:
     entries = checkpoint.metadata.state_dict_metadata
     report.values = checkpoint.read({key: None for key in entries if not checkpoint.is_tensor(key)})
+    for key, value in report.values.items():
+        _check_printable(key, value)
     scalars = {
         t.key: torch.empty(t.shape, dtype=torch.float64) for t in report.tensors if _is_step(t.key) and not t.shape
     }
     checkpoint.read(scalars)
     numbers = {key: value for key, value in report.values.items() if _is_step(key) and isinstance(value, (int, float))}
-    report.steps = dict(Counter(int(step) for step in (*scalars.values(), *numbers.values())))
+    steps = [*numbers.values(), *(float(step) for step in scalars.values())]
+    if broken := [step for step in steps if isinstance(step, float) and not step.is_integer()]:
+        raise CheckpointError(
+            f"{len(broken)} parameters have taken a number of steps that is none, such as {broken[0]}"
+        )
+    report.steps = dict(Counter(int(step) for step in steps))
 
 
 def _is_step(key: str) -> bool:
     return key.startswith("optimizer.state.") and key.endswith(".step")
+
+
+def _check_printable(key: str, value: Any) -> None:
+    """Raise CheckpointError for containers in themselves or in too many others, and for more values than can be printed."""
+    level = [value]
+    for _ in range(_SHOWN_DEPTH):
+        level = list(islice((inner for one in level for inner in _inside(one)), _SHOWN_VALUES))
+        if len(level) == _SHOWN_VALUES:
+            raise CheckpointError(f"{key!r} has more than {_SHOWN_VALUES} values in it")
+        if not level:
+            return
+    raise CheckpointError(f"{key!r} has more than {_SHOWN_DEPTH} containers in each other")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return chain(value, value.values())
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _plain(value: Any) -> Any:

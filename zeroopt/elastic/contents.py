@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from ..checkpoint.format.plain import MetadataUnpickler
+from ..checkpoint.format.plain import load_metadata
 from ..checkpoint.format.planning import ShardSavePlanner
 from ..state.shard_tensor import ShardTensor
 
@@ -136,7 +136,7 @@ _VALUES = MetadataIndex("")  # no tensor has this name
 
 def read_table(table: bytes) -> tuple[Metadata, int]:
     """The metadata of `Places.table`, and where values begin. No code in it is run."""
-    metadata: Metadata = MetadataUnpickler(io.BytesIO(table)).load()
+    metadata: Metadata = load_metadata(table)
     begin = metadata.storage_data.pop(_VALUES).offset
     return metadata, begin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import zlib
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.disk.files import CheckedFiles, FileRecord
+from zeroopt.checkpoint.disk.files import CheckedFiles, FilePart, FileRecord, read_ordinary
 
 
 @given(st.lists(st.binary(max_size=50)))
@@ -68,3 +69,28 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, monkeypat
     ):
         torch.save(torch.randn(1_000_000), stream)
     assert files.records == {}
+
+
+def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
+    """A pipe without a writer would be waited for, and zeros come for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="not an ordinary file"):
+            FileRecord.of(path)
+    (tmp_path / "a").write_bytes(b"1234")
+    assert read_ordinary(tmp_path / "a", 4) == b"1234"
+    with pytest.raises(OSError, match="longer than 3 bytes"):
+        read_ordinary(tmp_path / "a", 3)
+
+
+@given(st.binary(max_size=20), st.integers(0, 25), st.integers(0, 25), st.integers(0, 30), st.integers(-1, 30))
+def test_a_part_is_a_file(content: bytes, begin: int, size: int, position: int, count: int) -> None:
+    part = FilePart(io.BytesIO(content), begin, size)
+    alone = io.BytesIO(content[begin : begin + size].ljust(0))
+    assert part.seek(position) == alone.seek(position)
+    assert part.read(count) == alone.read(count)
+    if begin + size <= len(content) and position <= size:
+        assert part.seek(-position, os.SEEK_END) == alone.seek(-position, os.SEEK_END)
+        assert part.read() == alone.read()
+    with pytest.raises(OSError, match="Invalid argument"):
+        part.seek(-1)

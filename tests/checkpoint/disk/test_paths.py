@@ -11,7 +11,7 @@ from worker_pool import RunOnRanks
 
 import zeroopt.checkpoint
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.disk.paths import local_path
+from zeroopt.checkpoint.disk.paths import is_file_name, local_path
 from zeroopt.checkpoint.exporting import export
 from zeroopt.checkpoint.format.reading import open_checkpoint
 from zeroopt.checkpoint.inspection import inspect
@@ -65,3 +65,8 @@ def test_no_export_to_a_url(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
 
 def save_to(path: Path) -> None:
     zeroopt.checkpoint.save(path, *wrapped("mlp", "sgd", {}))
+
+
+def test_names_of_files_lead_nowhere_else() -> None:
+    assert all(map(is_file_name, ["a", ".metadata", "__0_0.distcp", "a b", "..."]))
+    assert not any(map(is_file_name, ["", ".", "..", "../a", "/etc/passwd", "a/b", "a/", "a\0b", 7, None]))

@@ -213,3 +213,13 @@ def test_parts_of_a_split_model_are_refused(folder: Path, name: str) -> None:
 def test_a_model_that_says_it_was_split_is_refused(folder: Path, key: str, value: Any) -> None:
     write_model(folder, GROUPS, **{key: value})
     refused(folder, "belongs to a model that was split over ranks", NotSupportedError)
+
+
+def test_a_huge_number_of_a_rank_takes_no_memory(folder: Path) -> None:
+    rank_path(folder, 1).rename(rank_path(folder, 10**18))
+    refused(folder, f"there is no file .*rank_1_.*, and one of rank {10**18}")
+
+
+def test_what_holds_no_dict_is_refused(folder: Path) -> None:
+    torch.save([1], rank_path(folder, 1))
+    refused(folder, r"rank_1_.* holds a list, expected a dict")

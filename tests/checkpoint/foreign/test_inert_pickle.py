@@ -5,6 +5,7 @@ from __future__ import annotations
 import fractions
 import os
 import shutil
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import IntEnum
@@ -90,3 +91,18 @@ def test_files_are_not_changed_by_writing_into_tensors(tmp_path: Path) -> None:
     torch.save(torch.zeros(4), tmp_path / "file")
     load_inert(tmp_path / "file").add_(1)
     assert torch.equal(load_inert(tmp_path / "file"), torch.zeros(4))
+
+
+def test_what_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    torch.save(Calls(bytearray, 1 << 28), tmp_path / "told")
+    with pytest.raises(StateError, match=r"would become 26\d+ bytes in memory"):
+        load_inert(tmp_path / "told")
+    torch.save("a" * (1 << 20), tmp_path / "file")
+    with (
+        zipfile.ZipFile(tmp_path / "file") as made,
+        zipfile.ZipFile(tmp_path / "compressed", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for name in made.namelist():
+            compressed.writestr(name, made.read(name))
+    with pytest.raises(StateError, match="is compressed, which torch.save does not do"):
+        load_inert(tmp_path / "compressed")

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from zeroopt import CheckpointError
-from zeroopt.checkpoint.format.plain import MetadataUnpickler, check_plain, load_plain
+from zeroopt.checkpoint.format.plain import check_plain, load_metadata, load_plain
 
 
 class Malicious:
@@ -96,7 +96,7 @@ def test_malicious_values_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot load .*file"):
         load_plain(tmp_path / "file", tmp_path / "file")
     with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
-        MetadataUnpickler(io.BytesIO(pickle.dumps(Malicious(made)))).load()
+        load_metadata(pickle.dumps(Malicious(made)))
     assert not made.exists()
 
 
@@ -112,7 +112,7 @@ def test_metadata_of_dcp_is_read(dtype: torch.dtype, protocol: int) -> None:
         storage_data={index: _StorageInfo("__0_0.distcp", 0, 10)},
         storage_meta=StorageMeta(checkpoint_id=Path("/somewhere"), save_id="1"),
     )
-    assert MetadataUnpickler(io.BytesIO(pickle.dumps(metadata, protocol))).load() == metadata
+    assert load_metadata(pickle.dumps(metadata, protocol)) == metadata
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_metadata_of_dcp_is_read(dtype: torch.dtype, protocol: int) -> None:
 )
 def test_nothing_else_of_torch_or_python_is_at_hand(stolen: bytes) -> None:
     with pytest.raises(pickle.UnpicklingError, match="no checkpoint needs"):
-        MetadataUnpickler(io.BytesIO(stolen)).load()
+        load_metadata(stolen)
 
 
 def test_attributes_of_allowed_classes_are_not_at_hand() -> None:
@@ -135,4 +135,16 @@ def test_attributes_of_allowed_classes_are_not_at_hand() -> None:
         + b"\x93."
     )
     with pytest.raises(pickle.UnpicklingError, match="no checkpoint needs"):
-        MetadataUnpickler(io.BytesIO(stolen)).load()
+        load_metadata(stolen)
+
+
+def test_a_pickle_that_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="notes something under 268435455"):
+        load_metadata(b"\x80\x04}r\xff\xff\xff\x0f.")
+
+
+def test_neither_is_a_pipe_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for mapped in (True, False):
+        with pytest.raises(CheckpointError, match="not an ordinary file"):
+            load_plain(tmp_path / "pipe", "pipe", mapped=mapped)

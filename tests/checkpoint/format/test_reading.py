@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from worker_pool import RunOnRanks
-from written_checkpoints import entries, version_of, whole, write
+from written_checkpoints import entries, shard, version_of, whole, write
 
 from tests.checkpoint.format.test_plain import Malicious
+from tests.checkpoint.format.test_planning import write_as_ranks
 from zeroopt import CheckpointError
 from zeroopt.checkpoint.format.reading import open_checkpoint
 
@@ -249,3 +251,68 @@ def test_other_pickles_are_no_metadata(tmp_path: Path) -> None:
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"\.metadata is damaged or no checkpoint's"):
             open_checkpoint(tmp_path)
+
+
+def change_metadata(path: Path, change: Callable[[Any], None]) -> None:
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", 1)
+    size = (tmp_path / "a" / name).stat().st_size
+    (tmp_path / "a" / name).unlink()
+    os.mkfifo(tmp_path / "a" / name)
+    with pytest.raises(CheckpointError, match=f"{name}.*(not an ordinary file|has 0 bytes, and had {size})"):
+        open_and_verify(tmp_path / "a")
+
+
+def test_one_of_dcp_does_not_wait_for_a_pipe_either(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a")
+    checkpoint = open_checkpoint(tmp_path / "a")
+    (tmp_path / "a" / "__0_0.distcp").unlink()
+    os.mkfifo(tmp_path / "a" / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="not an ordinary file"):
+        checkpoint.read({"model.step": None})
+
+
+def test_parts_upon_each_other_are_refused(tmp_path: Path) -> None:
+    """They have as many elements as the tensor, and leave some of it as they were."""
+    parts = {"weight": shard(whole(1), 0, 14)}, {"weight": shard(whole(1), 14, 35)}
+    (tmp_path / "a").mkdir()
+    write_as_ranks(tmp_path / "a", list(parts))
+
+    def shift(metadata: Any) -> None:
+        chunks = metadata.state_dict_metadata["weight"].chunks
+        chunks[1].offsets = torch.Size([1, 0])
+        chunks[1].sizes = torch.Size([3, 7])
+        second = next(index for index in metadata.storage_data if index.offset == torch.Size([2, 0]))
+        place = metadata.storage_data.pop(second)
+        metadata.storage_data[MetadataIndex("weight", torch.Size([1, 0]), second.index)] = place
+
+    change_metadata(tmp_path / "a", shift)
+    with pytest.raises(CheckpointError, match="parts of 'weight' lie upon each other"):
+        open_checkpoint(tmp_path / "a").read({"weight": torch.empty(5, 7)})
+
+
+def test_a_part_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a")
+    change_metadata(tmp_path / "a", lambda metadata: metadata.storage_data.pop(MetadataIndex("model.step")))
+    with pytest.raises(CheckpointError, match="does not say where .*model.step"):
+        open_checkpoint(tmp_path / "a").read({"model.step": None})
+
+
+def test_a_value_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    write_plain(tmp_path / "a")
+    torch.save(bytearray(1 << 20), tmp_path / "a" / "made", pickle_protocol=2)
+    file = zipfile.ZipFile(tmp_path / "a" / "bomb.distcp", "w", zipfile.ZIP_DEFLATED)
+    with file, zipfile.ZipFile(tmp_path / "a" / "made") as made:
+        for name in made.namelist():
+            file.writestr(name, made.read(name))
+    length = (tmp_path / "a" / "bomb.distcp").stat().st_size
+    place = _StorageInfo("bomb.distcp", 0, length)
+    change_metadata(tmp_path / "a", lambda metadata: metadata.storage_data.update({MetadataIndex("model.step"): place}))
+    with pytest.raises(CheckpointError, match="is compressed, which torch.save does not do"):
+        open_checkpoint(tmp_path / "a").read({"model.step": None})

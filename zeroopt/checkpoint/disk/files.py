@@ -1,8 +1,11 @@
-"""Files that are checksummed while they are written, and on the disk when they are closed."""
+"""Files that are checksummed while they are written, and on the disk when they are closed; and ordinary ones, which end, to read."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,61 @@ from ...errors import CheckpointError
 _BUFFER_BYTES = 1 << 20
 
 
+def open_ordinary(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading, without waiting for anybody. A pipe or a device, which may never end, is refused, as is a directory.
+
+    Raises:
+        OSError: it is not there, not an ordinary file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file", os.fspath(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_ordinary(path: Path, at_most: int) -> bytes:
+    """All of an ordinary file. Raises OSError, see `open_ordinary`, also where it has more bytes than `at_most`."""
+    with open_ordinary(path) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"longer than {at_most} bytes", str(path))
+    return content
+
+
+class FilePart(io.RawIOBase):
+    """Some bytes of a file, as a file to read; those in use at a time share the file's position."""
+
+    def __init__(self, file: IO[bytes], begin: int, size: int) -> None:
+        super().__init__()
+        self._file, self._begin, self._size, self._position = file, begin, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to an offset from the part's beginning, from where one is, or from its end. Raises OSError before its beginning."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a buffer as far as there are bytes; returns how many."""
+        view = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
+        self._file.seek(self._begin + self._position)
+        count: int = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._position += count
+        return count
+
+
 class FileRecord(NamedTuple):
     """What a manifest says of a file: its size, and the CRC-32 of its bytes as of `zlib.crc32`."""
 
@@ -24,9 +82,9 @@ class FileRecord(NamedTuple):
 
     @staticmethod
     def of(path: Path) -> FileRecord:
-        """Read a file through. Raises OSError."""
+        """Read a file through. Raises OSError, see `open_ordinary`."""
         total = crc32 = 0
-        with path.open("rb", buffering=0) as file:
+        with open_ordinary(path) as file:
             while block := file.read(_BUFFER_BYTES):
                 total += len(block)
                 crc32 = zlib.crc32(block, crc32)
@@ -77,6 +135,17 @@ class _Stream:
                 call()
             except OSError as error:
                 self._error = error
+
+
+class OrdinaryFiles(FileSystem):
+    """The file system as DCP's reader uses it."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        """A file that is there, for reading. Raises OSError, see `open_ordinary`."""
+        assert mode == "rb"
+        with open_ordinary(path) as file:
+            yield file
 
 
 class CheckedFiles(FileSystem):

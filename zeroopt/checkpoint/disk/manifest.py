@@ -12,10 +12,13 @@ import torch
 
 from ..._C import build_info
 from ...errors import CheckpointError
-from .files import CheckedFiles, FileRecord
+from .files import CheckedFiles, FileRecord, read_ordinary
+from .paths import is_file_name
 
 NAME = "zeroopt.json"
 FORMAT = 1
+_MOST_BYTES = 64 << 20  # of 10,000 ranks' files it has some 2 MB
+_MOST_NUMBER = (1 << 63) - 1
 
 
 class NewerFormatError(CheckpointError):
@@ -73,7 +76,7 @@ class Manifest:
         return self.number, self.saved_at
 
     def write(self, directory: Path, files: CheckedFiles) -> None:
-        """Write it into the directory. Raises CheckpointError when it cannot be written."""
+        """Write it into the directory. Raises CheckpointError when it cannot be written, or is longer than 64 MB: by facts."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "zeroopt": self.zeroopt,
@@ -83,9 +86,13 @@ class Manifest:
             "facts": self.facts,
             "files": {name: record._asdict() for name, record in sorted(self.files.items())},
         }
-        text = json.dumps({**content, "crc32": _checksum(content)}, indent=1)
+        text = json.dumps({**content, "crc32": _checksum(content)}, indent=1).encode()
+        if len(text) > _MOST_BYTES:
+            raise CheckpointError(
+                f"{NAME} would have {len(text)} bytes, and {_MOST_BYTES} are read again: it has too many facts. Save them as extra values"
+            )
         with files.create_stream(directory / NAME, "wb") as stream:
-            stream.write(text.encode())
+            stream.write(text)
 
     @staticmethod
     def read(directory: Path) -> Manifest:
@@ -94,11 +101,11 @@ class Manifest:
         Raises:
             FileNotFoundError: there is none.
             NewerFormatError: it is of a newer zeroopt.
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, leads out of the directory, or is longer than 64 MB.
         """
         path = directory / NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_ordinary(path, _MOST_BYTES))
             expected = content.pop("crc32")
             if not isinstance(content["format"], int) or expected != _checksum(content):
                 raise ValueError("its checksum is wrong")
@@ -107,13 +114,33 @@ class Manifest:
                     f"{path} has format {content['format']}, of zeroopt {content.get('zeroopt')}; this zeroopt "
                     f"({build_info()['version']}) reads formats up to {FORMAT}. Install a newer one"
                 )
-            files = {name: FileRecord(**record) for name, record in content["files"].items()}
-            number, saved_at = int(content.get("number", 0)), int(content["saved_at"])
-            return Manifest(content["facts"], files, number, saved_at, content["zeroopt"], content["torch"])
+            files = {_file_name(name): _record(record) for name, record in content["files"].items()}
+            number, saved_at = _number(content.get("number", 0)), _number(content["saved_at"])
+            facts, versions = content["facts"], (content["zeroopt"], content["torch"])
+            if not (isinstance(facts, dict) and all(isinstance(text, str) for text in (*versions, *runs_in(facts)))):
+                raise TypeError("facts or versions are not of the kind that is written")
+            return Manifest(facts, files, number, saved_at, *versions)
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _file_name(name: str) -> str:
+    if not is_file_name(name) or name == NAME:
+        raise ValueError(f"{name!r} is no name of a file beside it")
+    return name
+
+
+def _record(record: Any) -> FileRecord:
+    return FileRecord(**{key: _number(value) for key, value in record.items()})
+
+
+def _number(value: Any) -> int:
+    """What is written as a count or a time."""
+    if type(value) is not int or not 0 <= value <= _MOST_NUMBER:
+        raise ValueError(f"{value!r} is no count, time or checksum")
+    return value
 
 
 def _checksum(content: dict[str, Any]) -> int:

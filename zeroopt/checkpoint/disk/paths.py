@@ -1,4 +1,4 @@
-"""Where checkpoints can be: directories of a file system that all ranks see."""
+"""Where checkpoints can be: directories of a file system that all ranks see, and files in these."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
             "(A local directory of that name is meant by its absolute path.)"
         )
     return Path(text)
+
+
+def is_file_name(name: object) -> bool:
+    """Whether it is the name of a file in a directory, and leads nowhere else."""
+    return isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name

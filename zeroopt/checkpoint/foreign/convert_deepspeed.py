@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import StateError
+from ...errors import StateError, ZeroOptError
+from ..disk.files import read_ordinary
 from .deepspeed_ranks import MODEL_FILE, RankFiles
 from .deepspeed_universal import UniversalFiles
 from .plain_state import check_shape, comparable_options, positions_by_group, whole_state_dict
 
 _LATEST = ("latest", "latest_universal")
+_MOST_BYTES_OF_TAG = 4096
 
 _Files = RankFiles | UniversalFiles
 
@@ -67,6 +69,18 @@ def from_deepspeed(
         NotSupportedError: they are of stage 3, or of a model that was split over ranks.
     """
     folder = _find_folder(Path(path), tag)
+    try:
+        return _converted(folder, model, optimizer)
+    except ZeroOptError:
+        raise
+    except Exception as error:  # what values of other kinds than DeepSpeed's make of all that is computed of them
+        raise StateError(
+            f"{folder} has values of other kinds than DeepSpeed 0.19 saves ({type(error).__name__}: {error}): it is damaged, or its layout "
+            "is not known"
+        ) from error
+
+
+def _converted(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     files: _Files = UniversalFiles(folder) if UniversalFiles.is_in(folder) else RankFiles(folder)
     names = _positions_by_name(model, optimizer)
     _check_names(files, model, names)
@@ -84,7 +98,7 @@ def _find_folder(path: Path, tag: str | None) -> Path:
             raise StateError(
                 f"{path} has neither {MODEL_FILE} nor a file 'latest': pass the directory of a checkpoint, or its tag"
             )
-        tag = pointers[0].read_text().strip()
+        tag = _tag_in(pointers[0])
     folder = path / tag
     if not folder.is_dir():
         raise StateError(
@@ -92,6 +106,17 @@ def _find_folder(path: Path, tag: str | None) -> Path:
             f"{sorted(p.name for p in path.iterdir() if p.is_dir())}"
         )
     return folder
+
+
+def _tag_in(pointer: Path) -> str:
+    """The name of the checkpoint that a file 'latest' names."""
+    try:
+        tag = read_ordinary(pointer, _MOST_BYTES_OF_TAG).decode().strip()
+    except (OSError, ValueError) as error:
+        raise StateError(f"{pointer} does not name a checkpoint: {error}") from error
+    if not tag or PurePath(tag).is_absolute() or ".." in PurePath(tag).parts:
+        raise StateError(f"{pointer} names {tag!r}, which leads elsewhere: pass the tag of a checkpoint")
+    return tag
 
 
 def _positions_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -63,7 +63,7 @@ class ModelFile:
             raise stage_3(folder)
         _check_one_part(folder)
         path = folder / MODEL_FILE
-        saved = load_inert(path)
+        saved = load_mapping(path)
         version = str(saved.get("ds_version"))
         if saved.get("mp_world_size", 1) != 1 or saved.get("num_experts"):
             raise _split(path, f"mp_world_size {saved.get('mp_world_size')}, num_experts {saved.get('num_experts')}")
@@ -105,7 +105,7 @@ class _RankFile:
 
     @staticmethod
     def read(path: Path, num_ranks: int, num_groups: int) -> _RankFile:
-        file = load_inert(path)
+        file = load_mapping(path)
         version = str(file.get("ds_version"))
         saved = entry(file, "optimizer_state_dict", path, version)
         check_stage(saved, path)
@@ -164,7 +164,7 @@ class RankFiles:
             NotSupportedError: it is of stage 3, or the model was split over ranks.
         """
         self.folder = folder
-        paths = list(_rank_paths(folder))
+        paths = _rank_paths(folder)
         self.model = ModelFile.read(folder)
         self._ranks = [_RankFile.read(path, len(paths), len(self.model.shapes)) for path in paths]
         self._places = dict(self._place())
@@ -234,7 +234,7 @@ class RankFiles:
         return whole.view(self.model.shapes[place.group][name])
 
 
-def _rank_paths(folder: Path) -> Iterator[Path]:
+def _rank_paths(folder: Path) -> list[Path]:
     """The files of all ranks, in their order."""
     matches = [match for path in folder.iterdir() if (match := _RANK_FILE.fullmatch(path.name))]
     if not matches:
@@ -248,8 +248,12 @@ def _rank_paths(folder: Path) -> Iterator[Path]:
         raise StateError(
             f"{folder} has files of several runs, {' and '.join(f'{p}…' for p in prefixes)}: take away those of others"
         )
-    for rank in range(1 + max(int(match[2]) for match in matches)):
-        yield folder / f"{prefixes[0]}{rank}_mp_rank_00_optim_states.pt"
+    ranks = sorted({int(match[2]) for match in matches})
+    paths = [folder / f"{prefixes[0]}{rank}_mp_rank_00_optim_states.pt" for rank in range(len(ranks))]
+    for rank, path in enumerate(paths):
+        if ranks[rank] != rank:
+            raise StateError(f"there is no file {path}, and one of rank {ranks[-1]}")
+    return paths
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -286,10 +290,18 @@ def entry(saved: Any, key: str, path: Path, version: str) -> Any:
     return saved[key]
 
 
+def load_mapping(path: Path) -> Mapping[str, Any]:
+    """The dict in a file. Raises StateError when there is none."""
+    saved = load_inert(path)
+    if not isinstance(saved, Mapping):
+        raise StateError(f"{path} holds a {type(saved).__name__}, expected a dict: its layout is not known")
+    return saved
+
+
 def check_stage(saved: Mapping[str, Any], path: Path) -> None:
     """Raise NotSupportedError when an optimizer's state dict is one of stage 3."""
     stage = saved.get("zero_stage", 1)  # DeepSpeed's BF16_Optimizer does not say, and is stage 1
-    if isinstance(stage, StandIn):  # of an enum
+    if isinstance(stage, StandIn) and stage.args:  # of an enum
         stage = stage.args[0]
     if stage not in (1, 2):
         raise stage_3(path)

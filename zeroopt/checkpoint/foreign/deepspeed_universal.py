@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import StateError
-from .deepspeed_ranks import ModelFile, check_stage, entry
+from .deepspeed_ranks import ModelFile, check_stage, entry, load_mapping
 from .inert_pickle import load_inert
 from .plain_state import make_step
 
@@ -35,7 +35,7 @@ class UniversalFiles:
             NotSupportedError: it was made from stage 3, or the model was split over ranks.
         """
         self.folder = folder
-        common = load_inert(folder / _COMMON)
+        common = load_mapping(folder / _COMMON)
         check_stage(common, folder / _COMMON)
         self.options: Sequence[Mapping[str, Any]] | None = common.get("param_groups")
         self.model = ModelFile.read(folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable, Iterator
@@ -14,8 +12,8 @@ from typing import Any
 import torch
 
 from ...errors import StateError
-
-_LEGACY_PICKLES = 4  # magic number, protocol, facts of the system, and the object, one behind the other
+from ..disk.files import open_ordinary
+from ..disk.torch_file_bounds import check_torch_file
 
 
 class StandIn:
@@ -49,7 +47,7 @@ def load_inert(path: Path) -> Any:
 
     Not collective. Such a file is a pickle, which can name any class or function to call. torch's restricted unpickler
     (`weights_only=True`) reads it, and all that is named and is not torch's own is replaced by a `StandIn`: nothing is
-    imported, and no code but torch's runs. While it reads, `torch.serialization`'s list of safe globals is another one,
+    imported, and no code but torch's runs; and a file that would take more memory than it is long is refused. While it reads, `torch.serialization`'s list of safe globals is another one,
     as within `safe_globals`.
 
     Tensors must not outlive a change of the file; writing into them does not change it.
@@ -73,21 +71,15 @@ def load_inert(path: Path) -> Any:
 
 
 def _names_in(path: Path) -> set[tuple[str, str]]:
-    """Module and name of the classes and functions that a file names."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            return {name for _ in range(_LEGACY_PICKLES) for name in _names_in_pickle(file)}
-    with zipfile.ZipFile(path) as archive:
-        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return set(_names_in_pickle(io.BytesIO(archive.read(member))))
+    """Module and name of the classes and functions that a file names, which takes no more memory than it is long."""
+    with open_ordinary(path) as file:
+        return {_name(str(argument)) for operation, argument in check_torch_file(file) if operation == "GLOBAL"}
 
 
-def _names_in_pickle(file: Any) -> Iterator[tuple[str, str]]:
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
-            module, _, name = str(argument).rpartition(" ")
-            # In the protocol of torch.save, modules have the names that they had in Python 2.
-            yield NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+def _name(argument: str) -> tuple[str, str]:
+    module, _, name = argument.rpartition(" ")
+    # In the protocol of torch.save, modules have the names that they had in Python 2.
+    return NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
 
 
 def _stand_in(module: str, name: str) -> type[StandIn]:

@@ -6,14 +6,18 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...state.shard_tensor import ShardTensor
+from ..disk.files import open_ordinary
+from ..disk.pickle_bounds import check_pickle
+from ..disk.torch_file_bounds import check_torch_file
 
 _PLAIN = {type(None), bool, int, float, str, Tensor, nn.Parameter, ShardTensor, torch.dtype, torch.Size}
 
@@ -68,8 +72,19 @@ _CLASSES: Mapping[str, set[str]] = {
 }
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's `.metadata`, and refuses whatever is not in it by right. Raises UnpicklingError."""
+def load_metadata(content: bytes) -> Any:
+    """What is in DCP's `.metadata`, in memory as long as it is, about. Runs no code of it.
+
+    Raises:
+        Exception: of any kind, UnpicklingError where something is not in it by right.
+    """
+    for _ in check_pickle(io.BytesIO(content)):
+        pass
+    return _MetadataUnpickler(io.BytesIO(content)).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses whatever is not in DCP's `.metadata` by right. Raises UnpicklingError."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of that name."""
@@ -82,13 +97,17 @@ class MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load_plain(stream: Any, name: str | Path, *, mapped: bool = False) -> Any:
-    """torch.load(weights_only=True), to the CPU. Raises CheckpointError.
+def load_plain(stream: IO[bytes] | Path, name: str | Path, *, mapped: bool = False) -> Any:
+    """torch.load(weights_only=True), to the CPU, of a file or stream that takes no more memory than it is long. Raises CheckpointError.
 
     Args:
         mapped: tensors are the file's pages, which are read when they are needed; then `stream` has to be a path.
     """
     try:
-        return torch.load(stream, map_location="cpu", weights_only=True, mmap=mapped)
+        with open_ordinary(stream) if isinstance(stream, Path) else nullcontext(stream) as file:
+            for _ in check_torch_file(file):
+                pass
+            file.seek(0)
+            return torch.load(stream if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise CheckpointError(f"cannot load {name}: {error}") from error

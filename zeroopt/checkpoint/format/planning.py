@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from ...errors import CheckpointError
 from ...plan.dtensors import local_of
 from ...state.shard_tensor import ShardTensor
+from .metadata import check_apart
 from .plain import check_plain, load_plain
 
 
@@ -77,7 +78,8 @@ class ShardLoadPlanner(DefaultLoadPlanner):
         """This rank's part.
 
         Raises:
-            CheckpointError: names the entry that is missing, not a tensor, of another shape, or not there entirely.
+            CheckpointError: names the entry that is missing, not a tensor, of another shape, or not there entirely, or whose parts lie
+                upon each other.
         """
         items = []
         for key, value in self.state_dict.items():
@@ -107,6 +109,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
             raise CheckpointError(
                 f"the checkpoint has {found} of the {expected} elements of {key!r} that this rank needs"
             )
+        check_apart(key, saved)
         return items
 
     def _default_items(self, key: str, value: Any) -> list[ReadItem]:

@@ -9,19 +9,21 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from ...errors import CheckpointError
 from ..disk.directory import foreign_names
-from ..disk.files import FileRecord
+from ..disk.files import FilePart, FileRecord, OrdinaryFiles, open_ordinary
 from ..disk.manifest import NAME, Manifest
 from ..disk.paths import local_path
-from .plain import MetadataUnpickler, load_plain
+from ..disk.torch_file_bounds import check_torch_file
+from .metadata import check_metadata
+from .plain import load_metadata, load_plain
 from .planning import ShardLoadPlanner
 from .together import together
 
@@ -118,7 +120,7 @@ class Checkpoint:
 
     def _read_items(self, items: list[ReadItem], planner: ShardLoadPlanner) -> None:
         """Give the planner what it has planned to read."""
-        reader = FileSystemReader(self.path)
+        reader = _PartReader(self.path)
         reader.set_up_storage_reader(self.metadata, True)
         for name, of_file in self._by_file(items).items():
             try:
@@ -134,6 +136,9 @@ class Checkpoint:
         """In the order in which they lie in their files."""
         places = self.metadata.storage_data
         by_file = defaultdict(list)
+        for item in items:
+            if item.storage_index not in places:
+                raise CheckpointError(f"{self.path / _METADATA} does not say where {item.storage_index} lies")
         for item in sorted(items, key=lambda item: int(places[item.storage_index].offset)):
             by_file[places[item.storage_index].relative_path].append(item)
         return by_file
@@ -162,6 +167,22 @@ class Checkpoint:
         return None
 
 
+class _PartReader(FileSystemReader):
+    """Reads parts of ordinary files, which take no more memory than they are long."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs = OrdinaryFiles()
+
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        part = io.BufferedReader(FilePart(file, sinfo.offset, sinfo.length))
+        if not getattr(sinfo, "transform_descriptors", None):
+            for _ in check_torch_file(part):
+                pass
+            part.seek(0)
+        return part
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint of zeroopt or of DCP. Reads the manifest and DCP's metadata, and checks these. Not collective.
 
@@ -175,7 +196,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     with suppress(FileNotFoundError):
         manifest = Manifest.read(directory)
     try:
-        content = (directory / _METADATA).read_bytes()
+        with open_ordinary(directory / _METADATA) as file:
+            content = file.read()
     except FileNotFoundError as error:
         _refuse_missing(directory, manifest, error)
     except OSError as error:
@@ -195,24 +217,10 @@ def _refuse_missing(directory: Path, manifest: Manifest | None, error: Exception
 
 def _parse(content: bytes, directory: Path) -> Metadata:
     try:
-        metadata = MetadataUnpickler(io.BytesIO(content)).load()
+        metadata = load_metadata(content)
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
-        _check(metadata)
+        check_metadata(metadata)
     except Exception as error:
         raise CheckpointError(f"{directory / _METADATA} is damaged or no checkpoint's: {error}") from error
     return metadata
-
-
-def _check(metadata: Metadata) -> None:
-    """Raise where not all is of the kind that reading relies on."""
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
-            raise TypeError(f"{key!r} is a {type(entry).__name__}")
-    for index, place in metadata.storage_data.items():
-        if not (isinstance(index, MetadataIndex) and isinstance(place, _StorageInfo)):
-            raise TypeError(f"{index} is stored as {place}")
-        if not (isinstance(place.offset, int) and isinstance(place.length, int)):
-            raise TypeError(f"{index} lies at {place.offset}, {place.length} bytes")
-        if place.relative_path != os.path.basename(place.relative_path) or place.relative_path in ("", ".", ".."):
-            raise ValueError(f"{index} is in {place.relative_path!r}, which is no file of the directory")

@@ -24,7 +24,7 @@ from ..format.together import together
 from .contents import clean_name
 from .groups import has_positions, match_groups, read_groups
 from .lineage import goes_on
-from .residuals import follow_planned_order, residual_file, restore_residuals, sends_codes
+from .residuals import check_residuals, follow_planned_order, residual_file, restore_residuals, sends_codes
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
 
@@ -291,8 +291,9 @@ class _Reading:
 
     def take_residuals(self, source: Source, group: dist.ProcessGroup) -> None:
         """Read what this rank keeps for itself, where as many ranks saved."""
-        is_alike = source.is_of(group.size())
-        self._residuals = (source.checkpoint.side_file(residual_file(group.rank())) if is_alike else None) or {}
+        name, is_alike = residual_file(group.rank()), source.is_of(group.size())
+        self._residuals = (source.checkpoint.side_file(name) if is_alike else None) or {}
+        check_residuals(self._residuals, name)
 
     def commit(self, model: ZeroDataParallel) -> None:
         """Let all of it be the model's and the optimizers'. Collective in the model's process group."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...errors import CheckpointError
 from ...gradients.residuals import LeftOut, collect_residuals, hand_out_residuals
 from ...module import ZeroDataParallel
 from ...optimizer import ZeroOptimizer
@@ -71,6 +72,20 @@ def _model_pieces(buckets: Sequence[Bucket]) -> Iterator[tuple[str, dict[str, An
 
 def _piece(start: int, values: Tensor) -> dict[str, Any]:
     return {"start": start, "values": values}
+
+
+def check_residuals(saved: Any, name: str) -> None:
+    """Raise CheckpointError where what was read from a file is neither empty nor as `residual_contents` makes it."""
+    kept = saved if isinstance(saved, dict) else {"left_out": saved}
+    for what in ("left_out", "model"):
+        pieces = kept.get(what, {})
+        if not (isinstance(pieces, dict) and all(map(_is_piece, pieces.values()))):
+            raise CheckpointError(f"{name} does not hold what a rank keeps for itself, but {what}: {pieces!r}")
+
+
+def _is_piece(saved: Any) -> bool:
+    start, values = (saved.get(key) for key in ("start", "values")) if isinstance(saved, dict) else (None, None)
+    return isinstance(start, int) and start >= 0 and isinstance(values, Tensor) and values.dim() == 1
 
 
 def restore_residuals(model: ZeroDataParallel, saved: Mapping[str, Any]) -> None:
