@@ -10,10 +10,12 @@
 #include "build_config.h"
 #include "common/errors.h"
 #include "common/wire_code.h"
+#include "counting_hook.h"
 #include "cpu/isa.h"
 #include "cpu/shm_board.h"
 #include "cpu/shm_mapping.h"
 #include "kernels.h"
+#include "layouts.h"
 #include "ops/by_name.h"
 #include "partition.h"
 
@@ -195,16 +197,6 @@ void bind_cpu_kernels(py::module_& m) {
       },
       py::arg("rows"), py::arg("active"), py::arg("squares"), py::arg("count"), py::arg("grad_dtype"),
       py::arg("found_inf"), py::arg("num_threads"), GilReleased());
-  m.def(
-      "sum_in_parts",
-      [](Address values, int64_t numel, double scale, bool squared, const std::vector<double>& rounders, Address sums,
-         int num_threads) {
-        if (rounders.size() != kSumParts) throw std::invalid_argument("sum_in_parts: expected a rounder for each part");
-        cpu::sum_in_parts(pointer<const float>(values), numel, scale, squared, rounders.data(), pointer<double>(sums),
-                          num_threads);
-      },
-      py::arg("values"), py::arg("numel"), py::arg("scale"), py::arg("squared"), py::arg("rounders"), py::arg("sums"),
-      py::arg("num_threads"), GilReleased());
 }
 
 void bind_cuda_kernels(py::module_& m) {
@@ -375,6 +367,49 @@ void bind_shared_memory(py::module_& m) {
   m.def("rank_lock_is_held", &rank_lock_is_held, py::arg("fd"), py::arg("rank"));
 }
 
+/// Layouts, and what tells of tensors.
+struct LookedAt {
+  dlpack::Exchange* exchange;
+  Layouts layouts;
+
+  /// Writes the tensors' addresses. Nothing where one is laid out otherwise, or not all are of one dtype and on one
+  /// device.
+  std::optional<std::tuple<int, int, int, int>> look(const py::list& tensors, Address addresses) const {
+    int64_t* out = pointer<int64_t>(addresses);
+    dlpack::Tensor first{}, tensor{};
+    if (static_cast<int64_t>(tensors.size()) != layouts.count()) return std::nullopt;
+    for (int64_t i = 0; i < layouts.count(); ++i) {
+      if (exchange->look(PyList_GET_ITEM(tensors.ptr(), i), &tensor) != 0) {
+        PyErr_Clear(); // one that DLPack cannot describe, a sparse one, say
+        return std::nullopt;
+      }
+      if (i == 0) first = tensor;
+      if (!layouts.has(i, tensor) || !is_alike(first, tensor)) return std::nullopt;
+      out[i] = static_cast<int64_t>(reinterpret_cast<Address>(tensor.data) + tensor.byte_offset);
+    }
+    if (layouts.count() == 0 || first.dtype.lanes != 1) return std::nullopt;
+    return std::make_tuple(first.dtype.code, first.dtype.bits, first.device.type, first.device.number);
+  }
+};
+
+dlpack::Exchange* exchange_of(const py::capsule& capsule) {
+  auto* exchange = static_cast<dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (exchange == nullptr) throw py::error_already_set();
+  if (exchange->major_version != dlpack::kMajorVersion || exchange->look == nullptr)
+    throw std::invalid_argument("expected DLPack's exchange API of version 1, with what tells of tensors");
+  return exchange;
+}
+
+void bind_layouts(py::module_& m) {
+  py::class_<LookedAt>(m, "Layouts")
+      .def(py::init([](const py::capsule& exchange, const std::vector<std::vector<int64_t>>& shapes,
+                       const std::vector<std::vector<int64_t>>& strides) {
+             return LookedAt{exchange_of(exchange), Layouts(shapes, strides)};
+           }),
+           py::arg("exchange"), py::arg("shapes"), py::arg("strides"))
+      .def("look", &LookedAt::look, py::arg("tensors"), py::arg("addresses"));
+}
+
 py::dict build_info() {
   py::list isas;
   for (const cpu::Isa& isa : cpu::compiled_isas())
@@ -417,6 +452,8 @@ PYBIND11_MODULE(_C, m) {
   zeroopt::bind_steps(m);
   zeroopt::bind_planner(m);
   zeroopt::bind_shared_memory(m);
+  zeroopt::bind_layouts(m);
+  if (zeroopt::add_counting_hook(m.ptr()) != 0) throw py::error_already_set();
   m.def("encoded_bytes", &zeroopt::wire_bytes, py::arg("numel"), py::arg("bits"));
   m.def("optimizers", [] { return zeroopt::optimizers_of(zeroopt::AllOps{}); });
   m.def("build_info", &zeroopt::build_info);

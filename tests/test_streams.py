@@ -11,7 +11,15 @@ import pytest
 import torch
 from recorded_streams import recorded_streams
 
-from zeroopt.streams import Mark, _number_of_capture, capture_number, has_streams, note_use, stream_teller
+from zeroopt.streams import (
+    Mark,
+    _number_of_capture,
+    capture_number,
+    current_stream,
+    has_streams,
+    note_use,
+    stream_teller,
+)
 
 CUDA = torch.device("cuda")
 Numbers = ctypes.POINTER(ctypes.c_uint64)
@@ -38,6 +46,18 @@ def test_streams_are_told_apart() -> None:
                 assert tell() != main
                 assert tell() == tell()
             assert tell() == main
+
+
+def test_a_stream_is_made_into_an_object_once() -> None:
+    devices = torch.device("cuda", 6), torch.device("cuda", 7)
+    with recorded_streams() as streams, patch.object(streams, "current_stream", wraps=streams.current_stream) as made:
+        for _ in range(2):
+            for device in devices:
+                assert current_stream(device) == "main"
+                with streams.stream("other"):
+                    assert current_stream(device) == "other"
+        assert made.call_count == 4
+        assert current_stream(torch.device("xpu", 6)) == "main" and made.call_count == 5
 
 
 def test_what_a_graph_is_captured_behind_is_over() -> None:

@@ -3,7 +3,7 @@
 `csrc/kernels.h` states the contract of every kernel. Call them through `zeroopt.ops`, which checks its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypedDict
 
 class BuildInfo(TypedDict):
@@ -102,6 +102,26 @@ class SharedMapping:
     def __init__(self, fd: int, num_bytes: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class Layouts:
+    def __init__(self, exchange: object, shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> None: ...
+    def look(self, tensors: Sequence[object], addresses: int) -> tuple[int, int, int, int] | None: ...
+
+class Arrivals:
+    arrived: bytearray
+    order: list[int]
+    bucket_of: list[int]
+    missing: list[int]
+    last: list[object | None]
+    tell: Callable[[], object]
+    is_on: bool
+    def count(self, index: int) -> int | None: ...
+    def note(self, index: int) -> int: ...
+
+class CountingHook:
+    arrivals: Arrivals
+    index: int
+    def __call__(self, param: object) -> None: ...
+
 def hold_rank_lock(fd: int, rank: int) -> None: ...
 def rank_lock_is_held(fd: int, rank: int) -> bool: ...
 def optimizers() -> dict[str, OptimizerFacts]: ...
@@ -136,9 +156,6 @@ def quantize(values: int, codes: int, scales: int, numel: int, is_signed: bool, 
 def dequantize(codes: int, scales: int, values: int, numel: int, is_signed: bool, num_threads: int) -> None: ...
 def squared_norms(
     rows: int, active: int, squares: int, count: int, grad_dtype: int, found_inf: int, num_threads: int
-) -> None: ...
-def sum_in_parts(
-    values: int, numel: int, scale: float, squared: bool, rounders: Sequence[float], sums: int, num_threads: int
 ) -> None: ...
 def step(
     kernel: str,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from .features.join import Phase, take_options
 from .features.of_model import ModelFeatures
 from .features.outer_steps import OuterSteps, connect_outer_steps
 from .features.replanning import Replanning
+from .gradients.view import set_gradients
 from .inner_attributes import reach, takes
 from .options.config import Config
 from .plan.agreement import agree
 from .plan.params import ManagedParam
+from .profiling import range_of_torch
 from .replica import Replica
 from .state.dcp_options import ranks_that_want_all, takes_state_alone, wants_parts, with_flattened_names
 from .state.dicts import LoadedState, StateDicts
@@ -322,8 +324,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if set_to_none:
             self._reducer.discard(self._trained.buckets)
             # Nothing here looks at values, of which parameters on their way would be asked one by one.
-            with torch._C.DisableTorchFunctionSubclass():
-                super().zero_grad()
+            with (
+                torch._C.DisableTorchFunctionSubclass(),
+                range_of_torch(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"),
+            ):
+                for group in self.param_groups:
+                    set_gradients(group["params"], repeat(None))
         else:
             super().zero_grad(set_to_none=False)
             # Behind it, for what is done parameter by parameter leaves unknown that all of a bucket is zero.

@@ -38,3 +38,8 @@ def named_range(phase: str, name: str = "") -> AbstractContextManager[object]:
     if not _profiler_enabled():
         return _NO_RANGE
     return torch.autograd.profiler.record_function(f"zeroopt::{phase} {name}" if name else f"zeroopt::{phase}")
+
+
+def range_of_torch(name: str) -> AbstractContextManager[object]:
+    """Likewise under a name that torch gives, for what is done in its place."""
+    return torch.autograd.profiler.record_function(name) if _profiler_enabled() else _NO_RANGE

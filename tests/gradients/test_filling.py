@@ -36,7 +36,7 @@ class Scene(Lone):
 
     def lies(self, managed: ManagedParam) -> Tensor:
         """What is in a parameter's place."""
-        return managed.view_in(self.fulls[self.filling.bucket_of[managed.index]])
+        return managed.view_in(self.fulls[self.filling.arrivals.bucket_of[managed.index]])
 
 
 def test_it_knows_where_everything_belongs() -> None:
@@ -44,10 +44,10 @@ def test_it_knows_where_everything_belongs() -> None:
     filling, buckets = scene.filling, scene.replica.buckets
     assert len(buckets) > 1
     assert filling.params == scene.replica.params
-    assert filling.bucket_of == [
+    assert filling.arrivals.bucket_of == [
         next(bucket.index for bucket in buckets if managed in bucket.params) for managed in scene.replica.params
     ]
-    assert filling.missing == [len(bucket.params) for bucket in buckets]
+    assert filling.arrivals.missing == [len(bucket.params) for bucket in buckets]
 
 
 def test_gradients_that_have_stayed_are_not_forgotten_with_the_buckets() -> None:
@@ -63,26 +63,26 @@ def test_a_backward_begins_and_ends() -> None:
     scene = Scene()
     filling = scene.filling
     sizes = [len(bucket.params) for bucket in scene.replica.buckets]
-    filling.order.append(3)
+    filling.arrivals.order.append(3)
     filling.begin(0.25)
-    assert filling.scale == 0.25 and filling.order == []
+    assert filling.scale == 0.25 and filling.arrivals.order == []
     count = len(filling.params)
-    filling.arrived[0] = filling.packed[0] = 1
-    filling.missing[0] -= 1
-    filling.order.append(0)
+    filling.arrivals.arrived[0] = filling.packed[0] = 1
+    filling.arrivals.missing[0] -= 1
+    filling.arrivals.order.append(0)
     filling.reset()
-    assert (filling.arrived, filling.packed) == (bytearray(count), bytearray(count))
-    assert filling.missing == sizes and filling.order == [0], "which is asked for later"
-    filling.missing[0] -= 1
+    assert (filling.arrivals.arrived, filling.packed) == (bytearray(count), bytearray(count))
+    assert filling.arrivals.missing == sizes and filling.arrivals.order == [0], "which is asked for later"
+    filling.arrivals.missing[0] -= 1
     filling.reset()
-    assert filling.missing == sizes
+    assert filling.arrivals.missing == sizes
     filling.attach(scene.replica.params, scene.replica.buckets)
-    assert filling.order == []
+    assert filling.arrivals.order == []
 
 
 def test_without_parameters_nothing_is_missing() -> None:
     filling = Filling(Scene().replica.reducer.view)
-    assert (filling.missing, filling.params, filling.bucket_of) == ([], [], [])
+    assert (filling.arrivals.missing, filling.params, filling.arrivals.bucket_of) == ([], [], [])
     filling.check_storage()
 
 
@@ -94,10 +94,10 @@ def test_gradients_go_one_by_one_to_their_places(stage: int, scale: float) -> No
     scene.filling.begin(scale)
     for managed in scene.replica.params:
         autograds = managed.param.grad
-        assert scene.filling.pack(managed, scene.fulls[scene.filling.bucket_of[managed.index]])
+        assert scene.filling.pack(managed, scene.fulls[scene.filling.arrivals.bucket_of[managed.index]])
         assert managed.param.grad is not autograds, "which has been freed"
         assert torch.equal(scene.lies(managed), scale * grads[managed.index])
-    assert all(scene.filling.packed) and not any(scene.filling.arrived)
+    assert all(scene.filling.packed) and not any(scene.filling.arrivals.arrived)
     assert not any(full.isnan().any() for full in scene.fulls)
 
 
@@ -109,7 +109,7 @@ def test_what_is_laid_out_otherwise_is_packed_too(stage: int) -> None:
     for grad in (values.t().contiguous().t(), torch._neg_view(-values), values[:1].expand(weight.shape)):
         weight.param.grad = None
         weight.param.grad = grad
-        assert scene.filling.pack(weight, scene.fulls[scene.filling.bucket_of[0]])
+        assert scene.filling.pack(weight, scene.fulls[scene.filling.arrivals.bucket_of[0]])
         assert torch.equal(scene.lies(weight), grad)
 
 
@@ -117,7 +117,7 @@ def test_what_is_laid_out_otherwise_is_packed_too(stage: int) -> None:
 def test_where_there_is_no_gradient_nothing_is_packed(stage: int) -> None:
     scene = Scene(stage)
     managed = scene.replica.params[0]
-    full = scene.fulls[scene.filling.bucket_of[0]]
+    full = scene.fulls[scene.filling.arrivals.bucket_of[0]]
     before = full.clone()
     assert not scene.filling.pack(managed, full)
     assert not any(scene.filling.packed) and torch.equal(full.nan_to_num(7), before.nan_to_num(7))
@@ -154,7 +154,7 @@ def test_a_sparse_gradient_is_refused() -> None:
     weight = scene.replica.params[0]
     weight.param.grad = torch.eye(6).to_sparse()
     with pytest.raises(StateError, match=r"'0\.weight' has a sparse gradient"):
-        scene.filling.pack(weight, scene.fulls[scene.filling.bucket_of[0]])
+        scene.filling.pack(weight, scene.fulls[scene.filling.arrivals.bucket_of[0]])
 
 
 def test_a_parameter_that_lies_elsewhere_is_named() -> None:

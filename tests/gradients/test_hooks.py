@@ -12,6 +12,7 @@ from training import loss_of
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt.gradients.counting import Arrivals
 from zeroopt.gradients.hooks import GradientHook, is_taken_up
 
 
@@ -163,8 +164,11 @@ def test_the_hook_goes_to_the_end_once() -> None:
         def take_up_later(self, index: int) -> None:
             self.later.append(index)
 
+        def complete(self, bucket: int) -> None:
+            raise AssertionError("nothing is counted")
+
     taker, param = Taker(), nn.Parameter(torch.ones(3))
-    hook = GradientHook(taker, param, 7)
+    hook = GradientHook(taker, Arrivals(), param, 7)
     param.sum().backward()
     param.register_post_accumulate_grad_hook(lambda _: None)
     for _ in range(3):
@@ -173,6 +177,6 @@ def test_the_hook_goes_to_the_end_once() -> None:
     del taker
     assert hook.is_idle and not is_taken_up(param)
     param.sum().backward()
-    GradientHook(Taker(), param, 0)  # takes idle ones off
+    GradientHook(Taker(), Arrivals(), param, 0)  # takes idle ones off
     assert len(param._post_accumulate_grad_hooks) == 2
     hook.remove()

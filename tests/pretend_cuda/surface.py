@@ -146,6 +146,11 @@ def _check_joined(index: int, origin: int, streams: list[int], first_node: int) 
             )
 
 
+def _is_capturing() -> bool:
+    index = _device.current_device()
+    return _device.capture_of(index, _device.current_stream(index)) != 0
+
+
 def synchronize(device: Any = None) -> None:
     torch.accelerator.synchronize(_index(device))
 
@@ -176,7 +181,7 @@ def install() -> None:
         "device_count": lambda: _device.NUM_DEVICES,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_current_stream_capturing": lambda: current_stream().is_capturing(),
+        "is_current_stream_capturing": _is_capturing,
         "synchronize": synchronize,
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,

@@ -692,7 +692,7 @@ def order_after_growth(stage: int) -> list[bool]:
 
     def check() -> None:
         (model(torch.ones(2, 16)).sum() + 1).backward()
-        last = {reducer._filling.bucket_of[index]: place for place, index in enumerate(reducer.arrivals)}
+        last = {reducer._filling.arrivals.bucket_of[index]: place for place, index in enumerate(reducer.arrivals)}
         right.append(reducer._sequence == sorted(last, key=last.__getitem__) and len(last) > 5)
         optimizer.step()
         optimizer.zero_grad()
@@ -721,7 +721,7 @@ def added_between_backward_and_step() -> bool:
     run.step()
     run.backward(2)
     reducer = run.model._reducer
-    last = {reducer._filling.bucket_of[index]: place for place, index in enumerate(reducer.arrivals)}
+    last = {reducer._filling.arrivals.bucket_of[index]: place for place, index in enumerate(reducer.arrivals)}
     return reducer._sequence == sorted(last, key=last.__getitem__)
 
 

@@ -65,31 +65,34 @@ class StreamCollective(PendingCollective):
     """A collective that has been started on the communication stream.
 
     Args:
-        work: what the backend has been told there.
+        start: tells the backend there.
         follow: what the result has yet to go through there.
     """
 
-    def __init__(self, stream: CommStream, work: PendingCollective, follow: Callable[[], None] | None) -> None:
+    def __init__(
+        self, stream: CommStream, start: Callable[[], PendingCollective], follow: Callable[[], None] | None
+    ) -> None:
         self._stream = stream
-        self._work = work
         self._follow = follow
         self._started_on = (current_stream(stream.device),) if stream.is_there else ()
         self._done: Mark | None = None
-        if not stream.blocks_host:
-            self._done = self._queue()
+        with stream.entered():
+            self._work = start()
+            if not stream.blocks_host:
+                self._done = self._queue()
 
     def _queue(self) -> Mark:
-        """Queue what follows, behind the backend. Tensors that were kept for it are let go."""
-        with self._stream.entered():
-            self._work.finish()
-            if self._follow is not None:
-                self._follow()
-            self._follow = None
-            return Mark(self._stream.device)
+        """Queue what follows, behind the backend, on the current stream. Tensors that were kept for it are let go."""
+        self._work.finish()
+        if self._follow is not None:
+            self._follow()
+        self._follow = None
+        return Mark(self._stream.device)
 
     def finish(self) -> None:
         if self._done is None:
-            self._done = self._queue()
+            with self._stream.entered():
+                self._done = self._queue()
         self._done.wait(*self._started_on)
 
     def is_past(self) -> bool:

@@ -156,7 +156,7 @@ class HierarchyTransport(TorchTransport):
 
     def _run(self, levels: Callable[[], None]) -> PendingCollective:
         if self._driver is None:
-            return StreamCollective(self._stream, Done(), levels)
+            return StreamCollective(self._stream, Done, levels)
         return self._driver.start(Driven(levels))
 
 

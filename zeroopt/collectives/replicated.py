@@ -99,7 +99,7 @@ class ReplicatedTransport(Transport):
                 reduce.start()
                 reduce.go_across()
 
-            return StreamCollective(self._stream, Done(), queue)
+            return StreamCollective(self._stream, Done, queue)
         reduce.start()
         self._reduces.append(reduce)
         return reduce

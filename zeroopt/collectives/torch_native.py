@@ -160,13 +160,14 @@ class TorchTransport(Transport):
             follow: what its result has yet to go through.
         """
         what = f"transport {self.name}, {what}"
-        group = self.control.group
-        with self._stream.entered(), named_failures(what, self._missing, group=group):
-            work = collective(group=group, async_op=True)
-        pending = PendingWork(
-            what, [(self._missing, work)], keep, group=group, on_device=self._stream.device.type != "cpu"
-        )
-        return StreamCollective(self._stream, pending, follow)
+        group, on_device = self.control.group, self._stream.device.type != "cpu"
+
+        def start() -> PendingCollective:
+            with named_failures(what, self._missing, group=group):
+                work = collective(group=group, async_op=True)
+            return PendingWork(what, [(self._missing, work)], keep, group=group, on_device=on_device)
+
+        return StreamCollective(self._stream, start, follow)
 
     def _count(self, full: Tensor) -> None:
         self.sent_bytes += full.nbytes // self.num_slices * (self.num_slices - 1)

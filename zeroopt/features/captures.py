@@ -43,13 +43,17 @@ class Captures(Feature):
     @untraced
     def look(self) -> int:
         """The number of the capture that is on, or 0. Not collective."""
+        return self._look()
+
+    def _look(self) -> int:
+        """Where nothing is traced anyway."""
         number = capture_number(self._device)
         if number:
             self.exist = self._gathers.are_read_by_graphs = True
         return number
 
     def backward_begins(self) -> None:
-        self._backwards[self.look()] = set()
+        self._backwards[self._look()] = set()
 
     def local_backward_runs(self) -> None:
         self.backward_begins()
@@ -61,7 +65,7 @@ class Captures(Feature):
             cleared.update(bucket.index for bucket in buckets or ())
 
     def before_step(self, step: Step) -> None:
-        number = self.look()
+        number = self._look()
         stepped = {bucket.index for bucket in step.buckets}
         if any(other != number and not stepped <= cleared for other, cleared in self._backwards.items()):
             raise StateError(
@@ -73,7 +77,7 @@ class Captures(Feature):
             )
 
     def after_step(self, step: Step) -> None:
-        if self.look():  # not before: what fails leaves no graph that could be replayed
+        if self._look():  # not before: what fails leaves no graph that could be replayed
             self.hold_steps = True
 
     def check_may_leave(self) -> None:

@@ -2,6 +2,7 @@
 
 In reading order; each imports from those above it:
 
+    counting          gradients that only have to be counted
     hooks             the hook of a parameter
     step_guard        a step that was broken off
     lockstep          whether all ranks are at the same place of the training loop

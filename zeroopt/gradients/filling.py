@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from ..plan.params import ManagedParam
 from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.stripe import Stripe
+from .counting import Arrivals
 from .packing_streams import PackingStreams
 from .view import GradientView
 
@@ -24,12 +26,9 @@ class Filling:
 
     Attributes:
         params: by their index.
-        bucket_of: index of the bucket of each.
-        arrived: 1: its gradient has come, for this backward.
-        packed: 1: and lies in the bucket; until then in `param.grad`.
-        missing: of each bucket, how many have not come.
+        arrivals: which have come.
+        packed: 1: it has come, and lies in the bucket; until then in `param.grad`.
         unpacked: of each bucket, how many do not lie in it yet.
-        order: indices, as the gradients of the last backward came.
         streams: on which they came.
         packs_together: a bucket's gradients stay where they are until the last one has come, and one launch packs them. On the CPU
             each is packed when it comes: a call costs nothing, and it is in the cache.
@@ -38,7 +37,8 @@ class Filling:
 
     def __init__(self, view: GradientView) -> None:
         self._view = view
-        self.order: list[int] = []
+        self.arrivals = Arrivals()
+        self.arrivals.order = []
         self.streams = PackingStreams(())
         self.scale = 1.0
         self.attach((), ())
@@ -51,21 +51,23 @@ class Filling:
             for managed in bucket.params:
                 self._addresses[managed.index] = managed.view_in(bucket.flat_param).data_ptr()
         self._address_of: list[Callable[[], int]] = [managed.address for managed in params]
-        self.order.clear()
+        self.arrivals.order.clear()
         self.regroup(buckets)
 
     def regroup(self, buckets: Sequence[Bucket]) -> None:
         """Gradients come together in other buckets from now on; parameters stay where they lie. No backward may be running."""
-        self.bucket_of = [0] * len(self.params)
+        bucket_of = [0] * len(self.params)
         for bucket in buckets:
             for managed in bucket.params:
-                self.bucket_of[managed.index] = bucket.index
-        self._indices = [[managed.index for managed in bucket.params] for bucket in buckets]
+                bucket_of[managed.index] = bucket.index
+        self.arrivals.bucket_of = bucket_of
+        self._indices = [np.array([managed.index for managed in bucket.params], np.intp) for bucket in buckets]
         self._sizes = list(map(len, self._indices))
         self._leaves = [[managed.param for managed in bucket.params] for bucket in buckets]
         self._tables: dict[int, ops.PackTable] = {}  # of buckets whose gradients have been packed together
         are_left = self.streams.are_left
         self.streams = PackingStreams(buckets)
+        self.arrivals.tell = self.streams.tell
         self.packs_together = self.streams.are_there
         self.reset()
         if are_left:
@@ -74,15 +76,16 @@ class Filling:
     def begin(self, scale: float) -> None:
         """A backward begins."""
         self.scale = scale
-        self.order.clear()
+        self.arrivals.order.clear()
 
     def reset(self) -> None:
         """A backward is through."""
-        self.arrived = bytearray(len(self.params))
         self.packed = bytearray(len(self.params))
-        self.missing = list(self._sizes)
         self.unpacked = list(self._sizes)
         self.streams.forget()
+        self.arrivals.arrived = bytearray(len(self.params))
+        self.arrivals.missing = list(self._sizes)
+        self.arrivals.last = self.streams.last
 
     def check_storage(self) -> None:
         """Raise StateError when a parameter no longer lies in its bucket."""
@@ -116,12 +119,12 @@ class Filling:
         pack_unchecked(grad.data_ptr(), code, address, ops.DTYPE_CODES[full.dtype], numel, self.scale, threads)
         self._view.packed(managed)
         self.packed[managed.index] = 1
-        self.unpacked[self.bucket_of[managed.index]] -= 1
+        self.unpacked[self.arrivals.bucket_of[managed.index]] -= 1
         return True
 
     def leave(self, managed: ManagedParam, grad: Tensor) -> bool:
         """Let what is in `param.grad` wait there until its bucket has a buffer; whether it is something to wait for."""
-        self.streams.note_waiting(self.bucket_of[managed.index])
+        self.streams.note_waiting(self.arrivals.bucket_of[managed.index])
         return type(grad) is Tensor or self._view.has_local(managed)
 
     def pack_rest(self, bucket: Bucket, full: Tensor) -> None:
@@ -156,13 +159,12 @@ class Filling:
         with named_range("pack", bucket.name):
             if not self._tables[bucket.index].pack(grads, full, scale=self.scale):
                 return False
-        if self.missing[bucket.index]:  # some have been put there by somebody else
+        if self.arrivals.missing[bucket.index]:  # some have been put there by somebody else
             self.streams.note_read(grads)
         else:
             self.streams.note_all_read(bucket.index, grads)
         self._view.packed_bucket(bucket.index)
-        for index in self._indices[bucket.index]:
-            self.packed[index] = 1
+        np.frombuffer(self.packed, dtype=np.uint8)[self._indices[bucket.index]] = 1
         self.unpacked[bucket.index] = 0
         return True
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..untraced import untraced_hook
+from .counting import Arrivals, CountingHook
 
 
 class Taker(Protocol):
@@ -24,28 +25,33 @@ class Taker(Protocol):
     def take_up_later(self, index: int) -> None:
         """It will be when backward is through."""
 
+    def complete(self, bucket: int) -> None:
+        """The last gradient of a bucket has been counted."""
 
-class GradientHook:
-    """The hook of one parameter. It runs between two kernels of the user's, so it does as little as it can.
+
+class GradientHook(CountingHook):
+    """The hook of one parameter. It runs between two kernels of the user's, so it does as little as it can: mostly it counts.
 
     Autograd keeps it where the garbage collector does not look, so it must not keep parameters or the taker alive.
 
-    Attributes:
+    Args:
+        arrivals: of the taker, in which gradients are counted that it need not look at.
         index: what the taker calls the parameter.
     """
 
-    __slots__ = ("_handle", "_taker", "index")
+    __slots__ = ("_handle", "_taker")
 
-    def __init__(self, taker: Taker, param: Tensor, index: int) -> None:
+    def __init__(self, taker: Taker, arrivals: Arrivals, param: Tensor, index: int) -> None:
         hooks = param._post_accumulate_grad_hooks or {}
         for key in [key for key, hook in hooks.items() if type(hook) is GradientHook and hook.is_idle]:
             del hooks[key]  # of a model that was wrapped before
         self._taker = weakref.ref(taker)
+        self.arrivals = arrivals
         self.index = index
         self._handle = param.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
 
     @untraced_hook
-    def __call__(self, param: Tensor) -> None:
+    def look(self, param: Tensor) -> None:
         taker = self._taker()
         if taker is None:
             return
@@ -57,6 +63,12 @@ class GradientHook:
             taker.take_up_later(self.index)
         elif param.grad is not None:  # else one of the others has cleared it
             taker.take_up(self.index)
+
+    @untraced_hook
+    def complete(self, bucket: int) -> None:
+        taker = self._taker()
+        if taker is not None:
+            taker.complete(bucket)
 
     def remove(self) -> None:
         """Take the hook off the parameter."""

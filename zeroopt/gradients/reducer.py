@@ -39,7 +39,6 @@ class GradientReducer:
     """Fills, starts and finishes the gradient buckets of one wrapped model.
 
     Attributes:
-        sync: False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`.
         guard: knows whether a step was broken off.
         view: what `param.grad` shows.
         stores: the gradients of each bucket.
@@ -68,7 +67,6 @@ class GradientReducer:
         overlap: bool,
         bucket_buffers: int,
     ) -> None:
-        self.sync = True
         self.guard = StepGuard()
         self.view = view
         self.stores: list[GradientStore] = []
@@ -90,6 +88,7 @@ class GradientReducer:
         # Where parameters lie, while `is_ahead`.
         self._left_behind: tuple[list[Bucket], list[GradientStore]] | None = None
         self._filling = Filling(view)
+        self.sync = True
         self._in_flight = InFlight(transport, features, pool)
         self._finished: Mark | None = None  # the stream that waited for the last sums
         self._used = UsedParams(transport)
@@ -108,7 +107,7 @@ class GradientReducer:
         self._reclaim_all()
         for managed in params:
             managed.align_gradients()
-            self._hooks.append(GradientHook(self, managed.param, managed.index))
+            self._hooks.append(GradientHook(self, self._filling.arrivals, managed.param, managed.index))
         self._used.extend(len(params), buckets[0].device)
         self._add_buckets([*self._filling.params, *params], buckets)
 
@@ -267,7 +266,7 @@ class GradientReducer:
     @property
     def arrivals(self) -> Sequence[int]:
         """Parameters in the order in which the last backward yielded their gradients, by index."""
-        return self._filling.order
+        return self._filling.arrivals.order
 
     @property
     def has_local_gradients(self) -> bool:
@@ -297,6 +296,15 @@ class GradientReducer:
         if self.guard.is_broken:
             self._transport.give_up("its step was broken off")
         self.guard.check()
+
+    @property
+    def sync(self) -> bool:
+        """False within `no_sync()`: gradients stay where autograd puts them, in `param.grad`."""
+        return self._filling.arrivals.is_on
+
+    @sync.setter
+    def sync(self, sync: bool) -> None:
+        self._filling.arrivals.is_on = sync
 
     # Between backward and step.
 
@@ -427,23 +435,17 @@ class GradientReducer:
 
     def take_up(self, index: int) -> None:
         """A parameter's gradient is complete in `param.grad`, for this backward."""
-        # This runs between two of autograd's own kernels, once a parameter: few calls, and no more than they need.
-        filling = self._filling
-        last = filling.streams.last[filling.bucket_of[index]]
-        waits_beside_others = last is not None and last == filling.streams.tell()  # of its bucket
-        if not (waits_beside_others and self.sync and not filling.arrived[index]) and not self._accept(index):
-            return
-        filling.arrived[index] = 1
-        filling.order.append(index)
-        bucket = filling.bucket_of[index]
-        filling.missing[bucket] -= 1
-        if filling.missing[bucket] == 0:
-            if filling.packs_together and self._sequence[self._next] != bucket:
-                self._pack_early(bucket)
-            self._start_complete()
+        if self._accept(index) and self._filling.arrivals.note(index) == 0:
+            self.complete(self._filling.arrivals.bucket_of[index])
+
+    def complete(self, bucket: int) -> None:
+        """The last gradient of a bucket has come."""
+        if self._filling.packs_together and self._sequence[self._next] != bucket:
+            self._pack_early(bucket)
+        self._start_complete()
 
     def _accept(self, index: int) -> bool:
-        """What there is to a gradient that does not just wait beside others; whether it is one for this backward."""
+        """What there is to a gradient that was not just counted; whether it is one for this backward."""
         if not self.sync:
             self._leave_local(index)
             return False
@@ -454,9 +456,9 @@ class GradientReducer:
         grad = managed.param.grad
         if grad is None:  # a hook of the user's has cleared it
             return False
-        if filling.arrived[index]:
+        if filling.arrivals.arrived[index]:
             self._refuse_second(managed)
-        bucket = filling.bucket_of[index]
+        bucket = filling.arrivals.bucket_of[index]
         full = None
         if not filling.packs_together:
             store = self.stores[bucket]
@@ -561,7 +563,7 @@ class GradientReducer:
         return full
 
     def _start_complete(self) -> None:
-        missing, sequence = self._filling.missing, self._sequence
+        missing, sequence = self._filling.arrivals.missing, self._sequence
         while self._next < len(sequence) and missing[sequence[self._next]] == 0:
             self._start_next()
         self._transport.progress()

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from .norm_groups import NormGroups
 from .norms import is_finite, norm_of_shards, note_norms
 from .overflow import agree_on_overflow
 from .sharded_tensor import ShardedGradient
-from .view import GradientView, dense
+from .view import GradientView, dense, set_gradients
 
 _WHAT = "norms of gradients over ranks"  # for messages
 
@@ -92,6 +93,10 @@ class ShardedView(GradientView):
         for managed in params[len(self._objects) :]:
             self._objects.append(ShardedGradient(managed, self._store(managed.index).reduced.dtype, self))
             self._shown.append(0)
+        self._of_bucket = [
+            ([self._leaves[i] for i in indices], [self._objects[i] for i in indices], np.array(indices, np.intp))
+            for indices in self._params_of
+        ]
         self.changed()
 
     def keep(self, order: Sequence[int]) -> None:
@@ -158,10 +163,9 @@ class ShardedView(GradientView):
         self._shown[managed.index] = 1
 
     def packed_bucket(self, bucket: int) -> None:
-        leaves, objects, shown = self._leaves, self._objects, self._shown
-        for index in self._params_of[bucket]:
-            leaves[index].grad = objects[index]
-            shown[index] = 1
+        leaves, objects, indices = self._of_bucket[bucket]
+        set_gradients(leaves, objects)
+        np.frombuffer(self._shown, dtype=np.uint8)[indices] = 1
 
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         if not self.local:

@@ -105,11 +105,12 @@ class UsedParams:
             self._unread.append(Download(agreed))
             if has_all and not agreed.is_cpu:
                 self._read_all_but(1)
-                used = torch.ones_like(self.flags)
+                self.had_gradients = True
+                self.flags.fill_(1)
             else:
                 used = self._read_all_but(0)
-            self.had_gradients = bool(used.any())
-            self.flags |= used
+                self.had_gradients = bool(used.any())
+                self.flags |= used
         self._pending.clear()
 
     def _check_may_be_captured(self, came: bytearray) -> None:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -174,6 +176,11 @@ class GradientView(ABC):
     def as_under_torch(self, params: Sequence[ManagedParam]) -> dict[ManagedParam, Tensor | None]:
         """What `param.grad` of these would be under torch, in memory of its own: the mean, and what `no_sync()` has left on this
         rank. Collective."""
+
+
+def set_gradients(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+    """Set `param.grad` of many parameters, without a step of Python for each."""
+    deque(map(setattr, params, repeat("grad"), grads), maxlen=0)
 
 
 def dense(managed: ManagedParam, grad: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _C
 from .checks import DTYPE_CODES, GRAD_COLUMN, NUMEL_COLUMN, PARAM_COLUMN, ROW_COLUMNS, current_stream
 from .devices import has_kernels
+from .layouts import make_layouts
 
 
 class PackTable:
@@ -24,7 +25,7 @@ class PackTable:
     def __init__(
         self, shapes: Sequence[torch.Size], strides: Sequence[tuple[int, ...]], offsets: Sequence[int]
     ) -> None:
-        self._shapes, self._strides = list(shapes), list(strides)
+        self._layouts = make_layouts(shapes, strides)
         self._offsets = np.array(offsets, dtype=np.int64)
         self._numels = np.array([shape.numel() for shape in shapes], dtype=np.int64)
         self._table = np.zeros((len(shapes), ROW_COLUMNS), dtype=np.int64)
@@ -43,32 +44,18 @@ class PackTable:
             Whether it was done. Otherwise nothing was: there are no kernels for the device, or sources are not as they are to lie in
             the flat array, or not of one dtype, or lie in it, elsewhere than where they belong.
         """
-        if not self._fits(sources, full):
+        found = self._layouts.look(sources, full.device) if full.is_cuda and has_kernels(full.device) else None
+        if found is None:
             return False
-        begin, item_bytes = full.data_ptr(), sources[0].itemsize
-        addresses = np.fromiter(map(Tensor.data_ptr, sources), np.int64, len(sources))
+        (addresses, dtype), begin = found, full.data_ptr()
         targets = begin + self._offsets * full.itemsize
-        is_in = (addresses < begin + full.nbytes) & (addresses + self._numels * item_bytes > begin)
-        is_in_place = (addresses == targets) & (item_bytes == full.itemsize)
+        is_in = (addresses < begin + full.nbytes) & (addresses + self._numels * dtype.itemsize > begin)
+        is_in_place = (addresses == targets) & (dtype.itemsize == full.itemsize)
         if (is_in & ~is_in_place).any():
             return False
         self._table[:, GRAD_COLUMN], self._table[:, PARAM_COLUMN] = addresses, targets
-        src_code, dst_code = DTYPE_CODES[sources[0].dtype], DTYPE_CODES[full.dtype]
+        src_code, dst_code = DTYPE_CODES[dtype], DTYPE_CODES[full.dtype]
         arguments = (self._table.ctypes.data, self._active.ctypes.data, len(sources), src_code, dst_code, scale)
         with torch.cuda.device(full.device):
             _C.cuda_pack_segments(*arguments, current_stream(full))
         return True
-
-    def _fits(self, sources: Sequence[Tensor], full: Tensor) -> bool:
-        # One pass after the other, without a call in Python: this comes once an array, while backward runs.
-        dtypes = {source.dtype for source in sources}
-        return (
-            full.is_cuda
-            and has_kernels(full.device)
-            and len(dtypes) == 1
-            and dtypes.issubset(DTYPE_CODES)
-            and {source.layout for source in sources} == {torch.strided}
-            and {source.device for source in sources} == {full.device}
-            and [source.shape for source in sources] == self._shapes
-            and [source.stride() for source in sources] == self._strides
-        )

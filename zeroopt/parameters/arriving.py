@@ -9,6 +9,7 @@ plain `nn.Parameter` again. It stays the same object.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -114,6 +115,24 @@ def read_only(params: Sequence[nn.Parameter]) -> Iterator[None]:
             param.__class__ = cls
 
 
+HookPlace = tuple["OrderedDict[int, Any]", int, "ForwardHook"]
+"""The hooks of a module, the key among them of one of ours, and that."""
+
+
+def put_on(places: Sequence[HookPlace]) -> None:
+    """Let forwards wait again, before hooks of the user's, which may read parameters."""
+    for hooks, key, hook in places:
+        hooks[key] = hook
+        if len(hooks) > 1:
+            hooks.move_to_end(key, last=False)
+
+
+def take_off(places: Sequence[HookPlace]) -> None:
+    """Let them wait for nothing."""
+    for hooks, key, _ in places:
+        hooks.pop(key, None)
+
+
 class ForwardHook:
     """Waits for the buckets of a module's parameters before its forward: some modules hand their own to compiled code, past
     `__torch_function__`, and where the forward itself is compiled, that goes for those of all modules below.
@@ -133,12 +152,12 @@ class ForwardHook:
         """Let the module's forward wait for nothing."""
         self._handle.remove()
 
-    def put_on(self) -> None:
-        """After `take_off`: let it wait again, before hooks of the user's, which may read parameters."""
+    @property
+    def place(self) -> HookPlace:
+        """Where it is while the module's forward waits."""
         hooks = self._handle.hooks_dict_ref()
-        if hooks is not None:
-            hooks[self._handle.id] = self
-            hooks.move_to_end(self._handle.id, last=False)
+        assert hooks is not None  # its module's, which is there
+        return hooks, self._handle.id, self
 
     @untraced_frame
     def __call__(self, module: nn.Module, args: Any) -> None:

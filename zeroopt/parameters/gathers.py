@@ -17,7 +17,7 @@ from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..streams import has_streams, is_capturing
 from ..untraced import untraced
-from .arriving import ForwardHook, arriving_class, read_only
+from .arriving import ForwardHook, HookPlace, arriving_class, put_on, read_only, take_off
 from .compiled import (
     has_compiled,
     hook_compiled_calls,
@@ -53,7 +53,7 @@ class ParamGathers:
         self.are_read_by_graphs = False
         self.arrived: dict[int, PendingCollective] = {}
         self._hooks: weakref.WeakKeyDictionary[nn.Module, ForwardHook] = weakref.WeakKeyDictionary()
-        self._readers: list[list[ForwardHook]] = []  # by bucket, of the modules that read it alone
+        self._readers: list[list[HookPlace]] = []  # by bucket, of the modules that read it alone
         self._unhooked: set[int] = set()  # buckets whose readers go without their hooks until the next gather
         self._buckets: list[Bucket] = []
         self._halfway: list[Chained] = []  # on their way from those that stepped them to the slices
@@ -85,16 +85,14 @@ class ParamGathers:
         """A bucket is on its way: its readers have to wait."""
         if bucket in self._unhooked:
             self._unhooked.remove(bucket)
-            for hook in self._readers[bucket]:
-                hook.put_on()
+            put_on(self._readers[bucket])
 
     def _unhook_readers(self, bucket: int) -> None:
         """It has come, and nobody waits any more: a module with a hook takes torch a microsecond and a half more to call. Code that has
         been compiled may have looked at hooks, so they stay where there is such."""
         if self._lazy and not (self._compiler_was_here or has_compiled()):
             self._unhooked.add(bucket)
-            for hook in self._readers[bucket]:
-                hook.take_off()
+            take_off(self._readers[bucket])
 
     def start(self, bucket: Bucket, readers: PendingCollective) -> None:
         """Start to gather a bucket whose own range has been stepped. Collective, as `Transport.start_all_gather`.
@@ -258,7 +256,7 @@ class ParamGathers:
             hook.own = sorted({bucket_of[param] for param in module.parameters(recurse=False) if param in bucket_of})
             hook.below = below
             if len(hook.own) == 1 and hook.below == hook.own:
-                self._readers[hook.own[0]].append(hook)
+                self._readers[hook.own[0]].append(hook.place)
             hook_compiled_calls(module, hook.finish_below)
 
     def remove_hooks(self) -> None:
