@@ -2,6 +2,7 @@
 
     python -m bench.steps --world-size 2
     python -m bench.steps --world-size 2 --compile blocks
+    python -m bench.steps --micro-batches 4 --methods "stage 2" "stage 2, micro_batches"
 
 All methods live side by side in the same processes and take turns, a few steps at a time, so that a busy moment of the
 machine favours none of them. Every method trains its own copy of a GPT with AdamW in float32. Prints a table; --out writes
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from bench.model import count_parameters, make_model
 VOCABULARY = 8192
 LOCAL = "no communication"
 DDP = "DDP"
+SAME_BITS = "micro_batches"  # those of this name get the option
 Wrapped = tuple[nn.Module, torch.optim.Optimizer]
 Times = dict[str, list[float]]  # seconds of each step: "step_s", "optimizer_s" and "cpu_s"
 
@@ -47,17 +50,20 @@ def ddp(model: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:
     return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
 
 
-def zero(**options: Any) -> Callable[[nn.Module, torch.optim.Optimizer], Wrapped]:
-    return lambda model, optimizer: zeroopt.wrap(model, optimizer, **options)
+def zero(**options: Any) -> Callable[..., Wrapped]:
+    return lambda model, optimizer, **further: zeroopt.wrap(model, optimizer, **options, **further)
 
 
-METHODS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Wrapped]] = {
+METHODS: dict[str, Callable[..., Wrapped]] = {
     LOCAL: alone,
     DDP: ddp,
     "stage 1": zero(stage=1),
     "stage 2": zero(stage=2),
     "stage 2, overlap=False": zero(stage=2, overlap=False),
     "stage 2, share_parameters": zero(stage=2, share_parameters=True),
+    f"stage 2, {SAME_BITS}": zero(stage=2),
+    "stage 2, max_grad_norm": zero(stage=2, max_grad_norm=1.0),
+    f"stage 2, max_grad_norm, {SAME_BITS}": zero(stage=2, max_grad_norm=1.0),
     "stage 2, pairwise": zero(stage=2, transport="pairwise"),
     "stage 2, pairwise, overlap=False": zero(stage=2, transport="pairwise", overlap=False),
 }
@@ -69,14 +75,18 @@ class Contestant:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    micro_batches: int
     step_s: list[float] = field(default_factory=list)
     optimizer_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
 
     def run(self, tokens: Tensor, targets: Tensor, steps: int) -> None:
+        no_sync = getattr(self.model, "no_sync", nullcontext)
         for _ in range(steps):
             cpu, start = time.process_time(), time.perf_counter()
-            self.model(tokens, targets).backward()
+            for left in reversed(range(self.micro_batches)):
+                with no_sync() if left else nullcontext():
+                    (self.model(tokens, targets) / self.micro_batches).backward()
             stepping = time.perf_counter()
             self.optimizer.step()
             end = time.perf_counter()
@@ -114,10 +124,11 @@ def enter(name: str, args: argparse.Namespace) -> Contestant:
     if args.compile == "blocks":
         for block in net.blocks:
             block.compile()
-    model, optimizer = METHODS[name](net, torch.optim.AdamW(net.parameters(), fused=True))
+    further = {"micro_batches": args.micro_batches} if SAME_BITS in name else {}
+    model, optimizer = METHODS[name](net, torch.optim.AdamW(net.parameters(), fused=True), **further)
     if args.compile == "whole":
         model = torch.compile(model)  # type: ignore[assignment]
-    return Contestant(model, optimizer)
+    return Contestant(model, optimizer, args.micro_batches)
 
 
 @dataclass
@@ -148,6 +159,7 @@ def bound_s(local: Figures, world_size: int) -> float:
 def make_table(results: dict[str, Figures], parameters: int, args: argparse.Namespace) -> Table:
     table = Table(
         title=f"{parameters / 1e6:.1f} M parameters, {args.world_size} ranks, {args.tokens} tokens a rank"
+        + (f" in each of {args.micro_batches} micro-batches" if args.micro_batches > 1 else "")
         + (f", compiled: {args.compile}" if args.compile else ""),
         box=box.SIMPLE,
     )
@@ -190,7 +202,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a rank")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=128, help="tokens a rank and step")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens a rank and micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=1, help="a rank and step, accumulated under no_sync()")
     parser.add_argument(
         "--compile", choices=("whole", "blocks"), help="what torch.compile is given, of every method's model"
     )

@@ -15,6 +15,7 @@ function(zeroopt_add_isa name)
     csrc/cpu/leaf/formats.cpp
     csrc/cpu/leaf/wire_code.cpp
     csrc/cpu/leaf/norm.cpp
+    csrc/cpu/leaf/exact_sum.cpp
     csrc/cpu/leaf/steps.cpp)
   zeroopt_target(leaf_${name})
   target_compile_definitions(leaf_${name} PRIVATE ZEROOPT_ISA=${name})

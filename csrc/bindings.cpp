@@ -197,6 +197,16 @@ void bind_cpu_kernels(py::module_& m) {
       },
       py::arg("rows"), py::arg("active"), py::arg("squares"), py::arg("count"), py::arg("grad_dtype"),
       py::arg("found_inf"), py::arg("num_threads"), GilReleased());
+  m.def(
+      "sum_in_parts",
+      [](Address values, int64_t numel, double scale, bool squared, const std::vector<double>& rounders, Address sums,
+         int num_threads) {
+        if (rounders.size() != kSumParts) throw std::invalid_argument("sum_in_parts: expected a rounder for each part");
+        cpu::sum_in_parts(pointer<const float>(values), numel, scale, squared, rounders.data(), pointer<double>(sums),
+                          num_threads);
+      },
+      py::arg("values"), py::arg("numel"), py::arg("scale"), py::arg("squared"), py::arg("rounders"), py::arg("sums"),
+      py::arg("num_threads"), GilReleased());
 }
 
 void bind_cuda_kernels(py::module_& m) {

@@ -39,6 +39,7 @@ struct Storage {
 
 constexpr int64_t kQuantBlock = 256; // elements that share a scale, counted from the first element of a segment
 constexpr int kMaxStates = 3;        // arrays of state of an optimizer
+constexpr int kSumParts = 3;         // into which sum_in_parts cuts a term
 
 /// A piece of one parameter; the row of a table int64[num_segments][13]. The arrays have numel elements each.
 struct SegmentRow {
@@ -122,6 +123,13 @@ void sum_encoded(const uint8_t* const* slices, int64_t num_slices, int bits, con
 /// segment alone; 0 for inactive ones. *found_inf = 1 where one of them is not finite, else it stays. grad: as in
 /// Storage. bytes: sizeof(grad).
 void squared_norms(const SegmentTable& segments, DType grad, float* found_inf, int num_threads);
+
+/// sums[k] = sum of the k-th parts of all terms, exact, and so the same in any order, where the parts are small
+/// multiples of one power of two. A term is |values[i] * scale|, squared if asked for; a part is what is left of it, to
+/// which rounders[k] is added, by which it is rounded, and subtracted again; all in float64. rounders, sums:
+/// [kSumParts]. bytes: 4.
+void sum_in_parts(const float* values, int64_t numel, double scale, bool squared, const double* rounders, double* sums,
+                  int num_threads);
 
 /// One step of an optimizer, or the pass of it that is called `kernel`: csrc/ops has their formulas, names, arrays of
 /// state, and the hyper-parameters that `groups`, float64[num_groups][columns], holds. Each parameter's arithmetic is

@@ -157,6 +157,9 @@ def dequantize(codes: int, scales: int, values: int, numel: int, is_signed: bool
 def squared_norms(
     rows: int, active: int, squares: int, count: int, grad_dtype: int, found_inf: int, num_threads: int
 ) -> None: ...
+def sum_in_parts(
+    values: int, numel: int, scale: float, squared: bool, rounders: Sequence[float], sums: int, num_threads: int
+) -> None: ...
 def step(
     kernel: str,
     rows: int,

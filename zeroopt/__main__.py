@@ -66,6 +66,7 @@ def _add_estimate(estimate: argparse.ArgumentParser) -> None:
     training.add_argument("--world-size", type=int, required=True, metavar="RANKS")
     training.add_argument("--host-ranks", type=int, metavar="RANKS", help="on each host; up to 8 by default")
     training.add_argument("--groups", type=int, default=1, help="of so many ranks each that train alone and average")
+    training.add_argument("--shard-ranks", type=int, metavar="RANKS", help="in a shard_group; without, there is none")
     training.add_argument(
         "--tokens", type=int, help="of a sequence, a rank and micro-batch; without, activations are not counted"
     )

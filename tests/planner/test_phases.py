@@ -49,6 +49,17 @@ def test_each_stage_holds_what_its_formula_says(world_size: int) -> None:
         assert held == {name: size for name, size in expected.items() if size}, stage
 
 
+@pytest.mark.parametrize(("count", "levels"), [(1, 0), (2, 1), (8, 3)])
+@pytest.mark.parametrize("tier", [{}, {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}])
+def test_micro_batches_wait_in_a_gradient_for_each_level_of_their_tree(
+    count: int, levels: int, tier: dict[str, Any]
+) -> None:
+    variant = asked(2, micro_batches=count, **tier)
+    for phase in ("first backward", "forward and backward"):
+        assert parts(variant, phase).get("unsent", 0) == levels * 4 * NUMEL
+    assert "unsent" not in parts(variant, "step")
+
+
 def test_tiers_and_sharing_hold_what_their_formulas_say() -> None:
     own = NUMEL // 8
     tier = {"param_dtype": torch.bfloat16, "master_weights": "remainder", "state_dtype": torch.int8}

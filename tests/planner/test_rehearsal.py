@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt.diagnosis.footprint import Footprint, footprint
-from zeroopt.errors import ConfigError
-from zeroopt.planner.estimator import config_of
+from zeroopt.errors import ConfigError, NotSupportedError
+from zeroopt.planner.estimator import config_in, config_of
 from zeroopt.planner.rehearsal import Cluster, Rehearsal, find_trainees
 from zeroopt.probing.state_size import StateSize
 
@@ -65,6 +66,42 @@ def really_held(cases: list[dict[str, Any]]) -> list[tuple[Footprint, str, int, 
         held.append((counted, transport.name, params, storages(states)))
         del model, optimizer, trained
     return held
+
+
+def held_in_part(options: dict[str, Any]) -> list[tuple[Footprint, str, int, int]]:
+    """Likewise, with state that is cut among pairs of ranks where options say so."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    return really_held([{**options, "shard_group": pairs[dist.get_rank() // 2]} if not options else options])
+
+
+@pytest.mark.parametrize("options", [{}, {"average_every": 3}], ids=["shard_group", "alone"])
+def test_state_that_all_ranks_together_hold_several_times(run_on_ranks: RunOnRanks, options: dict[str, Any]) -> None:
+    net = make_model("meta")
+    optimizer = torch.optim.AdamW(net.parameters())
+    cluster = Cluster(4, 4, shard_ranks=None if options else 2)
+    config = config_in(cluster, options)
+    rehearsal = Rehearsal(find_trainees(net, optimizer), config, cluster.training(config))
+    planned = footprint(
+        rehearsal.buckets, rehearsal.stores, optimizer, config, rehearsal.transport, rehearsal.bucket_bytes
+    )
+    numel = sum(param.numel() for param in net.parameters())
+    assert planned.moments >= 2 * 4 * numel // (1 if options else 2)
+    for [(counted, transport, _, _)] in run_on_ranks(4, held_in_part, options):
+        assert planned == counted and rehearsal.transport.name == transport
+
+
+def test_what_goes_across_shard_groups_takes_memory() -> None:
+    net = nn.Linear(512, 512, bias=False, device="meta")
+    given: dict[str, Any] = {"world_size": 8, "host_ranks": 1, "compare": False}
+    flat, cut = (zeroopt.estimate_memory(net, torch.optim.AdamW, shard_ranks=ranks, **given) for ranks in (None, 2))
+    assert cut.asked.transport == "replicated" and "state cut among 2" in str(cut)
+    flat_parts, parts = (one.asked.phase("forward and backward").parts for one in (flat, cut))
+    assert parts["state"] == 2 * 4 * 512 * 512 // 2 == 4 * flat_parts["state"]
+    assert parts["staging"] > flat_parts["staging"]
+    with pytest.raises(NotSupportedError, match="average_every is not supported with shard_group"):
+        zeroopt.estimate_memory(net, torch.optim.AdamW, shard_ranks=2, average_every=3, **given)
+    with pytest.raises(ConfigError, match="expected shard_ranks to be 2 or more, to divide world_size=8"):
+        zeroopt.estimate_memory(net, torch.optim.AdamW, shard_ranks=3, **given)
 
 
 def test_bytes_are_those_of_a_really_wrapped_model(run_on_ranks: RunOnRanks) -> None:

@@ -55,14 +55,36 @@ def _train_here(loop: Loop, world_size: int) -> dict[str, Any]:
 def test_trains_as_the_cpu_does(
     name: str, world_size: int, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks
 ) -> None:
-    expected = run_on_ranks(world_size, _train_on_cpu, LOOPS[name])
-    result = on_pretend_cuda(_train_here, LOOPS[name], world_size)
+    _compare(LOOPS[name], world_size, on_pretend_cuda, run_on_ranks)
+
+
+def _compare(loop: Loop, world_size: int, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks) -> None:
+    expected = run_on_ranks(world_size, _train_on_cpu, loop)
+    result = on_pretend_cuda(_train_here, loop, world_size)
     assert result["collectives"]["all_to_all"] > 1
     assert result["races"] == []
     assert result["wrong orders"] == {}
     for params in result["params"]:
         for param, other in zip(params, expected[0], strict=True):
             torch.testing.assert_close(param, other, rtol=0, atol=0)
+
+
+MICRO_BATCHES = {
+    f"{stage} {side}".strip(): Loop(
+        {"stage": stage, "micro_batches": 4, "max_grad_norm": 0.1}, accumulate=4, no_sync=True, side=side
+    )
+    for stage, side in ((0, ""), (1, "branch"), (2, "branch"), (2, "forward"))
+}
+MICRO_BATCHES["bfloat16"] = Loop(
+    {"stage": 2, "micro_batches": 4, "reduce_dtype": torch.float32, **BF16}, accumulate=4, no_sync=True
+)
+
+
+@pytest.mark.parametrize("name", MICRO_BATCHES)
+def test_micro_batches_are_summed_as_on_the_cpu(
+    name: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks
+) -> None:
+    _compare(MICRO_BATCHES[name], 2, on_pretend_cuda, run_on_ranks)
 
 
 def _reduce(device: str) -> list[Tensor]:

@@ -230,6 +230,18 @@ def norm_digest(module: ModuleType, grad: int, numel: int) -> str:
     return digest(run)
 
 
+def parts_digest(module: ModuleType, squared: bool, numel: int) -> str:
+    values = np.random.default_rng(numel).uniform(-1, 1, numel).astype(np.float32)
+    rounders = [1.5 * 2.0 ** (52 - k * 20) for k in (1, 2, 3)]
+
+    def run(threads: int) -> list[Array]:
+        sums = np.full(3, np.nan)
+        module.sum_in_parts(values.ctypes.data, numel, 0.5, squared, rounders, sums.ctypes.data, threads)
+        return [sums]
+
+    return digest(run)
+
+
 def copy_digest(module: ModuleType, numel: int) -> str:
     values = np.random.default_rng(numel).integers(0, 256, 9 * numel, dtype=np.uint8)
 
@@ -253,8 +265,9 @@ def all_digests(module: ModuleType) -> dict[str, str]:
                     module, src, dst, numel, num_slices
                 )
         digests[f"copy {numel}"] = copy_digest(module, numel)
-        for is_signed in (False, True):
-            digests[f"quantize {is_signed} {numel}"] = quantize_digest(module, numel, is_signed)
+        for flag in (False, True):
+            digests[f"quantize {flag} {numel}"] = quantize_digest(module, numel, is_signed=flag)
+            digests[f"sum_in_parts {flag} {numel}"] = parts_digest(module, squared=flag, numel=numel)
         for grad in GRADS:
             digests[f"squared_norms {grad} {numel}"] = norm_digest(module, grad, numel)
             for bits in (4, 8):

@@ -25,6 +25,7 @@ from ..gradients.tree_sum import TreeSum
 from ..plan.params import ManagedParam
 from ..storage.bucket import Bucket
 from ..storage.stripe import Stripe
+from ..streams import note_use
 
 
 class MicroBatches(Feature):
@@ -141,6 +142,8 @@ def _add_to(full: Tensor, sums: Mapping[int, Tensor], stripe: Stripe, bucket: Bu
             terms.append(owner.flatten(sums[owner.index])[start : start + numel])
     if parts:
         torch._foreach_add_(parts, terms, alpha=scale)
+    for term in terms:  # of which autograd may have made the first on another stream
+        note_use(term)
 
 
 def _is_short(managed: ManagedParam) -> bool:

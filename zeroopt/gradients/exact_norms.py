@@ -20,15 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..collectives import Transport
 from ..errors import NotSupportedError
 from .norm_groups import NormGroups
 
 _DIGITS = 52  # of a float64, that follow the first one
 _MOST_EXPONENT = 1022  # of a normal float64
-_PARTS = 3  # into which a term is cut
-_CHUNK_NUMEL = {"cpu": 1 << 14}  # whose float64 values stay in the cache
-_DEVICE_CHUNK_NUMEL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,9 @@ def _over_slices(value: Tensor, transport: Transport | None, label: str) -> Tens
 
 def _largest(terms: Sequence[NormTerm]) -> Tensor:
     """0-dim float64; NaN where there is one."""
-    largest = [torch.linalg.vector_norm(term.values, math.inf).double() for term in terms if term.values.numel()]
-    return torch.stack(largest).amax() if largest else terms[0].values.new_zeros((), dtype=torch.float64)
+    # A pass of few operations, unlike torch's norm.
+    ends = [torch.stack(torch.aminmax(term.values)).abs().amax().double() for term in terms if term.values.numel()]
+    return torch.stack(ends).amax() if ends else terms[0].values.new_zeros((), dtype=torch.float64)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -109,21 +108,9 @@ def _sums_of_parts(terms: Sequence[NormTerm], scale: Tensor, count_bits: int, no
     """float64 [parts]: exact sums of the parts of |x * scale|^p, all below 1, of fewer than 2^count_bits elements."""
     width = _DIGITS - 1 - count_bits
     # What is added to it is rounded to a multiple of 2^(-k * width).
-    rounders = [math.ldexp(1.5, _DIGITS - k * width) for k in range(1, _PARTS + 1)]
-    device = terms[0].values.device
-    sums = torch.zeros(_PARTS, dtype=torch.float64, device=device)
-    for term in terms:
-        for chunk in torch.split(term.values, _CHUNK_NUMEL.get(device.type, _DEVICE_CHUNK_NUMEL)):
-            sums += _cut(chunk.double() * scale, norm_type, rounders).mul_(term.weight)
-    return sums
-
-
-def _cut(rest: Tensor, norm_type: float, rounders: Sequence[float]) -> Tensor:
-    """float64 [parts]: the sums over one chunk, which is changed."""
-    rest = rest.square_() if norm_type == 2.0 else rest.abs_()
-    sums = []
-    for rounder in rounders:
-        part = (rest + rounder).sub_(rounder)
-        sums.append(part.sum())
-        rest -= part
-    return torch.stack(sums)
+    rounders = [math.ldexp(1.5, _DIGITS - k * width) for k in range(1, ops.SUM_PARTS + 1)]
+    sums = [
+        ops.sum_in_parts(term.values, scale=scale, squared=norm_type == 2.0, rounders=rounders) * term.weight
+        for term in terms
+    ]
+    return torch.stack(sums).sum(dim=0)

@@ -12,10 +12,11 @@ In reading order; each imports from those above it:
     devices   for which there are kernels
     storage   how the arrays of a step are stored: the tiers of precision
     segments  the arrays that a step works on
-    by_torch  what move does, for devices without kernels
+    by_torch  what move and exact_sum do, for devices without kernels
     move      cast and scale, copy, sum
     layouts   where tensors lie that come again and again
     pack_table  cast and scale, of arrays that come again and again
+    exact_sum  sums that are the same in any order
     quantize  8-bit codes with a scale for every 256 elements
     wire_code  8- and 4-bit codes with a step for every 256 elements, for what travels
     steps     one step of an optimizer over all segments of a table
@@ -23,6 +24,7 @@ In reading order; each imports from those above it:
 
 from .checks import DTYPE_CODES
 from .devices import has_kernels, missing_kernels
+from .exact_sum import SUM_PARTS, sum_in_parts
 from .move import copy, pack, pack_segments, reduce
 from .pack_table import PackTable
 from .quantize import dequantize, encode_again, quantize, requantize
@@ -50,6 +52,7 @@ __all__ = [
     "QUANT_BLOCK",
     "SCALES",
     "SCALE_SUFFIX",
+    "SUM_PARTS",
     "WIRE_DTYPES",
     "PackTable",
     "SegmentArrays",
@@ -77,4 +80,5 @@ __all__ = [
     "sgd",
     "squared_norms",
     "sum_encoded",
+    "sum_in_parts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, NotSupportedError
 from .estimator import Estimator, Variant
@@ -101,9 +101,7 @@ def _enough_ranks(estimator: Estimator, asked: Variant, memory: int) -> int | No
     ranks = 2 * cluster.world_size
     before = asked.training_peak
     while ranks <= _MOST_RANKS:
-        variant = estimator.variant(
-            asked.options, Cluster(ranks, cluster.host_ranks, cluster.device, cluster.num_groups)
-        )
+        variant = estimator.variant(asked.options, replace(cluster, world_size=ranks))
         if variant.training_peak <= memory:
             return ranks
         if variant.training_peak > 0.99 * before:

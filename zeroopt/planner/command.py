@@ -43,6 +43,7 @@ def estimate(arguments: argparse.Namespace) -> int:
         copies=arguments.copies,
         compare=not arguments.alone,
         groups=arguments.groups,
+        shard_ranks=arguments.shard_ranks,
         **parse_options(arguments.option),
     )
     print(json.dumps(result.as_json(), indent=1) if arguments.json else result)

@@ -72,6 +72,7 @@ def estimate_memory(
     copies: bool = False,
     compare: bool = True,
     groups: int = 1,
+    shard_ranks: int | None = None,
     **options: Any,
 ) -> MemoryEstimate:
     """What one rank will hold of a model that is wrapped and trained, and when most. Not collective: one process, and neither the
@@ -94,7 +95,9 @@ def estimate_memory(
         built_by_wrap: the model will be on the meta device when it is wrapped. Otherwise each rank builds it before.
         copies: a `zeroopt.elastic.Guard` will copy what each rank steps. On the CPU they count; those of devices lie in the host's memory.
         compare: estimate every stage and tier besides.
-        groups: of `world_size` ranks each that train alone and average (`average_every`); this is one of them.
+        groups: of `world_size` ranks each that train alone and average (`average_every`); this is one of them. With one of them,
+            which has no `average_group`, each rank trains alone.
+        shard_ranks: how many of the ranks are in a `shard_group`, which is given so. None: there is none.
         **options: of `zeroopt.wrap`.
 
     Raises:
@@ -106,7 +109,7 @@ def estimate_memory(
     if tokens is not None:
         sample = tokens_sample(model, tokens)
     ranks = default_host_ranks(world_size) if host_ranks is None else host_ranks
-    cluster = Cluster(world_size, ranks, device or _device_of(model), groups)
+    cluster = Cluster(world_size, ranks, device or _device_of(model), groups, shard_ranks)
     estimator = Estimator(
         model, optimizer, cluster, sample, loss, activations, built_by_wrap=built_by_wrap, copies=copies
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError
@@ -118,8 +119,9 @@ class Estimator:
         Raises:
             ConfigError, NotSupportedError: as `zeroopt.wrap`.
         """
-        config = config_of(options)
-        setting = self.setting if cluster is None else replace(self.setting, cluster=cluster)
+        cluster = self.setting.cluster if cluster is None else cluster
+        config = config_in(cluster, options)
+        setting = replace(self.setting, cluster=cluster.training(config))
         activations = self.activations(config)
         rehearsal = self.rehearse(config, setting.cluster)
         check_param_dtypes(config, {trainee.name: trainee.dtype for trainee in setting.trainees})
@@ -173,6 +175,22 @@ def config_of(options: Options) -> Config:
     precision = Precision(**{name: given[name] for name in (*TIER_OPTIONS, "parameter_compression")})
     names = [field.name for field in fields(Config) if field.name != "precision"]
     return Config(precision=precision, **{name: given[name] for name in names})
+
+
+def config_in(cluster: Cluster, options: Options) -> Config:
+    """Likewise, with the `shard_group` of a cluster.
+
+    Raises:
+        ConfigError, NotSupportedError: these do not go together.
+    """
+    if options.get("shard_group") is not None:
+        raise ConfigError(
+            "expected shard_ranks, how many ranks a shard_group has, and no shard_group: nothing is there yet"
+        )
+    if cluster.shard_ranks is None:
+        return config_of(options)
+    group = dist.ProcessGroup(0, cluster.shard_ranks)  # type: ignore[call-arg]  # has a rank and a size, and no backend
+    return config_of({**options, "shard_group": group})
 
 
 def _largest_module(model: nn.Module) -> int:

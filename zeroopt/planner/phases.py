@@ -26,6 +26,7 @@ PARTS = (
     "parameters",
     "masters",
     "gradients",
+    "unsent",
     "residuals",
     "state",
     "outer",
@@ -38,9 +39,11 @@ PARTS = (
     "rest",
     "runtime",
 )
-"""What bytes are for. residuals: what `gradient_compression` has left out of gradients. buffers: full gradient buffers of stage 2.
-outer: what outer steps keep. staging: what messages take beside buffers. codes: in which differences of parameters travel. copies:
-those of `zeroopt.elastic.Guard`, on the CPU. rest: frozen parameters and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see `runtime.py`."""
+"""What bytes are for. unsent: with `micro_batches`, whole gradients that a rank sums before they travel. residuals: what
+`gradient_compression` has left out of gradients. buffers: full gradient buffers of stage 2. outer: what outer steps keep. staging:
+what messages take beside buffers. codes: in which differences of parameters travel. copies: those of `zeroopt.elastic.Guard`, on the
+CPU. rest: frozen parameters and the model's buffers. scratch: for a while, such as a bucket that is moved. runtime: see
+`runtime.py`."""
 
 _BEFORE_TRAINING = ("building", "wrapping")  # in which libraries take nothing worth counting
 
@@ -135,7 +138,7 @@ class _Course:
         kept = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
         kept["residuals"] = held.residuals
         state = {"state": held.moments, "outer": held.outer, "codes": self._codes(), "copies": self._copies()}
-        in_backward = {"buffers": self.buffers, "staging": self.staging}
+        in_backward = {"buffers": self.buffers, "staging": self.staging, "unsent": self._unsent()}
         on_the_way = {"buffers": self.buffers, "staging": self.kept_staging}
         own_step = own_step_bytes(self.rehearsal, self.setting.optimizer, self.config, self.setting.cluster.device)
         if self.setting.module is None:
@@ -195,6 +198,7 @@ class _Course:
         held = self.held
         parts = {"parameters": held.parameters, "masters": held.masters, "gradients": held.gradients}
         parts |= {"buffers": self.buffers, "staging": self.staging, "residuals": held.residuals}
+        parts["unsent"] = self._unsent()
         if self.config.step_in_backward:
             parts["state"] = held.moments
         if self.activations is None:
@@ -257,6 +261,15 @@ class _Course:
         num_sent = len(transport.sent_slices)
         summed = num_sent * slice_numel * item_bytes if transport.sums_twice else 0  # of a host
         return summed + 2 * num_sent * ops.encoded_bytes(slice_numel, CODE_BITS[compression])
+
+    def _unsent(self) -> int:
+        """Sums of micro-batches, at most one for each level of their tree on a rank. The lowest one is in `param.grad`."""
+        levels = (self.config.micro_batches or 1).bit_length() - 1
+        return levels * sum(
+            managed.numel * max(torch.float32.itemsize, bucket.dtype.itemsize)
+            for bucket in self.rehearsal.buckets
+            for managed in bucket.params
+        )
 
     def _codes(self) -> int:
         """Of parameters whose differences travel."""

@@ -11,10 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..collectives import PendingCollective, Transport, Wire
+from ..collectives.all_to_all import AllToAllTransport
 from ..collectives.lone import lone_group
 from ..collectives.pending import Done
+from ..collectives.replicated import ReplicatedTransport
 from ..collectives.select import kind_for
 from ..collectives.site import Site
+from ..collectives.tree import messages_among
 from ..collectives.turnout import Turnout
 from ..collectives.wire import PLAIN
 from ..errors import ConfigError
@@ -38,12 +41,14 @@ class Cluster:
         host_ranks: of them on each host.
         device: "cpu" or "cuda", where the parameters are.
         num_groups: of as many ranks each, which train alone and average; this is one of them.
+        shard_ranks: of a `shard_group`, among which state is cut, and every such group holds all of it; None: one of all ranks.
     """
 
     world_size: int
     host_ranks: int
     device: str = "cpu"
     num_groups: int = 1
+    shard_ranks: int | None = None
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.host_ranks < 1 or self.world_size % self.host_ranks:
@@ -52,12 +57,36 @@ class Cluster:
             )
         if self.num_groups < 1:
             raise ConfigError(f"expected groups to be positive, got {self.num_groups}")
+        shards = self.world_size if self.shard_ranks is None else self.shard_ranks
+        unit = min(self.host_ranks, max(shards, 1))
+        if (
+            (self.shard_ranks is not None and shards < 2)
+            or self.world_size % shards
+            or self.host_ranks % unit
+            or shards % unit
+        ):
+            raise ConfigError(
+                f"expected shard_ranks to be 2 or more, to divide world_size={self.world_size}, and to be a part of a host of "
+                f"host_ranks={self.host_ranks}, or some whole hosts, got {self.shard_ranks}"
+            )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"expected device to be 'cpu' or 'cuda', got {self.device!r}")
 
     @property
     def num_hosts(self) -> int:
         return self.world_size // self.host_ranks
+
+    @property
+    def within(self) -> Cluster:
+        """The ranks among which state is cut."""
+        shards = self.world_size if self.shard_ranks is None else self.shard_ranks
+        return Cluster(shards, min(self.host_ranks, shards), self.device, self.num_groups)
+
+    def training(self, config: Config) -> Cluster:
+        """The ranks that have sums of their gradients: without a group of its own, each rank that averages trains alone."""
+        if config.average_every is None or self.num_groups > 1:
+            return self
+        return Cluster(1, 1, self.device, self.world_size)
 
 
 @dataclass(frozen=True)
@@ -124,7 +153,10 @@ class Rehearsal:
     """
 
     def __init__(self, trainees: Sequence[Trainee], config: Config, cluster: Cluster) -> None:
-        self.transport = RehearsedTransport(_kind_in(cluster, config), cluster)
+        kind = _kind_in(cluster.within, config)
+        self.transport = (
+            RehearsedTransport(kind, cluster) if cluster.shard_ranks is None else RehearsedReplicas(kind, cluster)
+        )
         params = [_on_meta(trainee, index) for index, trainee in enumerate(trainees)]
         holder = nn.ParameterList([managed.param for managed in params])
         silent = replace(config, sync_module_states=False)
@@ -204,6 +236,27 @@ class RehearsedTransport(Transport):
 
     def barrier(self) -> None:
         pass
+
+
+class RehearsedReplicas(RehearsedTransport):
+    """Within a shard group as that kind goes, and then across shard groups, as a `ReplicatedTransport` does."""
+
+    def __init__(self, kind: type[Transport], cluster: Cluster) -> None:
+        super().__init__(kind, cluster.within)
+        self.name = ReplicatedTransport.name
+        self.needs_staging = cluster.device == "cpu"
+        self.shares_parameters, self.is_local, self.sums_twice = False, False, True
+        self._replicas = cluster.world_size // cluster.within.world_size
+        self._across = messages_among(self._replicas) if cluster.device == "cpu" else AllToAllTransport
+
+    @property
+    def hops(self) -> int:
+        return super().hops + 2 * self._across.hops_among(self._replicas, self._replicas)
+
+    def staging_of(self, num_bytes: int, item_bytes: int) -> int:
+        own = -(-num_bytes // item_bytes // self.num_slices // self._replicas) * self._replicas * item_bytes
+        across = self._across.staging_bytes(own, item_bytes, self._replicas, self._replicas)
+        return super().staging_of(num_bytes, item_bytes) + own + across
 
 
 class _PlannedSite(Site):

@@ -23,6 +23,8 @@ def as_json(estimate: MemoryEstimate) -> dict[str, Any]:
         "world_size": estimate.cluster.world_size,
         "host_ranks": estimate.cluster.host_ranks,
         "device": estimate.cluster.device,
+        "groups": estimate.cluster.num_groups,
+        "shard_ranks": estimate.cluster.shard_ranks,
         "knows_activations": estimate.knows_activations,
         "asked": _variant(estimate.asked),
         "variants": [_variant(variant) for variant in estimate.variants],
@@ -65,6 +67,7 @@ def lines(estimate: MemoryEstimate) -> list[str]:
     asked, cluster = estimate.asked, estimate.cluster
     without = "" if estimate.knows_activations else ", activations not counted: give tokens or a sample"
     ranks = f"{cluster.world_size} ranks, {cluster.host_ranks} a host, on {cluster.device}"
+    ranks += "" if cluster.shard_ranks is None else f", state cut among {cluster.shard_ranks}"
     plan = f"transport {asked.transport}, {asked.num_buckets} buckets"
     said = [
         f"{_count(estimate.parameters)} parameters, {ranks}: {asked}; {plan}",

@@ -2,6 +2,7 @@
 
 namespace zeroopt::cpu::ZEROOPT_ISA {
 
-const LeafTable leaf_table = {&pack_table, &reduce_table, copy, &format_table, &wire_table, sum_squares, &step_table};
+const LeafTable leaf_table = {&pack_table, &reduce_table, copy,         &format_table,
+                              &wire_table, sum_squares,   sum_in_parts, &step_table};
 
 } // namespace zeroopt::cpu::ZEROOPT_ISA

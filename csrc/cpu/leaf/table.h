@@ -84,6 +84,9 @@ struct LeafTable {
   const FormatTable* formats;
   const WireTable* wire;
   double (*sum_squares)(const float* values, int64_t numel);
+  /// Adds to sums.
+  void (*sum_in_parts)(const float* values, int64_t numel, double scale, bool squared, const double* rounders,
+                       double* sums);
   const StepTable* steps;
 };
 
@@ -109,5 +112,6 @@ extern const StepTable step_table;
 extern const LeafTable leaf_table;
 void copy(const void* src, void* dst, int64_t bytes);
 double sum_squares(const float* values, int64_t numel);
+void sum_in_parts(const float* values, int64_t numel, double scale, bool squared, const double* rounders, double* sums);
 } // namespace zeroopt::cpu::ZEROOPT_ISA
 #endif
