@@ -139,6 +139,7 @@ class Replica:
             self.mesh_groups,
             config.check_keeps_gradients,
             keeps_sums=not config.step_in_backward,
+            exact_norms=config.micro_batches is not None,
         )
 
     @property

@@ -23,6 +23,7 @@ from zeroopt import ConfigError, NotSupportedError, StateError
 
 TOTAL = 8  # micro-batches of a step
 STEPS = 5
+CLIP = {"max_norm", "by_torch"}  # options of `take_step`
 
 
 class Net(nn.Module):
@@ -51,7 +52,13 @@ def inputs(step: int, number: int) -> Tensor:
 
 
 def take_step(
-    model: Any, optimizer: Any, step: int, total: int = TOTAL, scaler: Any = None, max_norm: float = 0
+    model: Any,
+    optimizer: Any,
+    step: int,
+    total: int = TOTAL,
+    scaler: Any = None,
+    max_norm: float = 0.0,
+    by_torch: bool = False,
 ) -> None:
     """One step of this rank's share."""
     rank, count = dist.get_rank(), total // dist.get_world_size()
@@ -65,7 +72,10 @@ def take_step(
     if max_norm:
         if scaler is not None:
             scaler.unscale_(optimizer)
-        optimizer.clip_grad_norm_(max_norm)
+        if by_torch:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        else:
+            optimizer.clip_grad_norm_(max_norm)
     if scaler is None:
         optimizer.step()
     else:
@@ -86,14 +96,14 @@ def train(variants: list[dict[str, Any]]) -> list[str]:
     digests = []
     for variant in variants:
         options = dict(variant)
-        scaled, max_norm = options.pop("scaled", False), options.pop("max_norm", 0.0)
+        scaled, clip = options.pop("scaled", False), {key: options.pop(key) for key in CLIP & options.keys()}
         if options.pop("shards", False) and dist.get_world_size() == 4:
             options["shard_group"] = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
         with hosts([number // 2 for number in range(8)]) if options.pop("hosts", False) else nullcontext():
             model, optimizer = wrapped(**options)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2) if scaled else None
         for step in range(STEPS):
-            take_step(model, optimizer, step, scaler=scaler, max_norm=max_norm)
+            take_step(model, optimizer, step, scaler=scaler, **clip)
         digests.append(digest(model))
     return digests
 
@@ -120,6 +130,11 @@ SCALED: list[dict[str, Any]] = [
     {"stage": 1, "scaled": True, "max_grad_norm": 0.05},
     {"stage": 2, "scaled": True, "max_norm": 0.05, "bucket_mb": 0.002},
 ]
+BY_TORCH: list[dict[str, Any]] = [
+    {"stage": 1, "max_norm": 0.05, "by_torch": True},
+    {"stage": 2, "scaled": True, "max_norm": 0.05, "by_torch": True, "bucket_mb": 0.002},
+    {"stage": 0, "max_norm": 0.05, "by_torch": True},  # of its own bits
+]
 TIERS: list[dict[str, Any]] = [
     {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_inputs": True},
     {"param_dtype": torch.bfloat16, "master_weights": "none", "reduce_dtype": torch.float32, "cast_inputs": True},
@@ -129,16 +144,16 @@ TIERS: list[dict[str, Any]] = [
 
 
 def test_any_number_of_ranks_gives_the_same_bits(run_on_ranks: RunOnRanks) -> None:
-    alike, clipped, scaled = len(ALIKE), len(ALIKE) + len(CLIPPED), len(ALIKE) + len(CLIPPED) + len(SCALED)
-    variants = [*ALIKE, *CLIPPED, *SCALED, *TIERS]
+    groups = [ALIKE, CLIPPED, SCALED, *([each] for each in (*BY_TORCH, *TIERS))]
+    variants = [variant for group in groups for variant in group]
     found = {ranks: run_on_ranks(ranks, train, variants) for ranks in (1, 2, 4)}
     first = found[1][0]
     for results in found.values():
         assert all(each == first for each in results)
-    assert len(set(first[:alike])) == 1
-    assert len(set(first[alike:clipped])) == 1
-    assert len(set(first[clipped:scaled])) == 1
-    assert len({first[0], first[alike], *first[clipped:]}) == 3 + len(TIERS), "all of them matter"
+    digests = iter(first)
+    of_group = [{next(digests) for _ in group} for group in groups]
+    assert all(len(each) == 1 for each in of_group)
+    assert len(set().union(*of_group[:3], *of_group[-len(TIERS) :])) == 3 + len(TIERS), "all options matter"
 
 
 def test_eight_ranks_do(run_on_ranks: RunOnRanks) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zeroopt import NotSupportedError
-from zeroopt.gradients.exact_norms import NormTerm, exact_norm
+from zeroopt.gradients.exact_norms import NormTerm, exact_norm, exact_powers
 from zeroopt.gradients.norm_groups import NormGroups
 
 
@@ -83,6 +83,13 @@ def test_ranks_exchange_exact_sums() -> None:
     assert norms[0] == norms[1] == norms[2] == norm_of([values], numel=3000)
 
 
+def test_things_have_norms_of_their_own() -> None:
+    values = [draw(seed, 500) * 10.0 ** (4 * seed) for seed in range(3)]
+    terms = [[NormTerm(each[:200], 1.0, None), NormTerm(each[200:], 1.0, None)] for each in values]
+    powers = exact_powers(terms, 1500, lambda told: told.unsqueeze(0), 2.0)
+    assert powers.sqrt().tolist() == [norm_of([each], numel=1500).item() for each in values]
+
+
 def test_factors_come_last() -> None:
     factor = torch.tensor(-0.25)
     values = draw(3, 100)
@@ -90,5 +97,5 @@ def test_factors_come_last() -> None:
 
 
 def test_other_norms_are_refused() -> None:
-    with pytest.raises(NotSupportedError, match="1-norm, 2-norm or largest element.*got norm_type=3.0"):
+    with pytest.raises(NotSupportedError, match="norms are those with p = 1, 2 or inf.*got p = 3.0"):
         norm_of([torch.ones(2)], 3.0)

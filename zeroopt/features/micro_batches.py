@@ -56,6 +56,8 @@ class MicroBatches(Feature):
 
     def local_backward_ended(self) -> None:
         self._check_cleared()
+        if self._num_local == 0:
+            self._forget_all()
         self._num_local += 1
         if self._num_local >= self._count:
             raise self._refusal(f"{self._num_local} of them under no_sync()")
@@ -83,8 +85,7 @@ class MicroBatches(Feature):
     def gradients_cleared(self, buckets: Sequence[Bucket] | None) -> None:
         if buckets is None:
             self._num_local = 0
-            self._singles.forget()
-            self._pairs.forget()
+            self._forget_all()
         for bucket in buckets or ():
             self._forget(bucket)
 
@@ -93,9 +94,13 @@ class MicroBatches(Feature):
             raise self._refusal(f"{self._num_local} of them under no_sync() before step()")
 
     def _forget(self, bucket: Bucket) -> None:
-        numbers = {managed.index for managed in bucket.params}
-        self._singles.forget(numbers)
-        self._pairs.forget(numbers)
+        numbers = [managed.index for managed in bucket.params]
+        self._singles.drop(numbers)
+        self._pairs.drop(numbers)
+
+    def _forget_all(self) -> None:
+        self._singles.clear()
+        self._pairs.clear()
 
     def _with_gradient(self) -> list[ManagedParam]:
         return [managed for managed in self._params if managed.param.grad is not None]

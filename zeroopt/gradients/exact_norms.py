@@ -14,7 +14,7 @@ With a billion elements w is 21. What is left out of a term is less than 2^-64 o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +47,8 @@ class NormTerm:
 def exact_norm(
     terms: Sequence[NormTerm], numel: int, transport: Transport | None, beyond: NormGroups, norm_type: float
 ) -> Tensor:
-    """The p-norm of the elements of all ranks, 0-dim float64, the same for every way to share them among ranks. Collective: two exchanges
-    of a few scalars.
+    """The p-norm of the elements of all ranks, 0-dim float64, the same for every way to share them among ranks. Collective: exchanges of
+    four scalars, and those of `beyond`.
 
     Args:
         terms: of this rank, at least one, whose factors are one tensor.
@@ -59,33 +59,59 @@ def exact_norm(
     Raises:
         NotSupportedError: p is none of 1, 2 and infinity.
     """
-    if norm_type not in (1.0, 2.0, math.inf):
-        raise NotSupportedError(
-            f"with micro_batches, gradients are clipped by their 1-norm, 2-norm or largest element, whose bits do not depend on the number "
-            f"of ranks, got norm_type={norm_type}"
-        )
     factor = terms[0].factor
     assert all(term.factor is factor for term in terms)
-    largest = _over_slices(_largest(terms), transport, "largest gradients").amax()
+
+    def gather(values: Tensor) -> Tensor:
+        if transport is None:
+            return values.unsqueeze(0)
+        told = [transport.gather_scalar(value, label="gradient norms") for value in values.flatten().unbind()]
+        # By slice; further replicas have the same.
+        return torch.stack(told, dim=-1)[: transport.num_slices].reshape(-1, *values.shape)
+
+    power = exact_powers([terms], numel, gather, norm_type)[0]
     if math.isinf(norm_type):
-        norm = beyond.max_over_model(largest)
+        norm = beyond.max_over_model(power)
     else:
-        exponent = torch.frexp(largest).exponent.clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
-        parts = _sums_of_parts(terms, _power_of_two(-exponent), numel.bit_length(), norm_type)
-        first, second, third = (_over_slices(part, transport, "gradient norms").sum() for part in parts.unbind())
-        total = first + (second + third)
-        for _ in range(int(norm_type)):
-            total = total * _power_of_two(exponent)
-        total = torch.where(largest.isfinite(), total, largest)
-        norm = beyond.sum_over_model(total).pow(1.0 / norm_type)
+        norm = beyond.sum_over_model(power).pow(1.0 / norm_type)
     return norm if factor is None else norm * factor.double().abs()
 
 
-def _over_slices(value: Tensor, transport: Transport | None, label: str) -> Tensor:
-    """[number of slices], by slice; further replicas have the same."""
-    if transport is None:
-        return value.reshape(1)
-    return transport.gather_scalar(value, label=label)[: transport.num_slices]
+def exact_powers(
+    terms: Sequence[Sequence[NormTerm]], numel: int, gather: Callable[[Tensor], Tensor], norm_type: float
+) -> Tensor:
+    """float64 [number of things]: of each the sum of |x|^p, or for infinity the largest |x|, over the elements of all ranks, without
+    factors. Collective: `gather` is called twice, once for infinity.
+
+    Args:
+        terms: of each thing, what this rank has of it: at least one term, which may be empty.
+        numel: of all ranks and things, at least.
+        gather: gives what all ranks have told, one behind the other in a first dimension.
+
+    Raises:
+        NotSupportedError: p is none of 1, 2 and infinity.
+    """
+    if norm_type not in (1.0, 2.0, math.inf):
+        raise NotSupportedError(
+            f"with micro_batches, norms are those with p = 1, 2 or inf, whose bits do not depend on the number of ranks, got p = {norm_type}"
+        )
+    largest = gather(torch.stack([_largest(each) for each in terms])).amax(dim=0)
+    if math.isinf(norm_type):
+        return largest
+    exponents = torch.frexp(largest).exponent.clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+    scales = _power_of_two(-exponents).unbind()
+    width = _DIGITS - 1 - numel.bit_length()
+    # What is added to it is rounded to a multiple of 2^(-k * width).
+    rounders = [math.ldexp(1.5, _DIGITS - k * width) for k in range(1, ops.SUM_PARTS + 1)]
+    parts = [
+        _sums_of_parts(each, scale, rounders, squared=norm_type == 2.0)
+        for each, scale in zip(terms, scales, strict=True)
+    ]
+    first, second, third = gather(torch.stack(parts)).sum(dim=0).unbind(-1)
+    total = first + (second + third)
+    for _ in range(int(norm_type)):
+        total = total * _power_of_two(exponents)
+    return torch.where(largest.isfinite(), total, largest)
 
 
 def _largest(terms: Sequence[NormTerm]) -> Tensor:
@@ -95,22 +121,18 @@ def _largest(terms: Sequence[NormTerm]) -> Tensor:
     return torch.stack(ends).amax() if ends else terms[0].values.new_zeros((), dtype=torch.float64)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def _power_of_two(exponents: Tensor) -> Tensor:
     """2^exponent as float64, exactly, which `torch.ldexp` leaves to a function for all exponents.
 
     Args:
-        exponent: 0-dim, integer.
+        exponents: integers.
     """
-    return ((exponent.long() + 1023) << _DIGITS).view(torch.float64)
+    return ((exponents.long() + 1023) << _DIGITS).view(torch.float64)
 
 
-def _sums_of_parts(terms: Sequence[NormTerm], scale: Tensor, count_bits: int, norm_type: float) -> Tensor:
-    """float64 [parts]: exact sums of the parts of |x * scale|^p, all below 1, of fewer than 2^count_bits elements."""
-    width = _DIGITS - 1 - count_bits
-    # What is added to it is rounded to a multiple of 2^(-k * width).
-    rounders = [math.ldexp(1.5, _DIGITS - k * width) for k in range(1, ops.SUM_PARTS + 1)]
+def _sums_of_parts(terms: Sequence[NormTerm], scale: Tensor, rounders: Sequence[float], *, squared: bool) -> Tensor:
+    """float64 [parts]: exact sums of the parts of |x * scale|, or of its squares, all below 1."""
     sums = [
-        ops.sum_in_parts(term.values, scale=scale, squared=norm_type == 2.0, rounders=rounders) * term.weight
-        for term in terms
+        ops.sum_in_parts(term.values, scale=scale, squared=squared, rounders=rounders) * term.weight for term in terms
     ]
     return torch.stack(sums).sum(dim=0)

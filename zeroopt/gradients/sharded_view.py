@@ -24,7 +24,7 @@ from ..storage.gradient_store import GradientStore
 from ..storage.segment import Segment
 from ..untraced import untraced
 from . import tensor_operators
-from .exact_norms import NormTerm
+from .exact_norms import NormTerm, exact_powers
 from .norm_groups import NormGroups
 from .norms import is_finite, norm_of_shards, note_norms
 from .overflow import agree_on_overflow
@@ -48,6 +48,7 @@ class ShardedView(GradientView):
         mesh_groups: of the ranks that hold other parts of parameters that are DTensors.
         check_kept: raises where what it is told needs the sums after backward, and they are gone by then.
         keeps_sums: they are not.
+        exact_norms: their bits are not to depend on how gradients are cut.
     """
 
     is_plain = False
@@ -61,11 +62,13 @@ class ShardedView(GradientView):
         check_kept: Callable[[str], None],
         *,
         keeps_sums: bool,
+        exact_norms: bool = False,
     ) -> None:
         super().__init__()
         self.waits = not keeps_sums
         self.stepped: set[int] = set()
         self._check_kept = check_kept
+        self._exact_norms = exact_norms
         self._transport = transport
         self._unscaling = features.calls["unscaling"]
         self._check_outside = check_outside
@@ -489,6 +492,8 @@ class ShardedView(GradientView):
     def _norms_over_ranks(self, known: Collection[int], norm_type: float) -> dict[int, Tensor]:
         """0-dim float64, of all gradients but the known ones."""
         missing = [index for index, shown in enumerate(self._shown) if shown and index not in known]
+        if self._exact_norms:
+            return self._exact_norms_over_ranks(missing, norm_type)
         # Of all parameters, so that ranks exchange as much whatever each knows.
         powers = torch.zeros(len(self._objects), dtype=torch.float64, device=self._stores[0].reduced.device)
         for index in missing:
@@ -499,10 +504,35 @@ class ShardedView(GradientView):
         # Not reduced on the way, where a maximum may lose a NaN.
         by_rank = self._transport.control.gather(powers, _WHAT)
         powers = by_rank.amax(dim=0) if is_max else by_rank.sum(dim=0)
+        norms = self._norms_over_mesh(powers, norm_type)
+        return {index: norms[index] for index in missing}
+
+    def _exact_norms_over_ranks(self, missing: Sequence[int], norm_type: float) -> dict[int, Tensor]:
+        chosen = set(missing) if self._transport.replica == 0 else set()
+        terms = [
+            [NormTerm(self._summed(i) if i in chosen else self._store(i).reduced[:0], self._store(i).norm_weight, None)]
+            for i in range(len(self._objects))
+        ]
+        numel = sum(managed.numel for managed in self._params)
+        powers = exact_powers(terms, numel, lambda told: self._transport.control.gather(told, _WHAT), norm_type)
+        norms = self._norms_over_mesh(powers, norm_type)
+        factors = [self._store(index).factor for index in missing]
+        return {
+            index: norms[index] if factor is None else norms[index] * factor.double().abs()
+            for index, factor in zip(missing, factors, strict=True)
+        }
+
+    def _norms_over_mesh(self, powers: Tensor, norm_type: float) -> Tensor:
+        """From what this rank's part of each gradient comes to, with all ranks that hold slices of it."""
+        is_max = math.isinf(norm_type)
         for group in self._mesh_groups:
             powers = group.largest(powers, _WHAT) if is_max else group.total(powers, _WHAT)
-        norms = powers if is_max else powers.pow(1.0 / norm_type)
-        return {index: norms[index] for index in missing}
+        return powers if is_max else powers.pow(1.0 / norm_type)
+
+    def _summed(self, index: int) -> Tensor:
+        """This rank's piece of a sum, without its factor, 1-D; empty where it has none."""
+        store, segment = self._store(index), self._segments.get(index)
+        return store.reduced[:0] if segment is None else store.reduced[segment.offset : segment.offset + segment.numel]
 
     def _store(self, index: int) -> GradientStore:
         return self._stores[self._bucket_of[index]]

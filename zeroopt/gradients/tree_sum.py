@@ -14,7 +14,7 @@ It is a binary counter: a term that comes is carried past all levels that hold a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class TreeSum:
     how many have come."""
 
     def __init__(self) -> None:
-        self._levels: list[dict[int, Tensor]] = []  # of 2^level terms; empty where there is none
+        self._count = 0  # of terms
+        self._levels: list[dict[int, Tensor]] = []  # sums of 2^level terms, where that digit of the count is 1
 
     def add(self, terms: Mapping[int, Tensor]) -> None:
         """Add a term of each thing. What has none has zero.
@@ -33,30 +34,33 @@ class TreeSum:
         Args:
             terms: by number, float32 or float64. They are kept, and changed.
         """
-        carried = dict(terms)
-        for level, held in enumerate(self._levels):
-            if not held:
-                self._levels[level] = carried
-                return
-            self._levels[level] = {}
-            carried = _added(held, carried)
-        self._levels.append(carried)
+        carried, level = dict(terms), 0
+        while self._count >> level & 1:
+            carried, self._levels[level] = _added(self._levels[level], carried), {}
+            level += 1
+        if level == len(self._levels):
+            self._levels.append({})
+        self._levels[level] = carried
+        self._count += 1
 
     def sums(self) -> Iterator[Mapping[int, Tensor]]:
         """Those of the last terms first, in the order in which they are to be added to those that come next."""
-        return (held for held in self._levels if held)
+        return (held for level, held in enumerate(self._levels) if self._count >> level & 1)
 
     def numbers(self) -> set[int]:
         """Of things that have had a term."""
         return {number for held in self._levels for number in held}
 
-    def forget(self, numbers: set[int] | None = None) -> None:
-        """These things have had none, or none of all has."""
-        if numbers is None:
-            self._levels.clear()
+    def drop(self, numbers: Iterable[int]) -> None:
+        """These things have had no terms; the others have had as many."""
         for held in self._levels:
-            for number in held.keys() & (numbers or set()):
-                del held[number]
+            for number in numbers:
+                held.pop(number, None)
+
+    def clear(self) -> None:
+        """There have been no terms."""
+        self._count = 0
+        self._levels.clear()
 
 
 @torch.no_grad()
