@@ -315,7 +315,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients: those in `param.grad` and the reduced ones of this step.
 
-        Not collective, but it waits for reduces that are still on their way.
+        Not collective, but it waits for reduces that are still on their way; for those of whole parameters that lie across slices
+        until the other ranks wait for theirs, too (in a step, in their own `zero_grad`, or in their next backward).
 
         Args:
             set_to_none: False leaves gradients of zero, with which parameters that had a gradient are still stepped.

@@ -41,6 +41,7 @@ from .storage.buffer_pool import BufferPool
 from .storage.gradient_store import GradientStore
 from .storage.masters import Master
 from .storage.segment import BySegments, Segment
+from .storage.slice_sums import SliceSums
 
 # What is going on, for messages.
 _TAKING_IN = "averaging the gradients of parameters that are taken in"
@@ -60,6 +61,7 @@ class Replica:
         mesh: of the model's DTensors, and its groups of more than one rank.
         norm_groups: over which the norm of the gradients is that of the whole model.
         seed: of stochastic rounding, the same on all ranks.
+        slice_sums: memory for sums on their way from slices to those who step them.
         rounding: by which numbers what travels as codes is rounded.
         dtypes: of the model's parameters, before they were wrapped.
         optimizers: that have been wrapped with the model.
@@ -106,6 +108,7 @@ class Replica:
         self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, on_the_way, transport.hops)
         pool = BufferPool(config, self.bucket_bytes, transport) if placement.shard_gradient else None
         self._pool = pool
+        self.slice_sums = SliceSums()
         view: GradientView = WholeView(transport) if sharded is None else sharded
         self.reducer = GradientReducer(
             module,
@@ -148,7 +151,7 @@ class Replica:
         return self.config.gradient_compression is not None and len(self.transport.sent_slices) > 0
 
     def _make_store(self, bucket: Bucket) -> GradientStore:
-        return GradientStore(bucket, self.ownership, self._wire_of(bucket), self.transport, self._pool)
+        return GradientStore(bucket, self.ownership, self._wire_of(bucket), self.transport, self._pool, self.slice_sums)
 
     def _wire_of(self, bucket: Bucket) -> Wire:
         config, transport = self.config, self.transport

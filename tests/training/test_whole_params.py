@@ -486,6 +486,24 @@ def test_parts_are_stepped_as_parameters(run_on_ranks: RunOnRanks) -> None:
             assert not torch.allclose(whole, wanted[0], rtol=1e-3)
 
 
+def sums_on_their_way(world_size: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of them: what there was, and what is planned."""
+    net, made = build(), []
+    options = {"stage": 1, "bucket_mb": 0.003, "transport": "shm", **options}
+    with no_padding(), remembered_grains("whole", "lars", None):
+        model, optimizer = zeroopt.wrap(net, OPTIMIZERS["lars"](net), **options)
+        run_steps(model, optimizer, 0, 2)
+        given = {"world_size": world_size, "host_ranks": world_size, "compare": False, "device": "cpu"}
+        made.append(zeroopt.estimate_memory(build(), Lars, **given, **options))
+    return model.replica.slice_sums.nbytes, made[0].asked.phase("step").parts["staging"]
+
+
+def test_sums_on_their_way_to_owners_take_what_is_planned(run_on_ranks: RunOnRanks) -> None:
+    for options in ({}, {"bucket_buffers": 3, "stage": 2}):
+        for held, planned in run_on_ranks(3, sums_on_their_way, 3, options):
+            assert 0 < held <= planned <= 2 * held, options
+
+
 # Sizes of parts whose statistics add up to a length of the parameter, or not.
 PARTS: dict[str, list[int]] = {"shampoo": [7, 4, 1], "adafactor": [6, 4, 2]}
 

@@ -206,7 +206,9 @@ class GradientReducer:
 
     def _follow_buckets(self) -> None:
         # Stage 0 has to wait for its reduces in any case, to gather them.
-        bounded = self._transport.needs_staging or self.stores[0].sum_is_spread
+        # Sums on their way from slices to those who step them have memory of their own.
+        is_brought = any(bucket.moves is not None for bucket in self._buckets)
+        bounded = self._transport.needs_staging or self.stores[0].sum_is_spread or is_brought
         most = max(1, self._bucket_buffers - 1) if bounded else len(self._buckets)
         if self._pool is not None and self._pool.lends_sums:
             most = 1

@@ -132,6 +132,9 @@ class _Course:
         self.staging = self._staging()
         # On a device it goes back to the allocator when a reduce is through.
         self.kept_staging = self.staging if self.rehearsal.transport.needs_staging else 0
+        brought = self._slice_sums()
+        self.staging += brought
+        self.kept_staging += brought if self.is_lazy else 0
 
     def phases(self) -> Iterator[Phase]:
         held = self.held
@@ -246,11 +249,21 @@ class _Course:
             num_bytes = bucket.padded_numel * dtype.itemsize
             if self.held.buffers:
                 num_bytes = min(num_bytes, self.held.buffers // num_buffers(self.config))
-            size = self._staging_of(num_bytes, dtype.itemsize, is_encoded=store.residual is not None)
-            if bucket.moves is not None:  # the sum of a slice, before it is brought to those who step it
-                size += bucket.padded_numel // transport.num_slices * torch.float32.itemsize
-            sizes.append(size)
+            sizes.append(self._staging_of(num_bytes, dtype.itemsize, is_encoded=store.residual is not None))
         return sum(sorted(sizes, reverse=True)[:on_their_way])
+
+    def _slice_sums(self) -> int:
+        """Of sums on their way from slices to those who step them, and of what comes before it is rounded."""
+        at_once = (
+            max(1, self.config.bucket_buffers - 1) if self.config.overlap and not self.config.step_in_backward else 1
+        )
+        sizes = []
+        for bucket, store in zip(self.rehearsal.buckets, self.rehearsal.stores, strict=True):
+            if bucket.moves is not None:
+                wide = torch.float64 if bucket.dtype is torch.float64 else torch.float32
+                own = 0 if store.reduced.dtype is wide else bucket.own_param.numel()
+                sizes.append((bucket.padded_numel // self.rehearsal.transport.num_slices + own) * wide.itemsize)
+        return sum(sorted(sizes, reverse=True)[:at_once])
 
     def _staging_of(self, num_bytes: int, item_bytes: int, *, is_encoded: bool) -> int:
         """Beside a full buffer of so many bytes while it travels. Codes have memory of their own, and as much is received."""

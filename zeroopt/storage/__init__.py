@@ -8,6 +8,7 @@ In reading order; each imports from those above it:
     assembling      a whole tensor from the pieces that ranks have
     stripe          `Stripe`: a part of a bucket that travels by itself
     buffer_pool     `BufferPool`: full gradient buffers that buckets borrow
+    slice_sums      memory for sums of slices on their way to those who step them
     square_table    sums of squares of several buckets in one launch
     gradient_store  `GradientStore`: the gradients of a bucket
     factors         what sums have yet to be multiplied by

@@ -36,6 +36,7 @@ from ..streams import ReadByGraphs
 from .bucket import Bucket
 from .buffer_pool import BufferPool
 from .segment import Segment
+from .slice_sums import SliceSums
 from .square_table import SquareTable
 from .stripe import cut_in_stripes
 
@@ -72,8 +73,10 @@ class GradientStore:
         wire: Wire,
         transport: Transport,
         pool: BufferPool | None,
+        slice_sums: SliceSums | None = None,
     ) -> None:
         self._bucket = bucket
+        self._slice_sums = slice_sums or SliceSums()
         self.label = bucket.name
         self.norm_weight = bucket.norm_weight
         self._pool = pool
@@ -192,18 +195,19 @@ class GradientStore:
         """[slice], memory for its sum, in which nothing is rounded yet."""
         if self._in_slice is None:
             wide = self._dtype if self._dtype in (torch.float32, torch.float64) else torch.float32
-            self._in_slice = torch.empty(self.stripe.slice_numel, dtype=wide, device=self._bucket.device)
+            self._in_slice = self._slice_sums.take(self.stripe.slice_numel, wide, self._bucket.device)
         return self._in_slice
 
     def _start_bringing(self, transport: Transport, moves: Redistribution) -> PendingCollective:
         """Bring the sum to the ranks that step it."""
         assert self._in_slice is not None
         begin, end = moves.slice_range
-        source, self._in_slice = self._in_slice[: end - begin], None
+        memory, self._in_slice = self._in_slice, None
+        source, sums = memory[: end - begin], self._slice_sums
         is_sum = self.base is None and self.reduced.dtype is source.dtype
-        target = self.reduced if is_sum else source.new_empty(self.reduced.numel())
+        target = self.reduced if is_sum else sums.take(self.reduced.numel(), source.dtype, source.device)
         exchange = transport.exchange.start(source, target, moves.to_owners, moves.from_slices, label=self.label)
-        return exchange if is_sum else _Added(exchange, target, self.base, self.reduced)
+        return _Brought(exchange, sums, memory, None if is_sum else (target, self.base), self.reduced)
 
     def finish_next(self, *, wait: bool = True) -> None:
         """Wait for the reduce that was started first; with the last one, `reduced` holds the sum.
@@ -345,12 +349,27 @@ class GradientStore:
         self.part(segment).copy_(arrays[_SUM])
 
 
-class _Added(PendingCollective):
-    """What has been brought, added to an earlier sum and rounded as that is, once it is there."""
+class _Brought(PendingCollective):
+    """A sum that is brought from slices.
 
-    def __init__(self, exchange: PendingCollective, brought: Tensor, base: Tensor | None, out: Tensor) -> None:
+    Args:
+        sums: to which memory goes back when it is there.
+        in_slice: what is brought from here.
+        terms: what has come, and an earlier sum or None, whose sum is rounded as `out` is; None: `out` is what comes.
+    """
+
+    def __init__(
+        self,
+        exchange: PendingCollective,
+        sums: SliceSums,
+        in_slice: Tensor,
+        terms: tuple[Tensor, Tensor | None] | None,
+        out: Tensor,
+    ) -> None:
         self._exchange = exchange
-        self._terms: tuple[Tensor, Tensor | None] | None = brought, base
+        self._sums = sums
+        self._in_slice: Tensor | None = in_slice
+        self._terms = terms
         self._out = out
 
     def finish(self) -> None:
@@ -358,4 +377,11 @@ class _Added(PendingCollective):
         if self._terms is not None:
             brought, base = self._terms
             self._out.copy_(brought if base is None else base.to(brought.dtype) + brought)
+            self._sums.give_back(brought)
             self._terms = None
+        if self._in_slice is not None:
+            self._sums.give_back(self._in_slice)
+            self._in_slice = None
+
+    def is_past(self) -> bool:
+        return self._exchange.is_past()
