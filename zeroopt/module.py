@@ -16,7 +16,7 @@ from .ddp_around import check_ddp_around, is_of_ddp, refuse_ddp_around
 from .errors import ConfigError, NotSupportedError
 from .features.join import JoinCalls, Phase
 from .features.of_model import ModelFeatures
-from .features.outer_steps import sit_out
+from .features.outer.steps import sit_out
 from .gradients.sharded_view import ShardedView
 from .optimizer import ZeroOptimizer
 from .parameters.arriving import remove_idle_hooks

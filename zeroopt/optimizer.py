@@ -23,7 +23,7 @@ from .features.grad_scaler import GradScaling, scaler_in
 from .features.growth import Growth
 from .features.join import Phase, take_options
 from .features.of_model import ModelFeatures
-from .features.outer_steps import OuterSteps, connect_outer_steps
+from .features.outer.steps import OuterSteps, connect_outer_steps
 from .features.replanning import Replanning
 from .gradients.view import set_gradients
 from .inner_attributes import reach, takes

@@ -27,8 +27,8 @@ from .feature import Feature
 from .features.averaging import ParameterAverage, agreed_across, average_over, describe_place
 from .features.micro_batches import check_number_of_ranks, check_sums_in_tree
 from .features.of_model import ModelFeatures
-from .features.outer_optimizer import inspect_outer
-from .features.outer_steps import check_outer_dtype, transport_across
+from .features.outer.optimizer import inspect_outer
+from .features.outer.steps import check_outer_dtype, transport_across
 from .features.step_in_backward import check_goes_along, check_steps_by_bucket
 from .gradients.norm_groups import check_norm_group
 from .module import ZeroDataParallel

@@ -10,7 +10,7 @@ import torch
 
 from .. import ops
 from ..collectives import ControlGroup, Transport
-from ..features.outer_bytes import outer_bytes
+from ..features.outer.memory import outer_bytes
 from ..options.config import Config
 from ..probing.state_size import StateSize
 from ..stepping.rules import rule_for

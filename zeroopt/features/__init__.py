@@ -5,13 +5,7 @@ In reading order; each imports from those above it:
     join         ranks with different numbers of batches
     audit        `check_every`: finite gradients, equal parameters
     averaging    `average_every`: ranks that train alone, and average
-    fragments    sets of buckets that have their outer steps in turn
-    outer_optimizer    any torch optimizer, of flat parameters
-    exchange_buffers   memory in which buckets travel between ranks that average
-    outer_wires  in what form outer gradients and steps travel
-    anchor       what the ranks last had in common of a bucket, and how it gets its outer step
-    outer_bytes  what outer steps take
-    outer_steps  `outer_optimizer`: instead of the mean, the step of an optimizer (DiLoCo)
+    outer        `outer_optimizer`: instead of the mean, the step of an optimizer (DiLoCo)
     micro_batches    `micro_batches`: gradients of a step are summed in one tree over micro-batches and ranks
     clipping     by the norm of all gradients
     grad_scaler  steps through a GradScaler: all ranks leave out the same ones

@@ -9,7 +9,7 @@ import torch
 
 from .. import ops
 from ..diagnosis.footprint import footprint
-from ..features.outer_bytes import outer_bytes_saved
+from ..features.outer.memory import outer_bytes_saved
 from ..options.config import Config
 from ..options.precision import CODE_BITS
 from ..parameters.differences import encoded_bytes

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..collectives import Wire
-from ..collectives.compression import CodedWire
-from ..options.precision import CODE_BITS
+from ...collectives import Wire
+from ...collectives.compression import CodedWire
+from ...options.precision import CODE_BITS
 
 
 class SummedHere(Wire):

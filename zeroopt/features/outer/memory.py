@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..options.config import Config
-from ..probing.state_size import StateSize
-from ..storage.bucket import Bucket
+from ...options.config import Config
+from ...probing.state_size import StateSize
+from ...storage.bucket import Bucket
 from .anchor import anchor_dtype, is_rounded, padded_numel
 from .fragments import Schedule
-from .outer_optimizer import make_tried
-from .outer_wires import outer_wire
+from .optimizer import make_tried
+from .wires import outer_wire
 
 _AT_ONCE = 3  # buckets of one step: one sets out, one is stepped, one arrives
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroopt.features.fragments import Due, Schedule
+from zeroopt.features.outer.fragments import Due, Schedule
 
 
 @st.composite

@@ -21,15 +21,15 @@ from enum import IntEnum
 import torch
 from torch import Tensor, nn
 
-from ..collectives import PendingCollective, Transport, Wire
-from ..collectives.base import slice_of
-from ..pages import paged_zeros
-from ..plan.params import ParamState
-from ..probing.probe import is_per_element
-from ..storage.bucket import Bucket
-from ..storage.segment import Segment
+from ...collectives import PendingCollective, Transport, Wire
+from ...collectives.base import slice_of
+from ...pages import paged_zeros
+from ...plan.params import ParamState
+from ...probing.probe import is_per_element
+from ...storage.bucket import Bucket
+from ...storage.segment import Segment
 from .exchange_buffers import ExchangeBuffers
-from .outer_optimizer import is_number
+from .optimizer import is_number
 
 _SLICE_MULTIPLE = 256  # elements: whatever a wire takes together, and what kernels like to begin at
 

@@ -11,7 +11,7 @@ from torch import nn
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.features.outer_bytes import outer_bytes, outer_bytes_saved
+from zeroopt.features.outer.memory import outer_bytes, outer_bytes_saved
 
 WIDTH, LAYERS = 64, 6
 NUMEL = WIDTH * WIDTH * LAYERS

@@ -10,7 +10,7 @@ from torch import nn
 
 import zeroopt
 from zeroopt import ConfigError, NotSupportedError
-from zeroopt.features.outer_optimizer import inspect_outer, pack_options, take_options
+from zeroopt.features.outer.optimizer import inspect_outer, pack_options, take_options
 
 
 class CountsInGroup(torch.optim.Optimizer):

@@ -20,24 +20,24 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .. import ops
-from ..collectives import ControlGroup, Transport, Wire, connect_transport
-from ..errors import CollectiveError, ConfigError, KernelUnavailableError
-from ..feature import Feature, Step
-from ..options.config import Config
-from ..options.outer import share_kept
-from ..options.precision import CODE_BITS
-from ..own_storage import with_own_storage
-from ..plan.params import ParamState
-from ..storage.bucket import Bucket
-from ..storage.segment import Segment
-from ..trained import Trained
+from ... import ops
+from ...collectives import ControlGroup, Transport, Wire, connect_transport
+from ...errors import CollectiveError, ConfigError, KernelUnavailableError
+from ...feature import Feature, Step
+from ...options.config import Config
+from ...options.outer import share_kept
+from ...options.precision import CODE_BITS
+from ...own_storage import with_own_storage
+from ...plan.params import ParamState
+from ...storage.bucket import Bucket
+from ...storage.segment import Segment
+from ...trained import Trained
+from ..averaging import ParameterAverage
 from .anchor import Anchor
-from .averaging import ParameterAverage
 from .exchange_buffers import ExchangeBuffers
 from .fragments import Due, Schedule
-from .outer_optimizer import PlainOptions, make_outer, pack_options, take_options
-from .outer_wires import outer_wire
+from .optimizer import PlainOptions, make_outer, pack_options, take_options
+from .wires import outer_wire
 
 T = TypeVar("T")
 

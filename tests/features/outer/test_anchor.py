@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lone_slice import LoneSlice, buckets_of, params_of, values
 from torch import Tensor, nn
 
-from zeroopt.features.anchor import Anchor, Stage, padded_numel
-from zeroopt.features.exchange_buffers import ExchangeBuffers
-from zeroopt.features.outer_wires import outer_wire
+from zeroopt.features.outer.anchor import Anchor, Stage, padded_numel
+from zeroopt.features.outer.exchange_buffers import ExchangeBuffers
+from zeroopt.features.outer.wires import outer_wire
 from zeroopt.options.precision import Precision
 from zeroopt.storage.bucket import Bucket
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, NotSupportedError
-from ..options.outer import OuterFactory
-from ..plan.agreement import describe_groups
-from ..plan.params import Grain
-from ..probing.grains import find_grains
-from ..probing.probe import is_per_element
+from ...errors import ConfigError, NotSupportedError
+from ...options.outer import OuterFactory
+from ...plan.agreement import describe_groups
+from ...plan.params import Grain
+from ...probing.grains import find_grains
+from ...probing.probe import is_per_element
 
 _TRIED_NUMEL = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..collectives import Transport
+from ...collectives import Transport
 
 
 class ExchangeBuffers:
