@@ -210,6 +210,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Update all parameters. Collective: every rank of the process group must call it. With `average_every`, in each k-th
         step every rank of the average group as well.
 
+        On the CPU a rank that needs nothing more may then end, destroy its process group, or drop its model: when its process ends it
+        waits, up to 10 seconds, for what others have yet to receive.
+
         Args:
             closure: recomputes the loss, with backward; called once, before the step.
 

@@ -1,4 +1,4 @@
-"""The thread of collectives in rounds: in order, beside its caller, telling failures, and gone with what it served."""
+"""The thread that carries collectives on: in order, beside its caller, telling failures, and gone with what it served."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import time
 
 import pytest
 
-from zeroopt.collectives.driver import Driven, Driver
+from zeroopt.collectives.driver import Driven, Driver, wait_for_unfinished
 from zeroopt.errors import CollectiveError
+
+NAME = "zeroopt rounds of a test"  # threads of others may have yet to end
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "zeroopt rounds"]
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
 
 
 def test_one_after_the_other_beside_the_caller() -> None:
@@ -52,29 +54,40 @@ def test_failures_are_raised_where_results_are_waited_for_each_time() -> None:
     assert after.is_past() and not lost.is_past()
 
 
+def test_after_one_that_fails_all_others_fail_alike_where_their_order_matters() -> None:
+    driver, done = Driver(stops=True), []
+
+    def fail() -> None:
+        raise CollectiveError("rank 3 is gone")
+
+    parts = (lambda: done.append(1), fail, lambda: done.append(2))
+    before, failing, after = (driver.start(Driven(part)) for part in parts)
+    before.finish()
+    for driven in (after, failing, after):
+        with pytest.raises(CollectiveError, match="rank 3 is gone"):
+            driven.finish()
+    assert done == [1]
+
+
 def test_the_thread_ends_with_its_driver() -> None:
-    before = len(threads())
-    driver = Driver()
-    assert len(threads()) == before  # before there is something to do
+    driver = Driver(NAME)
+    assert not threads()  # before there is something to do
     driver.start(Driven(lambda: None)).finish()
-    assert len(threads()) == before + 1
+    (thread,) = threads()
     del driver
-    for _ in range(1000):
-        if len(threads()) == before:
-            return
-        time.sleep(0.01)
-    pytest.fail("the thread is still there")
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_what_waits_at_exit_waits_until_the_last_is_over_or_the_time_is_up() -> None:
     driver, gate = Driver(), threading.Event()
-    driver.wait_at_exit(0.0)  # nothing was ever started
     driver.start(Driven(lambda: None))
     last = driver.start(Driven(lambda: assert_set(gate.wait(60))))
-    driver.wait_at_exit(time.monotonic())
+    wait_for_unfinished(time.monotonic())
     assert not last.is_past()
+    del driver  # what it was given is done all the same
     gate.set()
-    driver.wait_at_exit(time.monotonic() + 60)
+    wait_for_unfinished(time.monotonic() + 60)
     assert last.is_past()
 
 

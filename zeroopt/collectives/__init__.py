@@ -27,14 +27,13 @@ In reading order; each imports from those above it:
     turnout            which ranks still train
     residual           what codes have left out of gradients, to be sent later
     rounding           by which random numbers codes are rounded
-    courier            a thread that goes on when messages arrive
     wire               `Wire`: in what form gradients travel
     compression        as 8- or 4-bit codes
     base               `Transport`: the collectives that ZeRO needs, on flat buckets
     single             a group of one
     shm                one host: shared memory
     pairwise           messages between pairs, for Gloo
-    driver             a thread that takes collectives from one round to the next
+    driver             a thread that carries collectives on
     rounds             who sends whom what, up and down a tree of ranks
     tree               messages in rounds, for many ranks
     hybrid             several hosts: shared memory within, messages between

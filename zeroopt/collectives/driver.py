@@ -1,8 +1,9 @@
-"""A thread that takes collectives of several rounds from one round to the next.
+"""A thread that carries collectives on, whatever the rank's own thread does meanwhile.
 
 What a rank sends in a round depends on what has come in the one before, and Gloo's messages do not tell that they have come, but to who
 waits for them. Were that done where results are asked for, every round of every rank would wait for the busiest Python of all; here
-the rounds of one collective go on beside backward, and those of a gather though this rank may already do something else.
+the rounds of one collective go on beside backward, and those of a gather though this rank may already do something else. So it is where
+a host's other ranks depend on what this one receives.
 
 Collectives of one driver run one after the other, in the order of their start. Waiting and summing need no interpreter lock.
 """
@@ -31,71 +32,92 @@ class Driven(PendingCollective):
 
     Attributes:
         is_over: it is through, or has failed.
+        failure: by what.
     """
 
     def __init__(self, rounds: Callable[[], None]) -> None:
         self._rounds: Callable[[], None] | None = rounds
         self.is_over = threading.Event()
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
 
-    def run(self) -> None:
-        """Called by the driver."""
+    def run(self, failure: BaseException | None = None) -> None:
+        """Called by the driver.
+
+        Args:
+            failure: of one before it, for which it fails, too.
+        """
         assert self._rounds is not None
-        try:
-            self._rounds()
-        except BaseException as error:  # noqa: BLE001  told to whoever waits for the result
-            self._failure = error
+        self.failure = failure
+        if failure is None:
+            try:
+                self._rounds()
+            except BaseException as error:  # noqa: BLE001  told to whoever waits for the result
+                self.failure = error
         self._rounds = None  # and what it keeps
         self.is_over.set()
 
     def finish(self) -> None:
         self.is_over.wait()
-        if isinstance(self._failure, CollectiveError):
-            raise CollectiveError(str(self._failure)) from self._failure
-        if self._failure is not None:
-            raise self._failure
+        if isinstance(self.failure, CollectiveError):
+            raise CollectiveError(str(self.failure)) from self.failure
+        if self.failure is not None:
+            raise self.failure
 
     def is_past(self) -> bool:
-        return self.is_over.is_set() and self._failure is None
+        return self.is_over.is_set() and self.failure is None
 
     def wait_until_read(self) -> None:
         self.finish()
 
 
 class Driver:
-    """Runs what it is given, one after the other. Its thread is there from the first on, and ends with the driver."""
+    """Runs what it is given, one after the other. Its thread is there from the first on, and ends with the driver.
 
-    _all: ClassVar[weakref.WeakSet[Driver]] = weakref.WeakSet()
+    Args:
+        name: of the thread.
+        stops: after one that has failed, all others fail, too: other ranks expect what they do in that order.
+    """
 
-    def __init__(self) -> None:
+    _unfinished: ClassVar[set[Driven]] = set()
+
+    def __init__(self, name: str = "zeroopt rounds", *, stops: bool = False) -> None:
+        self._name, self._stops = name, stops
         self._waiting: SimpleQueue[Driven | None] = SimpleQueue()
-        self._last: threading.Event | None = None  # whether the last one is over
+        self._has_thread = False
 
     def start(self, driven: Driven) -> Driven:
         """Run it when those that were started before are over. Returns it."""
-        if self._last is None:
-            threading.Thread(target=_run_all, args=(self._waiting,), name="zeroopt rounds", daemon=True).start()
-            weakref.finalize(self, self._waiting.put, None)
-            self._all.add(self)
-        self._last = driven.is_over
+        self._unfinished.add(driven)
         self._waiting.put(driven)
+        if not self._has_thread:
+            arguments = self._waiting, self._unfinished, self._stops
+            threading.Thread(target=_run_all, args=arguments, name=self._name, daemon=True).start()
+            weakref.finalize(self, self._waiting.put, None)
+            self._has_thread = True
         return driven
 
-    def wait_at_exit(self, deadline: float) -> None:
-        """Wait until all are over, but not for long."""
-        if self._last is not None:
-            self._last.wait(max(0.0, deadline - time.monotonic()))
 
-
-def _run_all(waiting: SimpleQueue[Driven | None]) -> None:
+def _run_all(waiting: SimpleQueue[Driven | None], unfinished: set[Driven], stops: bool) -> None:
+    failure: BaseException | None = None
     while (driven := waiting.get()) is not None:
-        driven.run()
+        driven.run(failure)
+        unfinished.discard(driven)
+        if stops:
+            failure = driven.failure
         del driven  # it keeps buckets
+
+
+def wait_for_unfinished(deadline: float) -> None:
+    """Wait until all that was ever started is over, but not for long.
+
+    Args:
+        deadline: by `time.monotonic()`.
+    """
+    for driven in list(Driver._unfinished):
+        driven.is_over.wait(max(0.0, deadline - time.monotonic()))
 
 
 @atexit.register
 def _finish_at_exit() -> None:
     """The other ranks may still need what this one passes on. It comes before messages that nobody has waited for."""
-    deadline = time.monotonic() + AT_EXIT_S
-    for driver in list(Driver._all):
-        driver.wait_at_exit(deadline)
+    wait_for_unfinished(time.monotonic() + AT_EXIT_S)

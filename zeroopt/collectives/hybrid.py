@@ -9,7 +9,7 @@ hosts share a block in another order):
 reduce-scatter   Each rank sums its local rank's block over the ranks of its host, then the ranks with the same local rank
                  exchange the block's slices between hosts and sum again.
 all-gather       The other way round: slices between hosts, then blocks within the host. The host's other ranks depend on what a rank
-                 receives, whatever its own thread does meanwhile: a `Courier` waits for it and hands it on.
+                 receives, whatever its own thread does meanwhile: a `Driver` waits for it and hands it on.
 
 Where the wire says so (`Wire.between_hosts`), a host's sum is encoded before it goes to others.
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import Transport
-from .courier import Courier, Errand
+from .driver import Driven, Driver
 from .pairwise import StagingPool
 from .pending import PendingCollective
 from .shared_memory import SharedMemoryError
@@ -58,9 +58,9 @@ class HybridTransport(Transport):
         self._hosts = hosts
         host = next(i for i, ranks in enumerate(hosts) if self.control.rank in ranks)
         self._local = ShmTransport(group, hosts[host])
-        # With a board of its own, on which the courier posts while the rank posts on the other: each has one order.
+        # With a board of its own, on which the driver posts while the rank posts on the other: each has one order.
         self._local_gathers = ShmTransport(group, hosts[host])
-        self._courier = Courier("zeroopt gathers between hosts")
+        self._driver = Driver("zeroopt gathers between hosts", stops=True)
         same_local_rank = [ranks[self._local.slice_index] for ranks in hosts]
         # Two of them, for messages are numbered in the order of their start, and ranks may start the reduce of one bucket
         # before or after the gather of another.
@@ -143,7 +143,7 @@ class HybridTransport(Transport):
         with self.failing_together():
             between_hosts = self._gathers_between_hosts.start_all_gather(self._local.own_slice(full), label=label)
         pending = _HybridGather(self, between_hosts, lambda: self._local_gathers.start_all_gather(full, label=label))
-        pending.errand = self._courier.hand_over(pending.pass_on)
+        pending.passing_on = self._driver.start(Driven(pending.pass_on))
         return pending
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
@@ -229,13 +229,13 @@ class _HybridReduce(PendingCollective):
 
 
 class _HybridGather(PendingCollective):
-    """First between hosts, then within the host. The courier starts the second part when the first has arrived.
+    """First between hosts, then within the host. The driver starts the second part when the first has arrived.
 
     Attributes:
-        errand: of the courier.
+        passing_on: what the driver does.
     """
 
-    errand: Errand
+    passing_on: Driven
 
     def __init__(
         self,
@@ -249,13 +249,13 @@ class _HybridGather(PendingCollective):
         self._within_host: PendingCollective | None = None
 
     def pass_on(self) -> None:
-        """Wait for the messages of other hosts and hand them to this host's ranks. On the courier's thread."""
+        """Wait for the messages of other hosts and hand them to this host's ranks. On the driver's thread."""
         with self._transport.failing_together():
             self._between_hosts.finish()  # what has not arrived cannot be shown to this host's ranks
         self._within_host = self._start_within_host()
 
     def finish(self) -> None:
-        self.errand.wait()
+        self.passing_on.finish()
         assert self._within_host is not None
         with self._transport.failing_together():
             self._within_host.finish()
