@@ -62,11 +62,30 @@ struct alignas(64) ShmBoard::Head {
   Count counts[kCapacity];        // that of ticket n at n % kCapacity
 };
 
+/// A ticket that may be read while its owner writes another one in its place. Who has read anything of the new one then
+/// finds `posted` where it was before that was written: each store is behind it, and each load before the next one.
+struct ShmBoard::Entry {
+  std::atomic<int64_t> kind;
+  std::atomic<int64_t> bytes;
+  std::atomic<int64_t> buffer;
+
+  void store(const Ticket& ticket) {
+    kind.store(ticket.kind, std::memory_order_release);
+    bytes.store(ticket.bytes, std::memory_order_release);
+    buffer.store(ticket.buffer, std::memory_order_release);
+  }
+
+  Ticket load() const {
+    return {kind.load(std::memory_order_acquire), bytes.load(std::memory_order_acquire),
+            buffer.load(std::memory_order_acquire)};
+  }
+};
+
 struct alignas(64) ShmBoard::Lane {
   std::atomic<int64_t> posted;
   std::atomic<int64_t> read;
   std::atomic<uint32_t> left;
-  Ticket tickets[kCapacity]; // that of number n at n % kCapacity
+  Entry tickets[kCapacity]; // that of number n at n % kCapacity
 };
 
 int64_t ShmBoard::bytes(int64_t world_size) {
@@ -84,7 +103,7 @@ int64_t ShmBoard::post(const Ticket& ticket) {
   const int64_t number = lane(rank_).posted.load(std::memory_order_relaxed);
   if (!all_have_read(number - kCapacity + 1))
     throw std::logic_error("ShmBoard::post: a ticket that is still to be read would be overwritten");
-  lane(rank_).tickets[number % kCapacity] = ticket;
+  lane(rank_).tickets[number % kCapacity].store(ticket);
   // Counted first: for want of a rank that was killed in between, which would seem to have posted, nobody must wait.
   const bool is_last = adds_last(count_of(number).posted, number);
   lane(rank_).posted.store(number + 1, std::memory_order_release);
@@ -192,7 +211,7 @@ std::vector<bool> ShmBoard::left() const {
 }
 
 Ticket ShmBoard::ticket(int64_t rank, int64_t number) const {
-  return lane(rank).tickets[number % kCapacity];
+  return lane(rank).tickets[number % kCapacity].load();
 }
 
 ShmBoard::Lane& ShmBoard::lane(int64_t rank) const {

@@ -55,10 +55,12 @@ public:
   std::vector<int64_t> read() const;
   std::vector<bool> left() const;
 
-  /// What a rank has posted for a ticket that is not older than kCapacity.
+  /// What a rank has posted for a ticket that is not older than kCapacity. Whether it was not, who waits for nobody
+  /// asks `posted` afterwards: any part of a newer ticket is found there only once `posted` says so.
   Ticket ticket(int64_t rank, int64_t number) const;
 
 private:
+  struct Entry;
   struct Lane;
   struct Count;
   struct Head;

@@ -323,3 +323,26 @@ class TestReduce:
         whole = torch.zeros(10)
         with pytest.raises(ConfigError, match=r"slices\[0\] and out not to overlap"):
             ops.reduce([whole[1:]], whole[:9])
+
+
+def test_negated_views_are_what_they_show() -> None:
+    """The imaginary part of a conjugate lies in memory with the other sign."""
+    memory = torch.arange(1.0, 9.0)
+    negated, out = torch._neg_view(memory), torch.zeros(8)
+    ops.pack(negated, out, scale=2.0)
+    assert torch.equal(out, -2 * memory)
+    ops.pack_segments([negated], [out])
+    assert torch.equal(out, -memory)
+    for refused in (
+        lambda: ops.pack(memory, torch._neg_view(out)),
+        lambda: ops.pack_segments([memory], [torch._neg_view(out)]),
+        lambda: ops.copy(negated, out),
+        lambda: ops.reduce([memory, negated], out),
+    ):
+        with pytest.raises(ConfigError, match="got a negated view"):
+            refused()
+    assert torch.equal(out, -memory)
+
+
+def test_nothing_is_copied_from_nowhere() -> None:
+    ops.copy(torch.zeros(0), torch.zeros(0))

@@ -334,3 +334,14 @@ def test_codes_of_real_steps_come_again() -> None:
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             codes, scales = optimizer.state[param][name], optimizer.state[param][name + ops.SCALE_SUFFIX]
             assert torch.equal(ops.encode_again(dequantize(codes, scales), scales, codes.dtype), codes), (step, name)
+
+
+def test_refuses_overlap() -> None:
+    """Scales would be written over the values that are still to be encoded."""
+    memory = torch.randn(512)
+    codes = torch.zeros(512, dtype=torch.int8)
+    for scales in (memory[:2], codes.view(torch.float32)[:2]):
+        before = memory.clone()
+        with pytest.raises(ConfigError, match="not to overlap in memory"):
+            ops.quantize(memory, codes, scales)
+        assert torch.equal(memory, before)

@@ -200,6 +200,24 @@ class TestSetGrads:
             table.set_grads(grads)
         assert torch.equal(table.rows, before)
 
+    def test_refuses_what_a_step_writes(self) -> None:
+        memory = [torch.zeros(24), torch.zeros(24)]
+        segments = [
+            SegmentArrays(memory[0][:8], states=[memory[1][:8]]),
+            SegmentArrays(memory[0][16:24], states=[memory[1][12:20]]),
+        ]
+        table = ops.SegmentTable(FLOAT32, segments)
+        apart = [memory[0][8:16], memory[1][:12][8:12].repeat(2)]
+        table.set_grads(apart)
+        for number, grad in [(0, memory[0][1:9]), (1, memory[0][9:17]), (0, memory[0][:8]), (1, memory[1][11:19])]:
+            with pytest.raises(ConfigError, match=rf"grads\[{number}\] not to overlap .* what a step writes"):
+                table.set_grads([grad if number == place else apart[place] for place in range(2)])
+        table.set_grads([apart[0], apart[0]])  # both only read
+
+    def test_refuses_negated_views(self) -> None:
+        with pytest.raises(ConfigError, match=r"grads\[0\] .* negated view .* call .resolve_neg"):
+            self.table().set_grads([torch._neg_view(zeros()), zeros(3)])
+
 
 def call_of(name: str) -> dict[str, Any]:
     segments = [Stored(OPS[name], numel=8), Stored(OPS[name], numel=9)]

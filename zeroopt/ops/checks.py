@@ -28,7 +28,16 @@ def dtype_code(name: str, tensor: Tensor) -> int:
         raise ConfigError(f"expected {name} to be float32, float64, bfloat16 or float16, got {tensor.dtype}")
     if tensor.is_meta:
         raise NotSupportedError(f"there are kernels for CPU and CUDA tensors, {name} is on {tensor.device}")
+    check_not_negated(name, tensor)
     return found
+
+
+def check_not_negated(name: str, tensor: Tensor) -> None:
+    """Raise ConfigError for a view whose elements are those of the memory with the other sign, as of an imaginary part."""
+    if tensor.is_neg():
+        raise ConfigError(
+            f"expected {name} to be what is in its memory, got a negated view of that; call .resolve_neg()"
+        )
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
@@ -42,6 +51,7 @@ def check_flat(name: str, tensor: Tensor, numel: int) -> None:
             f"expected {name} to be 1-D and contiguous with {numel} elements, got shape {list(tensor.shape)} "
             f"with strides {tensor.stride()}"
         )
+    check_not_negated(name, tensor)
 
 
 def check_disjoint(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

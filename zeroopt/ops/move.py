@@ -20,6 +20,7 @@ from .checks import (
     check_disjoint,
     check_flat,
     check_none_overlap,
+    check_not_negated,
     current_stream,
     dtype_code,
     is_dense,
@@ -32,13 +33,14 @@ def pack(src: Tensor, dst: Tensor, *, scale: float = 1.0) -> None:
     """``dst = src * scale``, cast, element by element in storage order. Not collective.
 
     Args:
-        src: float32, float64, bfloat16 or float16, contiguous or dense with the strides of ``dst``.
+        src: float32, float64, bfloat16 or float16, contiguous or dense with the strides of ``dst``. A negated view is resolved.
         dst: as many elements of any of these dtypes, on the same device; overwritten. It may be ``src`` itself.
         scale: factor; multiplied in float32, or in float64 when either side is.
 
     Raises:
         ConfigError: a dtype, size, layout or device does not fit, or the two overlap in part.
     """
+    src = _resolved(src)
     src_code, dst_code = dtype_code("src", src), dtype_code("dst", dst)
     check_device("dst", dst, src)
     require(src.numel() == dst.numel(), f"expected dst to have {src.numel()} elements as src, got {dst.numel()}")
@@ -64,7 +66,7 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
     """`pack` for many pairs of tensors in one call. Not collective. A CUDA graph that captures it packs these very tensors.
 
     Args:
-        sources: of one dtype and device; each contiguous or dense with the strides of its target.
+        sources: of one dtype and device; each contiguous or dense with the strides of its target. Negated views are resolved.
         targets: likewise, as many, each with as many elements as its source; overwritten. One may be its source itself; else
             none overlaps another tensor.
         scale: factor; multiplied in float32, or in float64 when either side is.
@@ -73,7 +75,7 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
         ConfigError: a dtype, size, layout or device does not fit, or tensors overlap.
     """
     require(len(sources) == len(targets), f"expected as many targets as the {len(sources)} sources, got {len(targets)}")
-    pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if s.numel() or t.numel()]
+    pairs = [(_resolved(s), t) for s, t in zip(sources, targets, strict=True) if s.numel() or t.numel()]
     if not pairs:
         return
     first_src, first_dst = pairs[0]
@@ -88,6 +90,7 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
             )
         check_device(f"targets[{number}]", dst, first_src)
         check_device(f"sources[{number}]", src, first_src)
+        check_not_negated(f"targets[{number}]", dst)
         if not _same_dense_layout(src, dst):
             raise ConfigError(f"expected pair {number} to be contiguous or dense with the same strides")
         table[number, [NUMEL_COLUMN, PARAM_COLUMN, GRAD_COLUMN]] = src.numel(), dst.data_ptr(), src.data_ptr()
@@ -121,6 +124,8 @@ def copy(src: Tensor, dst: Tensor) -> None:
     """
     require(src.is_cpu and dst.is_cpu, f"expected src and dst on the CPU, got {src.device} and {dst.device}")
     require(src.is_contiguous() and dst.is_contiguous(), "expected src and dst to be contiguous")
+    for name, tensor in (("src", src), ("dst", dst)):
+        check_not_negated(name, tensor)
     require(src.nbytes == dst.nbytes, f"expected dst to have {src.nbytes} bytes as src, got {dst.nbytes}")
     check_disjoint("src", src, "dst", dst)
     _C.copy(src.data_ptr(), dst.data_ptr(), src.nbytes, torch.get_num_threads())
@@ -178,7 +183,7 @@ def _sum_apart(slices: Sequence[Tensor]) -> Tensor:
 def _fit_to_reduce(slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
     """Whether `_check_reduce` has nothing to say, without its many calls: this comes once a bucket, while backward runs."""
     dtype, device, begin = out.dtype, out.device, out.data_ptr()
-    if not slices or out.is_meta or out.dim() != 1 or not out.is_contiguous():
+    if not slices or out.is_meta or out.is_neg() or out.dim() != 1 or not out.is_contiguous():
         return False
     of_slices = slices[0].dtype
     if of_slices not in DTYPE_CODES or (
@@ -192,7 +197,11 @@ def _fit_to_reduce(slices: Sequence[Tensor], out: Tensor, base: Tensor | None) -
             return False
         address = tensor.data_ptr()
         is_out = address == begin and expected is dtype
-        if not tensor.is_contiguous() or (not is_out and address < end and begin < address + tensor.nbytes):
+        if (
+            not tensor.is_contiguous()
+            or tensor.is_neg()
+            or (not is_out and address < end and begin < address + tensor.nbytes)
+        ):
             return False
     return True
 
@@ -226,3 +235,8 @@ def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
     return a.shape == b.shape and a.stride() == b.stride() and is_dense(a)
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own where that has its elements with the other sign."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor

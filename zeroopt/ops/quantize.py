@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .checks import check_device, check_flat, current_stream, require
+from .checks import check_device, check_flat, check_none_overlap, current_stream, require
 from .devices import require_kernels
 from .storage import QUANT_BLOCK, num_blocks
 
@@ -114,5 +114,6 @@ def _check(values: Tensor, codes: Tensor, scales: Tensor) -> bool:
     ):
         check_flat(name, tensor, numel)
         check_device(name, tensor, values)
+    check_none_overlap((("values", values), ("codes", codes), ("scales", scales)))
     require_kernels(values.device)
     return codes.dtype is torch.int8

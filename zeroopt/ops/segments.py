@@ -16,11 +16,13 @@ from ..transfers import upload_into
 from .checks import (
     GRAD_COLUMN,
     GROUP_COLUMN,
+    NUMEL_COLUMN,
     ROW_COLUMNS,
     STATE_COLUMN,
     check_device,
     check_flat,
     check_none_overlap,
+    check_not_negated,
     dtype_code,
     is_dense,
     require,
@@ -118,7 +120,7 @@ class SegmentTable:
 
         Args:
             grads: for each segment a dense tensor, of the dtype and device of the table's storage, whose elements lie in memory
-                as those of the segment do; None for segments that will be inactive.
+                as those of the segment do, apart from what a step writes; None for segments that will be inactive.
 
         Raises:
             ConfigError: a gradient cannot be right.
@@ -139,10 +141,12 @@ class SegmentTable:
                     f"expected grads[{number}] to have {numel} elements of {self.storage.grad_dtype} on {self.device}, got "
                     f"{grad.numel()} of {grad.dtype} on {grad.device}"
                 )
+            check_not_negated(f"grads[{number}]", grad)
             if not is_dense(grad):
                 raise ConfigError(f"expected grads[{number}] to be dense in memory, got strides {grad.stride()}")
             addresses.append(grad.data_ptr())
         if self._table[:, GRAD_COLUMN].tolist() != addresses:
+            self._check_apart(np.array(addresses, dtype=np.int64))
             before = self._table[:, GRAD_COLUMN].copy()
             self._table[:, GRAD_COLUMN] = addresses
             try:
@@ -150,6 +154,16 @@ class SegmentTable:
             except StateError:
                 self._table[:, GRAD_COLUMN] = before  # the device still has those
                 raise
+
+    def _check_apart(self, addresses: NDArray[np.int64]) -> None:
+        """Raise ConfigError where a gradient, at 0 where there is none, lies upon what a step writes."""
+        ends = addresses + self._table[:, NUMEL_COLUMN] * self.storage.grad_dtype.itemsize
+        # Of the arrays, which lie apart, the first that ends behind a gradient's beginning is the first that it can meet.
+        found = np.searchsorted(self._written_ends, addresses, side="right")
+        begins = np.append(self._written_begins, np.iinfo(np.int64).max)[found]
+        if (meets := (addresses != 0) & (begins < ends)).any():
+            number = int(meets.argmax())
+            raise ConfigError(f"expected grads[{number}] not to overlap in memory with what a step writes; clone it")
 
     def _upload(self) -> None:
         if self.device.type == "cpu":
@@ -206,12 +220,17 @@ class SegmentTable:
             yield f"{name}.scales[{k}]", scale, torch.float32
 
     def _check_disjoint(self) -> None:
-        check_none_overlap(
+        arrays = [
             (what, array)
             for number, segment in enumerate(self.segments)
             for what, array, _ in self._expected(f"segments[{number}]", segment)
             if array is not None
+        ]
+        check_none_overlap(arrays)
+        written = sorted(
+            (array.data_ptr(), array.data_ptr() + array.nbytes) for what, array in arrays if not what.endswith(".grad")
         )
+        self._written_begins, self._written_ends = np.array(written, dtype=np.int64).reshape(-1, 2).T
 
 
 def _row(segment: SegmentArrays) -> list[int]:

@@ -6,6 +6,7 @@
 namespace zeroopt::cpu::ZEROOPT_ISA {
 
 void copy(const void* src, void* dst, int64_t bytes) {
+  if (bytes == 0) return; // of no bytes there may be no address either, which memcpy must not be given
   if (bytes < kStreamBytes) {
     memcpy(dst, src, static_cast<size_t>(bytes));
     return;

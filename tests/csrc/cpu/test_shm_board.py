@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +263,24 @@ def hold_locks() -> list[bool]:
 
 def test_locks_end_with_their_process(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(1, hold_locks) == [[True, False, True, False, True]]
+
+
+@pytest.mark.slow
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    """Ranks as threads in C++, where Python's lock cannot hide a race, under a ThreadSanitizer."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    here, program = Path(__file__).parent, tmp_path / "board_threads"
+    csrc = here.parents[2] / "csrc"
+    sources = [here / "board_threads.cpp", csrc / "cpu" / "shm_board.cpp"]
+    command = [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{csrc}", *sources]
+    compiled = subprocess.run([*command, "-o", program], capture_output=True, text=True, check=False)
+    if compiled.returncode and "tsan" in compiled.stderr:
+        pytest.skip("the compiler comes without a ThreadSanitizer")
+    assert compiled.returncode == 0, compiled.stderr
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    run = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+    if "unexpected memory mapping" in run.stderr:
+        pytest.skip("addresses of this kernel are laid out as its ThreadSanitizer cannot have them")
+    assert run.returncode == 0, run.stderr
