@@ -14,7 +14,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo bench bench-smoke gpu test test-quick lint format clean
+.PHONY: help venv demo bench bench-smoke gpu test test-quick fuzz soak lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -44,6 +44,7 @@ bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see 
 	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
 	$(VENV)/bin/python -m bench.kills --kills 10
 	$(VENV)/bin/python -m bench.kills --kills 10 --without-disk --any-ranks
+	$(VENV)/bin/python -m bench.soak --minutes 0.3
 	$(VENV)/bin/python -m bench.gpu --rehearse --out runs/smoke/gpu
 
 gpu: ## Build, test and measure on the GPU at hand, with what is installed (some 8 minutes; needs no network)
@@ -54,6 +55,12 @@ test: $(READY) ## Run the tests
 
 test-quick: $(READY) ## Run the tests that take one process and little time (about a minute and a half)
 	$(VENV)/bin/python -m pytest tests -m "not ranks and not slow" --timeout=$(TEST_TIMEOUT) --quiet
+
+fuzz: $(READY) ## Read thousands of files that were damaged at random, and plan as many models (some 20 minutes)
+	$(VENV)/bin/python -m pytest tests/checkpoint/test_damage.py tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py tests/csrc/test_owners.py --hypothesis-profile=deep --timeout=3600
+
+soak: $(READY) ## Train, save, load and lose ranks for half an hour, without growing
+	$(VENV)/bin/python -m bench.soak --minutes 30
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

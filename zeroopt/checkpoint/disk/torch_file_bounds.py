@@ -27,8 +27,22 @@ def check_torch_file(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         yield from check_pickle(io.BytesIO(_pickle_of(file)))
     else:
         file.seek(0)
+        bounded = _Bounded(file)
         for _ in range(_LEGACY_PICKLES):
-            yield from check_pickle(file)
+            yield from check_pickle(bounded)  # type: ignore[arg-type]
+
+
+class _Bounded:
+    """A file whose buffer is not made as large as what is asked for, where that is more than there is."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        position = file.tell()
+        self._file, self._size = file, file.seek(0, io.SEEK_END)
+        file.seek(position)
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._size - self._file.tell()))
 
 
 def _pickle_of(file: IO[bytes]) -> bytes:
