@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
 from datetime import timedelta
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from zeroopt.collectives.messages import Messages
+from zeroopt.collectives.messages import Messages, exit_deadline
 from zeroopt.collectives.pending import PendingWork
 
 LOST = "Connection closed by peer"
@@ -102,3 +105,10 @@ def test_at_exit_nobody_waits_for_what_has_failed() -> None:
     messages.wait()
     messages.give_up()
     assert messages not in Messages.unfinished
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_only_a_process_that_has_not_failed_waits_for_others_when_it_ends(failed: bool) -> None:
+    """Python notes the exception by which it ends."""
+    with patch.object(sys, "last_value", RuntimeError() if failed else None, create=True):
+        assert (exit_deadline() <= time.monotonic()) is failed

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import ClassVar
 
 from ..errors import CollectiveError
-from .messages import AT_EXIT_S
+from .messages import exit_deadline
 from .pending import PendingCollective
 
 
@@ -120,4 +120,4 @@ def wait_for_unfinished(deadline: float) -> None:
 @atexit.register
 def _finish_at_exit() -> None:
     """The other ranks may still need what this one passes on. It comes before messages that nobody has waited for."""
-    wait_for_unfinished(time.monotonic() + AT_EXIT_S)
+    wait_for_unfinished(exit_deadline())

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from .lost import break_off
 
-AT_EXIT_S = 10.0
+_AT_EXIT_S = 10.0
 _AT_ONCE = timedelta(milliseconds=1)
 _LEAVING_S = 0.2
 
@@ -130,11 +130,18 @@ def _wait_for_all() -> None:
         del messages
 
 
+def exit_deadline() -> float:
+    """Until when a process that ends now waits for what is on its way, by `time.monotonic`.
+
+    A rank that is through may be ahead of the others, who have yet to receive what it has sent. One that ends by an exception keeps
+    nobody waiting: without it the others fail anyway.
+    """
+    has_failed = getattr(sys, "last_value", None) is not None
+    return time.monotonic() + (0.0 if has_failed else _AT_EXIT_S)
+
+
 @atexit.register
 def _finish_at_exit() -> None:
-    """A rank that is through may be ahead of the others, who have yet to receive what it has sent. One that has failed keeps nobody
-    waiting."""
-    has_failed = hasattr(sys, "last_value")
-    deadline = time.monotonic() + (0.0 if has_failed else AT_EXIT_S)
+    deadline = exit_deadline()
     for messages in list(Messages.unfinished):
         messages.end_by(deadline)
