@@ -47,11 +47,6 @@ class Entries:
         """All tensors that steps alone change."""
         return (value for value in self.planner.state_dict.values() if isinstance(value, ShardTensor))
 
-    def plain(self, item: WriteItem) -> Tensor:
-        """A tensor that this rank has whole."""
-        value: Tensor = self.planner.state_dict[item.index.fqn]
-        return value
-
     def tensor(self, item: WriteItem) -> Tensor:
         """The tensor of an item."""
         value = self.planner.resolve_data(item)
