@@ -30,6 +30,7 @@ from zeroopt.checkpoint import async_save, latest, load, save
 
 STEPS = 40  # a round
 LIVES = 3  # of which all but the last end by a killed rank
+LEAST_ROUNDS = 8  # of the last life
 SHOWN = 8  # moments of a life
 GRACE_S = 60.0  # in which those that were not killed end by themselves
 LIMIT_S = 300.0  # of what comes after the time of a life
@@ -95,7 +96,8 @@ def train(task: Task) -> Life:
         plain, plain_optimizer = zeroopt.unwrap(model, optimizer)
         gc.collect()  # what only waits for that has not leaked
         held.append(held_by(os.getpid()))
-        over = torch.tensor(float(task.is_last and time.monotonic() > end))
+        is_enough = task.is_last and time.monotonic() > end and len(held) >= LEAST_ROUNDS
+        over = torch.tensor(float(is_enough))
         dist.broadcast(over, 0)
         if over:
             return Life(steps, held)
