@@ -77,19 +77,19 @@ from .unwrap import unwrap
 from .wrap import wrap
 
 if TYPE_CHECKING:
-    from . import checkpoint
+    from . import checkpoint, elastic
     from .planner import estimate_memory
 
 __version__: str = build_info()["version"]
 
 
 def __getattr__(name: str) -> Any:
-    """Find `zeroopt.checkpoint` and `zeroopt.estimate_memory` when they are first used: importing them takes long, for they import
-    DCP, and what traces models."""
+    """Find `zeroopt.checkpoint`, `zeroopt.elastic` and `zeroopt.estimate_memory` when they are first used: importing them takes long,
+    for they import DCP, and what traces models."""
     from importlib import import_module
 
-    if name == "checkpoint":
-        return import_module("zeroopt.checkpoint")
+    if name in ("checkpoint", "elastic"):
+        return import_module(f"zeroopt.{name}")
     if name == "estimate_memory":
         return import_module("zeroopt.planner").estimate_memory
     raise AttributeError(f"module 'zeroopt' has no attribute {name!r}")
@@ -113,6 +113,7 @@ __all__ = [
     "build_info",
     "checkpoint",
     "data",
+    "elastic",
     "estimate_memory",
     "ops",
     "optim",

@@ -55,6 +55,25 @@ def test_all_is_there_again(run_on_ranks: RunOnRanks, tmp_path: Path, case: int)
         assert_same(values, expected)
 
 
+def go_on(memory: Path, options: dict[str, Any], cuts: list[int]) -> Any:
+    """What there is after the last of some steps; after each of the others, a new model goes on from the copy."""
+    for cut in cuts:
+        _, values, _ = train_under_guard(memory, "lm", options, cut)
+    return values
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_compression": "int8"}, {"stage": 1, "param_dtype": torch.bfloat16}], ids=str
+)
+def test_training_goes_on_as_if_nothing_had_happened(
+    run_on_ranks: RunOnRanks, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    expected = run_on_ranks(2, go_on, tmp_path / "whole", options, [5])
+    found = run_on_ranks(2, go_on, tmp_path / "cut", options, [2, 3, 5])
+    for mine, its in zip(found, expected, strict=True):
+        assert_same(mine, its)
+
+
 def test_any_number_of_ranks_goes_on_and_copies_anew(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     (_, expected, _), *_ = run_on_ranks(2, train_under_guard, tmp_path, "mlp", {}, 4)
     assert_all_same([values for _, values, *_ in run_on_ranks(3, restored, tmp_path, "mlp", {})], expected)
@@ -106,17 +125,36 @@ def test_a_guard_copies_every_so_many_steps_and_leaves_nothing(run_on_ranks: Run
     assert list(tmp_path.iterdir()) == []
 
 
-def without_room(memory: Path) -> str:
+def without_restoring(memory: Path) -> Any:
+    model, optimizer = wrapped("mlp", "adamw", {})
+    guard = Guard(model, optimizer, rank_extra={"random": RandomState()}, job="job", memory=memory)
+    train(model, optimizer, "mlp", range(1))
+    guard.step(1)
+    guard.wait()
+    return 1, all_of(model, [optimizer])
+
+
+def test_a_run_that_does_not_restore_begins_anew(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, train_under_guard, tmp_path, "mlp", {}, 4)
+    (_, expected), *_ = run_on_ranks(2, without_restoring, tmp_path)
+    after = run_on_ranks(2, restored, tmp_path, "mlp", {})
+    assert [step for step, *_ in after] == [1, 1]
+    assert_all_same([values for _, values, *_ in after], expected)
+
+
+def with_object(memory: Path) -> None:
     model, optimizer = wrapped("mlp", "adamw", {})
     train(model, optimizer, "mlp", range(1))
-    guard = Guard(model, optimizer, {"object": object()}, job="job", memory=memory)
+    mine = {"object": object()} if dist.get_rank() == 1 else {"object": 1}
+    guard = Guard(model, optimizer, rank_extra=mine, job="job", memory=memory)
     guard.step(1)
-    return ""
 
 
 def test_what_cannot_be_copied_is_an_error_on_all_ranks(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
-    errors: list[Any] = run_on_ranks.outcomes(2, without_room, tmp_path)
-    assert all(error.type_name == "CheckpointError" and "extra" in error.message for error in errors)
+    errors: list[Any] = run_on_ranks.outcomes(2, with_object, tmp_path)
+    assert [error.type_name for error in errors] == ["CheckpointError"] * 2
+    assert errors[0].message == "step 1 could not be copied: on another rank, which says why"
+    assert "rank-1.pt['object'] is a builtins.object" in errors[1].message
 
 
 def alone(memory: Path) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
@@ -109,7 +110,7 @@ class Guard:
         self._sends = self._between is not None and between_hosts
         if self._is_first_of_host:
             remove_ended(memory)
-        self._layout = 0
+        self._layout: int | None = None  # until somebody has looked for what there is
         self._copier: Copier | None = None
         self._neighbours: Neighbours | None = None
         self._copies = 0  # in the present layout
@@ -147,7 +148,7 @@ class Guard:
 
     def step(self, step: int) -> None:
         """Copy what there is after a step, if its number is a multiple of `every`. The whole copy before stays until this one is whole on all
-        ranks.
+        ranks. Without a `restore` before, a run begins anew, and what another one has left under the same name is removed.
 
         Args:
             step: its number, the same on all ranks, larger than those before.
@@ -160,10 +161,8 @@ class Guard:
             return
         self.wait()
         self._sending.wait()
-        entries, packed = self._take()
-        is_new = self._copier is None or not self._copier.fits(entries, packed)
-        # Who comes here has the copy before, and has sent it, so that none needs the one before that.
-        if self._control.first(is_new, "copying to memory") is not None:
+        entries, packed, is_new = self._take_together(step)
+        if is_new:
             self._lay_out(entries, packed)
         elif self._has_older and self._copies:
             self._remove_older()
@@ -244,11 +243,28 @@ class Guard:
 
     # Copying.
 
+    def _take_together(self, step: int) -> tuple[Entries, bytes, bool]:
+        """What there is to copy, what of it is no tensor, and whether some rank has no place for it. When it returns, all ranks have the copy
+        before, and have sent it, so that none needs the one before that. Collective."""
+        error: Exception | None = None
+        try:
+            entries, packed = self._take()
+            outcome = _FITS if self._copier is not None and self._copier.fits(entries, packed) else _IS_NEW
+        except Exception as raised:  # noqa: BLE001  the other ranks have to hear of it
+            outcome, error = _FAILED, raised
+        worst = torch.tensor(outcome, dtype=torch.int64, device=self._control.device)
+        told = int(self._control.largest(worst, "copying to memory"))
+        if told == _FAILED:
+            reason = "on another rank, which says why" if error is None else error
+            raise CheckpointError(f"step {step} could not be copied: {reason}") from error
+        return entries, packed, told == _IS_NEW
+
     def _take(self) -> tuple[Entries, bytes]:
         """What there is to copy, and what of it is no tensor."""
         model, rank = self._model, self._control.rank
         model.replica.gathers.finish_all()
         for one in self._optimizers:
+            one.check_can_save(self._group)
             one.follow_writes()
         nested = own_contents(model, self._optimizers)
         facts = None
@@ -262,16 +278,19 @@ class Guard:
             side[rank_file(rank)] = pack_extra(self._rank_extra)
         entries = Entries(nested, is_first=rank == 0)
         values = {key: value for key, value in entries.planner.state_dict.items() if not isinstance(value, Tensor)}
+        for name, value in side.items():
+            check_plain(value, name)
         return entries, pack({"values": values, "side": side, "facts": facts})
 
     def _lay_out(self, entries: Entries, packed: bytes) -> None:
         """Find places anew, in another file. Collective."""
+        if self._layout is None:
+            self._begin_anew()
+        assert self._layout is not None
         self._layout += 1
         path = self._directory / str(FileName(self._layout, self._control.size, self._control.rank))
 
         def plan_mine() -> SavePlan:
-            for name, value in (("extra", self._extra), ("rank_extra", self._rank_extra)):
-                check_plain(pack_extra(value), name)
             return entries.planner.create_local_plan()
 
         def plan_all(plans: list[SavePlan]) -> list[tuple[SavePlan, Metadata | None]]:
@@ -294,9 +313,20 @@ class Guard:
         self._copies = 0
         self._has_older = True
 
+    def _begin_anew(self) -> None:
+        """Nobody has asked for what another run may have left: it is not to be taken for what this one leaves. Collective."""
+
+        def remove_mine() -> None:
+            if self._is_first_of_host:
+                remove_job(self._directory)
+
+        together(self._group, f"removing what is in {self._directory}", remove_mine, lambda done: done)
+        self._layout = 0
+
     def _remove_older(self) -> None:
         """All ranks have a whole copy in the present layout, so that nobody needs another."""
         self._has_older = False
+        assert self._layout is not None
         for name in files_in(self._directory) if self._is_first_of_host else ():
             if name.layout < self._layout:
                 (self._directory / str(name)).unlink(missing_ok=True)
@@ -308,6 +338,10 @@ class Guard:
             copied.result()
         assert self._neighbours is not None
         self._neighbours.exchange(step)
+
+
+_FITS, _IS_NEW, _FAILED = range(3)
+"""What ranks tell each other of what they have to copy."""
 
 
 class _Background:

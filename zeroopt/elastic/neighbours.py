@@ -103,7 +103,7 @@ class Neighbours:
         ]
         if ring.to is not None:
             works.append((ring.to, start_message(group.send, _bytes(mine), ring.to, _TAG)))
-        PendingWork(_WHAT, works, (mine, *into)).finish()
+        PendingWork(_WHAT, works, (mine, *into), group=group).finish()
         return into
 
 
