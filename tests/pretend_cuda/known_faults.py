@@ -95,6 +95,45 @@ def parameters_read_while_they_are_gathered(rank: int, is_mended: bool) -> Tenso
     return result
 
 
+def gradients_added_to_what_was_gathered(rank: int, is_mended: bool) -> Tensor:
+    """The buffer of gradients is lent to a gather of parameters, and gradients are added to what that has left (Megatron #4609)."""
+    buffer, param = torch.zeros(2 * NUMEL, device="cuda"), torch.zeros(2 * NUMEL, device="cuda")
+    own = buffer[rank * NUMEL : (rank + 1) * NUMEL].fill_(rank + 1.0)
+    dist.all_gather_into_tensor(buffer, own)
+    param.copy_(buffer)
+    if is_mended:
+        buffer.zero_()
+    buffer += _gradient(1.0, rank).repeat(2)
+    dist.all_reduce(buffer)
+    return buffer
+
+
+def staged_but_not_there(rank: int, is_mended: bool) -> Tensor:
+    """A copy from pageable memory is taken for one that has come when the call returns; by then it has been staged, no more."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        numbers = torch.full((NUMEL,), 1.0 + rank).to("cuda", non_blocking=True)
+    numbers.record_stream(torch.cuda.current_stream())
+    if is_mended:
+        torch.cuda.current_stream().wait_stream(side)
+    return numbers * 2
+
+
+def read_before_its_message_has_come(rank: int, is_mended: bool) -> Tensor:
+    """Messages have a stream of their own for each two ranks: a collective of the same group, started later, does not come behind them."""
+    numbers = torch.full((NUMEL,), -1.0, device="cuda")
+    if rank == 0:
+        work = dist.isend(_gradient(1.0, rank), 1)
+    else:
+        work = dist.irecv(numbers, 0)
+    assert work is not None
+    if is_mended:
+        work.wait()
+    dist.all_reduce(numbers)
+    work.wait()
+    return numbers
+
+
 def flags_rewritten_while_they_are_copied(rank: int, is_mended: bool) -> Tensor:
     """Pinned memory from which a copy has yet to be made is written by the host for the next step."""
     pinned, total = torch.zeros(NUMEL).pin_memory(), torch.zeros(NUMEL, device="cuda")
@@ -127,6 +166,16 @@ def started_in_another_order(rank: int, is_mended: bool) -> Tensor:
     for work in works:
         work.wait()
     return buckets[0] * 2
+
+
+def both_send_first(rank: int, is_mended: bool) -> Tensor:
+    """Two ranks exchange halos: each sends, then receives, and each message waits for the other rank to come to its receive."""
+    other, mine, theirs = 1 - rank, _gradient(1.0, rank), torch.empty(NUMEL, device="cuda")
+    ops = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, theirs, other)]
+    works = dist.batch_isend_irecv(ops) if is_mended else [op.op(op.tensor, op.peer) for op in ops]
+    for work in works:
+        work.wait()
+    return theirs * 2
 
 
 def not_started_on_one_rank(rank: int, is_mended: bool) -> Tensor:

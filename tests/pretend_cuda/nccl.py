@@ -3,6 +3,10 @@
 A collective runs on a stream of its communicator, behind what the current stream has been given so far. The host never waits:
 `Work.wait` has the current stream wait. All ranks of a communicator start the same collectives in the same order; where they do
 not, NCCL hangs or mixes up what it sends, until its watchdog ends the process, and here every rank raises.
+
+Messages go as torch's NCCL has them go where a group has not been bound to a device: those between two ranks on a stream of the two, one
+after the other in either direction, whatever their tags, so that two ranks which both send first wait for each other for ever; those of
+`batch_isend_irecv` on the stream of the collectives, all at once.
 """
 
 from __future__ import annotations
@@ -63,12 +67,14 @@ class Call:
 
 @dataclass
 class Round:
-    """One collective, from the first rank that starts it until it has run."""
+    """One collective, or message, from the first rank that starts it until it has run."""
 
     ranks: tuple[int, ...]
+    channel: Any
     calls: dict[int, Call] = field(default_factory=dict)
     begins: dict[int, int] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
+    streams: dict[int, int] = field(default_factory=dict)
     captures: dict[int, int] = field(default_factory=dict)
     error: str = ""
 
@@ -77,35 +83,56 @@ class Round:
         return bool(self.error) or len(self.ends) == len(self.ranks)
 
 
+@dataclass
+class Part:
+    """What a rank does in a round.
+
+    Attributes:
+        ranks: of the round.
+        channel: whose rounds are told apart by their order alone.
+    """
+
+    call: Call
+    ranks: tuple[int, ...]
+    channel: Any = "all"
+
+
 class Communicator:
-    """The ranks of one group, each with a stream on each device that it uses."""
+    """The ranks of one group, each with streams on each device that it uses: a lane has one."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._streams: dict[tuple[int, int], int] = {}
+        self._streams: dict[tuple[int, int, Any], int] = {}
         self._condition = threading.Condition()
         self._rounds: dict[Any, Round] = {}
         self._counts: defaultdict[Any, int] = defaultdict(int)
-        self._number = next(_numbers)
+        self._last: dict[tuple[int, Any], list[Round]] = {}  # that were started, by rank and lane
+        self._actors: defaultdict[Any, int] = defaultdict(lambda: next(_numbers))  # of the trace, by channel
 
-    def start(self, rank: int, call: Call, ranks: tuple[int, ...], channel: Any = "all") -> Round:
-        """Start a rank's part of a round: the next one of those ranks."""
+    def start(self, rank: int, parts: Sequence[Part], lane: Any = "collectives") -> list[Round]:
+        """Start a rank's parts of rounds, the next ones of their channels, all at once, behind what it has started on that lane."""
         with self._condition:
-            number = self._counts[rank, channel]
-            self._counts[rank, channel] += 1
-            if number:  # a stream does one thing after the other
-                self.wait(self._rounds[channel, number - 1])
-            round_ = self._rounds.setdefault((channel, number), Round(ranks))
-            round_.begins[rank] = self._begin(rank, call.device)
-            round_.captures[rank] = _device.capture_of(call.device, self._streams[rank, call.device])
-            if keeps_by_record_stream:
-                for tensor in (*call.inputs, *call.outputs):
-                    tensor.record_stream(stream_of(call.device, self._streams[rank, call.device]))
-            round_.calls[rank] = call
-            if len(round_.calls) == len(ranks):
-                self._run(round_)
-                self._condition.notify_all()
-            return round_
+            for before in self._last.get((rank, lane), []):
+                self.wait(before)
+            self._last[rank, lane] = [self._enter(rank, part, lane) for part in parts]
+            return self._last[rank, lane]
+
+    def _enter(self, rank: int, part: Part, lane: Any) -> Round:
+        call, number = part.call, self._counts[rank, part.channel]
+        self._counts[rank, part.channel] += 1
+        round_ = self._rounds.setdefault((part.channel, number), Round(part.ranks, part.channel))
+        round_.begins[rank] = self._begin(rank, call.device, lane)
+        stream = self._streams[rank, call.device, lane]
+        round_.streams[rank] = stream
+        round_.captures[rank] = _device.capture_of(call.device, stream)
+        if keeps_by_record_stream:
+            for tensor in (*call.inputs, *call.outputs):
+                tensor.record_stream(stream_of(call.device, stream))
+        round_.calls[rank] = call
+        if len(round_.calls) == len(part.ranks):
+            self._run(round_)
+            self._condition.notify_all()
+        return round_
 
     def wait(self, round_: Round) -> None:
         """Until all ranks have started it: of this, a program on real devices sees nothing."""
@@ -117,16 +144,14 @@ class Communicator:
             if round_.error:
                 raise RuntimeError(round_.error)
 
-    def _stream_actor(self, rank: int, device: int) -> int:
-        if (rank, device) not in self._streams:
-            self._streams[rank, device] = _device.new_stream(device)
-        return _device.stream_actor(device, self._streams[rank, device])
-
-    def _begin(self, rank: int, device: int) -> int:
+    def _begin(self, rank: int, device: int, lane: Any) -> int:
         number = _device.current_stream(device)
         after = [_device.last(_device.stream_actor(device, number))]
-        actor = self._stream_actor(rank, device)
-        _device.come_behind(_device.capture_of(device, number), device, self._streams[rank, device])
+        if (rank, device, lane) not in self._streams:
+            self._streams[rank, device, lane] = _device.new_stream(device)
+        stream = self._streams[rank, device, lane]
+        _device.come_behind(_device.capture_of(device, number), device, stream)
+        actor = _device.stream_actor(device, stream)
         return _device.add(_device.Kind.MARK, actor, device, "NCCL begins", [], after, None)
 
     def _run(self, round_: Round) -> None:
@@ -153,10 +178,10 @@ class Communicator:
         ]
         begins = list(round_.begins.values())
         kind = _device.Kind.COLLECTIVE
-        actor = _device.stream_actor(-1, self._number)
+        actor = _device.stream_actor(-1, self._actors[round_.channel])
         run = _device.add(kind, actor, NO_HOST, calls[0].name, ranges, begins, action)
         for rank, call in zip(round_.ranks, calls, strict=True):
-            actor = self._stream_actor(rank, call.device)
+            actor = _device.stream_actor(call.device, round_.streams[rank])
             round_.ends[rank] = _device.add(_device.Kind.MARK, actor, NO_HOST, "NCCL ends", [], [run], None)
 
 
@@ -164,24 +189,31 @@ class PretendWork(dist.Work):
     """Keeps its tensors until it is waited for, as torch's has done since 2.8."""
 
     def __init__(
-        self, communicator: Communicator, round_: Round, rank: int, call: Call, host_waits: bool = False
+        self,
+        communicator: Communicator,
+        rounds: Sequence[Round],
+        rank: int,
+        calls: Sequence[Call],
+        host_waits: bool = False,
     ) -> None:
         super().__init__()
         self._communicator = communicator
-        self._round = round_
+        self._rounds = rounds
         self._rank = rank
         self._host_waits = host_waits
-        self._device = call.device
-        self._kept = [] if keeps_by_record_stream else [*call.inputs, *call.outputs]
+        self._device = calls[0].device
+        kept = [tensor for call in calls for tensor in (*call.inputs, *call.outputs)]
+        self._kept = [] if keeps_by_record_stream else kept
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
-        self._communicator.wait(self._round)
         device = self._device
         number = _device.current_stream(device)
-        end = self._round.ends[self._rank]
-        _device.come_behind(self._round.captures[self._rank], device, number)
+        for round_ in self._rounds:
+            self._communicator.wait(round_)
+            _device.come_behind(round_.captures[self._rank], device, number)
+        ends = [round_.ends[self._rank] for round_ in self._rounds]
         actor = _device.stream_actor(device, number)
-        _device.add(_device.Kind.WAIT, actor, device, "wait for NCCL", [], [end], None)
+        _device.add(_device.Kind.WAIT, actor, device, "wait for NCCL", [], ends, None)
         if self._host_waits:
             _device.host_waits(device, number, "barrier")
         self._kept.clear()
@@ -191,7 +223,7 @@ class PretendWork(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        return self._round.is_through
+        return all(round_.is_through for round_ in self._rounds)
 
 
 def _sum(op: Any, tensors: Sequence[Tensor]) -> Tensor:
@@ -268,6 +300,7 @@ class PretendNccl(dist.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._communicator = communicator
         self._size = size
+        self._batch: list[Part] | None = None
 
     def size(self) -> int:
         return self._size
@@ -288,6 +321,15 @@ class PretendNccl(dist.ProcessGroup):
     def group_name(self) -> str:
         return self.pg_name
 
+    def _get_backend(self, device: torch.device) -> PretendNccl:
+        return self
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        return True
+
+    def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
     def _start(
         self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], move: Any, **waits: bool
     ) -> PretendWork:
@@ -295,9 +337,8 @@ class PretendNccl(dist.ProcessGroup):
         for tensor in tensors:
             assert tensor.is_cuda, f"NCCL takes CUDA tensors, got one on {tensor.device} for {name}"
         call = Call(name, list(inputs), list(outputs), move)
-        rank = self.rank()
-        round_ = self._communicator.start(rank, call, tuple(range(self._size)))
-        return PretendWork(self._communicator, round_, rank, call, **waits)
+        rounds = self._communicator.start(self.rank(), [Part(call, tuple(range(self._size)))])
+        return PretendWork(self._communicator, rounds, self.rank(), [call], **waits)
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> PretendWork:
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
@@ -337,21 +378,44 @@ class PretendNccl(dist.ProcessGroup):
         root = opts.rootRank
         return self._start(f"scatter from {root}", flat, outputs, partial(_scatter, root))
 
-    def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> PretendWork:
-        return self._pair(self.rank(), to, tag, tensors, [])
+    def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> PretendWork | None:
+        return self._message(self.rank(), to, tensors, [])
 
-    def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> PretendWork:
-        return self._pair(source, self.rank(), tag, [], tensors)
+    def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> PretendWork | None:
+        return self._message(source, self.rank(), [], tensors)
 
-    def _pair(self, source: int, to: int, tag: int, inputs: list[Tensor], outputs: list[Tensor]) -> PretendWork:
-        call = Call(f"message from {source} to {to}", inputs, outputs, _send)
-        ranks = tuple(sorted((source, to)))
-        round_ = self._communicator.start(self.rank(), call, ranks, (source, to, tag))
-        return PretendWork(self._communicator, round_, self.rank(), call)
+    def _message(self, source: int, to: int, inputs: list[Tensor], outputs: list[Tensor]) -> PretendWork | None:
+        """Starts it, unless it belongs to a batch."""
+        (tensor,) = *inputs, *outputs
+        call = Call(f"message of {tensor.nbytes} bytes from {source} to {to}", inputs, outputs, _send)
+        pair = tuple(sorted((source, to)))
+        if self._batch is not None:
+            self._batch.append(Part(call, pair, ("batch", source, to)))
+            return None
+        rounds = self._communicator.start(self.rank(), [Part(call, pair, pair)], lane=pair)
+        return PretendWork(self._communicator, rounds, self.rank(), [call])
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._batch = []
+
+    def _end_coalescing(self, device: torch.device) -> PretendWork:
+        parts, self._batch = self._batch or [], None
+        rounds = self._communicator.start(self.rank(), parts)
+        return PretendWork(self._communicator, rounds, self.rank(), [part.call for part in parts])
 
     def barrier(self, opts: Any = None) -> PretendWork:
         flag = torch.zeros(1, device="cuda")
         return self._start("barrier", [flag], [flag], partial(_all_reduce, dist.ReduceOp.SUM), host_waits=True)
+
+
+def batch_isend_irecv(ops: list[dist.P2POp]) -> list[Any]:
+    """torch's, which has only groups of its own class send all at once."""
+    group = ops[0].group or dist.group.WORLD
+    with dist.distributed_c10d._coalescing_manager(group, ops[0].tensor.device, async_ops=True) as batch:
+        for op in ops:
+            peer = {"group_dst" if op.op is dist.isend else "group_src": op.group_peer}
+            op.op(op.tensor, group=op.group, tag=op.tag, **peer)
+    return batch.works
 
 
 def _create(store: Any, rank: int, size: int, timeout: timedelta) -> PretendNccl:
@@ -365,4 +429,5 @@ def _create(store: Any, rank: int, size: int, timeout: timedelta) -> PretendNccl
     return PretendNccl(communicator, rank, size)
 
 
+dist.batch_isend_irecv = batch_isend_irecv
 dist.Backend.register_backend("pretend_nccl", _create, devices=["cuda"])

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-import zeroopt.streams
-
 CUDA_TYPE = 1  # c10::DeviceType::CUDA
 WORK = (_device.Kind.LAUNCH, _device.Kind.COPY)
 
@@ -132,6 +130,36 @@ def capturing(device: Any = None) -> Iterator[None]:
             _device.end_capture(capture)
 
 
+class CUDAGraph:
+    """torch.cuda.CUDAGraph, of one rank. What is captured runs at once, and that is the first replay, which does nothing more. It may be
+    replayed until something else is recorded."""
+
+    def __init__(self) -> None:
+        self._num_nodes = 0
+        self._replays = 0
+
+    def capture_end(self) -> None:
+        self._num_nodes = _device.num_nodes()
+
+    def replay(self) -> None:
+        self._replays += 1
+        for node in range(self._num_nodes if self._replays > 1 else 0):
+            assert _device.run_node(node), "the host has read something else"
+
+
+@contextmanager
+def graph(cuda_graph: CUDAGraph, **_: Any) -> Iterator[None]:
+    """torch.cuda.graph"""
+    _device.begin()
+    try:
+        with capturing():
+            yield
+        cuda_graph.capture_end()
+    finally:
+        _device.end()
+        _device.keep_idle()  # memory of a graph goes to nobody else
+
+
 def _check_joined(index: int, origin: int, streams: list[int], first_node: int) -> None:
     """Whether the first stream of a capture comes behind what the others have done in it."""
     nodes = _device.nodes()[first_node:]
@@ -166,7 +194,6 @@ def set_rng_state(state: Tensor, device: Any = "cuda") -> None:
 def install() -> None:
     """Put all of it where torch has what refuses to work."""
     cuda = torch.cuda
-    zeroopt.streams._number_of_capture = lambda stream: _device.capture_of(stream.device_index, stream.stream_id)
     names: dict[str, Any] = {
         "Stream": Stream,
         "Event": Event,
@@ -181,7 +208,8 @@ def install() -> None:
         "device_count": lambda: _device.NUM_DEVICES,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_current_stream_capturing": _is_capturing,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
         "synchronize": synchronize,
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
@@ -192,6 +220,7 @@ def install() -> None:
     }
     for name, value in names.items():
         setattr(cuda, name, value)
+    cuda.graphs._cuda_isCurrentStreamCapturing = _is_capturing  # type: ignore[attr-defined]
     torch._C._cuda_getCurrentRawStream = _device.current_stream  # type: ignore[attr-defined]
     torch.empty(0, device="cuda").cpu()  # so that torch knows of the device
     torch.zeros(0).pin_memory()

@@ -19,6 +19,8 @@ RACES = [
     known_faults.memory_of_a_buffer_that_travels,
     known_faults.parameters_read_while_they_are_gathered,
     known_faults.flags_rewritten_while_they_are_copied,
+    known_faults.staged_but_not_there,
+    known_faults.read_before_its_message_has_come,
 ]
 NUM_ORDERS = 50
 
@@ -55,6 +57,24 @@ def test_a_host_that_reads_too_early_sees_what_was_there_before(on_pretend_cuda:
         assert value.eq(known_faults.NUMEL * (1.0 + rank)).all()
     for value in on_pretend_cuda(_record, fault, False)["values"]:
         assert value.eq(0.0).all()
+
+
+def test_gradients_in_a_buffer_that_was_lent_are_wrong_in_every_order(on_pretend_cuda: PretendProcess) -> None:
+    """No wait is missing, so it takes the numbers to find it."""
+    fault = known_faults.gradients_added_to_what_was_gathered
+    for is_mended in (True, False):
+        found = on_pretend_cuda(_record, fault, is_mended)
+        assert (found["races"], found["wrong orders"]) == ([], {})
+        for value in found["values"]:
+            assert bool(value.eq(1.0 + 2.0).all()) is is_mended
+
+
+def test_two_ranks_that_both_send_first_are_an_error(on_pretend_cuda: PretendProcess) -> None:
+    mended = on_pretend_cuda(_record, known_faults.both_send_first, True)
+    assert (mended["races"], mended["wrong orders"]) == ([], {})
+    assert [value[0].item() for value in mended["values"]] == [4.0, 2.0]
+    with pytest.raises(AssertionError, match="have started different collectives as one"):
+        on_pretend_cuda(_record, known_faults.both_send_first, False)
 
 
 def test_collectives_in_another_order_are_an_error(on_pretend_cuda: PretendProcess) -> None:

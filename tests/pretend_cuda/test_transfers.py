@@ -39,3 +39,28 @@ def test_the_host_waits_where_there_is_no_pinned_memory(pins: bool, on_pretend_c
     assert values == [[0.0, 1.0, 2.0], [1.0, 2.0, 3.0]]
     assert figures["uploads"] == 2
     assert bool(figures["host_waits"]) is not pins
+
+
+def _copy_pageable_memory() -> tuple[list[list[float]], int]:
+    """What comes of values that are copied to the device and changed, and of that on the host, all with `non_blocking`; and how often the
+    host has waited."""
+    from .ranks import Rank, on_ranks
+
+    def run(rank: Rank) -> list[list[float]]:
+        with rank.recorded():
+            values = torch.arange(3.0)
+            there = values.to(rank.device, non_blocking=True)
+            values += 1
+            here = torch.empty(3).copy_(there, non_blocking=True)
+            return [here.tolist(), there.cpu().tolist()]
+
+    values, recording = on_ranks(1, run)
+    return values[0], recording.figures(0).host_waits.total()
+
+
+def test_pageable_memory_is_staged_on_the_way_there_and_awaited_on_the_way_back(
+    on_pretend_cuda: PretendProcess,
+) -> None:
+    values, waits = on_pretend_cuda(_copy_pageable_memory)
+    assert values == [[0.0, 1.0, 2.0]] * 2
+    assert waits == 2  # for the two copies to the host

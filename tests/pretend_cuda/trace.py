@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import gc
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,12 +97,40 @@ class Recording:
         with _replaying(left_out) as run:
             return any(run(seed) for seed in seeds)
 
+    def at_once(self) -> Counter[Race]:
+        """All pairs of collectives of two communicators that a device would be free to run at the same time. NCCL's guide advises against it:
+        each may hold what the other needs to begin on another rank."""
+        found: Counter[Race] = Counter()
+        collectives = [
+            (_Timed(node, clock), {_device.device_of(access.begin) for access in node.ranges})
+            for node, clock in zip(self.nodes, self._clocks(()), strict=True)
+            if node.kind == Kind.COLLECTIVE
+        ]
+        for (first, devices), (second, others) in itertools.combinations(collectives, 2):
+            if first.actor != second.actor and devices & others and not first.is_before(second):
+                found[Race(self._describe(first), self._describe(second))] += 1
+        return found
+
     def waits(self) -> dict[str, list[int]]:
         """The nodes by which streams, or the host, wait: by the lines that make them wait."""
         places: dict[str, list[int]] = {}
         for number, node in enumerate(self.nodes):
             if node.kind in (Kind.WAIT, Kind.HOST_WAIT, Kind.HOST_QUERY) and node.after:
                 places.setdefault(f"{node.name} at {node.where}", []).append(number)
+        return places
+
+    def waits_by(self, files: Collection[str]) -> dict[str, list[int]]:
+        """Those waits for which a file of the package has called: by the lines from there on, with that file's first.
+
+        Args:
+            files: their paths, as `zeroopt/...py`. What was recorded has to be `showing` lines enough.
+        """
+        places: dict[str, list[int]] = {}
+        for place, numbers in self.waits().items():
+            lines = place.split(" at ", 1)[1].split(" < ")
+            called_by = next((i for i, line in enumerate(lines) if line.startswith(tuple(files))), None)
+            if called_by is not None:
+                places.setdefault(" > ".join(reversed(lines[: called_by + 1])), []).extend(numbers)
         return places
 
     def _clocks(self, left_out: Collection[int]) -> Iterator[list[int]]:
@@ -139,6 +168,16 @@ class Recording:
 
     def _describe(self, node: Any) -> str:
         return f"{node.name} on {self.actors[node.actor]} at {node.where}"
+
+
+@contextmanager
+def showing(lines: int) -> Iterator[None]:
+    """Within it, so many lines of the package are told of what is recorded, the innermost ones."""
+    _device.set_shown_lines(lines)
+    try:
+        yield
+    finally:
+        _device.set_shown_lines(3)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ std::string line_of(PyFrameObject* frame) {
 }
 
 std::string package_folder = "/nowhere/"; // with a slash at its end
+int shown_lines = 3;
 
 bool is_of_package(const std::string& line) {
   return line.rfind(package_folder, 0) == 0;
@@ -34,12 +35,12 @@ std::string in_short(const std::string& line) {
   return "zeroopt/" + line.substr(package_folder.size());
 }
 
-/// The innermost three lines of the package, or the innermost line of whoever it is.
+/// The innermost lines of the package, or the innermost line of whoever it is.
 std::string where_now() {
   std::string innermost, chain;
   int count = 0;
   PyFrameObject* frame = PyThreadState_GetFrame(PyThreadState_Get());
-  while (frame != nullptr && count < 3) {
+  while (frame != nullptr && count < shown_lines) {
     std::string line = line_of(frame);
     if (innermost.empty() && line.find("/torch/") == std::string::npos &&
         line.find("/pretend_cuda/") == std::string::npos)
@@ -133,6 +134,7 @@ void bind_trace(py::module_& m) {
         py::arg("after"), py::arg("action"));
   m.def("stream_actor", [](int device, int64_t stream) { return Trace::get().stream_actor(device, stream); });
   m.def("set_package_folder", [](const std::string& folder) { package_folder = folder + "/"; });
+  m.def("set_shown_lines", [](int count) { shown_lines = count; });
   m.def("host_actor", [](int device) { return Trace::get().host_actor(device); });
   m.def("share_host", [](int device, int with_device) { Trace::get().share_host(device, with_device); });
   m.def("host_of", [](int device) { return Trace::get().host_of(device); });
@@ -157,6 +159,7 @@ void bind_device(py::module_& m) {
   m.def("streams_in", &streams_in);
   m.def("come_behind", &come_behind);
   m.def("set_idle", &set_idle);
+  m.def("keep_idle", [] { Memory::get().keep_idle(); });
   m.def("reset_peak", [](int device) { Memory::get().reset_peak(device); });
   m.def("peak_bytes", [](int device) { return Memory::get().peak_bytes(device); });
   m.def("live_bytes", [](int device) { return Memory::get().live_bytes(device); });

@@ -24,6 +24,11 @@ thread_local int64_t streams[kDevices] = {};
 std::atomic<int64_t> num_streams[kDevices] = {};
 std::atomic<int64_t> num_events{0};
 
+/// Of the i-th stream of a device: no other device has one of that number, for CUDA's handles tell their device.
+int64_t stream_number(int of, int64_t i) {
+  return kFirstStream + kDevices * i + of;
+}
+
 /// Captures of CUDA graphs: which streams belong to one, and which events were last recorded in one. 0 is none.
 struct Captures {
   std::mutex mutex;
@@ -143,7 +148,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const c10::DeviceIndex of) const override {
     host_waits_for_stream(of, 0, "device synchronize");
     for (int64_t i = 0; i < num_streams[of]; ++i)
-      host_waits_for_stream(of, kFirstStream + i, "device synchronize");
+      host_waits_for_stream(of, stream_number(of, i), "device synchronize");
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& on) const override {
     Memory::get().record_stream(data.get(), on.id());
@@ -204,7 +209,7 @@ void set_stream(int of, int64_t stream) {
 }
 
 int64_t new_stream(int of) {
-  return kFirstStream + num_streams[of]++;
+  return stream_number(of, num_streams[of]++);
 }
 
 void host_waits_for_stream(int of, int64_t stream, const char* why) {
@@ -257,6 +262,19 @@ void check_not_capturing(int of, const char* what) {
   std::lock_guard lock(captures.mutex);
   bool is_on = std::any_of(captures.open.begin(), captures.open.end(), [of](auto& each) { return each.second == of; });
   TORCH_CHECK(!is_on, "operation not permitted when stream is capturing: the host waits (", what, ")");
+}
+
+/// What libcuda tells of a stream: `status` is 1 while it is captured, and then `id` the number of its capture.
+extern "C" __attribute__((visibility("default"))) int cuStreamGetCaptureInfo(void* handle, int* status, uint64_t* id) {
+  auto stream = reinterpret_cast<int64_t>(handle);
+  std::lock_guard lock(captures.mutex);
+  *status = 0;
+  for (auto [where, capture] : captures.of_stream) {
+    if (where.second != stream) continue;
+    *status = 1;
+    *id = static_cast<uint64_t>(capture);
+  }
+  return 0;
 }
 
 } // namespace pretend

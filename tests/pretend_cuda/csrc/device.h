@@ -6,7 +6,7 @@
 
 namespace pretend {
 
-constexpr int kDevices = 8;
+constexpr int kDevices = 16;
 
 int current_device();
 int64_t current_stream(int device);

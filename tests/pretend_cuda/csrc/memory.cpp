@@ -178,6 +178,11 @@ void Memory::begin() {
   }
 }
 
+void Memory::keep_idle() {
+  std::lock_guard lock(Trace::get().mutex());
+  idle_.clear();
+}
+
 void Memory::snapshot() {
   before_.clear();
   pinned_before_.clear();

@@ -47,6 +47,8 @@ public:
 
   /// Memory that nobody uses is given back: each order would have to restore it.
   void begin();
+  /// Memory that nobody uses is handed out to nobody until `begin`.
+  void keep_idle();
   /// What there is now is what `restore` brings back.
   void snapshot();
   void restore();

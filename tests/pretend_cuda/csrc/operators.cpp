@@ -363,11 +363,11 @@ void copy_to_device(const Tensor& to, const Tensor& from, bool non_blocking) {
     target.copy_(source);
     return true;
   };
-  bool waits = !is_pinned || !non_blocking;
-  if (waits) check_not_capturing(device, "copy of pageable memory");
+  // What is pageable has been staged when the call returns: it is not read later, and nobody waits for the stream.
+  if (!is_pinned || !non_blocking) check_not_capturing(device, "copy of pageable memory");
   record(Kind::kCopy, device, is_pinned ? "copy to the device" : "copy of pageable memory to the device",
          std::move(ranges), std::move(again));
-  if (waits) host_waits_for_stream(device, current_stream(device), "copy to the device");
+  if (!non_blocking) host_waits_for_stream(device, current_stream(device), "copy to the device");
 }
 
 void copy_to_host(const Tensor& to, const Tensor& from, bool non_blocking) {
