@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import reference
@@ -19,6 +20,8 @@ import zeroopt
 from zeroopt.collectives import connect_transport, hierarchy
 from zeroopt.collectives.base import slice_of
 from zeroopt.collectives.hierarchy import HierarchyTransport
+from zeroopt.collectives.select import kind_for
+from zeroopt.collectives.site import Site
 
 NUMEL = 8 * 6 * 5
 
@@ -187,6 +190,31 @@ def refused(sizes: tuple[int, ...] | None, of_rank: list[int]) -> str:
 def test_what_makes_no_levels(run_on_ranks: RunOnRanks, sizes: tuple[int, ...] | None, message: str) -> None:
     for answer in run_on_ranks(3, refused, sizes, [0, 0, 1]):
         assert answer.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("device", "hosts_of", "serves"),
+    [
+        ("cuda", [[0, 1], [2, 3]], True),
+        ("cuda", [[0, 2], [1, 3]], True),
+        ("cuda", [[0, 1, 2, 3]], False),  # where there is one level
+        ("cuda", [[0], [1], [2]], False),
+        ("cuda", [[0, 1], [2]], False),  # hosts are unlike
+        ("cuda", [[0, 3], [1, 2]], False),  # and in no order
+        ("cpu", [[0, 1], [2, 3]], False),
+    ],
+)
+def test_auto_takes_levels_for_devices_of_several_hosts(device: str, hosts_of: list[list[int]], serves: bool) -> None:
+    size = sum(map(len, hosts_of))
+    site = Site(dist.ProcessGroup(0, size), torch.device(device))  # type: ignore[call-arg]
+    vars(site)["_hosts"] = hosts_of
+    with patch.object(Site, "backend", "nccl"):
+        assert HierarchyTransport.serves(site) is serves
+        kind = kind_for("auto", site, nests=True)
+        assert (kind is HierarchyTransport) is serves
+        assert kind_for("auto", site, nests=False) is not HierarchyTransport
+    with patch.object(Site, "backend", "gloo"):  # which would hold up the host
+        assert not HierarchyTransport.serves(site)
 
 
 def miss_one() -> str:

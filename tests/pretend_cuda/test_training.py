@@ -53,24 +53,25 @@ LOOPS = {
 NUM_ORDERS = -(-10_000 // len(LOOPS))  # of each
 
 
-def _train_on_cpu(loop: Loop) -> list[torch.Tensor]:
+def train_on_cpu(loop: Loop) -> list[torch.Tensor]:
     # Cut as on a device: the squares of a norm are added up slice by slice.
     cut = patch.object(precision, "_CUT_ON_CPU", precision._CUT_ON_DEVICES)
     with cut, no_padding() if loop.across_slices else nullcontext():
         return train(loop, torch.distributed.get_rank(), torch.device("cpu"))
 
 
-def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
+def train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
     from .ranks import Rank, on_ranks
 
     def run(rank: Rank) -> list[torch.Tensor]:
         return train(loop, rank.number, rank.device_for(loop), rank.recorded)
 
     with no_padding() if loop.across_slices else nullcontext():
-        params, recording = on_ranks(2, run)
+        params, recording = on_ranks(loop.ranks, run)
     return {
         "params": params,
         "races": [str(race) for race in recording.races()],
+        "at once": [str(pair) for pair in recording.at_once()],
         "wrong orders": recording.wrong_orders(range(num_orders)),
         "nodes": len(recording.nodes),
     }
@@ -80,8 +81,8 @@ def _train_here(loop: Loop, num_orders: int) -> dict[str, Any]:
 def test_trains_as_on_the_cpu_in_any_order(
     name: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks
 ) -> None:
-    expected = run_on_ranks(2, _train_on_cpu, LOOPS[name])
-    result = on_pretend_cuda(_train_here, LOOPS[name], NUM_ORDERS)
+    expected = run_on_ranks(2, train_on_cpu, LOOPS[name])
+    result = on_pretend_cuda(train_here, LOOPS[name], NUM_ORDERS)
     assert result["nodes"] > 100
     assert result["races"] == []
     assert result["wrong orders"] == {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import zeroopt
@@ -37,6 +38,8 @@ class Loop:
             "average" an average of the parameters that is taken after each step. On a device.
         device: "current", or the "other" one of a rank.
         across_slices: whole parameters are to lie across slices; see `no_padding`.
+        ranks: that train together.
+        shard_ranks: of a shard group, neighbours; 0: there is none.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +55,8 @@ class Loop:
     device: str = "current"
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
     across_slices: bool = False
+    ranks: int = 2
+    shard_ranks: int = 0
 
     def wrap(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The wrapped model, the same on all ranks."""
@@ -61,7 +66,15 @@ class Loop:
             nn.init.normal_(param.data, std=0.3, generator=generator)
         model.to(device)
         options = {"bucket_mb": 0.0005, "transport": "torch", **self.options}
+        if self.shard_ranks:
+            options["shard_group"] = neighbours(self.shard_ranks)
         return zeroopt.wrap(model, self.optimizer(model.parameters()), **options)
+
+
+def neighbours(size: int) -> dist.ProcessGroup:
+    """Of the groups of so many ranks that follow one another, the one with this rank. Collective."""
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
+    return groups[dist.get_rank() // size]
 
 
 class Model(nn.Module):

@@ -14,7 +14,7 @@ stages, bucket sizes, transports and runs.
 
 Within one host, whose GPUs are linked by NVLink or share PCI Express, it is as fast, but for the kernel's B / (memory bandwidth),
 which runs beside backward: "auto" takes it there. Over several hosts with n ranks each it sends up to n times as much, and
-"auto" leaves sums to the backend.
+"auto" goes host by host (`hierarchy`), or leaves sums to the backend.
 """
 
 from __future__ import annotations

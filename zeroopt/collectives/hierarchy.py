@@ -54,11 +54,21 @@ class HierarchyTransport(TorchTransport):
         self.levels = levels
         self.sums_twice = len(levels.sizes) > 1
         self.slice_index = levels.slice_of(self.control.rank)
+        # On the device, where an index that is made anew for each number would have the host wait.
+        self._rank_of_slice = torch.tensor(sorted(range(self.control.size), key=levels.slice_of), device=site.device)
         members = [levels.members(self.control.rank, level) for level in range(len(levels.sizes))]
         # On the CPU whoever waits is held up; a thread that waits holds up nobody. Each has groups of its own, for Gloo goes by the order
         # in which collectives are started, and threads of two models start theirs in any.
         self._driver = Driver() if site.device.type == "cpu" else None
         self._steps = [_Step(ranks, subgroup(site, ranks, shared=self._driver is None)) for ranks in members]
+
+    @classmethod
+    def serves(cls, site: Site) -> bool:
+        """For "auto": devices whose backend works on their streams, on hosts for which there are levels."""
+        if site.device.type == "cpu" or site.blocks_host:
+            return False
+        hosts = site.hosts
+        return 1 < len(hosts) < site.group.size() and _are_alike(hosts) and _are_in_order(hosts)
 
     @classmethod
     def connect(cls, site: Site) -> Transport:
@@ -152,7 +162,7 @@ class HierarchyTransport(TorchTransport):
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         by_rank = super().gather_scalar(value, label=label)
-        return by_rank[sorted(range(self.control.size), key=self.levels.slice_of)]
+        return by_rank[self._rank_of_slice]
 
     def _run(self, levels: Callable[[], None]) -> PendingCollective:
         if self._driver is None:

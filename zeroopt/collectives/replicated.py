@@ -18,7 +18,8 @@ in the process group, the bits are those of one flat group: `ops.reduce` adds in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,8 @@ class ReplicatedTransport(Transport):
         self.slice_index, self.num_slices = within.slice_index, within.num_slices
         self.replica = next(i for i, ranks in enumerate(owners) if self.control.rank in ranks)
         self._owners = owners
+        # On the device, where an index that is made anew for each number would have the host wait.
+        self._in_order = torch.tensor([rank for ranks in owners for rank in ranks], device=site.device)
         self._stream = CommStream(site.device, blocks_host=site.blocks_host)
         self._queues = not site.blocks_host
         self.needs_staging = site.blocks_host
@@ -93,16 +96,21 @@ class ReplicatedTransport(Transport):
     ) -> PendingCollective:
         reduce = _Reduce(self, full, out, base, wire, label)
         if self._queues:
-            self._stream.fall_in(full, out, base)
 
             def queue() -> None:
                 reduce.start()
                 reduce.go_across()
 
-            return StreamCollective(self._stream, Done, queue)
+            return self._in_turn(queue, full, out, base)
         reduce.start()
         self._reduces.append(reduce)
         return reduce
+
+    def _in_turn(self, queue: Callable[[], None], *tensors: Tensor | None) -> PendingCollective:
+        """Queue something on this transport's stream, behind what has been queued there: the communicators of a device take turns, in one
+        order on all ranks. At once, each of two may hold what the other needs to begin, on another rank."""
+        self._stream.fall_in(*tensors)
+        return StreamCollective(self._stream, Done, queue)
 
     def take_across(self, reduce: _Reduce) -> None:
         """Take all reduces up to this one across, in the order of their start, which is that of all ranks."""
@@ -127,14 +135,19 @@ class ReplicatedTransport(Transport):
             self._pool.give_back(memory)
 
     def start_all_gather(self, full: Tensor, *, label: str = "a bucket") -> PendingCollective:
-        return self.within.start_all_gather(full, label=label)
+        start = partial(self.within.start_all_gather, full, label=label)
+        return self._in_turn(lambda: start().finish(), full) if self._queues else start()
+
+    def start_max(self, flags: Tensor, out: Tensor, *, label: str = "flags") -> PendingCollective:
+        start = partial(super().start_max, flags, out, label=label)
+        return self._in_turn(lambda: start().finish(), flags, out) if self._queues else start()
 
     def start_rendezvous(self, label: str) -> PendingCollective:
         return self.within.start_rendezvous(label)
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         by_rank = super().gather_scalar(value, label=label)
-        return by_rank[[rank for ranks in self._owners for rank in ranks]]
+        return by_rank[self._in_order]
 
     def progress(self) -> None:
         self.within.progress()
@@ -170,8 +183,9 @@ class _Reduce(PendingCollective):
         self._within.finish()
         own = across.own_slice(padded)
         reduce = across.start_reduce_scatter(padded, own, wire=self._wire, label=self._label)
-        reduce.finish()
-        reduce.wait_until_read()
+        if not across.is_queued:
+            reduce.finish()
+            reduce.wait_until_read()
         across.start_rendezvous(self._label).finish()
         gather = across.start_all_gather(padded, label=self._label)
         across.flush()

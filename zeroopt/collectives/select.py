@@ -44,6 +44,7 @@ _IN_TURN: tuple[type[Transport], ...] = (
     TreeTransport,
     PairwiseTransport,
     AllToAllTransport,
+    HierarchyTransport,
     TorchTransport,
 )
 
@@ -75,7 +76,8 @@ def connect_transport(
 ) -> Transport:
     """The transport of that name, or that a factory makes. Collective: all ranks of the group call it with the same arguments.
 
-    "auto" takes torch's own collectives, on a device of one host an all-to-all and sums of ours. For Gloo on the CPU, it takes shared
+    "auto" takes torch's own collectives, on devices of one host an all-to-all and sums of ours, on those of several hosts with as many
+    ranks each the same in two levels. For Gloo on the CPU, it takes shared
     memory where all ranks are on one host, shared memory and messages where there are several hosts with as many ranks each, and
     messages everywhere else, in rounds among many ranks. Where memory cannot be shared, it says so in the log of rank 0, and takes
     messages.
