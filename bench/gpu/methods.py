@@ -16,6 +16,8 @@ from bench.compare import formula
 from bench.model import count_parameters, make_model
 from zeroopt.collectives import Transport
 from zeroopt.collectives.all_to_all import AllToAllTransport
+from zeroopt.collectives.hierarchy import HierarchyTransport
+from zeroopt.collectives.levels import Levels
 from zeroopt.collectives.site import Site
 from zeroopt.collectives.torch_native import TorchTransport
 
@@ -86,6 +88,12 @@ def sums_here(group: dist.ProcessGroup, device: torch.device) -> Transport:
 def sums_of_backend(group: dist.ProcessGroup, device: torch.device) -> Transport:
     """What "auto" takes for GPUs of several hosts."""
     return TorchTransport.connect(Site(group, device))
+
+
+def sums_in_levels(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """What "auto" takes for GPUs of many hosts, as if each rank were a host of its own: with few ranks, too, there are two levels."""
+    levels = Levels((1, group.size()), tuple(range(group.size())))
+    return HierarchyTransport(Site(group, device), levels)
 
 
 def zero(stage: int, **options: Any) -> Method:

@@ -11,12 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from training import build
+from without_kernels import built_without_cuda
 from worker_pool import RunOnRanks
 
-from bench.gpu.methods import METHODS, SHAPES, Shape, sums_here, sums_of_backend
+from bench.gpu.methods import METHODS, SHAPES, Shape, sums_here, sums_in_levels, sums_of_backend
 from bench.gpu.training_step import Loop as StepLoop
 from tests.training import test_on_gpu
-from tests.training.test_on_gpu import LOOPS, TIERS, train_elementwise, train_loop
+from tests.training.test_on_gpu import (
+    LOOPS,
+    STAGES,
+    TIERS,
+    sums_in_registered_memory,
+    train_by_graph,
+    train_elementwise,
+    train_loop,
+)
+from zeroopt.collectives import registered
 
 from .process import PretendProcess
 
@@ -26,7 +36,7 @@ CPU = torch.device("cpu")
 OF_ZEROOPT = [name for name, method in METHODS.items() if method.options is not None]
 
 
-def _on_devices(function: Any, *args: Any) -> list[list[Tensor]]:
+def _on_devices(function: Any, *args: Any, ranks: int = 2) -> list[list[Tensor]]:
     """By rank, what a function returns that is given arguments, this rank's device and the group of all."""
     from .ranks import Rank, on_ranks
 
@@ -38,7 +48,16 @@ def _on_devices(function: Any, *args: Any) -> list[list[Tensor]]:
         patch.object(test_on_gpu, "build", _one_by_one(lock, build)),
         patch.object(Shape, "make_model", _one_by_one(lock, Shape.make_model)),
     ):
-        return on_ranks(2, run)[0]
+        return on_ranks(ranks, run)[0]
+
+
+def _on_one_device(function: Any, *args: Any) -> list[list[Tensor]]:
+    return _on_devices(function, *args, ranks=1)
+
+
+def _on_devices_without_kernels(*args: Any) -> list[list[Tensor]]:
+    with built_without_cuda():
+        return _on_devices(*args)
 
 
 def _one_by_one(lock: Lock, function: Any) -> Any:
@@ -75,6 +94,42 @@ def test_tiers(tier: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRa
     for transport in (sums_here, sums_of_backend):
         call = (train_elementwise, {"stage": 2, **TIERS[tier]}, transport)
         _compare(on_pretend_cuda(_on_devices, *call), run_on_ranks(2, _on_cpu, *call))
+
+
+@pytest.mark.parametrize("tier", ["float32", "bfloat16"])
+def test_levels(tier: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks) -> None:
+    for stage in STAGES:
+        call = (train_elementwise, {"stage": stage, **TIERS[tier]}, sums_in_levels)
+        expected = run_on_ranks(2, _on_cpu, *call)
+        _compare(on_pretend_cuda(_on_devices, *call), expected)
+        alone = on_pretend_cuda(_on_one_device, *call)
+        _compare(alone, run_on_ranks(1, _on_cpu, *call))
+
+
+def test_registered_memory(on_pretend_cuda: PretendProcess) -> None:
+    options = {"stage": 2, **TIERS["bfloat16"]}
+    for transport in (sums_in_registered_memory, registered):
+        plain, in_registered = (
+            on_pretend_cuda(_on_devices, train_elementwise, options, each) for each in (sums_here, transport)
+        )
+        _compare(in_registered, plain)
+
+
+@pytest.mark.parametrize("transport", [sums_here, sums_of_backend, sums_in_levels])
+def test_graphs(transport: Any, on_pretend_cuda: PretendProcess) -> None:
+    for stage in STAGES:
+        eager, replayed = (
+            on_pretend_cuda(_on_one_device, train_by_graph, stage, is_captured, transport)
+            for is_captured in (False, True)
+        )
+        _compare(replayed, eager)
+
+
+@pytest.mark.parametrize("tier", ["float32", "bfloat16"])
+def test_without_kernels(tier: str, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks) -> None:
+    options = {"stage": 2, "fused": "auto", **TIERS[tier]}
+    there = on_pretend_cuda(_on_devices_without_kernels, train_elementwise, options, sums_here)
+    _compare(there, run_on_ranks(2, _on_cpu, train_elementwise, {**options, "fused": False}, sums_here))
 
 
 @pytest.mark.parametrize("name", LOOPS)

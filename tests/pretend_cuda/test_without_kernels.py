@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from without_kernels import built_without_cuda
 from worker_pool import RunOnRanks
 
 import zeroopt
 from zeroopt import ops
-from zeroopt.ops.devices import missing_kernels
 
 from .process import PretendProcess
 from .training import Loop, train
@@ -35,35 +31,13 @@ LOOPS = {
 }
 
 
-@contextmanager
-def built_without_cuda() -> Iterator[list[str]]:
-    """The build has no CUDA kernels; yields what goes to the log of zeroopt meanwhile."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    facts = {**zeroopt._C.build_info(), "cuda": False, "cuda_version": "", "cuda_archs": []}
-    logging.getLogger("zeroopt").addHandler(handler)
-    try:
-        with patch.object(zeroopt._C, "build_info", lambda: facts):
-            missing_kernels.cache_clear()
-            yield messages
-    finally:
-        logging.getLogger("zeroopt").removeHandler(handler)
-        missing_kernels.cache_clear()
-
-
-def _refuse(*_: object) -> None:
-    raise AssertionError("a CUDA kernel was launched")
-
-
 def _train_here(loop: Loop) -> dict[str, Any]:
     from .ranks import Rank, on_ranks
 
     def run(rank: Rank) -> list[torch.Tensor]:
         return train(loop, rank.number, rank.device, rank.recorded)
 
-    kernels = {name: _refuse for name in dir(zeroopt._C) if name.startswith("cuda_")}
-    with built_without_cuda() as messages, patch.multiple(zeroopt._C, **kernels):
+    with built_without_cuda() as messages:
         params, recording = on_ranks(2, run)
     return {
         "params": params,

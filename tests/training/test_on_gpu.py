@@ -6,6 +6,7 @@ the same runs over Gloo, so that what is written here has run before it meets a 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,15 +20,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, build, loss_of, optimizer_for, snapshot
+from without_kernels import built_without_cuda
 from worker_pool import RunOnRanks
 
 import zeroopt
-from bench.gpu.methods import sums_here, sums_of_backend
-from zeroopt.collectives import TransportFactory, torch_native
+from bench.gpu.methods import sums_here, sums_in_levels, sums_of_backend
+from zeroopt.collectives import Transport, TransportFactory, registered, torch_native
 from zeroopt.collectives.comm_stream import StreamCollective
+from zeroopt.collectives.hierarchy import HierarchyTransport
+from zeroopt.collectives.registered_memory import allocating_backend
 
 STAGES = (0, 1, 2)
 STEPS = 4
+WARM_UP = 3  # steps before a graph is captured
 BUCKET_MB = 0.005  # several buckets a model
 SLEEP_CYCLES = 1_000_000  # half a millisecond or more
 BF16, F16, INT8 = torch.bfloat16, torch.float16, torch.int8
@@ -89,9 +94,11 @@ def held_up(device: torch.device) -> Iterator[None]:
 
         return run
 
+    levels: Any = sys.modules[HierarchyTransport.__module__]  # the package has a function of that name
     with (
         patch.object(torch_native, "reduce_scatter_flat", delayed(torch_native.reduce_scatter_flat)),
         patch.object(torch_native, "all_gather_flat", delayed(torch_native.all_gather_flat)),
+        patch.object(levels, "all_gather_flat", delayed(levels.all_gather_flat)),
         patch.object(dist, "all_to_all_single", delayed(dist.all_to_all_single)),
     ):
         yield
@@ -184,9 +191,8 @@ def train_elementwise(
     """Parameters as the model has them, and as exactly as they are kept."""
     net = Elementwise().to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
-    model, optimizer = zeroopt.wrap(
-        net, optimizer, process_group=group, transport=transport, bucket_mb=BUCKET_MB, fused=True, **options
-    )
+    options = {"process_group": group, "transport": transport, "bucket_mb": BUCKET_MB, "fused": True, **options}
+    model, optimizer = zeroopt.wrap(net, optimizer, **options)
     for step in range(STEPS):
         model(net.targets(step).to(device)).backward()
         optimizer.step()
@@ -215,6 +221,125 @@ def test_kernels_train_to_the_bits_of_the_cpu(run_on_ranks: RunOnRanks, place: P
         for on_cpu, there, late in run_on_ranks(place.ranks, train_in_three_ways, place, options, transport):
             assert all(map(torch.equal, on_cpu, there)), transport.__name__
             assert all(map(torch.equal, there, late)), f"{transport.__name__}: somebody has not waited for a collective"
+
+
+@pytest.mark.parametrize("place", [ON_CPU, ONE_RANK, TWO_GPUS])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("tier", ["float32", "bfloat16"])
+def test_levels_train_to_the_bits_of_the_cpu(run_on_ranks: RunOnRanks, place: Place, tier: str, stage: int) -> None:
+    options = {"stage": stage, **TIERS[tier]}
+    for on_cpu, there, late in run_on_ranks(place.ranks, train_in_three_ways, place, options, sums_in_levels):
+        assert all(map(torch.equal, on_cpu, there))
+        assert all(map(torch.equal, there, late)), "somebody has not waited for a collective"
+
+
+def sums_in_registered_memory(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """`registered` on one host, with one rank, too."""
+    transport = sums_here(group, device)
+    if device.type != "cpu":
+        transport.allocator = allocating_backend(group, device)  # type: ignore[attr-defined]
+    return transport
+
+
+def train_registered(
+    place: Place, options: dict[str, Any], transport: TransportFactory
+) -> tuple[list[Tensor], list[Tensor]]:
+    """In memory of torch's allocator, and in the backend's."""
+    device, group = place.enter()
+    return train_elementwise(options, sums_here, device, group), train_elementwise(options, transport, device, group)
+
+
+@pytest.mark.parametrize(
+    ("place", "transport"),
+    [
+        pytest.param(*ONE_RANK.values, sums_in_registered_memory, id="one rank on NCCL", marks=ONE_RANK.marks),
+        pytest.param(*TWO_GPUS.values, registered, id="two GPUs", marks=TWO_GPUS.marks),
+    ],
+)
+@pytest.mark.parametrize("stage", STAGES)
+def test_registered_memory_changes_no_bit(
+    run_on_ranks: RunOnRanks, place: Place, stage: int, transport: TransportFactory
+) -> None:
+    options = {"stage": stage, "param_dtype": BF16}
+    for plain, in_registered in run_on_ranks(place.ranks, train_registered, place, options, transport):
+        assert all(map(torch.equal, plain, in_registered))
+
+
+def train_by_graph(
+    stage: int, is_captured: bool, transport: TransportFactory, device: torch.device, group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Parameters after `WARM_UP` steps and `STEPS` more, which are a graph's replays if it is captured."""
+    net = Elementwise().to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+    model, optimizer = zeroopt.wrap(
+        net, optimizer, process_group=group, transport=transport, bucket_mb=BUCKET_MB, fused=True, stage=stage
+    )
+    targets, side = net.targets(0).to(device), torch.cuda.Stream(device)
+
+    def step() -> None:
+        model(targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for number in range(WARM_UP):
+            targets.copy_(net.targets(number))
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    run = step
+    for number in range(WARM_UP, WARM_UP + STEPS):
+        targets.copy_(net.targets(number))
+        if is_captured and run is step:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread of its own
+                step()
+            run = graph.replay
+        run()
+    torch.cuda.synchronize()
+    return [param.detach().cpu() for param in net.parameters()]
+
+
+def train_eagerly_and_by_graph(place: Place, stage: int, transport: TransportFactory) -> tuple[list[Tensor], ...]:
+    device, group = place.enter()
+    return tuple(train_by_graph(stage, is_captured, transport, device, group) for is_captured in (False, True))
+
+
+@pytest.mark.parametrize("place", [ONE_RANK, TWO_GPUS])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("transport", [sums_here, sums_of_backend, sums_in_levels])
+def test_replays_of_a_graph_are_steps(
+    run_on_ranks: RunOnRanks, place: Place, stage: int, transport: TransportFactory
+) -> None:
+    for eager, replayed in run_on_ranks(place.ranks, train_eagerly_and_by_graph, place, stage, transport):
+        assert all(map(torch.equal, eager, replayed))
+
+
+def train_without_kernels(
+    stage: int, options: dict[str, Any], device: torch.device, group: dist.ProcessGroup
+) -> list[Tensor]:
+    """By torch's operations and the optimizer's own step."""
+    with built_without_cuda():
+        return train_elementwise({"stage": stage, "fused": "auto", **options}, sums_here, device, group)
+
+
+def train_without_kernels_in_both_places(
+    place: Place, stage: int, options: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    device, group = place.enter()
+    on_cpu = train_without_kernels(stage, {"fused": False, **options}, torch.device("cpu"), dist.group.WORLD)
+    return on_cpu, train_without_kernels(stage, options, device, group)
+
+
+@pytest.mark.parametrize("place", [ONE_RANK, ONE_GPU, TWO_GPUS])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("tier", ["float32", "bfloat16"])
+def test_a_build_without_cuda_trains_by_torchs_operations(
+    run_on_ranks: RunOnRanks, place: Place, tier: str, stage: int
+) -> None:
+    """CUDA's division and root may round otherwise than the CPU's."""
+    for on_cpu, there in run_on_ranks(place.ranks, train_without_kernels_in_both_places, place, stage, TIERS[tier]):
+        torch.testing.assert_close(there, on_cpu)
 
 
 def train_without_a_wait(place: Place) -> tuple[list[Tensor], list[Tensor]]:
