@@ -24,7 +24,7 @@ from ..format.together import together
 from .contents import clean_name
 from .groups import has_positions, match_groups, read_groups
 from .lineage import goes_on
-from .residuals import check_residuals, follow_planned_order, residual_file, restore_residuals, sends_codes
+from .residuals import Order, checked_residuals, planned_like, residual_file, restore_residuals, sends_codes
 from .saving import Optimizers, begin, check_group, optimizers_of
 from .targets import Names, check_names, model_names, model_target, state_target
 
@@ -186,9 +186,6 @@ def load_source(
 
     together(group, f"opening the checkpoint {source.name}", open_source, compare)
     source.checkpoint.verify(group)
-    if optimizer is not None and source.is_of(group.size()) and sends_codes(model.replica):
-        for one in optimizers_of(model, optimizer):
-            follow_planned_order(one, source.facts_of(one).get("order", []))
     reading = _Reading()
 
     def read() -> None:
@@ -199,9 +196,9 @@ def load_source(
         if optimizer is not None:
             reading.take_residuals(source, group)
 
-    together(group, f"reading the checkpoint {source.name}", read, lambda done: done)
-    with ExitStack() as undo:
-        loaded: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
+    with planned_like(_orders(source, group, model, optimizer)), ExitStack() as undo:
+        together(group, f"reading the checkpoint {source.name}", read, lambda done: done)
 
         def load_extra() -> None:
             loaded.update(unpack_extra(extra, reading.extra, undo))
@@ -214,6 +211,15 @@ def load_source(
     if optimizer is not None and facts is not None:
         goes_on(model, runs_in(facts))
     return loaded
+
+
+def _orders(
+    source: Source, group: dist.ProcessGroup, model: ZeroDataParallel, optimizer: Optimizers | None
+) -> list[tuple[ZeroOptimizer, Order]]:
+    """How buckets were planned, of what codes have left out, which only the same buckets go on from. The same on all ranks."""
+    if optimizer is None or not source.is_of(group.size()) or not sends_codes(model.replica):
+        return []
+    return [(one, source.facts_of(one).get("order", [])) for one in optimizers_of(model, optimizer)]
 
 
 class _Opened(NamedTuple):
@@ -292,8 +298,8 @@ class _Reading:
     def take_residuals(self, source: Source, group: dist.ProcessGroup) -> None:
         """Read what this rank keeps for itself, where as many ranks saved."""
         name, is_alike = residual_file(group.rank()), source.is_of(group.size())
-        self._residuals = (source.checkpoint.side_file(name) if is_alike else None) or {}
-        check_residuals(self._residuals, name)
+        saved = source.checkpoint.side_file(name) if is_alike else None
+        self._residuals = checked_residuals(saved or {}, name)
 
     def commit(self, model: ZeroDataParallel) -> None:
         """Let all of it be the model's and the optimizers'. Collective in the model's process group."""

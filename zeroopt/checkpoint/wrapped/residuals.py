@@ -8,7 +8,7 @@ rounding   by which random numbers codes were rounded
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,8 @@ from ...optimizer import ZeroOptimizer
 from ...replica import Replica
 from ...storage.bucket import Bucket
 from .contents import clean_name
+
+_PARTS = {"rounding", "left_out", "model"}
 
 Order = list[list[str]]
 """Names of an optimizer's parameters as they were planned, for each time that some were taken in."""
@@ -45,8 +47,23 @@ def planned_order(optimizer: ZeroOptimizer) -> Order:
     return [[clean_name(params[number].name) for number in generation] for generation in optimizer.generations]
 
 
-def follow_planned_order(optimizer: ZeroOptimizer, order: Order) -> None:
-    """Plan the buckets like that, where it can be done. Collective."""
+@contextmanager
+def planned_like(orders: Sequence[tuple[ZeroOptimizer, Order]]) -> Iterator[None]:
+    """Plan the buckets of optimizers like that, where it can be done, and as they were where what is done within fails on all ranks.
+    Collective.
+    """
+    before = [(optimizer, [list(generation) for generation in optimizer.generations]) for optimizer, _ in orders]
+    for optimizer, order in orders:
+        _follow_planned_order(optimizer, order)
+    try:
+        yield
+    except CheckpointError:
+        for optimizer, numbers in before:
+            optimizer.follow_order(numbers)
+        raise
+
+
+def _follow_planned_order(optimizer: ZeroOptimizer, order: Order) -> None:
     place = {clean_name(managed.name): number for number, managed in enumerate(optimizer.state_dicts.params)}
     known = [[place[name] for name in generation if name in place] for generation in order]
     optimizer.follow_order(known)
@@ -74,13 +91,19 @@ def _piece(start: int, values: Tensor) -> dict[str, Any]:
     return {"start": start, "values": values}
 
 
-def check_residuals(saved: Any, name: str) -> None:
-    """Raise CheckpointError where what was read from a file is neither empty nor as `residual_contents` makes it."""
-    kept = saved if isinstance(saved, dict) else {"left_out": saved}
+def checked_residuals(saved: Any, name: str) -> dict[str, Any]:
+    """What was read from a file, as `residual_contents` makes it. The first checkpoints that had any have `left_out` alone, by itself.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    is_named = isinstance(saved, dict) and (not saved or not _PARTS.isdisjoint(saved))
+    kept: dict[str, Any] = saved if is_named else {"left_out": saved}
     for what in ("left_out", "model"):
         pieces = kept.get(what, {})
         if not (isinstance(pieces, dict) and all(map(_is_piece, pieces.values()))):
             raise CheckpointError(f"{name} does not hold what a rank keeps for itself, but {what}: {pieces!r}")
+    return kept
 
 
 def _is_piece(saved: Any) -> bool:
