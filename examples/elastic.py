@@ -5,8 +5,8 @@
         examples/elastic.py --checkpoints /shared/runs/elastic
 
 It goes on from the newest whole checkpoint, with the samples behind those that it was trained on, whoever has been killed and whether
-torchrun starts it again or the cluster does. With --copies, after the loss of a rank it goes on from the last step. On SIGTERM or SIGUSR1 it saves after the step that is under way, and ends. docs/elastic.md
-says what to tell SLURM and Kubernetes.
+torchrun starts it again or the cluster does. With --copies, after the loss of a rank it goes on from the last step. On SIGTERM or
+SIGUSR1 it saves after the step that is under way, and ends. docs/elastic.md says what to tell SLURM and Kubernetes.
 """
 
 import argparse
@@ -51,10 +51,11 @@ class Run:
         self.step = 0
 
     def resume(self) -> None:
-        """Go on from the copies of the last step, or the newest checkpoint, if there is either."""
-        found = self.guard.restore() if self.guard else {}
-        found = found or resume(self.args.checkpoints, self.model, self.optimizer, self.parts, rank_extra=self.random)
+        """Go on from the newest checkpoint, or copies of a later step, if there is either."""
+        found = resume(self.args.checkpoints, self.model, self.optimizer, self.parts, rank_extra=self.random)
         self.step = found.get("step", 0)
+        if self.guard:
+            self.step = self.guard.restore(newer_than=self.step).get("step", self.step)
         report(f"beginning at step {self.step} with {dist.get_world_size()} ranks")
 
     def train(self) -> None:

@@ -6,6 +6,7 @@ Blocks of steps take turns in the same ranks. The ratio is of the medians of all
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     net = make_model(VOCABULARY, args.tokens, args.layers, args.width)
     model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), stage=2)
-    guard = Guard(model, optimizer, job="bench-cost")
+    guard = Guard(model, optimizer, job=f"bench-cost-{os.getppid()}")
     tokens = torch.randint(VOCABULARY, (args.batch, args.tokens))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     calls, step = [], 0

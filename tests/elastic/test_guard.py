@@ -14,7 +14,8 @@ from worker_pool import RunOnRanks
 import zeroopt
 from zeroopt.checkpoint import RandomState
 from zeroopt.elastic import Guard
-from zeroopt.elastic.place import files_in
+from zeroopt.elastic.finding import choose, find
+from zeroopt.elastic.place import directory_of, files_in
 from zeroopt.elastic.slots import Slots
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -115,7 +116,9 @@ def every_other(memory: Path) -> list[int]:
             train(model, optimizer, "mlp", range(step, step + 1))
             guard.step(step)
             guard.wait()
-            steps.append(Guard(model, optimizer, job="job", memory=memory).restore().get("step", 0))
+            dist.barrier()
+            steps.append(choose([find(directory_of("job", memory))] * 2, [[0, 1]]).step or 0)
+            dist.barrier()
         train(model, optimizer, "mlp", range(5, 6))
     return steps
 
@@ -199,3 +202,61 @@ def test_all_optimizers_and_their_options_come_back(run_on_ranks: RunOnRanks, tm
         assert_same(after[0], before[0])
         assert after[1:] == before[1:]
         assert after[1] == [pytest.approx(0.01), 0.1]
+
+
+def going_back(memory: Path) -> Any:
+    """A run that has got worse begins again from what it had saved."""
+    model, optimizer = wrapped("mlp", "adamw", {})
+    guard = Guard(model, optimizer, rank_extra={"random": RandomState()}, job="job", memory=memory)
+    for step in (8, 9, 10, 5):
+        train(model, optimizer, "mlp", range(step, step + 1))
+        guard.step(step)
+    guard.wait()
+    return 5, all_of(model, [optimizer])
+
+
+def test_whoever_goes_back_leaves_what_came_later(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    (_, expected), *_ = run_on_ranks(2, going_back, tmp_path)
+    after = run_on_ranks(2, restored, tmp_path, "mlp", {})
+    assert [step for step, *_ in after] == [5, 5]
+    assert_all_same([values for _, values, *_ in after], expected)
+
+
+def newer_ones(memory: Path, steps: list[int]) -> list[int]:
+    model, optimizer = wrapped("mlp", "adamw", {})
+    guard = Guard(model, optimizer, rank_extra={"random": RandomState()}, job="job", memory=memory)
+    return [guard.restore(newer_than=step).get("step", step) for step in steps]
+
+
+def test_copies_give_way_to_what_is_as_new(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, train_under_guard, tmp_path, "mlp", {}, 3)
+    assert run_on_ranks(2, newer_ones, tmp_path, [2, 3]) == [[3, 3]] * 2
+    assert run_on_ranks(2, newer_ones, tmp_path, [0]) == [[0]] * 2, "they are gone"
+
+
+def test_runs_that_are_killed_again_and_again_leave_one_file_each(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for steps in (1, 2, 3, 4):
+        run_on_ranks(2, train_under_guard, tmp_path, "mlp", {}, steps)
+        (directory,) = tmp_path.iterdir()
+        (directory / ".half made").touch()
+        assert len(list(directory.iterdir())) <= 5
+
+
+def two_models(memory: Path) -> str:
+    guards = [Guard(*wrapped("mlp", "adamw", {}), job="job", memory=memory) for _ in range(2)]
+    guards[1].restore()
+    with pytest.raises(zeroopt.StateError, match="a job= of its own"):
+        guards[0].step(1)
+    with pytest.raises(zeroopt.StateError, match="a job= of its own"):
+        guards[0].restore()
+    with pytest.raises(zeroopt.ConfigError) as caught:
+        Guard(*wrapped("mlp", "adamw", {}), job=f"job-{dist.get_rank()}", memory=memory)
+    return str(caught.value)
+
+
+def test_models_and_ranks_are_of_jobs_that_fit(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for message in run_on_ranks(2, two_models, tmp_path):
+        assert (
+            message.startswith("expected the ranks of a host to be of one job, got rank 0 zeroopt-")
+            and "job-1" in message
+        )

@@ -42,10 +42,14 @@ def hosts_of(control: Any) -> list[list[int]]:
 def guarded(root: Path, steps: int, every: int = 1) -> Any:
     """Train on from what there is, each rank on a host of its own; what there was at the beginning, and is at the end."""
     memory = root / f"host-{dist.get_rank()}"
-    memory.mkdir(parents=True, exist_ok=True)
+    if not memory.exists():
+        memory.mkdir(parents=True)
+        (memory / "agent").write_text(str(dist.get_rank()))
     model, optimizer = wrapped("mlp", "adamw", {})
     with patch.object(guard, "ranks_by_host", hosts_of):
-        guards = Guard(model, optimizer, every=every, job="job", memory=memory)
+        # Each host by a name of its own, as that of torchrun's agent is.
+        job = f"agent-{(memory / 'agent').read_text()}"
+        guards = Guard(model, optimizer, every=every, job=job, memory=memory)
     first = guards.restore().get("step", 0)
     values = [all_of(model, [optimizer])]
     for step in range(first, steps):

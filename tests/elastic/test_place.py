@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroopt.elastic.place import FileName, directory_of, files_in, job_of_parent, jobs, remove_ended
+from zeroopt.elastic.place import (
+    FileName,
+    bytes_of,
+    directory_of,
+    files_in,
+    job_of_agent,
+    jobs,
+    remove_all_but,
+    remove_ended,
+)
 from zeroopt.errors import ConfigError
 
 NUMBERS = st.integers(0, 10**7)
@@ -38,11 +47,12 @@ def test_jobs_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_ended_processes_have_left_goes(tmp_path: Path) -> None:
+def test_what_ended_processes_have_left_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    mine = job_of_parent()
+    mine = job_of_agent()
     start = mine.rpartition("-")[2]
     of_ended = mine.replace(f"-{os.getppid()}-", f"-{ended.stdout.strip()}-")
     of_former = mine.removesuffix(start) + "1"  # a process of the same number
@@ -51,3 +61,20 @@ def test_what_ended_processes_have_left_goes(tmp_path: Path) -> None:
         directory_of(job, tmp_path).mkdir()
     remove_ended(tmp_path)
     assert set(jobs(tmp_path)) == {mine, elsewhere, "named"}
+
+
+def test_without_torchrun_a_job_needs_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(ConfigError, match="pass job="):
+        job_of_agent()
+
+
+def test_all_goes_but_what_is_named(tmp_path: Path) -> None:
+    directory, kept = directory_of("a", tmp_path), FileName(2, 1, 0)
+    remove_all_but(directory, [kept])
+    directory.mkdir()
+    for name in (str(FileName(1, 1, 0)), str(kept), f".{FileName(3, 1, 0)}"):
+        (directory / name).write_bytes(bytes(100))
+    assert bytes_of("a", tmp_path) == 300
+    remove_all_but(directory, [kept])
+    assert [path.name for path in directory.iterdir()] == [str(kept)]

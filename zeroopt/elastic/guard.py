@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,14 +27,14 @@ from ..checkpoint.wrapped.saving import Optimizers, begin, optimizers_of, own_co
 from ..collectives import ControlGroup
 from ..collectives.hosts import ranks_by_host
 from ..collectives.second_group import second_group
-from ..errors import CheckpointError, ConfigError, NotSupportedError
+from ..errors import CheckpointError, ConfigError, NotSupportedError, StateError
 from ..feature import Feature, Step
 from ..module import ZeroDataParallel
 from .contents import Entries, pack
 from .copier import Copier
 from .finding import Found, choose, find
 from .neighbours import Neighbours, Ring, fetch
-from .place import MEMORY, FileName, directory_of, files_in, job_of_parent, remove_ended, remove_job
+from .place import MEMORY, FileName, directory_of, files_in, job_of_agent, remove_all_but, remove_ended, remove_job
 from .slots import Slots
 from .stored import StoredCheckpoint
 
@@ -73,12 +75,15 @@ class Guard:
         every: steps between copies.
         between_hosts: where there are several, each copy goes to the next host besides. A thread sends it while training goes on, until the
             next copy. Then a host may be lost with its memory.
-        job: names what belongs together, the same on all hosts. None: what was started by the process that has started this one, for as long
-            as that one lives. What a job of a given name leaves stays until `close`, or until `python -m zeroopt elastic remove JOB`.
+        job: names the training, the same on all hosts; each model of a process has a name of its own. None: what torchrun's agent has started
+            on this host, for as long as that lives. What a job of a given name leaves stays until `close`, or until `python -m zeroopt elastic
+            remove JOB`.
         memory: a file system in memory.
 
     Raises:
-        ConfigError: `every` is less than 1, the name is no name, or the optimizer is not the model's.
+        ConfigError: `every` is less than 1, the name is no name, or is missing without torchrun, or the optimizer is not the model's. On all
+            ranks: those of one host have different names.
+        StateError: by later calls, when another guard of this process has been made for the job since.
         NotSupportedError: not all ranks hold the model together (`average_every`, pipeline stages, DTensors).
     """
 
@@ -98,11 +103,13 @@ class Guard:
             raise ConfigError(f"every has to be at least 1, got {every}")
         self._model, self._optimizers = model, optimizers_of(model, optimizer)
         self._extra, self._rank_extra, self._every = extra, rank_extra, every
-        self._directory = directory_of(job_of_parent() if job is None else job, memory)
+        self._directory = directory_of(job_of_agent() if job is None else job, memory)
         self._group = begin(model, None)
         self._control = ControlGroup(self._group)
         self._check_supported()
         self._hosts = ranks_by_host(self._control)
+        self._check_names()
+        _last_guards[self._directory] = self
         self._is_first_of_host = any(ranks[0] == self._control.rank for ranks in self._hosts)
         self._between: ControlGroup | None = None
         if len(self._hosts) > 1:
@@ -115,13 +122,17 @@ class Guard:
         self._neighbours: Neighbours | None = None
         self._copies = 0  # in the present layout
         self._has_older = True
+        self._last_step: int | None = None  # that was copied, or gone on from
         self._copying, self._sending = _Background("zeroopt.elastic"), _Background("zeroopt.elastic.hosts")
         in_backward = model.features.step_in_backward is not None
         self._waiting = _WaitBeforeChanges(self.wait, in_backward=in_backward)
         model.features.features.add(self._waiting)
 
-    def restore(self) -> dict[str, Any]:
+    def restore(self, *, newer_than: int = -1) -> dict[str, Any]:
         """Go on from the last step of which all ranks have a whole copy; where there is none, as at the first start, change nothing.
+
+        Args:
+            newer_than: a step that there is already, loaded from a checkpoint for one: go on from later ones alone. The same on all ranks.
 
         Returns:
             All extra values, with this rank's own where as many ranks go on, and "step", the number that was given to `step`. An empty
@@ -131,7 +142,10 @@ class Guard:
             CheckpointError: on all ranks: what was copied is of another model, or there is no room for what is on other hosts. Nothing has
                 been changed.
         """
+        self._check_is_last()
         self.wait()
+        self._sending.wait()
+        self._copier = self._neighbours = None  # whatever comes has a file of its own
         found = together(
             self._group,
             f"looking for copies in {self._directory}",
@@ -139,31 +153,38 @@ class Guard:
             lambda everyone: [choose(everyone, self._hosts)] * len(everyone),
         )
         self._layout = found.last_layout
-        if found.step is None:
+        if found.step is None or found.step <= newer_than:
+            self._remove_all_but(())
             return {}
         self._fetch(found)
         source = Source(str(self._directory), partial(self._open, found))
         loaded = load_source(source, self._group, self._model, self._optimizers, self._extra, self._rank_extra)
+        self._remove_all_but(found.names)
+        self._last_step = found.step
         return {**loaded, "step": found.step}
 
     def step(self, step: int) -> None:
         """Copy what there is after a step, if its number is a multiple of `every`. The whole copy before stays until this one is whole on all
-        ranks. Without a `restore` before, a run begins anew, and what another one has left under the same name is removed.
+        ranks. Without a `restore` before, a run begins anew, and what another one has left under the same name is removed; and so it does
+        where it has gone back, to a number that is no larger than the one before.
 
         Args:
-            step: its number, the same on all ranks, larger than those before.
+            step: its number, the same on all ranks.
 
         Raises:
             CheckpointError: on all ranks: there is not enough memory, or an extra value cannot be copied.
             CollectiveError: a rank is gone.
         """
+        self._check_is_last()
         if step % self._every:
             return
         self.wait()
         self._sending.wait()
         entries, packed, is_new = self._take_together(step)
-        if is_new:
-            self._lay_out(entries, packed)
+        is_back = self._last_step is not None and step <= self._last_step
+        self._last_step = step
+        if is_new or is_back:
+            self._lay_out(entries, packed, anew=is_back or self._layout is None)
         elif self._has_older and self._copies:
             self._remove_older()
         assert self._copier is not None
@@ -187,7 +208,7 @@ class Guard:
         self._model.features.features.switch(self._waiting, on=False)
         self._control.barrier("giving copies back")
         self._copier = self._neighbours = None
-        if self._is_first_of_host:
+        if self._is_first_of_host and _last_guards.get(self._directory) is self:
             remove_job(self._directory)
 
     def __enter__(self) -> Self:
@@ -198,6 +219,23 @@ class Guard:
     ) -> None:
         if kind is None:
             self.close()
+
+    def _check_is_last(self) -> None:
+        if _last_guards.get(self._directory) is not self:
+            raise StateError(
+                f"another Guard of this process has been made for {self._directory} since, whose model's copies would be mixed with those of "
+                "this one: give each model a job= of its own"
+            )
+
+    def _check_names(self) -> None:
+        """Ranks that were started by a program of their own each, a shell for one, would have names of their own. Collective."""
+        names = self._control.objects(self._directory.name, "comparing jobs")
+        for host in self._hosts:
+            if len({names[rank] for rank in host}) > 1:
+                told = ", ".join(f"rank {rank} {names[rank]}" for rank in host)
+                raise ConfigError(
+                    f"expected the ranks of a host to be of one job, got {told}: pass job=, the same name on all ranks"
+                )
 
     def _check_supported(self) -> None:
         replica = self._model.replica
@@ -282,9 +320,9 @@ class Guard:
             check_plain(value, name)
         return entries, pack({"values": values, "side": side, "facts": facts})
 
-    def _lay_out(self, entries: Entries, packed: bytes) -> None:
-        """Find places anew, in another file. Collective."""
-        if self._layout is None:
+    def _lay_out(self, entries: Entries, packed: bytes, *, anew: bool) -> None:
+        """Find places anew, in another file, and with `anew`, without what there is. Collective."""
+        if anew:
             self._begin_anew()
         assert self._layout is not None
         self._layout += 1
@@ -314,14 +352,19 @@ class Guard:
         self._has_older = True
 
     def _begin_anew(self) -> None:
-        """Nobody has asked for what another run may have left: it is not to be taken for what this one leaves. Collective."""
+        """What another run may have left, or this one before it went back, is not to be taken for what comes. Collective."""
+        self._copier = self._neighbours = None
+        self._remove_all_but(())
+        self._layout = 0
+
+    def _remove_all_but(self, names: Collection[FileName]) -> None:
+        """Whoever is killed again and again leaves no more than this. Collective."""
 
         def remove_mine() -> None:
             if self._is_first_of_host:
-                remove_job(self._directory)
+                remove_all_but(self._directory, names)
 
-        together(self._group, f"removing what is in {self._directory}", remove_mine, lambda done: done)
-        self._layout = 0
+        together(self._group, f"removing what is left in {self._directory}", remove_mine, lambda done: done)
 
     def _remove_older(self) -> None:
         """All ranks have a whole copy in the present layout, so that nobody needs another."""
@@ -339,6 +382,9 @@ class Guard:
         assert self._neighbours is not None
         self._neighbours.exchange(step)
 
+
+_last_guards: WeakValueDictionary[Path, Guard] = WeakValueDictionary()
+"""That this process has made last, by where it copies to."""
 
 _FITS, _IS_NEW, _FAILED = range(3)
 """What ranks tell each other of what they have to copy."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +66,32 @@ def files_in(directory: Path) -> list[FileName]:
     return sorted(found for name in names if (found := FileName.parse(name)) is not None)
 
 
-def job_of_parent() -> str:
-    """The name of a job that is as old as the parent of this process: of the agent of torchrun, which starts ranks again."""
+def job_of_agent() -> str:
+    """The name of a job that is as old as the parent of this process: torchrun's agent, which starts ranks again.
+
+    Raises:
+        ConfigError: torchrun has not started this process. What has, a shell for one, may start other trainings, too.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ConfigError(
+            "torchrun has not started this process, so nothing says which processes are of one training: pass job=, a name of this "
+            "training that it has again when it is started again"
+        )
     return _name_of_process(os.getppid())
 
 
 def remove_job(directory: Path) -> None:
     """Remove all that a job has left on this host."""
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_all_but(directory: Path, names: Collection[FileName]) -> None:
+    """Remove what a directory has besides these, also what was being made when its maker was killed."""
+    kept = {str(name) for name in names}
+    with suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
 
 
 def remove_ended(memory: str | os.PathLike[str] = MEMORY) -> None:
@@ -92,8 +110,7 @@ def jobs(memory: str | os.PathLike[str] = MEMORY) -> Iterator[str]:
 
 def bytes_of(job: str, memory: str | os.PathLike[str] = MEMORY) -> int:
     """What the files of a job take."""
-    directory = directory_of(job, memory)
-    return sum((directory / str(name)).stat().st_size for name in files_in(directory))
+    return sum(path.stat().st_size for path in directory_of(job, memory).iterdir())
 
 
 def _prefix() -> str:

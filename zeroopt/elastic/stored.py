@@ -60,8 +60,8 @@ class StoredCheckpoint(Checkpoint):
 
     @property
     def identity(self) -> tuple[str, int]:
-        """What tells it from others: the same on all hosts."""
-        return self.path.name, self._step
+        """What tells it from others: the same on all hosts, whose directories may have different names."""
+        return self._names[0], self._step
 
     def verify(self, group: dist.ProcessGroup | None) -> None:
         """Nothing: what is not whole is not among the parts."""
