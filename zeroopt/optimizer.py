@@ -237,7 +237,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._finish_gradients(step)
         if self._config.share_parameters:  # stepping writes what the other ranks read
             everyone_came.finish()
-        with self._reducer.guard.changing(self.number):
+        with self._reducer.guard.changing(self.number, self._trained.buckets[0].device):
             for bucket in self._update(step):
                 self._gathers.start(bucket, everyone_came)
             everyone_came.finish()

@@ -76,7 +76,7 @@ def test_what_was_loaded_goes_on(stage: int) -> None:
 def test_of_several_optimizers_each_has_to_be_loaded() -> None:
     guard = StepGuard()
     for number in range(2):
-        with pytest.raises(KeyboardInterrupt), guard.changing(number):
+        with pytest.raises(KeyboardInterrupt), guard.changing(number, torch.device("cpu")):
             raise KeyboardInterrupt
     guard.forget(0)
     with pytest.raises(StateError):
@@ -88,7 +88,7 @@ def test_of_several_optimizers_each_has_to_be_loaded() -> None:
 @pytest.mark.parametrize("error", [NonFiniteError("rank 1"), RankMismatchError("rank 1")])
 def test_what_all_ranks_are_told_breaks_nothing_off(error: Exception) -> None:
     guard = StepGuard()
-    with pytest.raises(type(error)), guard.changing(0):
+    with pytest.raises(type(error)), guard.changing(0, torch.device("cpu")):
         raise error
     assert not guard.is_broken
 

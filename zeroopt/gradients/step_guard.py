@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from ..errors import NonFiniteError, RankMismatchError, StateError
+from ..streams import is_capturing
 
 # Raised on all ranks alike, by checks that come before a step or when it is through.
 _TOLD_TO_ALL = (NonFiniteError, RankMismatchError)
@@ -18,13 +21,18 @@ class StepGuard:
         self._broken: dict[int, str] = {}  # by the number of the optimizer: what broke off its step
 
     @contextmanager
-    def changing(self, optimizer: int) -> Iterator[None]:
-        """Within it, a step of the optimizer of that number changes parameters."""
+    def changing(self, optimizer: int, device: torch.device) -> Iterator[None]:
+        """Within it, a step of the optimizer of that number changes parameters, on this device."""
+        is_recorded = is_capturing(
+            device
+        )  # into a CUDA graph: nothing has run, and a capture that fails leaves no graph
         try:
             yield
         except _TOLD_TO_ALL:
             raise
         except BaseException as error:
+            if is_recorded:
+                raise
             self._broken[optimizer] = f"{type(error).__name__}: {error}".rstrip(": ")
             raise
 
