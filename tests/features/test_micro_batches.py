@@ -16,6 +16,7 @@ from lone import Lone
 from torch import Tensor, nn
 from training import Halves, Mlp
 from transports import hosts
+from whole_optimizers import Lars
 from worker_pool import WORKER_DIED, RunOnRanks
 
 import zeroopt
@@ -117,6 +118,7 @@ ALIKE: list[dict[str, Any]] = [
     {"stage": 2, "transport": "all_to_all", "share_parameters": False},
     {"stage": 2, "share_parameters": True},
     {"stage": 1, "hosts": True},
+    {"stage": 2, "hosts": True, "transport": "hierarchy"},
     {"stage": 2, "shards": True},
 ]
 CLIPPED: list[dict[str, Any]] = [
@@ -140,6 +142,7 @@ TIERS: list[dict[str, Any]] = [
     {"param_dtype": torch.bfloat16, "master_weights": "none", "reduce_dtype": torch.float32, "cast_inputs": True},
     {"state_dtype": torch.int8},
     {"fused": False, "make": torch.optim.SGD},
+    {"make": Lars},  # steps whole parameters
 ]
 
 
