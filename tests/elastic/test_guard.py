@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import TIERS, all_of, assert_all_same, assert_same, train, wrapped
+from lone import Lone
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt import CheckpointError
 from zeroopt.checkpoint import RandomState
 from zeroopt.elastic import Guard
 from zeroopt.elastic.finding import choose, find
@@ -64,7 +69,13 @@ def go_on(memory: Path, options: dict[str, Any], cuts: list[int]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_compression": "int8"}, {"stage": 1, "param_dtype": torch.bfloat16}], ids=str
+    "options",
+    [
+        {},
+        {"gradient_compression": "int8", "parameter_compression": "int8"},
+        {"stage": 1, "param_dtype": torch.bfloat16},
+    ],
+    ids=str,
 )
 def test_training_goes_on_as_if_nothing_had_happened(
     run_on_ranks: RunOnRanks, tmp_path: Path, options: dict[str, Any]
@@ -158,6 +169,81 @@ def test_what_cannot_be_copied_is_an_error_on_all_ranks(run_on_ranks: RunOnRanks
     assert [error.type_name for error in errors] == ["CheckpointError"] * 2
     assert errors[0].message == "step 1 could not be copied: on another rank, which says why"
     assert "rank-1.pt['object'] is a builtins.object" in errors[1].message
+
+
+def becoming_unloadable(memory: Path, what: str) -> Any:
+    """What a later copy raises, of values that could be copied at first."""
+    model, optimizer = wrapped("mlp", "adamw", {})
+    extra: dict[str, Any] = {"best": None}
+    guard = Guard(model, optimizer, extra, job="job", memory=memory)
+    train(model, optimizer, "mlp", range(1))
+    guard.step(1)
+    if what == "best":
+        extra["best"] = np.float64(3)
+    else:
+        optimizer.param_groups[0]["lr"] = np.float64(0.1)
+    with pytest.raises(CheckpointError) as raised:
+        guard.step(2)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["best", "lr"])
+def test_what_could_not_be_read_is_refused_in_later_copies(run_on_ranks: RunOnRanks, tmp_path: Path, what: str) -> None:
+    (message,) = run_on_ranks(1, becoming_unloadable, tmp_path, what)
+    assert what in message and "float64" in message
+
+
+def broken_off(memory: Path) -> Any:
+    """What there is to go on from after a step that was broken off in the middle."""
+    lone = Lone(0, torch.optim.Adam)
+    guard = Guard(lone.model, lone.optimizer, job="job", memory=memory)
+    lone.step(1)
+    guard.step(1)
+    step = lone.optimizer._trained.stepper.step
+
+    def broken(active: Any) -> Iterator[Any]:
+        yield next(iter(step(active)))
+        raise KeyboardInterrupt
+
+    lone.backward(2)
+    with patch.object(lone.optimizer._trained.stepper, "step", broken), pytest.raises(KeyboardInterrupt):
+        lone.optimizer.step()
+    with pytest.raises(CheckpointError, match="a step did not come to its end"):
+        guard.step(2)
+    other = Lone(0, torch.optim.Adam)
+    return Guard(other.model, other.optimizer, job="job", memory=memory).restore()["step"]
+
+
+def test_a_step_that_was_broken_off_is_not_copied(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    assert run_on_ranks(1, broken_off, tmp_path) == [1]
+
+
+def bytes_of_slots(memory: Path, options: dict[str, Any]) -> tuple[int, int]:
+    """Of a slot of a model of one matrix, and how many parameters that has."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(512, 512, bias=False)
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()), transport="pairwise", **options)
+    guard = Guard(model, optimizer, job="job", memory=memory)
+    for step in range(1, 3):
+        model(torch.ones(2, 512)).sum().backward()
+        optimizer.step()
+        guard.step(step)
+    guard.wait()
+    directory = next(memory.iterdir())
+    return Slots.open(directory / str(files_in(directory)[-1])).slot_bytes, net.weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_a_parameter"),
+    [({}, 12 / 2), ({"gradient_compression": "int8", "parameter_compression": "int8"}, 12 / 2 + 2 + 4 / 2)],
+    ids=["exact", "codes"],
+)
+def test_slots_are_as_large_as_is_told(
+    run_on_ranks: RunOnRanks, tmp_path: Path, options: dict[str, Any], bytes_a_parameter: float
+) -> None:
+    (slot_bytes, numel), _ = run_on_ranks(2, bytes_of_slots, tmp_path, options)
+    room_for_values = 1 << 17
+    assert 0 <= slot_bytes - bytes_a_parameter * numel < room_for_values
 
 
 def alone(memory: Path) -> None:

@@ -16,6 +16,7 @@ from worker_pool import RunOnRanks
 
 from zeroopt.elastic import Guard, guard
 from zeroopt.elastic.neighbours import Ring
+from zeroopt.elastic.slots import Slots
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=5))
@@ -83,4 +84,7 @@ def test_with_copies_every_few_steps_it_goes_on_from_the_last_of_them(run_on_ran
     shutil.rmtree(tmp_path / "long" / "host-1")
     after = run_on_ranks(2, guarded, tmp_path / "long", 3, 3)
     assert [first for first, *_ in after] == [3, 3]
+    fetched = [path for path in (tmp_path / "long" / "host-1").rglob("*-rank-*")]
+    assert len(fetched) == 2
+    assert all(path.stat().st_size == Slots.open(path).bytes_with_one for path in fetched), "one slot each"
     assert_all_same([values for _, values, _ in after], expected)

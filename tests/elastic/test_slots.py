@@ -31,6 +31,16 @@ def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> No
     assert opened.bytes_of(1).tolist() == [2] * opened.slot_bytes
 
 
+def test_what_is_only_to_be_read_takes_one_slot(tmp_path: Path) -> None:
+    made = Slots.make(tmp_path / "file", b"table", 5000, slots=1)
+    made.begin(0)[:] = 7
+    made.finish(0, 4)
+    opened = Slots.open(tmp_path / "file")
+    assert opened.slot_of(4) == 0 and set(opened.bytes_of(0).tolist()) == {7}
+    two = Slots.make(tmp_path / "two", b"table", 5000)
+    assert (tmp_path / "file").stat().st_size == opened.bytes_with_one == two.bytes_with_one
+
+
 def test_without_memory_nothing_is_left(tmp_path: Path) -> None:
     full = patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device"))
     with full, pytest.raises(OSError, match="No space left"):

@@ -118,6 +118,19 @@ def test_copies_are_two_of_what_a_rank_steps(options: dict[str, Any], bytes_a_pa
     assert "copies" not in parts(asked(8, copies=True, device="cuda", **options), "step")
 
 
+@pytest.mark.parametrize(
+    ("options", "bytes_a_parameter"),
+    [
+        ({"gradient_compression": "int8"}, 2),
+        ({"parameter_compression": "int8"}, 4 / 8),
+    ],
+    ids=str,
+)
+def test_copies_have_what_codes_make_a_rank_keep(options: dict[str, Any], bytes_a_parameter: float) -> None:
+    held, plain = (parts(asked(8, host_ranks=1, copies=True, **given), "step")["copies"] for given in (options, {}))
+    assert held == plain + 4 * bytes_a_parameter * NUMEL
+
+
 def test_wrapping_holds_one_bucket_twice() -> None:
     assert parts(asked(2), "wrapping") == {"parameters": 4 * (NUMEL + LAYER)}
     # With half as many bytes, it is the beginning: the model as it was built, and the first bucket.

@@ -1,4 +1,9 @@
-"""What a rank copies, and where it lies in a slot: tensors in fixed places, and behind them the values that are no tensors."""
+"""What a rank copies, and where it lies in a slot.
+
+┌───────────────────────────────────┬─────────────────────────────┬──────────────────────┐
+│ tensors of checkpoints, by plan   │ what this rank alone keeps  │ values, no tensors   │
+└───────────────────────────────────┴─────────────────────────────┴──────────────────────┘
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from ..checkpoint.format.plain import load_metadata
 from ..checkpoint.format.planning import ShardSavePlanner
+from ..state.entries import map_tensors
 from ..state.shard_tensor import ShardTensor
 
 _ALIGNMENT = 64
@@ -28,16 +34,24 @@ _LEAST_ROOM = 1 << 16
 
 
 class Entries:
-    """What a rank has of a model and its optimizers at one moment: live tensors and values by flat key."""
+    """What a rank has of a model and its optimizers at one moment: live tensors and values by flat key.
 
-    def __init__(self, nested: Mapping[str, Any], *, is_first: bool) -> None:
+    Args:
+        nested: as `own_contents` gives it.
+        kept: tensors that no other rank needs, 1-D, in memory of their own.
+        is_first: whether this is the first rank.
+    """
+
+    def __init__(self, nested: Mapping[str, Any], kept: Sequence[Tensor] = (), *, is_first: bool) -> None:
+        self.kept = kept
         self.planner = ShardSavePlanner(nested, is_coordinator=is_first)
         self.planner.flatten()
 
     @property
     def signature(self) -> list[Any]:
         """What has to stay as it is for the same places to do: names, shapes, and which elements this rank has."""
-        return [(key, *_shape_of(value)) for key, value in self.planner.state_dict.items()]
+        named = [(key, *_shape_of(value)) for key, value in self.planner.state_dict.items()]
+        return [*named, *map(_shape_of, self.kept)]
 
     def is_shard(self, item: WriteItem) -> bool:
         """Whether it is of a tensor that steps alone change."""
@@ -70,28 +84,31 @@ class Places:
 
     Attributes:
         tensors: items of tensors, and where they begin.
+        kept_begin: where those begin that this rank alone keeps.
         values: items of other values.
         values_begin: where these begin, all together.
         slot_bytes: of all.
     """
 
     tensors: list[tuple[WriteItem, int]]
+    kept_begin: int
     values: list[WriteItem]
     values_begin: int
     slot_bytes: int
 
     @staticmethod
-    def of(plan: SavePlan, packed_bytes: int) -> Places:
-        """For a plan of one rank, and values that take so many bytes now."""
+    def of(plan: SavePlan, kept: Sequence[Tensor], packed_bytes: int) -> Places:
+        """For a plan of one rank, what it keeps, and values that take so many bytes now."""
         tensors, end = [], 0
         for item in plan.items:
             if item.tensor_data is not None:
                 tensors.append((item, end))
                 num_bytes = math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-                end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+                end += _aligned(num_bytes)
+        kept_end = end + sum(_aligned(one.nbytes) for one in kept)
         values = [item for item in plan.items if item.tensor_data is None]
         room = max(_LEAST_ROOM, _ROOM * packed_bytes) + _LENGTH_BYTES
-        return Places(tensors, values, end, end + room)
+        return Places(tensors, end, values, kept_end, kept_end + room)
 
     def views(self, slot: NDArray[np.uint8]) -> list[tuple[WriteItem, Tensor]]:
         """Items of tensors, and their memory in a slot."""
@@ -121,19 +138,33 @@ class Places:
             Metadata(
                 mine.state_dict_metadata,
                 mine.planner_data,
-                {**storage, _VALUES: _StorageInfo(name, self.values_begin, 0)},
+                {
+                    **storage,
+                    _KEPT: _StorageInfo(name, self.kept_begin, 0),
+                    _VALUES: _StorageInfo(name, self.values_begin, 0),
+                },
             )
         )
 
 
-_VALUES = MetadataIndex("")  # no tensor has this name
+# No tensor has these names.
+_KEPT = MetadataIndex("kept")
+_VALUES = MetadataIndex("values")
 
 
-def read_table(table: bytes) -> tuple[Metadata, int]:
-    """The metadata of `Places.table`, and where values begin. No code in it is run."""
+class Table(NamedTuple):
+    """What `Places.table` has written. metadata: of its tensors. kept_begin, values_begin: as in `Places`."""
+
+    metadata: Metadata
+    kept_begin: int
+    values_begin: int
+
+
+def read_table(table: bytes) -> Table:
+    """No code in it is run."""
     metadata: Metadata = load_metadata(table)
-    begin = metadata.storage_data.pop(_VALUES).offset
-    return metadata, begin
+    kept_begin, values_begin = (metadata.storage_data.pop(index).offset for index in (_KEPT, _VALUES))
+    return Table(metadata, kept_begin, values_begin)
 
 
 def view(slot: NDArray[np.uint8], begin: int, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -142,6 +173,45 @@ def view(slot: NDArray[np.uint8], begin: int, sizes: Sequence[int], dtype: torch
     if not num_bytes:
         return torch.empty(tuple(sizes), dtype=dtype)
     return torch.from_numpy(slot[begin : begin + num_bytes]).view(dtype).view(tuple(sizes))
+
+
+Shapes = Sequence[tuple[int, torch.dtype]]
+"""Of tensors that a rank keeps: how many elements, and of what kind."""
+
+
+def shapes_of(kept: Sequence[Tensor]) -> Shapes:
+    """Those of some tensors."""
+    return [(one.numel(), one.dtype) for one in kept]
+
+
+def kept_views(slot: NDArray[np.uint8], begin: int, shapes: Shapes) -> list[Tensor]:
+    """The memory in a slot of tensors that a rank keeps."""
+    views = []
+    for numel, dtype in shapes:
+        views.append(view(slot, begin, (numel,), dtype))
+        begin += _aligned(views[-1].nbytes)
+    return views
+
+
+def take_out(residuals: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    """What `residual_contents` has, with a number for each tensor, and the tensors."""
+    kept: list[Tensor] = []
+
+    def number_of(tensor: Tensor) -> int:
+        kept.append(tensor)
+        return len(kept) - 1
+
+    return map_tensors(residuals, number_of), kept
+
+
+def put_back(numbered: Mapping[str, Any], kept: Sequence[Tensor]) -> dict[str, Any]:
+    """What was given to `take_out`."""
+    pieces = {
+        what: {name: {**piece, "values": kept[piece["values"]]} for name, piece in numbered[what].items()}
+        for what in ("left_out", "model")
+        if what in numbered
+    }
+    return {**numbered, **pieces}
 
 
 def pack(values: Any) -> bytes:
@@ -172,6 +242,10 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         np.copyto(_as_bytes(target), _as_bytes(source))
     else:
         target.copy_(source)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _as_bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from .contents import Entries, Places, copy_into, put_values
+from .contents import Entries, Places, copy_into, kept_views, put_values, shapes_of
 from .slots import Slots
 
 
@@ -30,11 +30,13 @@ class Copier:
     """
 
     def __init__(self, path: Path, plan: SavePlan, metadata: Metadata | None, entries: Entries, packed: bytes) -> None:
-        self._places = Places.of(plan, len(packed))
+        self._places = Places.of(plan, entries.kept, len(packed))
         self._signature = entries.signature
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.slots = Slots.make(path, self._places.table(metadata, path.name), self._places.slot_bytes)
-        self._targets = [self._places.views(self.slots.bytes_of(slot)) for slot in (0, 1)]
+        slots = [self.slots.bytes_of(number) for number in (0, 1)]
+        self._targets = [self._places.views(slot) for slot in slots]
+        self._kept_targets = [kept_views(slot, self._places.kept_begin, shapes_of(entries.kept)) for slot in slots]
 
     def fits(self, entries: Entries, packed: bytes) -> bool:
         """Whether everything has its place."""
@@ -58,6 +60,8 @@ class Copier:
 
         @torch.no_grad()
         def finish() -> None:
+            for target, kept in zip(self._kept_targets[number], entries.kept, strict=True):
+                copy_into(target, kept)
             for target, item in later:
                 copy_into(target, entries.tensor(item))
             self.slots.finish(number, step)

@@ -12,7 +12,7 @@ from .slots import NOT_WHOLE, Slots
 
 
 class OnHost(NamedTuple):
-    """A file on a host. steps: of which its slots are. num_bytes: of the file."""
+    """A file on a host. steps: of which its slots are. num_bytes: of a file with one of them."""
 
     steps: tuple[int, int]
     num_bytes: int
@@ -41,8 +41,8 @@ def find(directory: Path) -> dict[FileName, OnHost]:
     """The files on this host. Raises OSError where one cannot be read."""
     found = {}
     for name in files_in(directory):
-        path = directory / str(name)
-        found[name] = OnHost(Slots.open(path).steps, path.stat().st_size)
+        slots = Slots.open(directory / str(name))
+        found[name] = OnHost(slots.steps, slots.bytes_with_one)
     return found
 
 

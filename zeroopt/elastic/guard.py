@@ -30,7 +30,7 @@ from ..collectives.second_group import second_group
 from ..errors import CheckpointError, ConfigError, NotSupportedError, StateError
 from ..feature import Feature, Step
 from ..module import ZeroDataParallel
-from .contents import Entries, pack
+from .contents import Entries, pack, shapes_of, take_out
 from .copier import Copier
 from .finding import Found, choose, find
 from .neighbours import Neighbours, Ring, fetch
@@ -306,7 +306,8 @@ class Guard:
             one.follow_writes()
         nested = own_contents(model, self._optimizers)
         facts = None
-        side: dict[str, Any] = {residual_file(rank): residual_contents(model)}
+        residuals, kept = take_out(residual_contents(model))
+        side: dict[str, Any] = {residual_file(rank): residuals}
         if rank == 0:
             part = describe_part(model, self._optimizers)
             nested["optimizer"]["param_groups"] = part.param_groups
@@ -314,11 +315,11 @@ class Guard:
             side[EXTRA] = pack_extra(self._extra)
         if self._rank_extra is not None:
             side[rank_file(rank)] = pack_extra(self._rank_extra)
-        entries = Entries(nested, is_first=rank == 0)
+        entries = Entries(nested, kept, is_first=rank == 0)
         values = {key: value for key, value in entries.planner.state_dict.items() if not isinstance(value, Tensor)}
-        for name, value in side.items():
+        for name, value in (side | values).items():
             check_plain(value, name)
-        return entries, pack({"values": values, "side": side, "facts": facts})
+        return entries, pack({"values": values, "side": side, "facts": facts, "kept": shapes_of(kept)})
 
     def _lay_out(self, entries: Entries, packed: bytes, *, anew: bool) -> None:
         """Find places anew, in another file, and with `anew`, without what there is. Collective."""

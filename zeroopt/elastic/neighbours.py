@@ -123,7 +123,7 @@ def fetch(control: ControlGroup, slots: Slots | None, path: Path, step: int, ran
         control.pass_on(sizes, ranks, _WHAT)
         table = torch.zeros(int(sizes[0]), dtype=torch.uint8)
         control.pass_on(table, ranks, _WHAT)
-        made = Slots.make(path, table.numpy().tobytes(), int(sizes[1]))
+        made = Slots.make(path, table.numpy().tobytes(), int(sizes[1]), slots=1)
         control.pass_on(_bytes(made.begin(0)), ranks, _WHAT)
         made.finish(0, step)
         return

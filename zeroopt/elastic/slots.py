@@ -40,8 +40,11 @@ class Slots:
         self.slot_bytes = int(self._header[2])
 
     @staticmethod
-    def make(path: Path, table: bytes, slot_bytes: int) -> Slots:
+    def make(path: Path, table: bytes, slot_bytes: int, *, slots: int = 2) -> Slots:
         """A new file, in place of one that is there. All of its memory is taken at once.
+
+        Args:
+            slots: 1 for what is only to be read.
 
         Raises:
             OSError: there is not so much memory, or the file cannot be made.
@@ -51,7 +54,7 @@ class Slots:
         made = path.with_name(f".{path.name}")
         descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + table_bytes + 2 * slot_bytes)
+            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + table_bytes + slots * slot_bytes)
             mapped = mmap.mmap(descriptor, 0)
             header = np.frombuffer(mapped, dtype=np.int64, count=_FIELDS)
             header[:] = (_MAGIC, len(table), slot_bytes, NOT_WHOLE, NOT_WHOLE)
@@ -83,6 +86,11 @@ class Slots:
     def steps(self) -> tuple[int, int]:
         """Of which step each slot is; NOT_WHOLE: of none."""
         return int(self._header[_STEPS]), int(self._header[_STEPS + 1])
+
+    @property
+    def bytes_with_one(self) -> int:
+        """What a file takes that has one of the slots."""
+        return _HEADER_BYTES + _up_to_page(int(self._header[1])) + self.slot_bytes
 
     @property
     def older(self) -> int:

@@ -17,7 +17,7 @@ from ..checkpoint.format.plain import load_plain
 from ..checkpoint.format.planning import ShardLoadPlanner
 from ..checkpoint.format.reading import Checkpoint
 from ..checkpoint.wrapped.residuals import residual_file
-from .contents import read_table, values_in, view
+from .contents import Table, kept_views, put_back, read_table, values_in, view
 from .slots import Slots
 
 
@@ -32,17 +32,17 @@ class StoredCheckpoint(Checkpoint):
 
     def __init__(self, directory: Path, step: int, parts: Sequence[Slots]) -> None:
         tables = [read_table(part.table) for part in parts]
-        first = tables[0][0]
-        storage = {index: place for metadata, _ in tables for index, place in metadata.storage_data.items()}
+        first = tables[0].metadata
+        storage = {index: place for table in tables for index, place in table.metadata.storage_data.items()}
         super().__init__(directory, None, Metadata(first.state_dict_metadata, first.planner_data, storage))
         self._step = step
         self._slots = {}
-        self._values_begin = {}
-        for part, (_, begin) in zip(parts, tables, strict=True):
+        self._tables: dict[str, Table] = {}
+        for part, table in zip(parts, tables, strict=True):
             slot = part.slot_of(step)
             assert slot is not None
             self._slots[part.path.name] = part.bytes_of(slot)
-            self._values_begin[part.path.name] = begin
+            self._tables[part.path.name] = table
         self._names = list(self._slots)
         self._packed: dict[str, dict[str, Any]] = {}
         self._sizes = {
@@ -71,7 +71,14 @@ class StoredCheckpoint(Checkpoint):
         owners = {EXTRA: 0}
         for rank in range(len(self._names)):
             owners |= {rank_file(rank): rank, residual_file(rank): rank}
-        return self._values(self._names[owners[name]])["side"].get(name) if name in owners else None
+        if name not in owners:
+            return None
+        file = self._names[owners[name]]
+        values = self._values(file)
+        found = values["side"].get(name)
+        if found is None or name != residual_file(owners[name]):
+            return found
+        return put_back(found, kept_views(self._slots[file], self._tables[file].kept_begin, values["kept"]))
 
     def _read_items(self, items: list[ReadItem], planner: ShardLoadPlanner) -> None:
         for item in items:
@@ -100,6 +107,6 @@ class StoredCheckpoint(Checkpoint):
 
     def _values(self, name: str) -> dict[str, Any]:
         if name not in self._packed:
-            packed = values_in(self._slots[name], self._values_begin[name])
+            packed = values_in(self._slots[name], self._tables[name].values_begin)
             self._packed[name] = load_plain(packed, self.path / name)
         return self._packed[name]

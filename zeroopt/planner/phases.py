@@ -370,7 +370,7 @@ class _Course:
 
     def _copies(self) -> int:
         """Two of what this rank would write, in memory of the host, and with several hosts of what one of another would; 8-bit moments
-        as float32."""
+        as float32. What codes make a rank keep is its own."""
         if not self.setting.copies or not self.is_lazy:
             return 0
         moments = self.held.moments
@@ -380,7 +380,13 @@ class _Course:
         cluster = self.setting.cluster
         ranks = 1 if self.config.placement.shard_state else cluster.world_size
         slots = 4 if cluster.world_size > cluster.host_ranks else 2
-        return slots * (self._exact() + moments) // ranks
+        return slots * ((self._exact() + moments) // ranks + self.held.residuals + self._followed())
+
+    def _followed(self) -> int:
+        """What models have of the parameters that this rank steps, where it lags behind the exact values."""
+        if self.config.precision.parameter_compression is None:
+            return 0
+        return sum(bucket.own_param.nbytes for bucket in self.rehearsal.buckets)
 
     def _read(self) -> int:
         """All that this rank steps, beside what it holds, until all ranks have theirs."""
