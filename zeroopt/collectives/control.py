@@ -102,6 +102,7 @@ class ControlGroup:
     def _collect_messages(self, value: T, to: int, what: str) -> list[T] | None:
         """By Gloo, message by message: then it is known which rank is missing, and torch.distributed need not know the group any
         more, as after `destroy_process_group`."""
+        check_on_cpu(value, what)  # also of whoever sends nothing: ranks that fail alike do not wait for each other
         if self.rank != to:
             self._send_pickled({to: value}, what)
             return None
