@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lone import Lone
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from training import Halves, Mlp
 from transports import hosts
 from whole_optimizers import Lars
@@ -214,6 +215,30 @@ def train_by_two() -> str:
 
 def test_two_optimizers_of_a_model_do(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, train_by_two)[0] == run_on_ranks(1, train_by_two)[0]
+
+
+def test_two_optimizers_begin_a_step_anew() -> None:
+    net = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
+    model, first = zeroopt.wrap(net, torch.optim.SGD(net[0].parameters(), lr=0.1), micro_batches=2)
+    model, second = zeroopt.wrap(model, torch.optim.SGD(net[1].parameters(), lr=0.1), micro_batches=2)
+    with model.no_sync():
+        model(inputs(0, 0)).sum().backward()  # after which something has raised
+    first.zero_grad()
+    second.zero_grad()
+    for number in range(2):
+        with model.no_sync() if number == 0 else nullcontext():
+            model(inputs(0, number)).sum().backward()
+    expected = sum(inputs(0, number).sum(0) for number in range(2))
+    torch.testing.assert_close(first.full_grad(net[0].weight), net[1].weight.sum(0).outer(expected))
+    first.step()
+    second.step()
+
+
+def test_a_backward_within_another_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
+    model, _ = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), micro_batches=2)
+    with model.no_sync(), pytest.raises(NotSupportedError, match="use_reentrant=False"):
+        checkpoint(model, inputs(0, 0).requires_grad_(), use_reentrant=True).sum().backward()
 
 
 STAGES = (0, 1, 2)

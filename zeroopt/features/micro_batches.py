@@ -55,6 +55,12 @@ class MicroBatches(Feature):
         self._singles = TreeSum()  # of parameters of 16 bits
 
     def local_backward_ended(self) -> None:
+        if torch._C._current_autograd_node() is not None:
+            self._transport.give_up("a backward within its backward has ended")
+            raise NotSupportedError(
+                f"with micro_batches={self._count}, a backward under no_sync() has run another one within, whose end is taken for its own: "
+                "use torch.utils.checkpoint with use_reentrant=False"
+            )
         self._check_cleared()
         if self._num_local == 0:
             self._forget_all()
@@ -86,8 +92,13 @@ class MicroBatches(Feature):
         if buckets is None:
             self._num_local = 0
             self._forget_all()
-        for bucket in buckets or ():
+            return
+        for bucket in buckets:
             self._forget(bucket)
+        cleared = {managed.index for bucket in buckets for managed in bucket.params}  # whose `param.grad` goes next
+        left = {managed.index for managed in self._with_gradient()} | self._singles.numbers() | self._pairs.numbers()
+        if left <= cleared:  # the last of several optimizers has cleared its own
+            self._num_local = 0
 
     def before_step(self, step: Step) -> None:
         if self._num_local:
