@@ -91,9 +91,9 @@ class ControlGroup:
         """What all ranks have, by rank, on rank `to` alone; None elsewhere. It is pickled."""
         if self.size == 1:
             return [value]
+        check_on_cpu(value, what)  # also on rank `to`, which sends nothing: ranks that fail alike do not wait for each other
         if has_gloo(self.group):
             return self._collect_messages(value, to, what)
-        check_on_cpu(value, what)
         everyone: list[Any] | None = [None] * self.size if self.rank == to else None
         with self._named(what):
             dist.gather_object(value, everyone, dst=self._in_job(to), group=self.group)
@@ -102,7 +102,6 @@ class ControlGroup:
     def _collect_messages(self, value: T, to: int, what: str) -> list[T] | None:
         """By Gloo, message by message: then it is known which rank is missing, and torch.distributed need not know the group any
         more, as after `destroy_process_group`."""
-        check_on_cpu(value, what)  # also of whoever sends nothing: ranks that fail alike do not wait for each other
         if self.rank != to:
             self._send_pickled({to: value}, what)
             return None
