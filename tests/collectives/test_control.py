@@ -224,5 +224,5 @@ def test_of_several_the_one_that_dies_is_named(run_on_ranks: RunOnRanks) -> None
 
 def test_of_several_the_one_that_does_not_come_is_named(run_on_ranks: RunOnRanks) -> None:
     # Whoever of the others is slower than the grace would be named, too.
-    for errors in run_on_ranks(4, errors_without_rank_3, 1.0, ["gather", "barrier"], dies=False, grace_s=3.0)[:3]:
+    for errors in run_on_ranks(4, errors_without_rank_3, 1.0, ["gather", "barrier"], dies=False, grace_s=1.0)[:3]:
         check_only_rank_3_is_named(errors)

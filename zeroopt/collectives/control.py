@@ -91,7 +91,9 @@ class ControlGroup:
         """What all ranks have, by rank, on rank `to` alone; None elsewhere. It is pickled."""
         if self.size == 1:
             return [value]
-        check_on_cpu(value, what)  # also on rank `to`, which sends nothing: ranks that fail alike do not wait for each other
+        check_on_cpu(
+            value, what
+        )  # also on rank `to`, which sends nothing: ranks that fail alike do not wait for each other
         if has_gloo(self.group):
             return self._collect_messages(value, to, what)
         everyone: list[Any] | None = [None] * self.size if self.rank == to else None

@@ -129,6 +129,7 @@ class _Inquiry:
 
     def lost(self, suspects: Suspects) -> list[int]:
         """The ranks that are lost, as far as can be found out; the others are told."""
+        self._notes.say_here(self._rank)
         dead = set().union(*(witness.dead_ranks() for witness in _witnesses.get(self._group, ())))
         named = dead or self._follow(self._known(suspects))
         if named:
@@ -144,7 +145,6 @@ class _Inquiry:
 
     def _silent(self) -> set[int]:
         """Who does not say that it has failed, too."""
-        self._notes.say_here(self._rank)
         until = time.monotonic() + _ROLL_CALL_S
         silent = set(self._others)
         while silent and time.monotonic() < until:
@@ -155,10 +155,14 @@ class _Inquiry:
     def _follow(self, suspects: set[int]) -> set[int]:
         """Those for want of which the suspects have given up, and the suspects that have not said so."""
         until = time.monotonic() + _GRACE_S
+        until_found = (
+            until + _ROLL_CALL_S + _GRACE_S
+        )  # which takes those as long that have failed, and are finding out themselves
         said: dict[int, list[int]] = {}
         while len(said) < len(suspects):
             said |= {rank: lost for rank in suspects - said.keys() if (lost := self._notes.said(rank)) is not None}
-            if time.monotonic() > until:
+            is_finding_out = any(self._notes.is_here(rank) for rank in suspects - said.keys())
+            if time.monotonic() > (until_found if is_finding_out else until):
                 break
             time.sleep(_LOOK_S)
         named = set().union(*said.values()) | (suspects - said.keys())
