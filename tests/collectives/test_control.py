@@ -159,6 +159,7 @@ def test_a_rank_alone_needs_no_backend() -> None:
 def errors_without_rank_1(timeout_s: float, *, dies: bool) -> dict[str, str]:
     """What rank 0 hears of each call, in a group of its own, when rank 1 is not there."""
     groups = {name: dist.new_group([0, 1], timedelta(seconds=timeout_s)) for name in CALLS | MESSAGES}
+    dist.barrier()  # the other has connected, too
     if dist.get_rank() == 1:
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
