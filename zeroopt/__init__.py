@@ -6,6 +6,7 @@ In reading order; each imports from those above it:
 
     source_folder     the package imported where there are no kernels
     errors            the exceptions
+    named_function    what `module:function` names on a command line
     profiling         ranges for torch's profiler
     untraced          what torch.compile has to leave alone
     streams           streams of a device

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from .diagnosis.env import print_environment
 from .errors import ConfigError, ZeroOptError
+from .named_function import find_function
 
 
 def main() -> int:
@@ -39,9 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", help="the checkpoint's directory")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
-    export = of_checkpoint.add_parser("export", help="write one file for torch.load, of model and optimizer")
+    export = of_checkpoint.add_parser(
+        "export", help="write one file: of model and optimizer for torch.load, or of the model as ONNX"
+    )
     export.add_argument("path", help="the checkpoint's directory")
-    export.add_argument("--to", required=True, metavar="FILE", help="the file to write; must not exist yet")
+    export.add_argument(
+        "--to", required=True, metavar="FILE", help="the file to write; must not exist yet; ONNX if it ends in .onnx"
+    )
+    export.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="for ONNX: returns a module, what it is called with, and if sizes of that may vary, dynamic_shapes",
+    )
     export.set_defaults(run=_export)
 
     elastic = commands.add_parser("elastic", help="copies that runs keep in memory of this host")
@@ -164,10 +175,26 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    if arguments.to.endswith(".onnx"):
+        return _export_onnx(arguments)
+    if arguments.model is not None:
+        raise ConfigError(f"--model is for a file that ends in .onnx, and --to is {arguments.to}")
     from .checkpoint.exporting import export
     from .checkpoint.format.reading import open_checkpoint
 
     export(open_checkpoint(arguments.path), arguments.to)
+    return 0
+
+
+def _export_onnx(arguments: argparse.Namespace) -> int:
+    from .checkpoint.exporting_onnx import export_onnx
+
+    if arguments.model is None:
+        raise ConfigError(
+            "expected --model: an ONNX file holds what a model computes, and a checkpoint has values alone"
+        )
+    sys.path.insert(0, str(Path.cwd()))  # where --model is looked for, as scripts are
+    export_onnx(arguments.path, arguments.to, find_function("--model", arguments.model))
     return 0
 
 

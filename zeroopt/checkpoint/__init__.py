@@ -4,15 +4,16 @@
 
 In reading order; each imports from those above it:
 
-    disk          directories and files
-    format        how values are laid out in them
-    saved_model   values for a model on the meta device
-    wrapped       saving and loading a wrapped model
-    foreign       checkpoints of other libraries
-    inspection    what is in a checkpoint, for people
-    exporting     a checkpoint as one file of torch.save
-    random_state  the random number generators of a process
-    stop_request  signals that announce the end
+    disk            directories and files
+    format          how values are laid out in them
+    saved_model     values for a model on the meta device
+    wrapped         saving and loading a wrapped model
+    foreign         checkpoints of other libraries
+    inspection      what is in a checkpoint, for people
+    exporting       a checkpoint as one file of torch.save
+    exporting_onnx  its model as an ONNX file
+    random_state    the random number generators of a process
+    stop_request    signals that announce the end
 """
 
 from ..errors import CheckpointError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from .. import optim
 from ..errors import ConfigError
+from ..named_function import find_function
 from ..options.precision import CODE_BITS
 from .estimate import MemoryEstimate, estimate_memory
 from .tiers import Options
@@ -69,7 +69,7 @@ def make_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
         )
         return model, None
     with torch.device("meta"):
-        made = _find("--model", arguments.model)()
+        made = find_function("--model", arguments.model)()
     model, sample = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected {arguments.model} to return a torch.nn.Module, got {type(model).__name__}")
@@ -79,23 +79,13 @@ def make_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
 def make_optimizer(name: str, option: str = "--optimizer") -> Any:
     """A class of torch.optim or zeroopt.optim, or a function as `module:function`."""
     if ":" in name:
-        return _find(option, name)
+        return find_function(option, name)
     for module in (torch.optim, optim):
         if hasattr(module, name):
             return getattr(module, name)
     raise ConfigError(
         f"expected {option} to be a class of torch.optim or zeroopt.optim, or module:function, got {name!r}"
     )
-
-
-def _find(option: str, name: str) -> Any:
-    module, separator, attribute = name.partition(":")
-    if not separator:
-        raise ConfigError(f"expected {option} to be module:function, got {name!r}")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{option} {name}: {error}") from error
 
 
 def parse_options(given: list[str]) -> Options:
