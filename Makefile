@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-TEST_TIMEOUT ?= 300
+TEST_TIMEOUT ?= 600
 # Ranks wait for each other a third of their time: three processes keep two cores busy.
 TEST_PROCESSES ?= 3
 

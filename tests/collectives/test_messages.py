@@ -77,6 +77,13 @@ def test_what_has_failed_is_freed() -> None:
     assert kept() is None and messages not in Messages.unfinished and failing.waits == [None]
 
 
+def test_a_timeout_is_told_to_messages_alone() -> None:
+    message, collective = FakeWork(), FakeWork()
+    come(message, collective)
+    Messages([(1, message), (None, collective)], ()).wait(timedelta(seconds=7))
+    assert (message.waits, collective.waits) == ([timedelta(seconds=7)], [None])
+
+
 def test_two_may_wait_for_the_same() -> None:
     """As after a wait from which a signal has called away."""
     works = [FakeWork(), FakeWork()]

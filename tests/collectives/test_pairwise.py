@@ -206,4 +206,4 @@ def meet_in_a_group_of_a_former_name(store: Path) -> bool:
 
 
 def test_ranks_meet_in_a_group_of_a_former_name(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
-    assert all(run_on_ranks(3, meet_in_a_group_of_a_former_name, tmp_path / "store", timeout=60))
+    assert all(run_on_ranks(3, meet_in_a_group_of_a_former_name, tmp_path / "store"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from paths import PYTHON_PATH
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
+from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT, RunOnRanks
 
 import zeroopt
 from zeroopt.collectives.messages import Messages
@@ -113,13 +114,15 @@ def read_after_step(reader: str, options: dict[str, Any]) -> bool:
     net, model, optimizer = wrapped(**options)
     reference, plain_model, plain_optimizer = wrapped(overlap=False)
     held, waited_for = list(net.parameters()), True
+    store = dist.distributed_c10d._get_default_store()
     for number in range(3):
         step(plain_model, plain_optimizer)
         if dist.get_rank() == 1:
-            delay_the_last_gather(optimizer)
+            delay_the_last_gather(optimizer, partial(store.wait, [f"rank 0 reads {number}"]))
         step(model, optimizer)
-        if dist.get_rank() == 0 and number > 0:
-            waited_for &= any(isinstance(p, ArrivingParameter) for p in held)
+        if dist.get_rank() == 0:
+            waited_for &= number == 0 or any(isinstance(p, ArrivingParameter) for p in held)
+            store.set(f"rank 0 reads {number}", "")
         seen = READERS[reader](net, held)
         assert all(torch.equal(a, b) for a, b in zip(seen, reference.parameters(), strict=True)), reader
         assert all(type(p) is nn.Parameter for p in held)
@@ -128,16 +131,16 @@ def read_after_step(reader: str, options: dict[str, Any]) -> bool:
     return waited_for
 
 
-def delay_the_last_gather(optimizer: zeroopt.ZeroOptimizer) -> None:
-    """Put some time between this rank's first gather of the next step and the others."""
+def delay_the_last_gather(optimizer: zeroopt.ZeroOptimizer, wait: Callable[[], object]) -> None:
+    """Wait between this rank's first gather of the next step and the others."""
     gathers = optimizer._gathers
-    start, started = gathers.start, []
+    start, started = type(gathers).start, []
 
     def start_late(bucket: Any, readers: Any) -> None:
         if started:
-            time.sleep(0.02)
+            wait()
         started.append(bucket)
-        start(bucket, readers)
+        start(gathers, bucket, readers)
 
     gathers.start = start_late  # type: ignore[method-assign]
 
@@ -328,7 +331,7 @@ def test_a_rank_may_end_while_another_is_late(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .surface import stream_of
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 keeps_by_record_stream = False
 """Tensors are told to the allocator, as torch's NCCL did before 2.8: their memory comes back late. Else whoever waits keeps them."""
 

@@ -23,7 +23,7 @@ from .training import Loop
 
 T = TypeVar("T")
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 180.0
 
 
 class WorldOfDevice(ThreadLocalWorld):

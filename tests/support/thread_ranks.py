@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from worker_pool import TIMEOUT_S
 
 from zeroopt.collectives import ControlGroup
 
@@ -29,7 +30,7 @@ class Exchange:
         self.told: list[str] = []
         self.said_bytes = [0] * size
         self._values: list[Any] = [None] * size
-        self._barrier = threading.Barrier(size, timeout=60.0)
+        self._barrier = threading.Barrier(size, timeout=TIMEOUT_S)
 
     def swap(self, rank: int, value: T, what: str) -> list[T]:
         """What all ranks have, by rank."""

@@ -42,10 +42,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 TIMEOUT_S = 180.0  # of a call: what compiles, or imports half of torch, takes a minute on a busy machine
-GRACE_S = 10.0  # what the other ranks get after the first failure: they may be waiting for the rank that failed
+GRACE_S = 60.0  # what the other ranks get after the first failure: they may be waiting for the rank that failed
 START_TIMEOUT_S = 120.0
-NEW_GROUP_TIMEOUT_S = 60.0
-STACK_DUMP_S = 10.0  # at most, on a busy machine
+NEW_GROUP_TIMEOUT_S = 120.0
+STACK_DUMP_S = 30.0  # at most, on a busy machine
 STACKS_LOOK_S = 0.25
 MAX_WORKERS = 10  # of all pools: those of 1, 2, 3 and 4 ranks together
 SHOWN_OUTPUT = 4000  # last characters of a failing rank's stdout and stderr
@@ -198,7 +198,7 @@ class Worker:
         try:
             answer = self.connection.recv_bytes()
         except (EOFError, ConnectionError):
-            self.process.join(timeout=5)
+            self.process.join(timeout=60)
             return Failure(RankError(WORKER_DIED, _exit_reason(self.process.exitcode)), "", self.output())
         value = pickle.loads(answer)
         return Failure(value.error, value.evidence, self.output()) if isinstance(value, Failure) else value

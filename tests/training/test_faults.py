@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from datetime import timedelta
 from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from paths import PYTHON_PATH
+from short_timeouts import lose_patience
 from torch import Tensor, nn
 from worker_pool import WORKER_DIED, WORKER_ENVIRONMENT, RankError, RunOnRanks
 
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 FAULTY_RANK = 1
 FAULTY_STEP = 2
 TIMEOUT_S = 3.0
+TIMEOUT_OF_SCRIPTS_S = 240.0
 NEVER_S = 600.0  # a timeout that no test lives to see: who raises under it has noticed the fault
 SETTLE_S = 0.3  # in which messages arrive, and ranks come to wait for one another
 LATE_S = 1.0
@@ -160,8 +161,7 @@ def train(
 
     net = Net(width, lambda: pass_moment("in backward"))
     plain = torch.optim.AdamW(net.parameters())
-    dist.barrier()  # so that nobody spends the short timeout on imports
-    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+    group = dist.new_group()
     dist.barrier()  # all are in it
     if rank == FAULTY_RANK and moment == "before wrap":
         fault(net)
@@ -174,6 +174,8 @@ def train(
         for step in range(steps):
             if interrupted and step == FAULTY_STEP and rank != FAULTY_RANK:
                 interrupt_when_settled()
+            if step == FAULTY_STEP:
+                lose_patience(timeout_s)
             pass_moment("before forward")
             if step == FAULTY_STEP and rank in late:
                 time.sleep(LATE_S)
@@ -468,7 +470,7 @@ def test_processes_end(
     """Real scripts: they end by their own exception, and have no file in /dev/shm that could stay there."""
     processes = start_scripts(world_size, fault, moment, transport, str(hosts), f"file://{tmp_path}/group")
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT_OF_SCRIPTS_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -486,7 +488,7 @@ def test_a_process_ends_by_ctrl_c(tmp_path: Path, transport: str) -> None:
         2, "sleep_on", "before forward", transport, "1", f"file://{tmp_path}/group", "ctrl-c"
     )
     try:
-        _, errors = waiting.communicate(timeout=120)
+        _, errors = waiting.communicate(timeout=TIMEOUT_OF_SCRIPTS_S)
     finally:
         for process in (waiting, faulty):
             process.kill()

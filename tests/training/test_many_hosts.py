@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from secrets import token_hex
@@ -32,6 +31,7 @@ import torch
 import torch.distributed as dist
 from many_hosts_rank import Job
 from paths import PYTHON_PATH
+from short_timeouts import lose_patience
 from torch import Tensor, nn
 from training import loss_of
 from worker_pool import (
@@ -56,7 +56,7 @@ NUM_HOSTS = 2
 ADDRESSES = ("10.231.0.1", "10.231.0.2")
 CABLE = "cable0"  # the network device, on both hosts
 FIRST_PORT = 29500
-LATE_S = 10.0  # what a busy machine may add to a time limit
+LATE_S = 60.0  # what a busy machine may add to a time limit
 
 MAX_TRAFFIC = 1.05  # of what the transport has to send
 STEPS = 3
@@ -204,7 +204,7 @@ def lay_cable(namespaces: tuple[str, str]) -> None:
 
 
 def call(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -347,13 +347,6 @@ def test_no_more_bytes_between_hosts_than_needed(trained: Trained) -> None:
 # Faults.
 
 
-class Heard(NamedTuple):
-    """zeroopt's error on one rank, and how long after the start of its step it came."""
-
-    message: str
-    seconds: float
-
-
 def die() -> None:
     time.sleep(NOTICED_S)  # what it has sent so far arrives, and the others come to wait for it
     os.kill(os.getpid(), signal.SIGKILL)
@@ -363,21 +356,21 @@ def unplug() -> None:
     call("ip", "link", "set", CABLE, "down")
 
 
-def train_until_fault(fault: Callable[[], None], when: str, folder: Path, num_survivors: int) -> Heard | None:
-    """One rank's `fault` comes in the middle of its backward, or before a step that the others are late for."""
+def train_until_fault(fault: Callable[[], None], when: str, folder: Path, num_survivors: int) -> str | None:
+    """zeroopt's error. One rank's `fault` comes in the middle of its backward, or before a step that the others are late for."""
     rank = dist.get_rank()
     net = build()
-    group = dist.new_group(timeout=timedelta(seconds=FAULT_TIMEOUT_S))
-    _, optimizer = wrap(net, process_group=group)
+    _, optimizer = wrap(net, process_group=dist.new_group())
     assert optimizer._transport.name == "hybrid"
     try:
         for step in range(FAULT_STEP + 2):
             is_faulty = (rank, step) == (FAULTY_RANK, FAULT_STEP)
+            if step == FAULT_STEP:
+                lose_patience(FAULT_TIMEOUT_S)
             if step == FAULT_STEP and when == "before step":
                 if is_faulty:
                     fault()
                 time.sleep(3 * NOTICED_S)
-            start = time.monotonic()
             hidden = net[:6](batch(step))
             if is_faulty:
                 hidden.register_hook(lambda _: fault())
@@ -385,7 +378,7 @@ def train_until_fault(fault: Callable[[], None], when: str, folder: Path, num_su
             optimizer.step()
             optimizer.zero_grad()
     except zeroopt.ZeroOptError as error:
-        return Heard(str(error), time.monotonic() - start)
+        return str(error)
     finally:
         (folder / f"{rank}").touch()
         while len(list(folder.iterdir())) < num_survivors:  # by ending, this process would tell the others
@@ -393,25 +386,24 @@ def train_until_fault(fault: Callable[[], None], when: str, folder: Path, num_su
     return None
 
 
-def assert_heard_in_time(heard_by_rank: Sequence[Heard | Failure | None]) -> None:
+def assert_all_hear_of_it(heard_by_rank: Sequence[str | Failure | None]) -> None:
+    """In time, or their job would have ended them."""
     raise_failures(heard_by_rank)
     for rank, heard in enumerate(heard_by_rank):
-        assert isinstance(heard, Heard), f"rank {rank} has trained on: {heard}"
-        print(f"rank {rank}, after {heard.seconds:.2f} s: {heard.message}")
-        assert heard.seconds < FAULT_TIMEOUT_S + LATE_S
+        assert isinstance(heard, str), f"rank {rank} has trained on"
 
 
 @pytest.mark.parametrize("when", ["in backward", "before step"])
 def test_killed_rank_is_noticed_on_both_hosts(hosts: Hosts, tmp_path: Path, when: str) -> None:
     *survivors, killed = hosts.answers(2, train_until_fault, die, when, tmp_path, 3)
     assert killed.error == (WORKER_DIED, "left no answer")
-    assert_heard_in_time(survivors)
+    assert_all_hear_of_it(survivors)
     for heard in survivors[1:]:  # the one that exchanges messages with the killed rank, and the one on its host
-        assert f"rank {FAULTY_RANK}" in heard.message
+        assert f"rank {FAULTY_RANK}" in heard
 
 
 def test_unplugged_cable_is_noticed_on_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
     try:
-        assert_heard_in_time(hosts.run(2, train_until_fault, unplug, "in backward", tmp_path, 4))
+        assert_all_hear_of_it(hosts.run(2, train_until_fault, unplug, "in backward", tmp_path, 4))
     finally:
         call("ip", "-n", hosts.namespaces[1], "link", "set", CABLE, "up")

@@ -10,7 +10,7 @@ from torch.distributed.constants import default_pg_timeout
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
-    """The timeout that the group was made with, or torch's default where a backend does not tell."""
+    """The group's timeout as it is now, for it may be set anew when all ranks have connected; torch's default where a backend does not tell."""
     try:
         options = getattr(group._get_backend(device), "options", None)
     except RuntimeError:  # a group that is its own backend

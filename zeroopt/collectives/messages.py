@@ -59,13 +59,18 @@ class Messages:
         self.is_over = False
         self.unfinished.add(self)
 
-    def wait(self) -> tuple[int | None, RuntimeError] | None:
-        """Block until all have come, or one has failed. Returns that, by its rank and reason."""
+    def wait(self, timeout: timedelta | None = None) -> tuple[int | None, RuntimeError] | None:
+        """Block until all have come, or one has failed. Returns that, by its rank and reason.
+
+        Args:
+            timeout: of each message; None: that with which Gloo connected the group, whatever has been set since. Collectives know theirs
+                from when they were started.
+        """
         with self._turn:
             while self._works and self._failed is None:
                 rank, work = self._works[0]
                 try:
-                    work.wait()
+                    work.wait() if timeout is None or rank is None else work.wait(timeout)
                 except RuntimeError as error:
                     self._failed = rank, error
                 self._works.popleft()

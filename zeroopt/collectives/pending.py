@@ -6,14 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CollectiveError
 from .failure import describe_failure, is_timeout
-from .lost import name_lost
+from .group_timeout import group_timeout
+from .lost import has_gloo, name_lost
 from .messages import Messages, leave_behind
 from .patience import wait_patiently
+
+_CPU = torch.device("cpu")
 
 
 class PendingCollective(ABC):
@@ -87,12 +91,17 @@ class PendingWork(PendingCollective):
             raise CollectiveError(self._failure)
         if self._messages.is_over:
             return
-        failed = self._messages.wait() if self._on_device else wait_patiently(self._messages.wait)
+        failed = self._messages.wait() if self._on_device else wait_patiently(self._wait_on_host)
         if failed is not None:
             rank, error = failed
             # The backend's own message says whether it was a timeout or a lost connection.
             self._failure = self._give_up_rest(rank, str(error))
             raise CollectiveError(self._failure) from error
+
+    def _wait_on_host(self) -> tuple[int | None, RuntimeError] | None:
+        if self._group is None or not has_gloo(self._group):
+            return self._messages.wait()
+        return self._messages.wait(group_timeout(self._group, _CPU))
 
     def abandon(self) -> None:
         """Break the connections over which something has yet to come."""

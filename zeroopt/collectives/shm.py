@@ -128,7 +128,6 @@ class ShmTransport(Transport):
         self.slice_index = self._members.index(self.control.rank)
         self.num_slices = len(self._members)
         self.writers = self._members[:1]
-        self._timeout = group_timeout(group, CPU).total_seconds()
         self._buffers: dict[int, SharedBuffer] = {}
         self._allocated = 0
         self._failure: str | None = None
@@ -296,7 +295,7 @@ class ShmTransport(Transport):
         """Block until all have posted, or read, so many tickets."""
         if self._failure is not None:
             raise CollectiveError(self._failure)
-        deadline = time.monotonic() + self._timeout
+        begin = time.monotonic()
         # The board is asked first: what is there already costs no look at peers, and counts though one of them has left since.
         while not self._board.wait(posted_count, read_count, _CHECK_SECONDS):
             # Peers before their counters: a rank that does its part and ends in between has done it.
@@ -304,13 +303,16 @@ class ShmTransport(Transport):
             lost = {rank for rank in suspects if self._is_lost(rank)}
             behind = self._behind(posted_count, read_count)
             in_vain = all(ranks & lost for ranks in behind)  # either goal would have been enough
-            if in_vain or (all(behind) and time.monotonic() > deadline):
+            if in_vain or (all(behind) and time.monotonic() - begin > self._timeout_s()):
                 # While this rank itself has not read, it waits for those who have not posted.
                 late = behind[0] if self.slice_index in behind[-1] else behind[-1]
                 blamed = set.union(*behind) & lost if in_vain else late
                 raise self._fail(
                     f"transport shm, {kind} of {label}: rank {self.control.rank} waits in vain for {self._name(blamed)}"
                 )
+
+    def _timeout_s(self) -> float:
+        return group_timeout(self.control.group, CPU).total_seconds()
 
     def _name(self, blamed: set[int]) -> str:
         """Those members for want of whom this rank has failed, or for want of whom they have; the other ranks are told."""
@@ -356,9 +358,7 @@ class ShmTransport(Transport):
             return f"{name}, which gave up, dropped its model or came to its end"
         if not self._is_alive(rank):
             return f"{name}, whose process has ended"
-        return (
-            f"{name}, which has not come within the group's timeout of {self._timeout:g} s: stopped, busy or diverged"
-        )
+        return f"{name}, which has not come within the group's timeout of {self._timeout_s():g} s: stopped, busy or diverged"
 
     def _is_alive(self, rank: int) -> bool:
         return rank == self.slice_index or _C.rank_lock_is_held(self._descriptor, rank)

@@ -77,9 +77,10 @@ def save_and_die(path: Path, version: int, rank: int, size: int, calls: int, wri
     group = None
     if size > 1:
         dist.init_process_group(
-            "gloo", f"file://{path.parent}/store{version}", timedelta(seconds=TIMEOUT_S / 4), rank=rank, world_size=size
+            "gloo", f"file://{path.parent}/store{version}", timedelta(seconds=TIMEOUT_S / 2), rank=rank, world_size=size
         )
         group = dist.group.WORLD
+        dist.barrier()  # nobody dies while the other connects
     Countdown(calls).start(writes=writes)
     write(path, version, group, keep=keep)
 

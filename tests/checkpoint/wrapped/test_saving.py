@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import all_of, assert_all_same, assert_same, train, wrapped
 from torch import nn
-from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
+from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT, RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
@@ -183,7 +183,7 @@ def test_process_ends(tmp_path: Path, end: str) -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=120)[0].decode() for rank in ranks]
+        outputs = [rank.communicate(timeout=TIMEOUT_S)[0].decode() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -197,6 +197,7 @@ def die_while_saving(path: Path, *, background: bool) -> str:
     write = saving.write_checkpoint
 
     def write_or_die(*args: Any) -> None:
+        dist.barrier()  # nobody dies while others connect
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         write(*args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ OUTER = {"nesterov": nesterov, "adam": outer_adam}
 
 def group_of(parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
     """The one of these groups that this rank is in. Collective over all ranks."""
-    groups = [dist.new_group(ranks, timeout=timedelta(seconds=60)) for ranks in parts]
+    groups = [dist.new_group(ranks) for ranks in parts]
     return next(group for ranks, group in zip(parts, groups, strict=True) if dist.get_rank() in ranks)
 
 
