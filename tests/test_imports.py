@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ ROOT = Path(zeroopt.__file__).parent
 FOLDERS = sorted(path.parent for path in ROOT.rglob("__init__.py"))
 
 
+@cache
 def listed(folder: Path) -> list[str]:
     """The parts of a folder, as its docstring names them."""
     doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
@@ -33,6 +35,7 @@ def test_a_folder_lists_each_of_its_parts_once(folder: Path) -> None:
     assert sorted(listed(folder)) == sorted(parts(folder))
 
 
+@cache
 def place(path: Path) -> list[int]:
     """Where a file stands in reading order, a folder's `__init__.py` before its files."""
     where, folder = [], ROOT

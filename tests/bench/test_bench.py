@@ -72,9 +72,10 @@ def report_of(run_bench: RunBench, tmp_path: Path, module: str, *options: str, *
 
 
 def test_steps(run_bench: RunBench, tmp_path: Path) -> None:
-    report = report_of(run_bench, tmp_path, "steps", *TINY_MODEL, "--rounds=1", "--steps=1")
+    methods = ("no communication", "DDP", "stage 2", "stage 2, pairwise")
+    report = report_of(run_bench, tmp_path, "steps", *TINY_MODEL, "--rounds=1", "--steps=1", "--methods", *methods)
     assert report["parameters"] > 1e6
-    assert {"no communication", "DDP", "stage 2"} <= report["results"].keys()
+    assert tuple(report["results"]) == methods
     for figures in report["results"].values():
         assert figures.keys() == {"step_s", "optimizer_s", "cpu_s"}
 
@@ -161,11 +162,22 @@ def test_checkpoint_tells_what_was_not_loaded() -> None:
 
 
 def test_kernels(tmp_path: Path) -> None:
+    """One of each kind: `make bench-smoke` runs all."""
+    some = (
+        "AdamW, one tensor",
+        "Lion",
+        "LAMB",
+        "norm and",
+        "pack float32 to",
+        "reduce",
+        "quantize uint8",
+        "wire, int4",
+    )
     report = report_of(
-        *(run_command, tmp_path, "kernels", "--gib=0.001", "--rounds=2", "--threads=1"),
+        *(run_command, tmp_path, "kernels", "--gib=0.001", "--rounds=2", "--threads=1", "--only", *some),
         TORCH_EXTENSIONS_DIR=str(tmp_path / "nothing_compiled"),  # else DeepSpeed is imported
     )
-    assert len(report["rows"]) > 20
+    assert len(report["rows"]) == len(some)
     for row in report["rows"]:
         assert row["threads"] == 1
         assert row["bytes"] > 0

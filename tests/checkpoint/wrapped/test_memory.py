@@ -18,7 +18,7 @@ import zeroopt.checkpoint
 
 pytestmark = pytest.mark.slow
 
-WIDTH, LAYERS = 1024, 24
+WIDTH, LAYERS = 1024, 12
 NUM_PARAMS = WIDTH * WIDTH * LAYERS
 TENSOR_BYTES = WIDTH * WIDTH * 4
 M_MMAP_THRESHOLD = -3
