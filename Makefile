@@ -7,14 +7,15 @@ TEST_TIMEOUT ?= 600
 # Ranks wait for each other a third of their time: three processes keep two cores busy.
 TEST_PROCESSES ?= 3
 
-PYTHON_FILES := zeroopt tests bench examples
+PYTHON_FILES := zeroopt tests bench examples recipes
+RECIPES := $(sort $(patsubst recipes/%/__main__.py,%,$(wildcard recipes/*/__main__.py)))
 CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo bench bench-smoke gpu test test-quick fuzz soak lint format clean
+.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz soak lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -23,6 +24,9 @@ venv: $(READY) ## Build the package and install it with its tools into .venv
 
 demo: $(READY) ## Train a GPT with DDP and with zeroopt, and compare (about 3 minutes)
 	$(VENV)/bin/python -m bench.demo
+
+recipes: $(READY) ## Train each recipe small, with DDP and with zeroopt (under 10 minutes); docs/recipes/ says more
+	set -e; for recipe in $(RECIPES); do $(VENV)/bin/python -m recipes.$$recipe; done
 
 bench: $(READY) ## Compare with DDP, FSDP, ZeroRedundancyOptimizer and what else is installed (needs an idle machine)
 	$(VENV)/bin/python -m bench.compare
@@ -66,7 +70,7 @@ lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check $(PYTHON_FILES)
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
-	$(VENV)/bin/mypy zeroopt bench examples
+	$(VENV)/bin/mypy zeroopt bench examples recipes
 
 format: $(READY) ## Rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix $(PYTHON_FILES)

@@ -1,0 +1,18 @@
+"""What one trains, each as a short script on plain torch and zeroopt that stands beside DistributedDataParallel.
+
+    python -m recipes.generate                                          two ranks on this machine, by DDP and then by zeroopt
+    torchrun --nproc-per-node 8 -m recipes.generate --preset 1.5b       the same script at a real size
+
+docs/recipes/ has a page of each. In reading order:
+
+    outcome       what a training has come to
+    memory        what a rank holds
+    run           progress, and what is noted down
+    method        DDP or zeroopt around a model
+    side_by_side  both, one after the other, and what to think of them
+    command       options, and what happens when a recipe is called
+    sampling      which samples a step has on a rank
+    transformer   blocks for text and images
+    text          Python's documentation as text and tokens
+    generate      a GPT that writes, and answers questions
+"""
