@@ -124,13 +124,15 @@ class ZeroTrainerMixin:
         """Of a checkpoint by whichever number of ranks, or of one that Trainer has saved without zeroopt. Collective.
 
         Raises:
-            CheckpointError: it has the optimizer's state twice, or `zeroopt.checkpoint.load` raises it. On all ranks; nothing has
-                been loaded of that state.
+            CheckpointError: it has the optimizer's state twice, a file is damaged, or `zeroopt.checkpoint.load` raises it. On all
+                ranks; nothing has been loaded of that state.
         """
         optimizer = of_accelerate.plain_optimizer(self.optimizer)
         if checkpoint is None or not isinstance(optimizer, ZeroOptimizer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
+        from ..checkpoint.format.plain import load_plain  # imports torch.distributed.checkpoint, which takes long
+
         parts, whole = os.path.join(checkpoint, STATE_FOLDER), os.path.join(checkpoint, OPTIMIZER_NAME)
         if any(gather_object([os.path.isdir(parts) and os.path.isfile(whole)])):
             raise CheckpointError(
@@ -143,11 +145,11 @@ class ZeroTrainerMixin:
             model = self._wrapped_model()
             load(parts, model, model.optimizers, trained_only=True)
         elif os.path.isfile(whole):
-            optimizer.load_state_dict(torch.load(whole, map_location="cpu", mmap=True, weights_only=True))
+            optimizer.load_state_dict(load_plain(Path(whole), whole, mapped=True))
         else:  # it was saved with save_only_model
             return
-        scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        scheduler = Path(checkpoint, SCHEDULER_NAME)
+        self.lr_scheduler.load_state_dict(load_plain(scheduler, scheduler))
 
     def _wrapped_model(self) -> ZeroDataParallel:
         assert isinstance(self.model_wrapped, ZeroDataParallel)

@@ -7,6 +7,7 @@ In reading order; each imports from those above it:
     together    all ranks do their part, or all fail
     metadata    whether DCP's metadata are as reading relies on
     planning    what a rank writes and reads
+    transformed  parts that extensions of DCP have compressed
     reading     what is in a checkpoint on the disk
     remembered  what ranks need not tell again of the last one
     writing     all ranks write one

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,10 +104,27 @@ def load_plain(stream: IO[bytes] | Path, name: str | Path, *, mapped: bool = Fal
         mapped: tensors are the file's pages, which are read when they are needed; then `stream` has to be a path.
     """
     try:
-        with open_ordinary(stream) if isinstance(stream, Path) else nullcontext(stream) as file:
-            for _ in check_torch_file(file):
-                pass
-            file.seek(0)
+        with _opened(stream) as file:
             return torch.load(stream if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise CheckpointError(f"cannot load {name}: {error}") from error
+
+
+def check_file(stream: IO[bytes] | Path, name: str | Path) -> None:
+    """Raise CheckpointError where a file or stream, which somebody else is to load, is no whole file of torch.save, or would take more
+    memory than it is long. Afterwards a stream is at its beginning."""
+    try:
+        with _opened(stream):
+            pass
+    except Exception as error:
+        raise CheckpointError(f"cannot load {name}: {error}") from error
+
+
+@contextmanager
+def _opened(stream: IO[bytes] | Path) -> Iterator[IO[bytes]]:
+    """A file of torch.save that has been looked through, at its beginning. Raises what `open_ordinary` and `check_torch_file` do."""
+    with open_ordinary(stream) if isinstance(stream, Path) else nullcontext(stream) as file:
+        for _ in check_torch_file(file):
+            pass
+        file.seek(0)
+        yield file

@@ -26,6 +26,7 @@ from .metadata import check_metadata
 from .plain import load_metadata, load_plain
 from .planning import ShardLoadPlanner
 from .together import together
+from .transformed import CheckedTransforms
 
 _METADATA = ".metadata"
 
@@ -120,7 +121,7 @@ class Checkpoint:
 
     def _read_items(self, items: list[ReadItem], planner: ShardLoadPlanner) -> None:
         """Give the planner what it has planned to read."""
-        reader = _PartReader(self.path)
+        reader = _PartReader(self.path, self.metadata)
         reader.set_up_storage_reader(self.metadata, True)
         for name, of_file in self._by_file(items).items():
             try:
@@ -170,9 +171,11 @@ class Checkpoint:
 class _PartReader(FileSystemReader):
     """Reads parts of ordinary files, which take no more memory than they are long."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
         self.fs = OrdinaryFiles()
+        if hasattr(self, "transforms"):  # torch 2.7 and later
+            self.transforms = CheckedTransforms(self.transforms, metadata)  # type: ignore[assignment]
 
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
         part = io.BufferedReader(FilePart(file, sinfo.offset, sinfo.length))

@@ -37,12 +37,19 @@ def read_file(path: str | os.PathLike[str], weights_only: bool | None) -> dict[s
     """A file of a Trainer. It is mapped, so that the ranks of a host share what they read of it, and none holds all.
 
     Raises:
-        RuntimeError: it is of a format that cannot be mapped, or no file of torch.save.
+        RuntimeError: it is of a format that cannot be mapped.
     """
     content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     # What callbacks keep would otherwise hold on to the file, also when it has been removed.
     rest = {name: value for name, value in content.items() if name not in _PARTS}
     return {**content, **tree_map_only(Tensor, Tensor.clone, rest)}
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError where a file, local and of torch.save, is damaged, or would take more memory than it is long."""
+    from ...checkpoint.format import plain  # imports DCP, which takes long
+
+    plain.check_file(Path(path), Path(path))
 
 
 def save_parts(path: str | os.PathLike[str], content: Mapping[str, Any], model: ZeroDataParallel) -> None:
@@ -86,7 +93,7 @@ def open_parts(
     opened = open_checkpoint(path)
     opened.verify(group)
     extra = _extra(opened)
-    content = {**_unpack(extra[_REST], weights_only), "state_dict": _read_model(opened)}
+    content = {**_unpack(extra[_REST], path, weights_only), "state_dict": _read_model(opened)}
     if extra[_GROUPS]:
         content["optimizer_states"] = [{_PATH: os.fspath(path)} for _ in extra[_GROUPS]]
     return content
@@ -115,15 +122,16 @@ def consolidate(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> Non
         CheckpointError: the directory is damaged, or was not saved by a Trainer, or the file cannot be written.
     """
     from ...checkpoint.exporting import export
+    from ...checkpoint.format.plain import load_plain
     from ...checkpoint.format.reading import open_checkpoint
 
     with tempfile.TemporaryDirectory(dir=Path(to).parent) as folder:
         whole = Path(folder) / "whole"
         export(open_checkpoint(path), whole)
-        saved = torch.load(whole, mmap=True, weights_only=True)
+        saved = load_plain(whole, whole, mapped=True)
         extra = _extra(open_checkpoint(path))
         # The rest is what the user's own run has pickled, as Lightning's files hold it.
-        content = {**_unpack(extra[_REST], weights_only=False), "state_dict": saved["model"]}
+        content = {**_unpack(extra[_REST], path, weights_only=False), "state_dict": saved["model"]}
         if extra[_GROUPS]:
             content["optimizer_states"] = _separate(saved["optimizer"], extra[_GROUPS])
         aside = Path(folder) / "file"
@@ -140,10 +148,12 @@ def _extra(opened: Checkpoint) -> dict[str, Any]:
     return extra
 
 
-def _unpack(packed: Tensor, weights_only: bool | None) -> dict[str, Any]:
-    rest: dict[str, Any] = torch.load(
-        io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=weights_only
-    )
+def _unpack(packed: Tensor, path: str | os.PathLike[str], weights_only: bool | None) -> dict[str, Any]:
+    from ...checkpoint.format import plain
+
+    stream = io.BytesIO(packed.numpy().tobytes())
+    plain.check_file(stream, f"what Lightning has saved in {os.fspath(path)}")
+    rest: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=weights_only)
     return rest
 
 

@@ -19,7 +19,7 @@ from ...options.checks import check_one_of
 from ...unwrap import unwrap
 from ..wrap_options import has_meta
 from .options import check_precision, split_options
-from .saving import is_parts, load_parts, open_parts, read_file, save_parts, whole_state
+from .saving import check_file, is_parts, load_parts, open_parts, read_file, save_parts, whole_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -125,11 +125,12 @@ class TrainerStrategy(_Strategy):
             )
 
     def load_checkpoint(self, checkpoint_path: _Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file or a directory, whatever this strategy saves. Collective."""
+        """Read a file or a directory, whatever this strategy saves. Collective. Raises CheckpointError where it is damaged."""
         if os.path.isdir(checkpoint_path):
             return open_parts(checkpoint_path, weights_only, torch.distributed.group.WORLD)
         # Another plugin, or another file system, has its own way.
         if type(self.checkpoint_io).__name__ == "TorchCheckpointIO" and os.path.isfile(checkpoint_path):
+            check_file(checkpoint_path)
             with suppress(RuntimeError):
                 return read_file(checkpoint_path, weights_only)
         return super().load_checkpoint(checkpoint_path, weights_only)
