@@ -21,6 +21,9 @@ import torch
 from paths import PYTHON_PATH, ROOT, SUPPORT
 from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
 
+from zeroopt.checkpoint import latest
+from zeroopt.checkpoint.format.reading import open_checkpoint
+
 pytestmark = pytest.mark.slow
 
 EXAMPLES = str(ROOT / "examples")
@@ -60,6 +63,62 @@ def test_it_stops_as_asked_and_goes_on_as_if_it_had_not(run_on_ranks: RunOnRanks
     rest = run_on_ranks(2, run, tmp_path / "stopped", 6)[0]
     assert rest[0] == "beginning at step 1 with 2 ranks"
     assert losses_of(stopped) | losses_of(rest) == expected
+
+
+def start_ranks(kind: str, checkpoints: Path) -> list[subprocess.Popen[str]]:
+    """Two ranks with what torchrun tells them, and without its agent, whose own exit code says nothing after a signal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told |= {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    options = OPTIONS | {"steps": 1_000_000, "every": 1_000_000}
+    command = [sys.executable, str(SUPPORT / "elastic_host.py"), kind, f"--checkpoints={checkpoints}"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment() | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def read_until(rank: subprocess.Popen[str], beginning: str) -> None:
+    """Read what a rank prints, to a line that begins like this."""
+    assert rank.stdout is not None
+    lines = []
+    while not (lines and lines[-1].startswith(beginning)):
+        lines.append(rank.stdout.readline())
+        assert lines[-1], "".join(lines)
+
+
+@pytest.mark.parametrize("kind", ["trains", "waits"])
+def test_a_signal_to_one_rank_has_all_save_and_end(tmp_path: Path, kind: str) -> None:
+    """Whether that one trains, or waits for another one, which is stopped."""
+    ranks = first, last = start_ranks(kind, tmp_path)
+    try:
+        read_until(first, "step 3 ")
+        if kind == "waits":
+            assert os.WIFSTOPPED(os.waitpid(last.pid, os.WUNTRACED)[1])
+        first.terminate()
+        read_until(first, "heard")  # while the other one is stopped
+        if kind == "waits":
+            last.send_signal(signal.SIGCONT)
+        outputs = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(outputs)
+    end = re.search(r"stopped as asked, and saved (step) (\d+)\n", outputs[0])
+    assert end is not None, outputs
+    newest = latest(tmp_path)
+    assert newest is not None and newest.name == "-".join(end.groups())
+    assert open_checkpoint(newest).problems() == []
 
 
 def start_host(kind: str, port: int, checkpoints: Path, output: IO[str]) -> subprocess.Popen[bytes]:

@@ -1,8 +1,10 @@
-"""examples/elastic.py as torchrun starts it; `python elastic_host.py lost|stays|killed OPTIONS`.
+"""examples/elastic.py as torchrun starts it; `python elastic_host.py lost|stays|killed|trains|waits OPTIONS`.
 
 A host that is lost goes in the middle of its seventh step, when the checkpoint of the fourth is there: its rank and its agent are
 killed. The other one, which stays, begins when there are two, or what they have saved. Where a rank is killed, it is the last
 one, in the same step, when ranks are started for the first time.
+
+Who trains, or waits, says so when it hears of a signal. For whom it waits is the last rank, which stops itself before that step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 LAST_STEP = 6
 SAVED_STEP = 4
@@ -22,6 +25,8 @@ def main() -> None:
     kind = sys.argv.pop(1)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
     import elastic
+
+    from zeroopt.checkpoint import StopRequest
 
     checkpoints = Path(next(word.partition("=")[2] for word in sys.argv if word.startswith("--checkpoints=")))
     saved = checkpoints / f"step-{SAVED_STEP}"
@@ -40,8 +45,17 @@ def main() -> None:
         if run.step == LAST_STEP and kind == "killed" and is_last and is_first_start:
             run.guard.wait()
             os.kill(os.getpid(), signal.SIGKILL)
+        if run.step == LAST_STEP and kind == "waits" and is_last:
+            os.kill(os.getpid(), signal.SIGSTOP)
         train_on(run, batch)
 
+    note = StopRequest._note
+
+    def note_and_say(request: StopRequest, number: int, frame: FrameType | None) -> None:
+        note(request, number, frame)
+        print("heard", flush=True)
+
+    StopRequest._note = note_and_say  # type: ignore[method-assign]
     elastic.Run.train_on = train_on_or_die
     elastic.main()
 
