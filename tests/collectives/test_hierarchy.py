@@ -234,6 +234,6 @@ def test_failures_say_among_whom(run_on_ranks: RunOnRanks) -> None:
     answers = run_on_ranks.outcomes(4, miss_one)
     assert not any(isinstance(answer, RankError) for answer in answers), answers
     what = "transport hierarchy, reduce-scatter of bucket 1 among ranks "
-    assert answers[0].startswith(what + "0, 2: failed for want of rank 2: ")  # which has not come so far
+    assert answers[0].startswith(what + "0, 2: failed for want of rank 3: ")  # as rank 2 has said
     assert answers[2].startswith(what + "2, 3: failed for want of rank 3: ")
     assert answers[1].startswith(what + "1, 3: failed for want of rank 3: ")

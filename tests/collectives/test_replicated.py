@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -260,26 +262,28 @@ def test_what_is_refused(
     assert message in answers[0], answers
 
 
-def lose_a_rank() -> str:
-    """Rank 3 gives up, of which ranks of the other group hear by way of theirs."""
-    transport = connect_replicated("pairwise", dist.group.WORLD, group_of(NODES), CPU)
-    dist.barrier()  # giving up breaks connections, which a rank that still connects to others would take for a failure
+def lose_a_rank(within: str) -> str:
+    """Rank 3 is killed, when all have connected. Rank 0 has nothing to do with it, rank 2 is in its shard group, rank 1 across from it."""
+    transport = connect_replicated(within, dist.group.WORLD, group_of(NODES), CPU)
+    full = transport.allocate(8, torch.float32, CPU)
+    dist.barrier()
     if dist.get_rank() == 3:
-        transport.give_up("test")
-        return "gave up"
-    with patch.object(transport, "give_up", transport.give_up):
-        try:
-            transport.start_reduce_scatter(torch.zeros(8), torch.empty(4), label="bucket 1").finish()
-        except zeroopt.CollectiveError as error:
-            transport.give_up("a collective failed")
-            return str(error)
-    return "no error"
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(zeroopt.CollectiveError) as raised:
+        for _ in range(2):  # the first one may come through without rank 3
+            transport.start_reduce_scatter(full, torch.empty(4), label="bucket 1").finish()
+            transport.start_all_gather(full, label="bucket 1").finish()
+    return str(raised.value)
 
 
-def test_failures_name_ranks(run_on_ranks: RunOnRanks) -> None:
-    answers = run_on_ranks.outcomes(4, lose_a_rank)
-    for answer in answers[1:3]:
-        assert "of bucket 1: failed for want of rank" in str(answer), answers
+@pytest.mark.parametrize("within", ["shm", "pairwise"])
+def test_a_rank_lost_in_another_shard_group_is_named(run_on_ranks: RunOnRanks, within: str) -> None:
+    """By its number in the process group, by all others."""
+    answers = run_on_ranks.outcomes(4, lose_a_rank, within)
+    for rank, answer in enumerate(answers[:3]):
+        assert isinstance(answer, str), answer
+        assert "of bucket 1" in answer
+        assert {int(one) for one in re.findall(r"\brank (\d)", answer)} - {rank} == {3}, answers
 
 
 def whole_tensors() -> list[float]:

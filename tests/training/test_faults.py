@@ -419,9 +419,12 @@ def test_all_hosts_hear_of_it(run: RunOnRanks, fault: Fault, moment: str) -> Non
         assert FAULTY_RANK in ranks_in(errors[rank].message)
 
 
-@pytest.mark.parametrize("moment", ["before forward", "in backward", "in step"])
-def test_all_hosts_name_the_missing_rank(run: RunOnRanks, moment: str) -> None:
-    outcomes = run.outcomes(4, train, kill_when_settled, moment, "auto", NEVER_S, hosts=2)
+@pytest.mark.parametrize(
+    ("transport", "moment"),
+    [("auto", "before forward"), ("auto", "in backward"), ("auto", "in step"), ("hierarchy", "in backward")],
+)
+def test_all_hosts_name_the_missing_rank(run: RunOnRanks, transport: str, moment: str) -> None:
+    outcomes = run.outcomes(4, train, kill_when_settled, moment, transport, NEVER_S, hosts=2)
     for rank, error in raised_by_survivors(outcomes).items():
         assert error.type_name == "CollectiveError", error
         assert ranks_in(error.message) - {rank} == {FAULTY_RANK}, error

@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from .base import Transport, slice_of
 from .comm_stream import StreamCollective
 from .driver import Driven, Driver
-from .failure import name_ranks
+from .failure import name_ranks, the_other_rank
 from .levels import Levels
 from .lost import named_failures
 from .pending import Done, PendingCollective, PendingWork
@@ -183,15 +183,14 @@ class _Step:
         self._members = members
         self._group = group
         self.size = len(members)
-        others = [rank for rank in members if rank != members[group.rank()]]
-        self._missing = others[0] if len(others) == 1 else None
+        self._missing = the_other_rank(group)
 
     def wait_for(self, collective: Callable[..., dist.Work], what: str, keep: tuple[Tensor, ...]) -> None:
         """Run it among them, and let the current stream, or the thread, wait for it."""
         what = f"{what} among {name_ranks(self._members)}"
-        with named_failures(what, self._missing):
+        with named_failures(what, self._missing, group=self._group):
             work = collective(group=self._group, async_op=True)
-        PendingWork(what, [(self._missing, work)], keep, on_device=not keep[0].is_cpu).finish()
+        PendingWork(what, [(self._missing, work)], keep, group=self._group, on_device=not keep[0].is_cpu).finish()
 
 
 def hierarchy(*sizes: int) -> Callable[[dist.ProcessGroup, torch.device], Transport]:

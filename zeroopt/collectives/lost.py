@@ -7,7 +7,8 @@ finds a connection broken looks there:
     rank 2 dies ──▶ rank 1 finds its connection with 2 broken, says "2", gives up ──▶ rank 0 finds its connection with 1 broken,
                                                                                      reads "2", and names 2
 
-What has been said stays said: a process group that has lost a rank has lost it for good.
+What has been said stays said: a process group that has lost a rank has lost it for good. A group that is part of another one (`note_part`)
+says and finds out all of it in that one, by whose numbers ranks are named: what one part lacks may have been lost in another.
 
     a message fails         the rank at the other end is suspected
     a collective fails      those are to which Gloo's connections are broken
@@ -24,7 +25,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Thread
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,10 @@ class Witness(Protocol):
 _witnesses: WeakKeyDictionary[dist.ProcessGroup, WeakSet[Witness]] = WeakKeyDictionary()
 _named: WeakKeyDictionary[dist.ProcessGroup, list[int]] = WeakKeyDictionary()
 _connected: WeakKeyDictionary[dist.ProcessGroup, Sequence[int]] = WeakKeyDictionary()
+# Of parts: the group that they are part of, and their ranks in it.
+_wholes: WeakKeyDictionary[dist.ProcessGroup, tuple[ReferenceType[dist.ProcessGroup], Sequence[int]]] = (
+    WeakKeyDictionary()
+)
 
 
 def add_witness(group: dist.ProcessGroup, witness: Witness) -> None:
@@ -66,6 +71,16 @@ def add_witness(group: dist.ProcessGroup, witness: Witness) -> None:
 def note_connected(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
     """In a group that does not connect each rank with each, this one is connected with these."""
     _connected[group] = ranks
+
+
+def note_part(group: dist.ProcessGroup, whole: dist.ProcessGroup, ranks: Sequence[int]) -> None:
+    """A group is part of another one, in which its ranks have these numbers."""
+    _wholes[group] = ref(whole), ranks
+
+
+def name_of(group: dist.ProcessGroup, rank: int) -> int:
+    """By which number messages name a rank of a group."""
+    return _wholes[group][1][rank] if group in _wholes else rank
 
 
 def break_off(group: dist.ProcessGroup) -> None:
@@ -80,9 +95,13 @@ def name_lost(group: dist.ProcessGroup | None, suspects: Suspects, reason: str) 
     This rank's connections by Gloo are broken then, so that others do not wait for it.
 
     Args:
+        suspects: by their numbers in the group.
         group: None: of one that nobody knows. Of two ranks, it can only be the other one.
         reason: the backend's own words.
     """
+    whole = None if group is None or group not in _wholes else _wholes[group][0]()
+    if group is not None and whole is not None:
+        return _name_lost_of_part(group, whole, suspects, reason)
     if group is None or group.size() <= 2:
         return suspects
     if group not in _named:
@@ -94,6 +113,20 @@ def name_lost(group: dist.ProcessGroup | None, suspects: Suspects, reason: str) 
             return suspects
         _named[group] = found[0]
     return _named[group]
+
+
+def _name_lost_of_part(group: dist.ProcessGroup, whole: dist.ProcessGroup, suspects: Suspects, reason: str) -> Suspects:
+    """By the numbers of the whole. Those that wait for this rank in whatever part hear of it."""
+    known = sorted(_dead_ranks(group)) or suspects
+    lost = name_lost(whole, [None if rank is None else name_of(group, rank) for rank in known], reason)
+    for part, (other, _) in list(_wholes.items()):
+        if other() is whole:
+            break_off(part)
+    return lost
+
+
+def _dead_ranks(group: dist.ProcessGroup) -> set[int]:
+    return set().union(*(witness.dead_ranks() for witness in _witnesses.get(group, ())))
 
 
 @contextmanager
@@ -130,8 +163,7 @@ class _Inquiry:
     def lost(self, suspects: Suspects) -> list[int]:
         """The ranks that are lost, as far as can be found out; the others are told."""
         self._notes.say_here(self._rank)
-        dead = set().union(*(witness.dead_ranks() for witness in _witnesses.get(self._group, ())))
-        named = dead or self._follow(self._known(suspects))
+        named = _dead_ranks(self._group) or self._follow(self._known(suspects))
         if named:
             self._notes.say(self._rank, sorted(named))
         self._probes.break_off()

@@ -17,6 +17,7 @@ in the process group, the bits are those of one flat group: `ops.reduce` adds in
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ from .base import Transport
 from .comm_stream import CommStream, StreamCollective
 from .control import ControlGroup
 from .exchange import Exchange
+from .lost import note_part
 from .pairwise import StagingPool
 from .pending import Done, PendingCollective
 from .select import TransportFactory, connect_transport
@@ -115,7 +117,13 @@ class ReplicatedTransport(Transport):
     def take_across(self, reduce: _Reduce) -> None:
         """Take all reduces up to this one across, in the order of their start, which is that of all ranks."""
         while not reduce.is_over:
-            self._reduces[0].go_across()  # when it fails, it is still the first
+            try:
+                self._reduces[0].go_across()  # when it fails, it is still the first
+            except RuntimeError:
+                self.give_up(
+                    "a collective failed"
+                )  # so that those hear of it at once that wait for this rank on the other side
+                raise
             self._reduces.popleft()
 
     def slice_across(self, slice_numel: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +174,7 @@ class _Reduce(PendingCollective):
     def __init__(
         self, transport: ReplicatedTransport, full: Tensor, out: Tensor, base: Tensor | None, wire: Wire, label: str
     ) -> None:
-        self._transport = transport
+        self._transport: ReplicatedTransport = weakref.proxy(transport)  # which has this
         self._full, self._out, self._base, self._wire, self._label = full, out, base, wire, label
         self.is_over = False
 
@@ -217,6 +225,7 @@ def connect_replicated(
     """
     site = Site(group, device)
     shards = _shard_groups(ControlGroup(group), shard_group)
+    note_part(shard_group, group, next(ranks for ranks in shards if group.rank() in ranks))
     within = connect_transport(choice, shard_group, device)
     slices = ControlGroup(group).numbers([within.slice_index], "comparing shard groups")
     owners = [sorted(ranks, key=lambda rank: slices[rank][0]) for ranks in shards]

@@ -34,7 +34,7 @@ from .arena import Arena, Returns
 from .base import Transport
 from .failure import ADVICE, name_ranks
 from .group_timeout import group_timeout
-from .lost import add_witness, name_lost
+from .lost import add_witness, name_lost, name_of
 from .pending import PendingCollective
 from .shared_memory import SharedMemoryError, map_together
 from .site import Site
@@ -125,6 +125,7 @@ class ShmTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
         super().__init__(group)
         self._members = list(members)
+        self._names = [name_of(group, rank) for rank in members]
         self.slice_index = self._members.index(self.control.rank)
         self.num_slices = len(self._members)
         self.writers = self._members[:1]
@@ -145,9 +146,9 @@ class ShmTransport(Transport):
         self._posted = 0
         self.read_by_all = 0
         self._labels = Labels()
-        self._unread: deque[PendingRead] = deque()  # in the order of their tickets, in which they are read
+        self._unread: deque[_Read] = deque()  # in the order of their tickets, in which they are read
         self._scalar = self.allocate(1, torch.float64, CPU)
-        self._scalar_before: PendingCollective | None = None
+        self._scalar_before: _Read | None = None
         add_witness(group, self)
 
     @classmethod
@@ -214,13 +215,15 @@ class ShmTransport(Transport):
 
     def gather_scalar(self, value: Tensor, *, label: str = "a number") -> Tensor:
         if self._scalar_before is not None:
-            self._scalar_before.wait_until_read()
+            self.wait_until_read(self._scalar_before)
         self._scalar.copy_(value)
         values: list[Tensor] = []
-        self._scalar_before = self._start_reading(
-            Kind.SCALAR, self._scalar, lambda of_rank: values.extend(one.clone() for one in of_rank), label
-        )
-        self._scalar_before.finish()
+
+        def take_all(of_rank: list[Tensor]) -> None:
+            values.extend(one.clone() for one in of_rank)
+
+        self._scalar_before = self._read_when_posted(Kind.SCALAR, self._scalar, take_all, label)
+        self.read_through(self._scalar_before.number)
         return torch.cat(values).to(value.dtype)
 
     def progress(self) -> None:
@@ -248,8 +251,12 @@ class ShmTransport(Transport):
             self.wait_until_posted(first.number, first.kind, first.label)
             self._read_first()
 
-    def wait_until_read(self, number: int, kind: Kind, label: str) -> None:
-        """Block until all members have read a ticket, and meanwhile read what can be read: they may wait for that."""
+    def wait_until_read(self, read: _Read) -> None:
+        """Block until all members have read what one ticket is about, and meanwhile read what can be read: they may wait for that."""
+        if read.number >= self.read_by_all:
+            self._wait_until_read(read.number, read.kind, read.label)
+
+    def _wait_until_read(self, number: int, kind: Kind, label: str) -> None:
         while not self._board.wait(_C.ShmBoard.NEVER, number + 1, 0.0):
             next_posted = self._unread[0].number + 1 if self._unread else _C.ShmBoard.NEVER
             self._wait(next_posted, number + 1, kind, label)
@@ -259,14 +266,19 @@ class ShmTransport(Transport):
     def _start_reading(
         self, kind: Kind, tensor: Tensor | None, read: Callable[[list[Tensor]], None], label: str
     ) -> PendingRead:
-        pending = PendingRead(self, self._post(kind, tensor, label), kind, tensor, read, label)
-        self._unread.append(pending)
-        return pending
+        return PendingRead(self, self._read_when_posted(kind, tensor, read, label))
+
+    def _read_when_posted(
+        self, kind: Kind, tensor: Tensor | None, read: Callable[[list[Tensor]], None], label: str
+    ) -> _Read:
+        to_read = _Read(self._post(kind, tensor, label), kind, tensor, read, label)
+        self._unread.append(to_read)
+        return to_read
 
     def _post(self, kind: Kind, tensor: Tensor | None, label: str) -> int:
         buffer, num_bytes = (-1, 0) if tensor is None else (self._buffer_of(tensor).number, tensor.nbytes)
         if self._posted - _C.ShmBoard.CAPACITY >= self.read_by_all:
-            self.wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
+            self._wait_until_read(self._posted - _C.ShmBoard.CAPACITY, kind, label)
         number = self._board.post(_C.Ticket(self._labels[label] << 8 | kind, num_bytes, buffer))
         self._posted = number + 1
         self._returns.sweep()
@@ -308,7 +320,7 @@ class ShmTransport(Transport):
                 late = behind[0] if self.slice_index in behind[-1] else behind[-1]
                 blamed = set.union(*behind) & lost if in_vain else late
                 raise self._fail(
-                    f"transport shm, {kind} of {label}: rank {self.control.rank} waits in vain for {self._name(blamed)}"
+                    f"transport shm, {kind} of {label}: rank {self._names[self.slice_index]} waits in vain for {self._name(blamed)}"
                 )
 
     def _timeout_s(self) -> float:
@@ -316,12 +328,11 @@ class ShmTransport(Transport):
 
     def _name(self, blamed: set[int]) -> str:
         """Those members for want of whom this rank has failed, or for want of whom they have; the other ranks are told."""
-        described = {self._members[place]: self._describe(place) for place in sorted(blamed)}  # as they are now
-        lost = [rank for rank in name_lost(self.control.group, list(described), "") if rank is not None]
-        elsewhere = [rank for rank in lost if rank not in self._members]
-        here = [
-            described.get(rank) or self._describe(self._members.index(rank)) for rank in lost if rank in self._members
-        ]
+        described = {self._names[place]: self._describe(place) for place in sorted(blamed)}  # as they are now
+        suspects = [self._members[place] for place in sorted(blamed)]
+        lost = [rank for rank in name_lost(self.control.group, suspects, "") if rank is not None]
+        elsewhere = [rank for rank in lost if rank not in self._names]
+        here = [described.get(rank) or self._describe(self._names.index(rank)) for rank in lost if rank in self._names]
         return "; ".join([*here, *([f"{name_ranks(elsewhere)}, which other ranks have lost"] if elsewhere else [])])
 
     def _behind(self, posted_count: int, read_count: int) -> list[set[int]]:
@@ -353,7 +364,7 @@ class ShmTransport(Transport):
         return self._board.left()[rank] or not self._is_alive(rank)
 
     def _describe(self, rank: int) -> str:
-        name = f"rank {self._members[rank]}"
+        name = f"rank {self._names[rank]}"
         if self._board.left()[rank]:
             return f"{name}, which gave up, dropped its model or came to its end"
         if not self._is_alive(rank):
@@ -372,7 +383,7 @@ class ShmTransport(Transport):
     def _check_alike(self, tickets: list[_C.Ticket]) -> None:
         ranks_at: dict[tuple[int, int], list[int]] = {}
         for rank, ticket in enumerate(tickets):
-            ranks_at.setdefault((ticket.kind, ticket.bytes), []).append(self._members[rank])
+            ranks_at.setdefault((ticket.kind, ticket.bytes), []).append(self._names[rank])
         if len(ranks_at) > 1:
             places = "; ".join(
                 f"{name_ranks(ranks)} at the {self._labels.describe(what)} ({num_bytes} bytes)"
@@ -390,36 +401,40 @@ class ShmTransport(Transport):
         return [(self.slice_index + i) % self.num_slices for i in range(1, self.num_slices)]
 
 
-class PendingRead(PendingCollective):
-    """A collective for which this rank reads its peers' buffers once all have posted their ticket."""
+@dataclass(eq=False)
+class _Read:
+    """What this rank reads of its peers' buffers once all have posted a ticket.
 
-    def __init__(
-        self,
-        transport: ShmTransport,
-        number: int,
-        kind: Kind,
-        tensor: Tensor | None,
-        read: Callable[[list[Tensor]], None] | None,
-        label: str,
-    ) -> None:
+    Attributes:
+        number: of the ticket.
+        tensor: this rank's own; None: nothing is read.
+        read: is given what lies in each rank's buffer; None when it has been.
+    """
+
+    number: int
+    kind: Kind
+    tensor: Tensor | None
+    read: Callable[[list[Tensor]], None] | None
+    label: str
+
+
+class PendingRead(PendingCollective):
+    """A collective for which this rank reads its peers' buffers."""
+
+    def __init__(self, transport: ShmTransport, read: _Read) -> None:
         self._transport = transport
-        self.number = number
-        self.kind = kind
-        self.tensor = tensor
-        self.read = read
-        self.label = label
+        self._read = read
 
     @property
     def is_read(self) -> bool:
         """Whether this rank is through with it."""
-        return self._transport.has_read(self.number)
+        return self._transport.has_read(self._read.number)
 
     def finish(self) -> None:
-        self._transport.read_through(self.number)
+        self._transport.read_through(self._read.number)
 
     def wait_until_read(self) -> None:
-        if self.number >= self._transport.read_by_all:
-            self._transport.wait_until_read(self.number, self.kind, self.label)
+        self._transport.wait_until_read(self._read)
 
 
 class _Arrival(PendingCollective):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .failure import name_ranks
 from .group_names import level_names
 from .group_timeout import group_timeout
-from .lost import named_failures
+from .lost import named_failures, note_part
 from .site import Site
 
 # Communicators take memory of the device: models that are wrapped one after the other share them.
@@ -49,4 +49,5 @@ def _make(site: Site, ranks: Sequence[int]) -> dist.ProcessGroup:
             backend=site.backend,
             use_local_synchronization=True,  # of the job's other ranks, nobody need take part
         )
+    note_part(made, site.group, ranks)
     return made
