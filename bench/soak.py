@@ -8,7 +8,6 @@ from the checkpoint. The exit code is 1 where something has grown, within a life
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import shutil
 import statistics
@@ -94,7 +93,6 @@ def train(task: Task) -> Life:
         async_save(task.folder / f"{name}-behind", model, optimizer, keep=2).result()
         save(task.folder / name, model, optimizer, keep=2)
         plain, plain_optimizer = zeroopt.unwrap(model, optimizer)
-        gc.collect()  # what only waits for that has not leaked
         held.append(held_by(os.getpid()))
         is_enough = task.is_last and time.monotonic() > end and len(held) >= LEAST_ROUNDS
         over = torch.tensor(float(is_enough))

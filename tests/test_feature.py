@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -177,16 +178,42 @@ def test_what_is_no_feature_is_refused(run_on_ranks: RunOnRanks) -> None:
         assert message.startswith("features take part in the steps of all optimizers of a model")
 
 
+class Named(Feature):
+    """Tells its name."""
+
+    def __init__(self, name: str, heard: list[str]) -> None:
+        self._name, self._heard = name, heard
+
+    def bucket_reduced(self, bucket: Any, store: Any) -> None:
+        self._heard.append(self._name)
+
+
 def test_only_those_that_are_on_and_override_a_call_are_called() -> None:
-    features, witness, halving = Features(), Witness(), Halving()
-    features.add(witness, on=False)
-    features.add(halving)
+    heard: list[str] = []
+    features, first, second = Features(), Named("first", heard), Named("second", heard)
+    features.add(first, on=False)
+    features.add(second)
     features.add(Feature())
     reduced = features.calls["bucket_reduced"]
-    assert reduced == [halving.bucket_reduced]
+
+    def who_hears() -> list[str]:
+        heard.clear()
+        for call in reduced:
+            call(None, None)
+        return heard
+
+    assert who_hears() == ["second"]
     assert not features.calls["before_step"]
-    features.switch(witness, on=True)
-    assert reduced == [witness.bucket_reduced, halving.bucket_reduced]  # the same list, in the order of `add`
-    features.switch(witness, on=True)  # so it is already
-    features.switch(halving, on=False)
-    assert reduced == [witness.bucket_reduced]
+    features.switch(first, on=True)
+    assert who_hears() == ["first", "second"]  # the same list, in the order of `add`
+    features.switch(first, on=True)  # so it is already
+    features.switch(second, on=False)
+    assert who_hears() == ["first"]
+
+
+def test_who_calls_keeps_no_feature_alive() -> None:
+    features = Features()
+    features.add(Named("one", []))
+    calls, gone = features.calls, weakref.ref(features._known[0])
+    del features
+    assert gone() is None and len(calls["bucket_reduced"]) == 1

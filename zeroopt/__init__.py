@@ -9,6 +9,7 @@ In reading order; each imports from those above it:
     named_function    what `module:function` names on a command line
     profiling         ranges for torch's profiler
     untraced          what torch.compile has to leave alone
+    weak_methods      methods that are called back without keeping their object alive
     streams           streams of a device
     transfers         numbers between host and device
     pages             memory in pages of its own

@@ -12,6 +12,7 @@ from torch import Tensor
 from .storage.bucket import Bucket
 from .storage.gradient_store import GradientStore
 from .storage.stripe import Stripe
+from .weak_methods import weak_method
 
 
 @dataclass
@@ -135,7 +136,8 @@ class Features:
             look(bucket, stripe, full)
 
     Attributes:
-        calls: by the name of a call, the methods of the features that are on and override it.
+        calls: by the name of a call, the methods of the features that are on and override it. They keep no feature alive: features work
+            on what calls them.
     """
 
     def __init__(self) -> None:
@@ -160,7 +162,7 @@ class Features:
         for name, methods in self.calls.items():
             # In place: whoever calls them keeps the list.
             methods[:] = [
-                getattr(each, name)
+                weak_method(getattr(each, name))
                 for each in self._known
                 if each in self._on and getattr(type(each), name) is not getattr(Feature, name)
             ]

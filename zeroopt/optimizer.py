@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from .collectives import lone_control
 from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
-from .feature import Step
+from .feature import Features, Step
 from .features.averaging import Averaging, ParameterAverage
 from .features.clipping import Clipping
 from .features.grad_scaler import GradScaling, scaler_in
@@ -41,6 +42,7 @@ from .storage.assembling import assemble
 from .storage.bucket import Bucket
 from .trained import Trained
 from .untraced import untraced
+from .weak_methods import weak_method
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -98,12 +100,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._join = features.join
         self._captures = features.captures
         self._of_model = features.features
-        self._growth = Growth(trained, features.check_between_steps, self._follow_growth, features.captures)
+        self._features = Features()
+        self._growth = Growth(
+            trained, features.check_between_steps, weak_method(self._follow_growth), features.captures
+        )
         self._growth.begin(params)
         self._add_features(features, average)
         self._take_over_hooks()
         self._take_over_methods()
-        replica.optimizers.append(self)
+        replica.note_optimizer(self)
         log_wrapped(
             trained.buckets,
             trained.stores,
@@ -124,15 +129,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         may_replan = self._config.overlap and self._transport.control.size > 1 and average is None
         self._replanning = Replanning(trained, of_model.foresight, of_model.captures, allowed=may_replan)
         self._averages = average is not None
-        trained.features.add(self._scaling, on=False)
-        trained.features.add(self._clipping, on=self._config.max_grad_norm is not None)
+        self._features.add(self._scaling, on=False)
+        self._features.add(self._clipping, on=self._config.max_grad_norm is not None)
         self._outer: OuterSteps | None = connect_outer_steps(trained, average)
         trained.state_dicts.outer = self._outer
         if average is not None:
-            trained.features.add(self._outer or Averaging(trained, average))
-        trained.features.add(self._replanning, on=may_replan)
+            self._features.add(self._outer or Averaging(trained, average))
+        self._features.add(self._replanning, on=may_replan)
         if of_model.step_in_backward is not None:
-            of_model.step_in_backward.take_up(trained, self._growth, self._check_ready)
+            of_model.step_in_backward.take_up(
+                trained, weak_method(self._growth.is_edited), weak_method(self._check_ready)
+            )
 
     def _follow_growth(self) -> None:
         self._clipping.forget_model()
@@ -253,7 +260,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for bucket in self._trained.buckets:
                 self._gathers.finish(bucket.index)
         step = self._describe_step()
-        self._trained.features.switch(self._scaling, on=step.found_inf is not None)
+        self._features.switch(self._scaling, on=step.found_inf is not None)
         self._tell("before_step", step)
         self._tell("may_move", step)
         return step
@@ -301,14 +308,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.view.settle(step.stores)
         self._reducer.note_step()
         # Those of the model last: a check of the step is one of all that the features of this optimizer have made of it.
-        for calls in (self._trained.features.calls, self._of_model.calls):
+        for calls in (self._features.calls, self._of_model.calls):
             for after_step in calls["after_step"]:
                 after_step(step)
         self._note_step_for_schedulers()
 
     def _calls(self, name: str) -> Iterator[Callable[..., Any]]:
         """A call's methods of those features that are on: of the model, then of this optimizer."""
-        return chain(self._of_model.calls[name], self._trained.features.calls[name])
+        return chain(self._of_model.calls[name], self._features.calls[name])
 
     def _tell(self, name: str, step: Step) -> None:
         for call in self._calls(name):
@@ -734,12 +741,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._trained.follow_writes()
 
     def _take_over_methods(self) -> None:
-        """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one."""
-        self._inner.zero_grad = self.zero_grad  # type: ignore[method-assign]
-        self._inner.add_param_group = self.add_param_group  # type: ignore[method-assign]
+        """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one, for as long as there is this one."""
+        taken: dict[str, Any] = {
+            "zero_grad": weak_method(self.zero_grad),
+            "add_param_group": weak_method(self.add_param_group),
+        }
         for name in ("train", "eval"):  # of schedule-free ones, which write parameters
             if callable(getattr(type(self._inner), name, None)):
-                vars(self)[name] = vars(self._inner)[name] = partial(self._switch, name)
+                vars(self)[name] = taken[name] = partial(weak_method(self._switch), name)
+        vars(self._inner).update(taken)
+        self._give_methods_back = weakref.finalize(self, _forget, weakref.ref(self._inner), list(taken))
+        self._give_methods_back.atexit = False
 
     @torch.no_grad()
     def _switch(self, mode: str) -> None:
@@ -754,8 +766,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def release(self) -> torch.optim.Optimizer:
         """The wrapped optimizer, which no longer knows of this one. Not collective."""
-        for name in ("zero_grad", "add_param_group"):
-            vars(self._inner).pop(name)
+        self._give_methods_back()
         self._trained.stepper.refusal.remove()
         return self._inner
 
@@ -814,6 +825,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A scheduler made before wrapping watches the wrapped optimizer's step(), which fused kernels do not call."""
         if hasattr(self._inner.step, "_wrapped_by_lr_sched"):
             self._inner._opt_called = True  # type: ignore[attr-defined]
+
+
+def _forget(owner: weakref.ref[torch.optim.Optimizer], names: Sequence[str]) -> None:
+    """Let these methods be those of the class again."""
+    optimizer = owner()
+    for name in names if optimizer is not None else ():
+        vars(optimizer).pop(name, None)
 
 
 def _evaluate(closure: Callable[[], float]) -> float:

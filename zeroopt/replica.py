@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -42,6 +43,7 @@ from .storage.gradient_store import GradientStore
 from .storage.masters import Master
 from .storage.segment import BySegments, Segment
 from .storage.slice_sums import SliceSums
+from .weak_methods import weak_method
 
 # What is going on, for messages.
 _TAKING_IN = "averaging the gradients of parameters that are taken in"
@@ -64,7 +66,6 @@ class Replica:
         slice_sums: memory for sums on their way from slices to those who step them.
         rounding: by which numbers what travels as codes is rounded.
         dtypes: of the model's parameters, before they were wrapped.
-        optimizers: that have been wrapped with the model.
 
     Args:
         features: what takes part in every backward.
@@ -98,7 +99,7 @@ class Replica:
         self.params: list[ManagedParam] = []
         self.buckets: list[Bucket] = []
         self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []  # which have this
         placement = config.placement
         self.ownership = Ownership(
             transport.num_slices, transport.slice_index, by_slices=placement.shard_state, replica=transport.replica
@@ -116,7 +117,7 @@ class Replica:
             view,
             features,
             turnout,
-            self._make_store,
+            weak_method(self._make_store),
             pool,
             overlap=config.overlap,
             bucket_buffers=config.bucket_buffers,
@@ -124,8 +125,7 @@ class Replica:
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)
         self.seed = _agree_on_seed([self.control, *self.mesh_groups])
-        reducer = self.reducer
-        self.rounding = RoundingNumbers(self.seed, lambda: (reducer.num_backwards, reducer.num_steps))
+        self.rounding = RoundingNumbers(self.seed, weak_method(self.reducer.count))
         self.gathers = (
             NoGathers(module, transport, lazy=False)
             if self.ownership.has_all
@@ -144,6 +144,15 @@ class Replica:
             keeps_sums=not config.step_in_backward,
             exact_norms=config.micro_batches is not None,
         )
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that have been wrapped with the model, in that order."""
+        return [optimizer for known in self._optimizers if (optimizer := known()) is not None]
+
+    def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """One more has been wrapped with the model."""
+        self._optimizers.append(weakref.ref(optimizer))
 
     @property
     def compresses(self) -> bool:

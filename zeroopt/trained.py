@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .feature import Features
 from .options.config import Config
 from .pages import trim_heap
 from .plan.params import ManagedParam
@@ -27,7 +26,6 @@ class Trained:
     Attributes:
         number: of the optimizer among those of the model.
         inner: the torch optimizer that was wrapped.
-        features: what takes part in its steps, besides what takes part in those of all optimizers of the model.
         params, buckets: in the order in which they were taken in. The lists stay the same objects.
         generations: for each time that some were taken in, their positions in `params` in the order in which the plan takes them.
         stepper: steps what this rank owns of the buckets.
@@ -50,7 +48,6 @@ class Trained:
         self.replica = replica
         self.inner = inner
         self.config = config
-        self.features = Features()
         self.params: list[ManagedParam] = []
         self.buckets: list[Bucket] = []
         self.generations: list[list[int]] = []

@@ -42,7 +42,7 @@ def test_shares_of_a_norm_are_ready_only_when_somebody_clips() -> None:
     assert features.calls["bucket_reduced"] == []
     norms.prepare(3.0)
     norms.prepare(1.0)
-    assert features.calls["bucket_reduced"] == [norms.bucket_reduced] and norms.norm_type == 1.0
+    assert len(features.calls["bucket_reduced"]) == 1 and norms.norm_type == 1.0
 
 
 @pytest.mark.parametrize(("spread", "noted"), [(False, [2.0]), (True, [])])

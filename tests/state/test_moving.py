@@ -48,7 +48,7 @@ def train(optimizer_name: str, options: dict[str, Any], replan: bool) -> tuple[l
     """Train with an accumulation that goes over the first step: gradients have to move too."""
     net, model, optimizer = wrapped(optimizer_name, options)
     if not replan:
-        optimizer._trained.features.switch(optimizer._replanning, on=False)
+        optimizer._features.switch(optimizer._replanning, on=False)
     history = []
     for number in range(4):
         backward(model, number)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..pages import paged_zeros
+from ..weak_methods import weak_method
 from .control import ControlGroup
 from .exchange import Exchange, MessageExchange
 from .pending import Done, PendingCollective
@@ -75,7 +76,7 @@ class Transport(ABC):
 
     def make_exchange(self) -> Exchange:
         """What brings pieces of this transport's buckets from rank to rank. Collective."""
-        return MessageExchange(self.control, self.slice_index, self.ranks_by_slice(), self.count_exchanged)
+        return MessageExchange(self.control, self.slice_index, self.ranks_by_slice(), weak_method(self.count_exchanged))
 
     def ranks_by_slice(self) -> list[int]:
         """The ranks of the group that own the slices; where several own each, one of them for this rank to deal with, which deals

@@ -96,14 +96,21 @@ class Chained(PendingCollective):
         self, first: PendingCollective, start_second: Callable[[], PendingCollective], *, is_queued: bool
     ) -> None:
         self._first = first
-        self._start_second = start_second
-        self._second = start_second() if is_queued else None
+        self._start_second: Callable[[], PendingCollective] | None = start_second
+        self._second: PendingCollective | None = None
+        if is_queued:
+            self._start()
 
     def go_on(self) -> None:
         """Wait for the first and start the second, if that has not been done."""
         if self._second is None:
             self._first.finish()
-            self._second = self._start_second()
+            self._start()
+
+    def _start(self) -> None:
+        assert self._start_second is not None
+        self._second = self._start_second()
+        self._start_second = None  # and what it keeps, which may keep this one
 
     def finish(self) -> None:
         self.go_on()

@@ -19,6 +19,7 @@ for bit, those of a single host: `ops.reduce` adds in a binary tree over ranks, 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -129,13 +130,14 @@ class HybridTransport(Transport):
         block = self._blocks.take(num_bytes)
         summed = block[:num_bytes].view(full.dtype)
         within_host = self._local.start_reduce_scatter(full, summed, wire=wire, label=label)
+        between_hosts, num_hosts, blocks = self._between_hosts, len(self._hosts), self._blocks
 
         def start_between_hosts() -> PendingCollective:
             onward = wire.between_hosts
-            encoded = summed if onward is None else onward.encode(summed, len(self._hosts))
-            return self._between_hosts.start_reduce_scatter(encoded, out, base, wire=onward or wire, label=label)
+            encoded = summed if onward is None else onward.encode(summed, num_hosts)
+            return between_hosts.start_reduce_scatter(encoded, out, base, wire=onward or wire, label=label)
 
-        pending = _HybridReduce(self, within_host, start_between_hosts, lambda: self._blocks.give_back(block))
+        pending = _HybridReduce(self, within_host, start_between_hosts, lambda: blocks.give_back(block))
         self._reduces.append(pending)
         return pending
 
@@ -194,7 +196,7 @@ class _HybridReduce(PendingCollective):
         start_between_hosts: Callable[[], PendingCollective],
         give_back: Callable[[], None],
     ) -> None:
-        self._transport = transport
+        self._transport: HybridTransport = weakref.proxy(transport)  # which has this
         self._within_host = within_host
         self._start_between_hosts = start_between_hosts
         self._give_back: Callable[[], None] | None = give_back

@@ -5,6 +5,7 @@ They run on a communication stream, see `comm_stream`. With NCCL the host waits 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -181,7 +182,7 @@ class _StreamExchange(Exchange):
     """
 
     def __init__(self, transport: TorchTransport, rank_of_slice: Sequence[int]) -> None:
-        self._transport = transport
+        self._transport: TorchTransport = weakref.proxy(transport)  # which has this
         self._slice_of_rank = {rank: index for index, rank in enumerate(rank_of_slice)}
         self._is_in_order = all(rank == index for index, rank in enumerate(rank_of_slice))
 

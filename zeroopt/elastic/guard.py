@@ -125,7 +125,7 @@ class Guard:
         self._last_step: int | None = None  # that was copied, or gone on from
         self._copying, self._sending = _Background("zeroopt.elastic"), _Background("zeroopt.elastic.hosts")
         in_backward = model.features.step_in_backward is not None
-        self._waiting = _WaitBeforeChanges(self.wait, in_backward=in_backward)
+        self._waiting = _WaitBeforeChanges(self._copying.wait, in_backward=in_backward)
         model.features.features.add(self._waiting)
 
     def restore(self, *, newer_than: int = -1) -> dict[str, Any]:

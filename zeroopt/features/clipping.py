@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -27,14 +28,16 @@ class BucketNorms(Feature):
     """
 
     def __init__(self, features: Features) -> None:
-        self._features = features
+        self._features = weakref.ref(features)  # which hold this one
         self.norm_type = 2.0
         self.of_model: tuple[int, Tensor] | None = None
 
     def prepare(self, norm_type: float) -> None:
         """From the next backward on, have buckets' shares of this norm ready."""
         self.norm_type = norm_type
-        self._features.switch(self, on=True)
+        features = self._features()
+        if features is not None:
+            features.switch(self, on=True)
 
     def bucket_reduced(self, bucket: Bucket, store: GradientStore) -> None:
         """Where every rank has the whole sum, its norm is taken parameter by parameter, later. On a device those of all buckets are

@@ -10,6 +10,7 @@ It does not say who asks, so its own frame is looked at.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from types import FrameType
 
@@ -86,9 +87,15 @@ class GradScaling(Feature):
     def __init__(self, trained: Trained, optimizer: torch.optim.Optimizer, join: Join, clipping: Clipping) -> None:
         self._trained = trained
         self._replica = trained.replica
-        self._optimizer = optimizer
+        self._optimizer_that_has_this = weakref.ref(optimizer)
         self._join = join
         self._clipping = clipping
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer_that_has_this()
+        assert optimizer is not None  # whose step it is
+        return optimizer
 
     @property
     def unscale_in_step(self) -> bool:

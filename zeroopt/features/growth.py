@@ -66,7 +66,6 @@ class Growth:
                     "forward of the model that zeroopt.wrap returned, with gradients enabled"
                 )
 
-    @property
     def is_edited(self) -> bool:
         """Whether `param_groups` are no longer what is trained."""
         return self._members.differ(self._trained.inner.param_groups)
@@ -83,7 +82,7 @@ class Growth:
             StateError: parameters are gone, and a CUDA graph still reads them. Nothing has been changed.
             RankMismatchError: they were edited in another way on another rank; on all ranks. Nothing has been changed.
         """
-        if self.is_edited or (unfrozen and any(param.requires_grad for _, param in self._frozen)):
+        if self.is_edited() or (unfrozen and any(param.requires_grad for _, param in self._frozen)):
             self.take_up_groups()
 
     def take_up_groups(self, problem: Exception | None = None) -> None:

@@ -30,6 +30,7 @@ from ..state.layout import ShardLayout
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import num_buffers
 from ..trained import Trained
+from ..weak_methods import weak_method
 from .captures import Captures
 from .foresight import Foresight
 
@@ -61,7 +62,7 @@ class Replanning(Feature):
         self._is_due = self._allowed
         self._after = self._replica.reducer.num_backwards
         if self._foresight is not None:
-            self._foresight.watch(self._replica.params, self._lead)
+            self._foresight.watch(self._replica.params, weak_method(self._lead))
 
     def _lead(self, order: Sequence[int]) -> None:
         """The first backward begins: let gradients go by the order in which they are expected. Collective."""

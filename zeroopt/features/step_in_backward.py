@@ -37,7 +37,6 @@ from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
 from ..storage.stripe import Stripe
 from ..trained import Trained
-from .growth import Growth
 from .used_in_bucket import UsedInBucket
 
 Options = list[dict[str, Any]]
@@ -48,13 +47,14 @@ class _Stepped:
     """One optimizer.
 
     Attributes:
+        is_edited: whether its `param_groups` are no longer what is trained.
         check_ready: raises what a step would raise before it changes anything.
         is_due: a backward has stepped its buckets, and its `step()` has yet to be called.
         options: of its groups when that backward began.
     """
 
     trained: Trained
-    growth: Growth
+    is_edited: Callable[[], bool]
     check_ready: Callable[[], None]
     is_due: bool = False
     options: Options = field(default_factory=list)
@@ -76,9 +76,9 @@ class StepInBackward(Feature):
         self._closed: dict[int, _Closed] = {}
         self._num_left = 0  # buckets that have yet to be stepped
 
-    def take_up(self, trained: Trained, growth: Growth, check_ready: Callable[[], None]) -> None:
+    def take_up(self, trained: Trained, is_edited: Callable[[], bool], check_ready: Callable[[], None]) -> None:
         """Step what one more optimizer trains, too."""
-        self._optimizers.append(_Stepped(trained, growth, check_ready))
+        self._optimizers.append(_Stepped(trained, is_edited, check_ready))
 
     def check_not_due(self, what: str) -> None:
         """Raise StateError between a backward and its `step()`."""
@@ -122,7 +122,7 @@ class StepInBackward(Feature):
                 f"the gradient of {left.name!r} has not been cleared since the last step, so this backward would add to it, and "
                 "with step_in_backward=True it is gone: call zero_grad() between step() and backward"
             )
-        if each.growth.is_edited:
+        if each.is_edited():
             raise StateError(
                 "param_groups were edited between forward and backward, which with step_in_backward=True steps by them: edit "
                 "them before the forward"

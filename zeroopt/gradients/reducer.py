@@ -250,6 +250,10 @@ class GradientReducer:
 
     # What there is.
 
+    def count(self) -> tuple[int, int]:
+        """How many backward passes and steps there have been."""
+        return self.num_backwards, self.num_steps
+
     @property
     def buckets(self) -> Sequence[Bucket]:
         """In which gradients are put together, with `stores`: where the parameters lie, or, while `is_ahead`, are to lie."""

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
+from ..collectives import PendingCollective
 from ..untraced import untraced_frame, untraced_hook
 from .compiled import callees_compiler, is_made_by_compiler
 
 
 class Gathers(Protocol):
-    """Who knows what is on its way.
+    """Who knows what is on its way, for as long as there is a wrapped model or an optimizer.
 
     Attributes:
         pending: the buckets that nobody has waited for, by index.
@@ -38,6 +40,32 @@ class Gathers(Protocol):
 
     def finish(self, bucket: int) -> None:
         """Wait until a bucket's parameters are all there, and let them be plain again."""
+
+
+class Arrival:
+    """A bucket on its way, as its parameters know it. Each of them keeps it, for they may be used when the wrapped model and its
+    optimizer are gone; it keeps none of them, nor what they belong to.
+
+    Args:
+        pending, params: what to wait for, and which they are, where there are no gathers any more.
+    """
+
+    def __init__(
+        self, gathers: Gathers, bucket: int, pending: PendingCollective, params: Sequence[TensorWeakRef]
+    ) -> None:
+        self._gathers = weakref.ref(gathers)
+        self._bucket = bucket
+        self._pending = pending
+        self._params = params
+
+    def finish(self) -> None:
+        """Wait until the bucket's parameters are all there, and let them be plain again."""
+        gathers = self._gathers()
+        if gathers is not None:
+            gathers.finish(self._bucket)
+            return
+        self._pending.finish()
+        let_be_plain(param for reference in self._params if (param := reference()) is not None)
 
 
 def _accessors(*names: str) -> Iterator[Any]:
@@ -58,11 +86,12 @@ class ArrivingParameter(nn.Parameter):
     """A parameter whose bucket is on its way. Each bucket has a subclass of its own.
 
     Attributes:
-        gathers, bucket: what to wait for. `gathers` is None while no parameter is of this class.
+        arrival: what to wait for.
+        latest: the same by the class, which must not keep it: a class is freed by Python's collector only.
     """
 
-    gathers: ClassVar[Gathers | None] = None
-    bucket: ClassVar[int]
+    arrival: Arrival
+    latest: ClassVar[weakref.ref[Arrival]]
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
         return nn.Parameter(data, requires_grad)  # copy.deepcopy makes one of the class that it has found
@@ -74,14 +103,34 @@ class ArrivingParameter(nn.Parameter):
         if function in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        assert cls.gathers is not None
-        cls.gathers.finish(cls.bucket)  # after which the bucket's parameters have their own class again
+        arrival = cls.latest()
+        assert arrival is not None  # there is a parameter that keeps it
+        arrival.finish()  # after which the bucket's parameters have their own class again
         return function(*args, **(kwargs or {}))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.arrival.finish()  # before it is looked for what a parameter has besides its values
+        return self.__reduce_ex__(protocol)
 
-def arriving_class(bucket: int) -> type[ArrivingParameter]:
-    """The class of the parameters of one bucket while they are on their way."""
-    return type("ArrivingParameter", (ArrivingParameter,), {"bucket": bucket})
+
+def arriving_class() -> type[ArrivingParameter]:
+    """One for the parameters of a bucket while they are on their way."""
+    return type("ArrivingParameter", (ArrivingParameter,), {})
+
+
+def let_arrive(params: Iterable[nn.Parameter], cls: type[ArrivingParameter], arrival: Arrival) -> None:
+    """Have the parameters of a bucket, which has that class, wait when they are used."""
+    cls.latest = weakref.ref(arrival)
+    for param in params:
+        param.__class__ = cls
+        param.arrival = arrival  # type: ignore[attr-defined]
+
+
+def let_be_plain(params: Iterable[nn.Parameter]) -> None:
+    """They are there."""
+    for param in params:
+        param.__class__ = nn.Parameter
+        del param.arrival  # type: ignore[attr-defined]
 
 
 class _ReadOnly(Tensor):

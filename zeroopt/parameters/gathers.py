@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from ..collectives import Chained, PendingCollective, Transport
 from ..collectives.pending import Done
@@ -17,7 +18,17 @@ from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..streams import has_streams, is_capturing
 from ..untraced import untraced
-from .arriving import ForwardHook, HookPlace, arriving_class, put_on, read_only, take_off
+from .arriving import (
+    Arrival,
+    ForwardHook,
+    HookPlace,
+    arriving_class,
+    let_arrive,
+    let_be_plain,
+    put_on,
+    read_only,
+    take_off,
+)
 from .compiled import (
     has_compiled,
     hook_compiled_calls,
@@ -57,6 +68,7 @@ class ParamGathers:
         self._unhooked: set[int] = set()  # buckets whose readers go without their hooks until the next gather
         self._buckets: list[Bucket] = []
         self._halfway: list[Chained] = []  # on their way from those that stepped them to the slices
+        self._marked: set[int] = set()  # buckets whose parameters wait when they are used
         self._is_left = False  # to whoever reads parameters
         self._compiler_was_here = False
         self._compiled_again: set[str] = set()
@@ -75,7 +87,8 @@ class ParamGathers:
         self._buckets = list(buckets)
         self._device = buckets[0].device if buckets else torch.device("cpu")
         self._params = [[managed.param for managed in bucket.params] for bucket in buckets]
-        self._classes = [arriving_class(bucket.index) for bucket in buckets]
+        self._references = [list(map(TensorWeakRef, params)) for params in self._params]
+        self._classes = [arriving_class() for _ in buckets]
         # A user's own class of parameters stays as it is. Methods of a DTensor get at its values past `__torch_function__`.
         self._markable = [all(type(param) is nn.Parameter for param in params) for params in self._params]
         if self._lazy:
@@ -199,10 +212,9 @@ class ParamGathers:
 
     def _mark(self, bucket: int) -> None:
         """Have the parameters of a bucket wait when they are used."""
-        # A strong reference: parameters may be used when the wrapped model and its optimizer are gone.
-        self._classes[bucket].gathers = self
-        for param in self._params[bucket]:
-            param.__class__ = self._classes[bucket]
+        arrival = Arrival(self, bucket, self.pending[bucket], self._references[bucket])
+        let_arrive(self._params[bucket], self._classes[bucket], arrival)
+        self._marked.add(bucket)
 
     @untraced
     def finish(self, bucket: int) -> None:
@@ -223,10 +235,9 @@ class ParamGathers:
             self.arrived[bucket] = pending
         else:
             self._unhook_readers(bucket)
-        if self._classes[bucket].gathers is not None:
-            for param in self._params[bucket]:
-                param.__class__ = nn.Parameter
-            self._classes[bucket].gathers = None
+        if bucket in self._marked:
+            self._marked.remove(bucket)
+            let_be_plain(self._params[bucket])
 
     @untraced
     def finish_all(self) -> None:

@@ -68,7 +68,8 @@ def _find_claimed(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Manage
 
 
 def _is_still(claimed: Callable[[], bool]) -> bool:
-    """Whether something is so, and not only because nobody has collected the garbage: a wrapped optimizer is in a cycle."""
+    """Whether something is so, and not only because nobody has collected the garbage, to which a user's own objects may have tied what is
+    dropped, such as the traceback of an exception."""
     if not claimed():
         return False
     gc.collect()

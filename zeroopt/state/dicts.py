@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -78,7 +79,7 @@ class StateDicts(StateHolder):
         params, buckets: those of the optimizer, which may change.
         begun: positions of the parameters of which some rank may have state.
         consolidated: the whole state, on the rank that it was gathered on, as long as it is current.
-        outer: the outer steps; None where there are none.
+        outer: the outer steps, which somebody else has, for they use this; None where there are none.
 
     Args:
         stepper: that of the optimizer.
@@ -106,8 +107,16 @@ class StateDicts(StateHolder):
         self._since_average = since_average
         self.begun: set[int] = set()
         self.consolidated: dict[str, Any] | None = None
-        self.outer: OuterState | None = None
+        self._outer: weakref.ref[OuterState] | None = None
         self._index = _Index((), ())
+
+    @property
+    def outer(self) -> OuterState | None:
+        return None if self._outer is None else self._outer()
+
+    @outer.setter
+    def outer(self, outer: OuterState | None) -> None:
+        self._outer = None if outer is None else weakref.ref(outer)
 
     def note_begun(self, active: Tensor) -> None:
         """A step has come to parameters: from now on they may have state.

@@ -3,6 +3,7 @@ device, else by the optimizer's own step."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from ..profiling import named_range
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
 from ..storage.own_shard import OwnShard
+from ..weak_methods import weak_method
 from .bucket_kernel import BucketKernel
 from .grouping import in_groups
 from .plain import call_on_leaves, step_plain
@@ -40,7 +42,8 @@ class ShardStepper:
         self._may_fuse = bool(config.fused)
         self._one_by_one = config.step_in_backward
         self._kernels: dict[int, BucketKernel] = {}
-        self.refusal = optimizer.register_step_pre_hook(self._refuse_direct_step)
+        self.refusal = optimizer.register_step_pre_hook(weak_method(self._refuse_direct_step))
+        weakref.finalize(self, self.refusal.remove).atexit = False
         self.attach((), ())
 
     def attach(self, buckets: Sequence[Bucket], stores: Sequence[GradientStore]) -> None:
