@@ -78,27 +78,98 @@ std::vector<size_t> possible_cuts(const Items& items) {
   return cuts;
 }
 
+/// So many items of one size.
+struct Alike {
+  int64_t numel;
+  int64_t count;
+};
+
+/// Sizes of items, the largest first and each of them once: all that the price of a bucket depends on.
+using Sizes = std::vector<Alike>;
+
+bool has_larger(const Alike& a, const Alike& b) {
+  return a.numel > b.numel;
+}
+
+void unite_equal(Sizes& sorted) {
+  size_t kept = 0;
+  for (size_t i = 1; i < sorted.size(); ++i) {
+    if (sorted[i].numel == sorted[kept].numel)
+      sorted[kept].count += sorted[i].count;
+    else
+      sorted[++kept] = sorted[i];
+  }
+  sorted.resize(kept + 1);
+}
+
+Sizes sizes_of(const Items& items, size_t begin, size_t end) {
+  Sizes sizes;
+  for (size_t i = begin; i < end; ++i)
+    sizes.push_back({items[i].numel, 1});
+  std::sort(sizes.begin(), sizes.end(), has_larger);
+  unite_equal(sizes);
+  return sizes;
+}
+
+Sizes merged(const Sizes& a, const Sizes& b) {
+  Sizes both;
+  both.reserve(a.size() + b.size());
+  std::merge(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both), has_larger);
+  unite_equal(both);
+  return both;
+}
+
+int64_t count_of(const Sizes& sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), int64_t{0},
+                         [](int64_t sum, const Alike& alike) { return sum + alike.count; });
+}
+
+/// What fill_slices returns for items of these sizes.
+int64_t fullest_slice(const Sizes& sizes, int64_t world_size) {
+  const int64_t usable = std::min(count_of(sizes), world_size);
+  std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> slices;
+  for (int64_t i = 0; i < usable; ++i)
+    slices.push(0);
+  int64_t fullest = 0, level = 0; // both of what is in a slice beside `level`, which is in each
+  for (const auto& [numel, count] : sizes) {
+    for (int64_t left = count; left > 0; --left) {
+      // No two slices are further apart than one item is long: from here on, each gets one in turn.
+      if (fullest - slices.top() <= numel) {
+        level += left / usable * numel;
+        left %= usable;
+        if (left == 0) break;
+      }
+      const int64_t filled = slices.top() + numel;
+      slices.pop();
+      slices.push(filled);
+      fullest = std::max(fullest, filled);
+    }
+  }
+  return level + fullest;
+}
+
 /// The buckets of one kind, each as the range of items from one cut to the next, at the least price in total.
 std::vector<size_t> best_cuts(const Items& items, int64_t world_size, int64_t target) {
   const std::vector<size_t> cuts = possible_cuts(items);
   const Item& largest = *std::min_element(items.begin(), items.end(), is_larger);
   const int64_t most = std::max(target, 2 * world_size * largest.numel); // of a bucket; more would not fill it better
+  std::vector<Sizes> between;                                            // one cut and the next
+  for (size_t i = 0; i + 1 < cuts.size(); ++i)
+    between.push_back(sizes_of(items, cuts[i], cuts[i + 1]));
   std::vector<int64_t> price(cuts.size(), std::numeric_limits<int64_t>::max());
   std::vector<size_t> before(cuts.size(), 0);
   price[0] = 0;
   for (size_t end = 1; end < cuts.size(); ++end) {
-    Items bucket; // the largest first
+    Sizes bucket;
     int64_t contents = 0;
     for (size_t begin = end; begin-- > 0 && contents <= most;) {
-      for (size_t i = cuts[begin]; i < cuts[begin + 1]; ++i) {
-        bucket.insert(std::upper_bound(bucket.begin(), bucket.end(), items[i], is_larger), items[i]);
-        contents += items[i].numel;
-      }
+      bucket = merged(bucket, between[begin]);
+      for (const auto& [numel, count] : between[begin])
+        contents += numel * count;
       const int64_t rest = price[begin] + target + kBeyondPrice * std::max<int64_t>(0, contents - target);
-      const int64_t least_padding = std::max<int64_t>(0, world_size * bucket.front().numel - contents);
-      if (rest + kPaddingPrice * least_padding >= price[end]) continue; // whatever the slices
-      const int64_t fullest = fill_slices(bucket, world_size, [](size_t, const Item&) {});
-      const int64_t total = rest + kPaddingPrice * (world_size * fullest - contents);
+      const int64_t least_fullest = std::max(bucket.front().numel, (contents + world_size - 1) / world_size);
+      if (rest + kPaddingPrice * (world_size * least_fullest - contents) >= price[end]) continue; // whatever the slices
+      const int64_t total = rest + kPaddingPrice * (world_size * fullest_slice(bucket, world_size) - contents);
       if (total < price[end]) {
         price[end] = total;
         before[end] = begin;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator
 from itertools import pairwise
@@ -273,6 +274,51 @@ def test_no_other_buckets_have_a_lower_price(inputs: WholeInputs) -> None:
             if all(sum(map(inputs.aligned, params[1:])) <= most for params in division)
         )
         assert sum(price(inputs, params, target) for params in found) == cheapest
+
+
+def cuts_of(sizes: list[int], world_size: int, target: int) -> list[int]:
+    """Where buckets of these sizes end, found by the plain search: of all divisions at the least price, the one whose last bucket is
+    the shortest, and so on for what is before it."""
+    most = max(target, 2 * world_size * max(sizes))
+    cheapest, begin_of = [0], [0]
+    for end in range(1, len(sizes) + 1):
+        found = []
+        for begin in range(end - 1, -1, -1):
+            if sum(sizes[begin + 1 : end]) > most:
+                break
+            filled = [0] * world_size
+            for size in sorted(sizes[begin:end], reverse=True):
+                heapq.heapreplace(filled, filled[0] + size)
+            contents = sum(sizes[begin:end])
+            padding = world_size * max(filled) - contents
+            found.append((cheapest[begin] + 16 * padding + 8 * max(0, contents - target) + target, -begin))
+        price_of_all, negative = min(found)
+        cheapest.append(price_of_all)
+        begin_of.append(-negative)
+    ends = [len(sizes)]
+    while begin_of[ends[-1]]:
+        ends.append(begin_of[ends[-1]])
+    return ends[::-1]
+
+
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=5).flatmap(
+        lambda sizes: st.lists(st.sampled_from(sizes), min_size=1, max_size=60)
+    ),
+    st.integers(1, 9),
+    st.sampled_from([1, 16]),
+    st.integers(4, 100_000),
+)
+def test_buckets_are_those_of_the_plain_search(
+    numels: list[int], world_size: int, alignment: int, bucket_bytes: int
+) -> None:
+    """With few sizes, of which many parameters are alike."""
+    inputs = WholeInputs(numels, [0] * len(numels), [1] * len(numels), world_size, alignment, bucket_bytes)
+    sizes = [inputs.aligned(param) for param in reversed(range(len(numels)))]
+    target = min(max(bucket_bytes // ITEM_BYTES[0], 1), max(sum(sizes), alignment))
+    found = sorted((bucket.params for bucket in inputs.plan().buckets), key=min, reverse=True)
+    ends = cuts_of(sizes, world_size, target)
+    assert [len(numels) - min(params) for params in found] == ends
 
 
 def transformer(layers: int, width: int) -> list[tuple[int, int]]:
