@@ -75,7 +75,7 @@ def step_case(
     segment = ops.SegmentArrays(param, grad, master, rest, scales)
     table = ops.SegmentTable(storage, [segment], signed)
     active = torch.ones(1, dtype=torch.uint8, device=device)
-    steps = torch.zeros(1, device=device)
+    steps = torch.zeros(2, 1, device=device)
     groups = torch.tensor([row], dtype=torch.float64)
     rounded = storage.master_dtype is not None and storage.master_weights == "float32"
     modes = ["w" if rounded else "rw", "r", *(["rw"] if master is not None else []), *["rw"] * len(rest)]
@@ -243,7 +243,7 @@ def mixed_precision(gib: float, device: torch.device) -> Case:
     segment = ops.SegmentArrays(param, grad, master, [exp_avg, exp_avg_sq])
     table = ops.SegmentTable(ops.Storage(BF16, "float32", BF16), [segment])
     active = torch.ones(1, dtype=torch.uint8, device=device)
-    steps = torch.zeros(1, device=device)
+    steps = torch.zeros(2, 1, device=device)
     groups = torch.tensor([ADAMW_ROW], dtype=torch.float64)
     scale, found_inf = torch.tensor([1024.0], device=device), torch.zeros(1, device=device)
 

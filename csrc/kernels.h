@@ -58,7 +58,7 @@ struct SegmentRow {
 struct SegmentTable {
   const SegmentRow* rows; ///< [count], in; no two segments overlap
   const uint8_t* active;  ///< [count], in; 0: the parameter had no gradient, nothing of it is touched
-  float* steps;           ///< [count], in/out; steps taken so far; active ones are raised by one before the update
+  float* steps;           ///< [2][count], in/out; see common/step_count.h; active ones count one more before the update
   double* squares;        ///< [count][2], out or in; for the kernels that say so, else null
   int64_t count;
 };

@@ -4,7 +4,7 @@
 // A number depends only on the seed, the step, the parameter, the array and the element, so it is the same on every
 // device and for every number of threads, ranks and buckets. One call gives 128 bits, 16 for each of 8 elements:
 //
-//   counter   element / 8 (60 bits), array (4 bits), parameter (32), step (32)
+//   counter   element / 8 (60 bits), array (4 bits), parameter (32), step (32, modulo 2^32)
 //   key       seed (64)
 //   result    word 0: elements 0 (low half) and 1, word 1: 2 and 3, word 2: 4 and 5, word 3: 6 and 7
 #pragma once

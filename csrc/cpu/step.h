@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/step_count.h"
 #include "cpu/block.h"
 #include "cpu/isa.h"
 #include "cpu/segment_work.h"
@@ -22,6 +23,7 @@ inline float grad_factor(const StepControl& control) {
 template <class Op> struct StepPlan {
   typename Op::Scalars scalars;
   unsigned states; ///< in use, as bits
+  uint32_t step;   ///< see noise_step
 };
 
 template <class Op>
@@ -31,12 +33,11 @@ void step(const SegmentTable& table, const Storage& storage, const typename Op::
   std::vector<StepPlan<Op>> plans(static_cast<size_t>(table.count));
   const SegmentWork work(table);
   for (const SegmentWork::Piece& piece : work.pieces()) {
-    float& steps = table.steps[piece.segment];
-    if (Op::kCountsStep) steps += 1.0f;
+    const double step = Op::kCountsStep ? count_step(table, piece.segment) : steps_taken(table, piece.segment);
     const double* squares = table.squares == nullptr ? nullptr : table.squares + 2 * piece.segment;
     const typename Op::Group& group = groups[table.rows[piece.segment].group];
-    plans[static_cast<size_t>(piece.segment)] = {Op::scalars(group, {steps, grad_factor(control), squares}),
-                                                 states_in_use<Op>(group)};
+    plans[static_cast<size_t>(piece.segment)] = {Op::scalars(group, {step, grad_factor(control), squares}),
+                                                 states_in_use<Op>(group), noise_step(step)};
   }
 
   // Where the arrays themselves are float32 and nothing is summed, no buffer limits how much is stepped at once.
@@ -55,8 +56,7 @@ void step(const SegmentTable& table, const Storage& storage, const typename Op::
       numel = std::min(length, end - i);
       block.load(row, i, numel, plan.states, Op::kReadsGrad);
       leaf(plan.scalars, block.param, block.grad, block.states, block.update(), numel);
-      block.store(row, static_cast<uint32_t>(table.steps[piece.segment]), plan.states, Op::kWritesParam,
-                  Op::kWritesStates);
+      block.store(row, plan.step, plan.states, Op::kWritesParam, Op::kWritesStates);
       if (Op::kSumsSquares) {
         sums.of(piece, i, 0) += sum_squares(block.param, numel);
         sums.of(piece, i, 1) += sum_squares(block.update(), numel);

@@ -1,6 +1,7 @@
 // One step of an optimizer over all segments. bytes: see kernels.h; an element is read and written once.
 #pragma once
 
+#include "common/step_count.h"
 #include "cuda/formats.cuh"
 #include "cuda/segment_sums.cuh"
 #include "cuda/squares.cuh"
@@ -15,6 +16,7 @@ template <class Op> struct StepPlan {
   typename Op::Scalars scalars;
   unsigned states; ///< in use, as bits
   int lead;
+  uint32_t step; ///< see noise_step
 };
 
 ZEROOPT_DEVICE bool is_skipped(const StepControl& control) {
@@ -56,11 +58,11 @@ __global__ void __launch_bounds__(kThreads)
   const auto group_of = [&](int64_t i) { return groups[table.rows[i].group]; };
   const auto lead = [&](int64_t i) { return lead_of<Op>(storage, table.rows[i], states_in_use<Op>(group_of(i))); };
   plan_segments(table, workspace, is_skipped(control), lead, [&](int64_t i, int lead_of_segment) {
-    if (Op::kCountsStep) table.steps[i] += 1.0f;
+    const double step = Op::kCountsStep ? count_step(table, i) : steps_taken(table, i);
     const double* const squares = table.squares == nullptr ? nullptr : table.squares + 2 * i;
     const typename Op::Group group = group_of(i);
-    return StepPlan<Op>{Op::scalars(group, {table.steps[i], factor, squares}), states_in_use<Op>(group),
-                        lead_of_segment};
+    return StepPlan<Op>{Op::scalars(group, {step, factor, squares}), states_in_use<Op>(group), lead_of_segment,
+                        noise_step(step)};
   });
 }
 
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Formats>)
     const SegmentRow& row = table.rows[segment];
     const StepPlan<Op>& plan = workspace.plans[segment];
     const LaneRange lane = lane_range(tile, row.numel, plan.lead);
-    const NoiseKey key = {control.seed, static_cast<uint32_t>(table.steps[segment]), static_cast<uint32_t>(row.key), 0};
+    const NoiseKey key = {control.seed, plan.step, static_cast<uint32_t>(row.key), 0};
     float param[kLaneNumel], update[kLaneNumel] = {};
     step_lane_using<Op>(plan.states, plan.scalars, formats, grad, row, lane, key, param, update);
     if constexpr (Op::kSumsSquares) {

@@ -176,7 +176,7 @@ class TestSetGrads:
         ops.sgd(
             table,
             active=torch.tensor([1, 0], dtype=torch.uint8),
-            steps=zeros(2),
+            steps=torch.zeros(2, 2),
             groups=torch.tensor([[0.5, 0, 0, 0, 0, 0]], dtype=torch.float64),
         )
         assert self.params[0].tolist() == [-0.5] * 8
@@ -224,7 +224,7 @@ def call_of(name: str) -> dict[str, Any]:
     return {
         "table": table_of(segments),
         "active": torch.ones(2, dtype=torch.uint8),
-        "steps": torch.zeros(2),
+        "steps": torch.zeros(2, 2),
         "groups": groups_of(segments),
     }
 
@@ -234,9 +234,9 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"active": zeros(3, torch.uint8)}, r"expected active to be contiguous of shape \[2\], got \[3\]"),
     ({"active": zeros(4, torch.uint8)[::2]}, r"expected active to be contiguous of shape \[2\]"),
     ({"active": zeros(2, torch.uint8, "meta")}, "expected active to be on cpu, got meta"),
-    ({"steps": zeros(2).double()}, "expected steps to be torch.float32, got torch.float64"),
-    ({"steps": zeros(1)}, r"expected steps to be contiguous of shape \[2\], got \[1\]"),
-    ({"steps": zeros(2, device="meta")}, "expected steps to be on cpu, got meta"),
+    ({"steps": torch.zeros(2, 2).double()}, "expected steps to be torch.float32, got torch.float64"),
+    ({"steps": zeros(2)}, r"expected steps to be contiguous of shape \[2, 2\], got \[2\]"),
+    ({"steps": torch.zeros(2, 2, device="meta")}, "expected steps to be on cpu, got meta"),
     (
         {"groups": torch.zeros(1, 9, dtype=torch.float64)},
         r"expected groups to be contiguous of shape \[1, \d\], got \[1, 9\]",
@@ -277,7 +277,7 @@ class TestArguments:
         with pytest.raises(ConfigError, match=message):
             ops.OPTIMIZERS[name](**{**call, **changes})
         assert all(map(torch.equal, before, (segment.param for segment in call["table"].segments)))
-        assert call["steps"].tolist() == [0, 0]
+        assert call["steps"].tolist() == [[0, 0], [0, 0]]
 
     def test_refuses_too_few_groups(self, name: str) -> None:
         segments = [Stored(OPS[name]), Stored(OPS[name], group=2)]
@@ -296,9 +296,9 @@ class TestArguments:
             call = call_of(name) | {"table": table}
             with pytest.raises(ConfigError, match="to have a gradient" if lacking is None else rf"states\[{lacking}\]"):
                 ops.OPTIMIZERS[name](**call)
-            assert call["steps"].tolist() == [0, 0]
+            assert call["steps"].tolist() == [[0, 0], [0, 0]]
             ops.OPTIMIZERS[name](**call | {"active": torch.tensor([1, 0], dtype=torch.uint8)})
-            assert call["steps"].tolist() == [1, 0]
+            assert call["steps"].tolist() == [[1, 0], [0, 0]]
 
 
 def test_amsgrad_needs_its_state() -> None:

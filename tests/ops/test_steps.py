@@ -63,14 +63,15 @@ class TestFormulas:
             assert segment.copies()["grad"] == before
         assert segment.guards_are_intact()
 
+    @pytest.mark.parametrize("step", [10**6 + 1, 2**24 + 3, 2**40 + 1])
     @pytest.mark.parametrize("name", OPS)
-    def test_late_steps(self, name: str) -> None:
-        """A million steps on, bias corrections are 1 and no power has come to NaN."""
+    def test_late_steps(self, name: str, step: int) -> None:
+        """A million steps on, bias corrections are 1 and no power has come to NaN; and float32 alone could not count them for ever."""
         segment = Stored(OPS[name], numel=NUMEL, hyper=OPS[name].hyper(**({"beta2": 0.999} if name == "adamw" else {})))
         before = segment.values()
-        steps = run([segment], steps=torch.tensor([1e6]))
-        assert steps.item() == 1e6 + 1
-        check_step(segment, before, 1e6 + 1)
+        steps = run([segment], steps=torch.tensor([step - 1.0], dtype=torch.float64))
+        assert steps.item() == step
+        check_step(segment, before, step)
 
     @pytest.mark.parametrize(("name", "state"), [(name, state) for name, op in OPS.items() for state in op.flags])
     def test_states_that_the_group_does_not_need_stay(self, name: str, state: str) -> None:

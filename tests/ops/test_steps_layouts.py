@@ -121,7 +121,7 @@ class TestNothingToDo:
         ops.OPTIMIZERS[name](
             ops.SegmentTable(FLOAT32, [], op.signed),
             active=torch.empty(0, dtype=torch.uint8),
-            steps=torch.empty(0),
+            steps=torch.empty(2, 0),
             groups=torch.empty(0, len(op.defaults), dtype=torch.float64),
         )
 

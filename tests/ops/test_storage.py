@@ -134,7 +134,7 @@ def rounded_by_a_step(values: Tensor, *, seed: int = 0, key: int = 0, first: int
     """float32 values as a step rounds them into bfloat16 parameters: gradients of which they are the negative, from 0."""
     arrays = {"param": torch.zeros(values.numel()), "grad": -values}
     segment = Stored(OPS["sgd"], STOCHASTIC, hyper=PLAIN_SGD, values=arrays, key=key, first=first)
-    run([segment], steps=torch.tensor([float(step - 1)]), control=ops.StepControl(seed=seed))
+    run([segment], steps=torch.tensor([step - 1.0], dtype=torch.float64), control=ops.StepControl(seed=seed))
     return segment.raw["param"]
 
 
@@ -164,6 +164,8 @@ class TestRandomNumbers:
             (2**64 - 1, 2, 0, 0),
             (0, 1000, 0, 3),
             (0, 2**24 - 1, 1, 0),
+            (0, 2**24 + 1, 1, 0),  # no float32
+            (0, 2**32 - 1, 1, 0),
             (0, 1, 2**31, 13),
             (0, 1, 2**32 - 1, 8),
             (7, 1, 1, 2**35 - 5),

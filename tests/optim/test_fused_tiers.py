@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ from optim_cases import (
 from torch import nn
 
 from zeroopt import ConfigError
-from zeroopt.optim import FusedAdamW, FusedLAMB, FusedOptimizer
+from zeroopt.optim import FusedAdamW, FusedLAMB, FusedOptimizer, FusedSGD
 from zeroopt.state.tiers import decoded
 
 
@@ -316,3 +317,19 @@ def copy_of(optimizer: FusedOptimizer, params: Params, way: str) -> tuple[torch.
     fresh = type(optimizer)(two_groups(others), **FULL[type(optimizer)], **given)
     fresh.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     return fresh, others
+
+
+def test_rounding_differs_from_step_to_step_beyond_those_that_float32_counts() -> None:
+    """torch's number of steps stops at 2**24, and random numbers that go by it would come again and again."""
+    param = nn.Parameter(torch.zeros(1000, dtype=BF16))
+    param.grad = torch.randn(1000).to(BF16)
+    optimizer = FusedSGD([param], lr=0.1, master_weights="none")
+    optimizer.step()
+    optimizer.state[param]["step"].fill_(2.0**24)
+    results = []
+    for _ in range(3):
+        param.data.zero_()
+        optimizer.step()
+        results.append(param.detach().clone())
+    assert not any(torch.equal(a, b) for a, b in combinations(results, 2))
+    assert optimizer.state[param]["step"] == 2**24 + 4  # of 2**24 + 3 the nearest float32

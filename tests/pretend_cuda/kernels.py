@@ -158,7 +158,7 @@ class Kernels:
             ranges += table.ranges(f"scales{i}", 4, is_write=True, block=QUANT_BLOCK)
         for scalar in scalars:
             ranges += _reads(scalar, 4)
-        ranges += _reads(groups, 8) + _writes(steps, 4 * count) + _writes(squares, 16 * count) + _writes(workspace, 1)
+        ranges += _reads(groups, 8) + _writes(steps, 8 * count) + _writes(squares, 16 * count) + _writes(workspace, 1)
         self._launch("step", ranges, args, table)
 
     def quantize(self, *args: Any) -> None:

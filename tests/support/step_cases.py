@@ -190,12 +190,13 @@ def run(
     active: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """One step of all segments in one call. Returns the steps taken so far, which `steps` begins with."""
+    """One step of all segments in one call. Returns the steps taken so far, which `steps` begins with: one number for each."""
     steps = torch.full((len(segments),), 2.0) if steps is None else steps
+    counts = torch.stack([steps.float(), (steps.double() - steps.float()).float()])
     active = torch.ones(len(segments), dtype=torch.uint8) if active is None else active
     table = table_of(segments)
-    ops.OPTIMIZERS[segments[0].op.name](table, active=active, steps=steps, groups=groups_of(segments), **arguments)
-    return steps
+    ops.OPTIMIZERS[segments[0].op.name](table, active=active, steps=counts, groups=groups_of(segments), **arguments)
+    return steps.copy_(counts.double().sum(0))
 
 
 @contextmanager

@@ -76,7 +76,8 @@ class StepKernel:
         Args:
             table: the segments.
             active: uint8 [n], of the table's device; nothing of a segment with 0 is touched.
-            steps: float32 [n], likewise, steps taken so far; raised by one for active segments.
+            steps: float32 [2, n], likewise, steps taken so far, below 2**48; raised by one for active segments. They are the sum of
+                both rows: the first is their number rounded to float32, the second what that lacks.
             groups: float64 [m, columns], the hyper-parameters of each group, flags as 0 or 1. On the CPU; on the table's device
                 where a CUDA graph is captured, and then nobody checks that needed states exist.
             control: what all segments have in common.
@@ -173,7 +174,7 @@ def _check(
     """Check the arguments of a step."""
     count = len(table.segments)
     check_table("active", active, torch.uint8, (count,), table.rows)
-    check_table("steps", steps, torch.float32, (count,), table.rows)
+    check_table("steps", steps, torch.float32, (2, count), table.rows)
     on_host = groups.is_cpu
     like = groups if on_host else table.rows
     check_table("groups", groups, torch.float64, (groups.shape[0] if groups.dim() else 0, len(kernel.columns)), like)

@@ -48,7 +48,7 @@ class FusedSegments(ABC):
         self._group_of = group_of
         self._device = device
         self._active, self._groups = Uploaded(device), Uploaded(device)
-        self._steps = torch.zeros(len(leaves), dtype=torch.float32, device=device)
+        self._steps = torch.zeros(2, len(leaves), dtype=torch.float32, device=device)  # see StepKernel
         # torch's SGD has no step count in its state, but random numbers depend on it.
         self._shows_step = rule.has_step or storage.is_stochastic
         self._table: ops.SegmentTable | None = None  # of the arrays that there are
@@ -158,11 +158,11 @@ class FusedSegments(ABC):
             if scales is not None:
                 entry[name + ops.SCALE_SUFFIX] = with_own_storage(scales)
         if fresh and not self._rule.has_step:
-            self._steps[i] = 0  # SGD's state begins when momentum is turned on, not at its first step
+            self._steps[:, i] = 0  # SGD's state begins when momentum is turned on, not at its first step
         self._names[i] = names
         self._begun[i] |= bool(names)
         if self._shows_step:
-            entry = {"step": with_own_storage(self._steps[i]), **entry}
+            entry = {"step": with_own_storage(self._steps[0, i]), **entry}
         if entry:
             self._optimizer.state[self._leaves[i]] = entry
             self._shown[i] = entry, list(entry.values())
@@ -179,7 +179,11 @@ class FusedSegments(ABC):
         for name in names:
             self._write(i, name, self._flatten(i, entry[name]), entry.get(name + ops.SCALE_SUFFIX))
         self._expose(i, names)
-        self._steps[i] = float(entry.get("step", bool(names)))
+        self._set_steps(i, float(entry.get("step", bool(names))))
+
+    def _set_steps(self, i: int, count: float) -> None:
+        rounded = torch.tensor(count, dtype=torch.float32).item()
+        self._steps[0, i], self._steps[1, i] = rounded, count - rounded
 
     def _write(self, i: int, name: str, values: Tensor, stored_scales: Tensor | None = None) -> None:
         """Set a segment's state, from what it is stored as, or from plain numbers, which may come with the scales of the codes

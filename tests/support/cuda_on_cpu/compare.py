@@ -151,9 +151,11 @@ class StepMemory:
         for k in range(3):
             if k >= len(self.op.signed) or not self.op.signed[k]:
                 self.arrays[f"state{k}"].make_positive()
-        self.steps = self.rng.integers(0, 5, self.count).astype(np.float32)
+        steps = self.rng.integers(0, 5, self.count) + self.rng.choice([0, 0, 2**24 - 2, 2**31], self.count)
         if step.op == "lamb_update":
-            self.steps += 1
+            steps += 1
+        rounded = steps.astype(np.float32)
+        self.steps = np.stack([rounded, (steps - rounded.astype(np.int64)).astype(np.float32)])
         self.squares = self.rng.random((self.count, 2)) * self.rng.integers(0, 3, (self.count, 2))
         self.firsts = self.rng.choice([0, 8, 16, 3, 13, 2**40 + 8, 2**40 + 5], self.count)
         self.keys = self.rng.integers(0, 2**31, self.count)
