@@ -68,6 +68,7 @@ UNLIKE: dict[str, Callable[[list[Tensor], Tensor], list[Tensor]]] = {
     "integers": lambda sources, full: [source.int() for source in sources],
     "sparse": lambda sources, full: [sources[0].cpu().to_sparse(), *sources[1:]],
     "on the host": lambda sources, full: [source.cpu() for source in sources],
+    "with the other sign": lambda sources, full: [torch._neg_view(sources[0]), *sources[1:]],
     "one less": lambda sources, full: sources[:-1],
     "in another's place": lambda sources, full: [full[10:40].view(5, 6), *sources[1:]],
 }

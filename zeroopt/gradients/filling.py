@@ -147,7 +147,7 @@ class Filling:
         if not self.packs_together:
             return False
         grads: list[Any] = [leaf.grad for leaf in self._leaves[bucket.index]]
-        if set(map(type, grads)) != {Tensor} or any(map(Tensor.is_neg, grads)):
+        if set(map(type, grads)) != {Tensor}:
             return False
         if bucket.index not in self._tables:
             params = bucket.params

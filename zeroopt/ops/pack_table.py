@@ -42,9 +42,11 @@ class PackTable:
 
         Returns:
             Whether it was done. Otherwise nothing was: there are no kernels for the device, or sources are not as they are to lie in
-            the flat array, or not of one dtype, or lie in it, elsewhere than where they belong.
+            the flat array, or not of one dtype, or views with the other sign, or lie in it, elsewhere than where they belong.
         """
-        found = self._layouts.look(sources, full.device) if full.is_cuda and has_kernels(full.device) else None
+        if not full.is_cuda or not has_kernels(full.device) or any(map(Tensor.is_neg, sources)):
+            return False
+        found = self._layouts.look(sources, full.device)
         if found is None:
             return False
         (addresses, dtype), begin = found, full.data_ptr()
