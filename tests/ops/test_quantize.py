@@ -323,6 +323,20 @@ def test_requantize_keeps_the_codes_of_blocks_that_are_as_they_were_decoded(sign
     torch.testing.assert_close(decoded[256:1024], values[256:1024], rtol=0.02, atol=0.5)
 
 
+@both
+def test_requantize_reads_and_checks_all_before_it_writes(signed: bool) -> None:
+    values, dtype = torch.rand(300), torch.int8 if signed else torch.uint8
+    codes, scales = quantize(values, signed=signed)
+    decoded = dequantize(codes, scales)
+    again, in_place = torch.zeros(300, dtype=dtype), scales.clone()
+    for stored in (torch.ones(1), torch.ones(2, dtype=torch.int32)):
+        with pytest.raises(ConfigError, match="expected stored_scales to be 2 floating-point numbers, got"):
+            ops.requantize(decoded, stored, again, in_place)
+        assert not again.any() and torch.equal(in_place, scales)
+    ops.requantize(decoded, in_place, again, in_place)
+    assert torch.equal(again, codes) and torch.equal(in_place, scales)
+
+
 def test_codes_of_real_steps_come_again() -> None:
     """In which second moments are rounded stochastically."""
     torch.manual_seed(0)

@@ -86,15 +86,21 @@ def requantize(values: Tensor, stored_scales: Tensor, codes: Tensor, scales: Ten
 
     Args:
         values, codes, scales: those of `quantize`.
-        stored_scales: as many as `scales`.
+        stored_scales: as many as `scales`, of any floating-point dtype, on any device. It may be `scales` itself.
 
     Raises:
-        ConfigError: a dtype, size, layout or device does not fit.
+        ConfigError: a dtype, size, layout or device does not fit. Nothing has been written then.
     """
-    quantize(values, codes, scales)
-    stored_scales = stored_scales.to(values.device, torch.float32).contiguous()
+    _check(values, codes, scales)
+    require(
+        stored_scales.is_floating_point() and stored_scales.shape == scales.shape,
+        f"expected stored_scales to be {scales.numel()} floating-point numbers, got {stored_scales.dtype} of shape "
+        f"{list(stored_scales.shape)}",
+    )
+    stored_scales = stored_scales.resolve_neg().to(values.device, torch.float32, copy=True).contiguous()
     again, decoded = encode_again(values, stored_scales, codes.dtype), torch.empty_like(values)
     dequantize(again, stored_scales, decoded)
+    quantize(values, codes, scales)
     differs = torch.zeros(scales.numel() * QUANT_BLOCK, dtype=torch.bool, device=values.device)
     differs[: values.numel()] = (decoded != values) & ~(decoded.isnan() & values.isnan())
     changed = differs.view(-1, QUANT_BLOCK).any(dim=1)
