@@ -7,6 +7,8 @@ TEST_TIMEOUT ?= 600
 # Ranks wait for each other a third of their time: three processes keep two cores busy.
 TEST_PROCESSES ?= 3
 
+FUZZ_SECONDS ?= 60
+
 PYTHON_FILES := zeroopt tests bench examples recipes
 RECIPES := $(sort $(patsubst recipes/%/__main__.py,%,$(wildcard recipes/*/__main__.py)))
 CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
@@ -15,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz soak lint format clean
+.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage soak lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -62,6 +64,10 @@ test-quick: $(READY) ## Run the tests that take one process and little time (abo
 
 fuzz: $(READY) ## Read thousands of files that were damaged at random, and plan as many models (some 20 minutes)
 	$(VENV)/bin/python -m pytest tests/checkpoint/test_damage.py tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py tests/csrc/test_owners.py --hypothesis-profile=deep --timeout=3600
+
+fuzz-coverage: $(READY) ## Let a coverage-guided fuzzer attack readers, checks and the planner (9 times FUZZ_SECONDS; installs atheris)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt atheris
+	$(VENV)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 soak: $(READY) ## Train, save, load and lose ranks for half an hour, without growing
 	$(VENV)/bin/python -m bench.soak --minutes 30
