@@ -19,15 +19,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import all_of, assert_all_same, assert_same, train, wrapped
+from short_timeouts import lose_patience
 from torch import nn
 from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT, RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
+from zeroopt.checkpoint.format.reading import open_checkpoint
 from zeroopt.checkpoint.wrapped import saving
 from zeroopt.errors import CheckpointError, StateError
 
 pytestmark = pytest.mark.slow
+
+STOPPED_S = 3.0  # the timeout while a rank is stopped
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("conv", {}),
@@ -218,6 +222,40 @@ def test_a_rank_that_dies_while_saving_is_named(run_on_ranks: RunOnRanks, tmp_pa
         assert isinstance(message, str), message
         assert "preparing the checkpoint" in message and "failed for want of rank 1:" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def stop_while_saving(path: Path, stopped: int) -> str:
+    """What ranks hear when rank 1 is stopped while it saves in the background, until the last of the others has heard it."""
+    model, optimizer = wrapped("mlp", "sgd", {})
+    zeroopt.checkpoint.async_save(path / "before", model, optimizer).result()
+    lose_patience(STOPPED_S)
+    write, rank = saving.write_checkpoint, dist.get_rank()
+
+    def stop_and_write(*args: Any) -> None:
+        if rank == 1:
+            os.kill(stopped, signal.SIGSTOP)
+        write(*args)
+
+    with patch.object(saving, "write_checkpoint", stop_and_write), pytest.raises(zeroopt.CollectiveError) as raised:
+        zeroopt.checkpoint.async_save(path / "after", model, optimizer).result()
+    if rank != 1:
+        (path.parent / f"heard-{rank}").touch()
+        if all((path.parent / f"heard-{other}").exists() for other in (0, 2)):
+            os.kill(stopped, signal.SIGCONT)
+    return str(raised.value)
+
+
+def test_a_rank_that_stops_while_saving_is_named(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    """By the others, after the group's timeout, and what was saved before stays as it was."""
+    path = tmp_path / "checkpoints"
+    pid = run_on_ranks(3, os.getpid)[1]
+    outcomes = run_on_ranks.outcomes(3, stop_while_saving, path, pid)
+    for message in (outcomes[0], outcomes[2]):
+        assert isinstance(message, str), message
+        assert "preparing the checkpoint" in message and "failed for want of rank 1:" in message
+    assert isinstance(outcomes[1], str), outcomes[1]  # it went on, and found that the others had given up
+    assert [one.name for one in path.iterdir()] == ["before"]
+    assert open_checkpoint(path / "before").problems() == []
 
 
 # What cannot be saved.
