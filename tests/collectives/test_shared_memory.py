@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from measure import run_fresh
-from paths import PYTHON_PATH
+from scripts import run_scripts
 from torch import nn
 from training import batch, build, loss_of, optimizer_for
 from transports import CPU, connect, mapped_memory, open_memory
-from worker_pool import TIMEOUT_S, WORKER_DIED, WORKER_ENVIRONMENT, RankError, RunOnRanks
+from worker_pool import WORKER_DIED, RankError, RunOnRanks
 
 import zeroopt
 from zeroopt.collectives import ControlGroup
@@ -226,9 +225,9 @@ def test_nothing_is_left(
 
 
 JOB = """
-import sys, torch, torch.distributed as dist, zeroopt
+import os, sys, torch, torch.distributed as dist, zeroopt
 from transports import mapped_memory
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(os.environ["RANK"]), world_size=2)
 net = torch.nn.Linear(3, 3)
 model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters()), transport="shm")
 model(torch.ones(1, 3)).sum().backward()
@@ -241,22 +240,15 @@ if dist.get_rank() == 1:
 
 def test_nothing_is_left_of_processes_that_end(tmp_path: Path) -> None:
     """Rank 0 comes to its end and rank 1 to an exception, while they still have their models."""
-    meeting, temporary = f"file://{tmp_path}/store", tmp_path / "temporary"
+    temporary, job = tmp_path / "temporary", tmp_path / "job.py"
     temporary.mkdir()
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, meeting, str(rank)],
-            env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": PYTHON_PATH, "TMPDIR": str(temporary)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    (inodes, errors), (_, traceback) = (job.communicate(timeout=TIMEOUT_S) for job in jobs)
-    assert [job.returncode for job in jobs] == [0, 1]
-    assert errors == ""
-    assert traceback.endswith("ValueError: enough\n")
-    assert len(inodes.split()) > 2
-    assert holders_of(set(map(int, inodes.split()))) == []
+    job.write_text(JOB)
+    environment = {"TMPDIR": str(temporary)}
+    first, second = run_scripts(2, tmp_path, job, f"file://{tmp_path}/store", environment=environment)
+    assert (first.returncode, second.returncode) == (0, 1)
+    assert first.errors == ""
+    assert second.errors.endswith("ValueError: enough\n")
+    inodes = set(map(int, first.output.split()))
+    assert len(inodes) > 2
+    assert holders_of(inodes) == []
     assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")] == []

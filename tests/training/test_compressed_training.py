@@ -43,10 +43,10 @@ def final_loss(seed: int, gradient_compression: str | None, steps: int = STEPS) 
         return loss_of(model.module, windows()[TRAINING:]).item()
 
 
-@pytest.mark.parametrize("compression", MARGINS)
-def test_the_loss_is_that_of_float32(run_on_ranks: RunOnRanks, compression: str) -> None:
+def test_the_loss_is_that_of_float32(run_on_ranks: RunOnRanks) -> None:
     plain = run_on_ranks(2, final_loss, 0, None)[0]
-    coded = run_on_ranks(2, final_loss, 0, compression)[0]
     assert plain < 0.7 * UNTRAINED
-    assert math.isfinite(coded) and coded != plain
-    assert abs(coded - plain) < MARGINS[compression]
+    for compression, margin in MARGINS.items():
+        coded = run_on_ranks(2, final_loss, 0, compression)[0]
+        assert math.isfinite(coded) and coded != plain, compression
+        assert abs(coded - plain) < margin, compression

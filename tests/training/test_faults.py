@@ -11,8 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from multiprocessing.forkserver import ForkServer
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +19,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from paths import PYTHON_PATH
+from scripts import run_scripts
 from short_timeouts import lose_patience
 from torch import Tensor, nn
-from worker_pool import WORKER_DIED, WORKER_ENVIRONMENT, RankError, RunOnRanks
+from worker_pool import WORKER_DIED, RankError, RunOnRanks
 
 import zeroopt
 
@@ -32,7 +31,6 @@ pytestmark = pytest.mark.slow
 FAULTY_RANK = 1
 FAULTY_STEP = 2
 TIMEOUT_S = 3.0
-TIMEOUT_OF_SCRIPTS_S = 240.0
 NEVER_S = 600.0  # a timeout that no test lives to see: who raises under it has noticed the fault
 SETTLE_S = 0.3  # in which messages arrive, and ranks come to wait for one another
 LATE_S = 1.0
@@ -216,20 +214,6 @@ def call_after_first(owner: Any, name: str, call: Callable[[], None]) -> None:
     setattr(owner, name, changed)
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[RunOnRanks]:
-    """Like `run_on_ranks`, but new workers are there at once, for most of these tests use theirs up: they come from a server
-    of their own, which has imported what building an optimizer imports."""
-    server = ForkServer()
-    server.set_forkserver_preload(["torch.distributed", "torch._dynamo", "zeroopt", "pytest"])
-    with (
-        patch("multiprocessing.forkserver.connect_to_new_process", server.connect_to_new_process),
-        closing(RunOnRanks()) as ranks,
-    ):
-        yield ranks
-    server._stop()
-
-
 Outcomes = Sequence[RankError | None]
 
 
@@ -259,8 +243,8 @@ GROUPS = [("shm", 2), ("shm", 3), ("pairwise", 2), ("pairwise", 3)]
 
 @pytest.mark.parametrize("moment", ["before forward", "in backward", "in step"])
 @pytest.mark.parametrize(("transport", "world_size"), [*GROUPS, ("torch", 3), ("all_to_all", 3)])
-def test_killed_rank_is_noticed(run: RunOnRanks, transport: str, world_size: int, moment: str) -> None:
-    outcomes = run.outcomes(world_size, train, kill_when_settled, moment, transport, NEVER_S)
+def test_killed_rank_is_noticed(run_on_ranks: RunOnRanks, transport: str, world_size: int, moment: str) -> None:
+    outcomes = run_on_ranks.outcomes(world_size, train, kill_when_settled, moment, transport, NEVER_S)
     assert outcomes[FAULTY_RANK] == (WORKER_DIED, "killed by SIGKILL")
     check_survivors(outcomes, transport)
 
@@ -269,48 +253,58 @@ def test_killed_rank_is_noticed(run: RunOnRanks, transport: str, world_size: int
     ("stage", "moment"), [(0, "before forward"), (0, "in backward"), (0, "in step"), (1, "in backward"), (1, "in step")]
 )
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_killed_rank_is_noticed_in_other_stages(run: RunOnRanks, transport: str, stage: int, moment: str) -> None:
-    check_survivors(run.outcomes(2, train, kill_when_settled, moment, transport, NEVER_S, stage=stage), transport)
+def test_killed_rank_is_noticed_in_other_stages(
+    run_on_ranks: RunOnRanks, transport: str, stage: int, moment: str
+) -> None:
+    check_survivors(
+        run_on_ranks.outcomes(2, train, kill_when_settled, moment, transport, NEVER_S, stage=stage), transport
+    )
 
 
 @pytest.mark.parametrize("moment", ["before forward", "in backward", "before step", "in step"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_killed_rank_is_noticed_with_shared_parameters(run: RunOnRanks, world_size: int, moment: str) -> None:
+def test_killed_rank_is_noticed_with_shared_parameters(run_on_ranks: RunOnRanks, world_size: int, moment: str) -> None:
     """Also in the middle of an update, which leaves the one copy of the parameters half done."""
-    check_survivors(run.outcomes(world_size, train, kill, moment, "shm", NEVER_S, share_parameters=True), "shm")
+    check_survivors(
+        run_on_ranks.outcomes(world_size, train, kill, moment, "shm", NEVER_S, share_parameters=True), "shm"
+    )
 
 
 @pytest.mark.parametrize(("transport", "world_size"), GROUPS)
-def test_early_exit_is_noticed(run: RunOnRanks, transport: str, world_size: int) -> None:
-    outcomes = run.outcomes(world_size, train, exit_when_settled, "before forward", transport, NEVER_S)
+def test_early_exit_is_noticed(run_on_ranks: RunOnRanks, transport: str, world_size: int) -> None:
+    outcomes = run_on_ranks.outcomes(world_size, train, exit_when_settled, "before forward", transport, NEVER_S)
     assert outcomes[FAULTY_RANK] == (WORKER_DIED, "exited with code 0")
     check_survivors(outcomes, transport)
 
 
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_rank_killed_before_wrap_is_named(run: RunOnRanks, transport: str) -> None:
-    for rank, error in raised_by_survivors(run.outcomes(4, train, kill, "before wrap", transport, NEVER_S)).items():
+def test_rank_killed_before_wrap_is_named(run_on_ranks: RunOnRanks, transport: str) -> None:
+    for rank, error in raised_by_survivors(
+        run_on_ranks.outcomes(4, train, kill, "before wrap", transport, NEVER_S)
+    ).items():
         assert error.type_name == "CollectiveError", error
         assert ranks_in(error.message) - {rank} == {FAULTY_RANK}, error
 
 
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_rank_killed_before_the_agreement_is_named(run: RunOnRanks, transport: str) -> None:
+def test_rank_killed_before_the_agreement_is_named(run_on_ranks: RunOnRanks, transport: str) -> None:
     """The agreement on used parameters moves no bucket."""
-    check_survivors(run.outcomes(3, train, kill_when_settled, "in agreement", transport, NEVER_S), transport)
+    check_survivors(run_on_ranks.outcomes(3, train, kill_when_settled, "in agreement", transport, NEVER_S), transport)
 
 
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_killed_rank_is_named_by_a_rank_that_comes_late(run: RunOnRanks, transport: str) -> None:
+def test_killed_rank_is_named_by_a_rank_that_comes_late(run_on_ranks: RunOnRanks, transport: str) -> None:
     """And by the one that waits for both."""
-    outcomes = run.outcomes(3, train, kill_when_settled, "before forward", transport, NEVER_S, late=[0])
+    outcomes = run_on_ranks.outcomes(3, train, kill_when_settled, "before forward", transport, NEVER_S, late=[0])
     check_survivors(outcomes, transport)
 
 
 @pytest.mark.parametrize("transport", ["shm", "pairwise"])
-def test_next_step_raises_at_once(run: RunOnRanks, transport: str) -> None:
+def test_next_step_raises_at_once(run_on_ranks: RunOnRanks, transport: str) -> None:
     """Parameters may have been stepped until then."""
-    outcomes = run.outcomes(3, train, kill_when_settled, "before step", transport, NEVER_S, step_again=True, grace=1.0)
+    outcomes = run_on_ranks.outcomes(
+        3, train, kill_when_settled, "before step", transport, NEVER_S, step_again=True, grace=1.0
+    )
     for rank, error in raised_by_survivors(outcomes).items():
         assert error.type_name in ("StateError", "CollectiveError"), error
         assert f"transport {transport}" in error.message
@@ -338,10 +332,10 @@ def train_and_signal(faulty: int, number: int, *args: Any, **options: Any) -> No
     ],
 )
 def test_stopped_rank_is_named_after_the_timeout(
-    run: RunOnRanks, transport: str, world_size: int, moment: str, options: dict[str, Any]
+    run_on_ranks: RunOnRanks, transport: str, world_size: int, moment: str, options: dict[str, Any]
 ) -> None:
-    stopped = run(world_size, os.getpid)[FAULTY_RANK]
-    outcomes = run.outcomes(
+    stopped = run_on_ranks(world_size, os.getpid)[FAULTY_RANK]
+    outcomes = run_on_ranks.outcomes(
         world_size,
         train_and_signal,
         stopped,
@@ -357,9 +351,9 @@ def test_stopped_rank_is_named_after_the_timeout(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_rank_whose_backward_raises_is_noticed(run: RunOnRanks, stage: int) -> None:
+def test_rank_whose_backward_raises_is_noticed(run_on_ranks: RunOnRanks, stage: int) -> None:
     """It lets the exception end its training, drops its model, and lives."""
-    outcomes = run.outcomes(3, train, fail, "in backward", "shm", NEVER_S, stage=stage)
+    outcomes = run_on_ranks.outcomes(3, train, fail, "in backward", "shm", NEVER_S, stage=stage)
     assert outcomes[FAULTY_RANK] == ("FailedError", "")
     check_survivors(outcomes, "shm")
 
@@ -369,9 +363,9 @@ def test_rank_whose_backward_raises_is_noticed(run: RunOnRanks, stage: int) -> N
     [("shm", NEVER_S, 0), ("shm", NEVER_S, 1), ("shm", NEVER_S, 2), ("pairwise", TIMEOUT_S, 2)],
 )
 def test_rank_that_steps_after_its_backward_raised_is_refused(
-    run: RunOnRanks, transport: str, timeout_s: float, stage: int
+    run_on_ranks: RunOnRanks, transport: str, timeout_s: float, stage: int
 ) -> None:
-    outcomes = run.outcomes(3, train, fail_and_step, "in backward", transport, timeout_s, stage=stage)
+    outcomes = run_on_ranks.outcomes(3, train, fail_and_step, "in backward", transport, timeout_s, stage=stage)
     assert outcomes[FAULTY_RANK].type_name == "StateError"
     assert "the last backward did not come to its end" in outcomes[FAULTY_RANK].message
     check_survivors(outcomes, transport)
@@ -379,8 +373,8 @@ def test_rank_that_steps_after_its_backward_raised_is_refused(
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_extra_backward_is_told_to_all(run: RunOnRanks, world_size: int, stage: int) -> None:
-    outcomes = run.outcomes(world_size, train, run_extra_backward, "before step", "shm", NEVER_S, stage=stage)
+def test_extra_backward_is_told_to_all(run_on_ranks: RunOnRanks, world_size: int, stage: int) -> None:
+    outcomes = run_on_ranks.outcomes(world_size, train, run_extra_backward, "before step", "shm", NEVER_S, stage=stage)
     check_survivors(outcomes, "shm")
     for error in outcomes:
         assert error.type_name == "CollectiveError"
@@ -395,10 +389,10 @@ def test_extra_backward_is_told_to_all(run: RunOnRanks, world_size: int, stage: 
         (0, 50),
     ],
 )
-def test_extra_backward_is_noticed_in_messages(run: RunOnRanks, stage: int, width: int) -> None:
+def test_extra_backward_is_noticed_in_messages(run_on_ranks: RunOnRanks, stage: int, width: int) -> None:
     """Also in the last step, whose parameters may be used for something else than a next step."""
     steps = FAULTY_STEP + (2 if stage == 0 else 1)
-    outcomes = run.outcomes(
+    outcomes = run_on_ranks.outcomes(
         2, train, run_extra_backward, "before step", "pairwise", TIMEOUT_S, stage=stage, width=width, steps=steps
     )
     for error in outcomes:
@@ -411,8 +405,8 @@ def test_extra_backward_is_noticed_in_messages(run: RunOnRanks, stage: int, widt
     ("fault", "moment"),
     [(kill_when_settled, "before forward"), (run_extra_backward, "before step")],
 )
-def test_all_hosts_hear_of_it(run: RunOnRanks, fault: Fault, moment: str) -> None:
-    outcomes = run.outcomes(4, train, fault, moment, "auto", TIMEOUT_S, hosts=2)
+def test_all_hosts_hear_of_it(run_on_ranks: RunOnRanks, fault: Fault, moment: str) -> None:
+    outcomes = run_on_ranks.outcomes(4, train, fault, moment, "auto", TIMEOUT_S, hosts=2)
     errors = raised_by_survivors(outcomes)
     assert {error.type_name for error in errors.values()} == {"CollectiveError"}
     for rank in (0, 3):  # those that exchange slices with the faulty one
@@ -423,8 +417,8 @@ def test_all_hosts_hear_of_it(run: RunOnRanks, fault: Fault, moment: str) -> Non
     ("transport", "moment"),
     [("auto", "before forward"), ("auto", "in backward"), ("auto", "in step"), ("hierarchy", "in backward")],
 )
-def test_all_hosts_name_the_missing_rank(run: RunOnRanks, transport: str, moment: str) -> None:
-    outcomes = run.outcomes(4, train, kill_when_settled, moment, transport, NEVER_S, hosts=2)
+def test_all_hosts_name_the_missing_rank(run_on_ranks: RunOnRanks, transport: str, moment: str) -> None:
+    outcomes = run_on_ranks.outcomes(4, train, kill_when_settled, moment, transport, NEVER_S, hosts=2)
     for rank, error in raised_by_survivors(outcomes).items():
         assert error.type_name == "CollectiveError", error
         assert ranks_in(error.message) - {rank} == {FAULTY_RANK}, error
@@ -433,10 +427,14 @@ def test_all_hosts_name_the_missing_rank(run: RunOnRanks, transport: str, moment
 @pytest.mark.parametrize(
     ("transport", "hosts", "world_size"), [("shm", 1, 2), ("pairwise", 1, 3), ("torch", 1, 2), ("auto", 2, 4)]
 )
-def test_ctrl_c_ends_waiting_for_another_rank(run: RunOnRanks, transport: str, hosts: int, world_size: int) -> None:
-    faulty = run(world_size, os.getpid)[FAULTY_RANK]
+def test_ctrl_c_ends_waiting_for_another_rank(
+    run_on_ranks: RunOnRanks, transport: str, hosts: int, world_size: int
+) -> None:
+    faulty = run_on_ranks(world_size, os.getpid)[FAULTY_RANK]
     fault = (sleep_on, "before forward", transport, NEVER_S)
-    outcomes = run.outcomes(world_size, train_and_signal, faulty, signal.SIGKILL, *fault, hosts=hosts, interrupted=True)
+    outcomes = run_on_ranks.outcomes(
+        world_size, train_and_signal, faulty, signal.SIGKILL, *fault, hosts=hosts, interrupted=True
+    )
     for error in raised_by_survivors(outcomes).values():
         assert error.type_name == "KeyboardInterrupt", error
 
@@ -454,8 +452,8 @@ def open_files() -> Iterator[Path]:
     return (entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
 
 
-def test_dropped_model_gives_shared_memory_back(run: RunOnRanks) -> None:
-    outcomes = run.outcomes(3, shared_memory_after_a_fault, kill, "before step", "shm", NEVER_S)
+def test_dropped_model_gives_shared_memory_back(run_on_ranks: RunOnRanks) -> None:
+    outcomes = run_on_ranks.outcomes(3, shared_memory_after_a_fault, kill, "before step", "shm", NEVER_S)
     assert outcomes[0] == outcomes[2] == (0, 0)
 
 
@@ -471,47 +469,23 @@ def test_processes_end(
     tmp_path: Path, transport: str, hosts: int, world_size: int, fault: str, moment: str, status: int
 ) -> None:
     """Real scripts: they end by their own exception, and have no file in /dev/shm that could stay there."""
-    processes = start_scripts(world_size, fault, moment, transport, str(hosts), f"file://{tmp_path}/group")
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT_OF_SCRIPTS_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, (output, errors)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == (status if rank == FAULTY_RANK else 1), errors
+    ranks = run_scripts(
+        world_size, tmp_path, __file__, fault, moment, transport, str(hosts), f"file://{tmp_path}/group"
+    )
+    for rank, ended in enumerate(ranks):
+        assert ended.returncode == (status if rank == FAULTY_RANK else 1), ended.errors
         if rank != FAULTY_RANK:
-            assert "zeroopt.errors.CollectiveError: transport" in errors
-            assert output == "[]\n"
+            assert "zeroopt.errors.CollectiveError: transport" in ended.errors
+            assert ended.output == "[]\n"
 
 
 @pytest.mark.parametrize("transport", ["pairwise", "torch"])
 def test_a_process_ends_by_ctrl_c(tmp_path: Path, transport: str) -> None:
     """At once, though what it has waited for has not come."""
-    waiting, faulty = start_scripts(
-        2, "sleep_on", "before forward", transport, "1", f"file://{tmp_path}/group", "ctrl-c"
-    )
-    try:
-        _, errors = waiting.communicate(timeout=TIMEOUT_OF_SCRIPTS_S)
-    finally:
-        for process in (waiting, faulty):
-            process.kill()
-            process.communicate()
-    assert waiting.returncode == -signal.SIGINT, errors
-    assert errors.endswith("KeyboardInterrupt\n")
-
-
-def start_scripts(world_size: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    environment = os.environ | WORKER_ENVIRONMENT | {"WORLD_SIZE": str(world_size), "PYTHONPATH": PYTHON_PATH}
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    arguments = ("sleep_on", "before forward", transport, "1", f"file://{tmp_path}/group", "ctrl-c")
+    (waiting,) = run_scripts(2, tmp_path, __file__, *arguments, awaited=[0])
+    assert waiting.returncode == -signal.SIGINT, waiting.errors
+    assert waiting.errors.endswith("KeyboardInterrupt\n")
 
 
 def main(fault: str, moment: str, transport: str, hosts: str, init_method: str, ctrl_c: str = "") -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -19,9 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import all_of, assert_all_same, assert_same, train, wrapped
+from scripts import run_scripts
 from short_timeouts import lose_patience
 from torch import nn
-from worker_pool import TIMEOUT_S, WORKER_ENVIRONMENT, RunOnRanks
+from worker_pool import RunOnRanks
 
 import zeroopt
 import zeroopt.checkpoint
@@ -47,7 +46,7 @@ def slow_writing() -> Iterator[threading.Event]:
     write = saving.write_checkpoint
 
     def wait_and_write(*args: Any) -> None:
-        assert may_write.wait(60)
+        assert may_write.wait(300)
         write(*args)
 
     with patch.object(saving, "write_checkpoint", wait_and_write):
@@ -162,7 +161,7 @@ ENDS = {
 
 SCRIPT = """
     import os, sys, torch, torch.distributed as dist, zeroopt, zeroopt.checkpoint
-    rank, directory = int(sys.argv[1]), sys.argv[2]
+    rank, directory = int(os.environ["RANK"]), sys.argv[1]
     store = dist.FileStore(directory + "/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     net = torch.nn.Linear(500, 500)
@@ -176,23 +175,12 @@ SCRIPT = """
 @pytest.mark.parametrize("end", ENDS)
 def test_process_ends(tmp_path: Path, end: str) -> None:
     """Who forgets to ask for the result has the checkpoint all the same, and so has who destroys the process group before."""
-    script = textwrap.dedent(SCRIPT) + ENDS[end]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path)],
-            env={**os.environ, **WORKER_ENVIRONMENT},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=TIMEOUT_S)[0].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    script, checkpoints = tmp_path / "script.py", tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    script.write_text(textwrap.dedent(SCRIPT) + ENDS[end])
+    ended = run_scripts(2, tmp_path, script, str(checkpoints))
     # Without destroy_process_group torch sometimes aborts in the very end.
-    assert zeroopt.checkpoint.latest(tmp_path) == tmp_path / "saved", outputs
+    assert zeroopt.checkpoint.latest(checkpoints) == checkpoints / "saved", ended
 
 
 def die_while_saving(path: Path, *, background: bool) -> str:
