@@ -75,14 +75,14 @@ def test_the_thread_ends_with_its_driver() -> None:
     driver.start(Driven(lambda: None)).finish()
     (thread,) = threads()
     del driver
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
 
 
 def test_what_waits_at_exit_waits_until_the_last_is_over_or_the_time_is_up() -> None:
     driver, gate = Driver(), threading.Event()
     driver.start(Driven(lambda: None))
-    last = driver.start(Driven(lambda: assert_set(gate.wait(60))))
+    last = driver.start(Driven(lambda: assert_set(gate.wait(300))))
     wait_for_unfinished(time.monotonic())
     assert not last.is_past()
     del driver  # what it was given is done all the same

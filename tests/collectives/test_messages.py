@@ -31,7 +31,7 @@ class FakeWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         self.waits.append(timeout)
         if timeout is None:
-            self.may_come.wait(60)
+            self.may_come.wait(300)
         if self.failure:
             raise RuntimeError(self.failure)
         return True
@@ -44,7 +44,7 @@ def come(*works: FakeWork) -> None:
 
 def wait_until_gone(kept: weakref.ref[torch.Tensor]) -> None:
     """A thread has yet to come to it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while kept() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.001)

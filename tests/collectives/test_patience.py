@@ -34,7 +34,7 @@ def send_when(begun: threading.Event) -> None:
     """A signal to the main thread."""
     main = threading.main_thread().ident
     assert main is not None
-    begun.wait(60)
+    begun.wait(300)
     signal.pthread_kill(main, signal.SIGUSR1)
 
 
@@ -75,7 +75,7 @@ def test_a_handler_that_raises_ends_the_wait_and_not_the_call(signals: list[int]
 
     def wait() -> None:
         begun.set()
-        assert may_end.wait(60)
+        assert may_end.wait(300)
         ended.set()
 
     sender = threading.Thread(target=send_when, args=[begun])
@@ -86,4 +86,4 @@ def test_a_handler_that_raises_ends_the_wait_and_not_the_call(signals: list[int]
     assert not ended.is_set()
     assert wait_patiently(lambda: 7) == 7, "another thread waits meanwhile"
     may_end.set()
-    assert ended.wait(60)
+    assert ended.wait(300)
