@@ -26,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def run_frameworks_on_ranks() -> Iterator[RunOnRanks]:
+    """`run_on_ranks` of tests of what people train in, whose workers find that imported: it takes longer than most of these tests."""
+    with closing(RunOnRanks(["trainers", "accelerators", "lightning_runs", "lightning.pytorch"])) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
 def run_on_ranks() -> Iterator[RunOnRanks]:
     """`run_on_ranks(world_size, function, *args, **kwargs)`: values by rank, from workers that tests share."""
     with closing(RunOnRanks()) as run:

@@ -25,11 +25,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -177,13 +178,13 @@ class Worker:
     stacks: Path
 
     @classmethod
-    def start(cls, rank: int, world_size: int, scratch: Path) -> Worker:
+    def start(cls, rank: int, world_size: int, scratch: Path, server: ForkServer | None) -> Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         connection, worker_end = context.Pipe()
         log, stacks = scratch / f"rank{rank}.log", scratch / f"rank{rank}.stacks"
         process = context.Process(target=_serve, args=(worker_end, rank, world_size, log, stacks), daemon=True)
-        with patch.dict(os.environ, WORKER_ENVIRONMENT):
+        with patch.dict(os.environ, WORKER_ENVIRONMENT), _forking_from(server):
             process.start()
         worker_end.close()  # so that the pipe ends when the worker does
         return cls(process, connection, log, stacks)
@@ -226,6 +227,19 @@ class Worker:
         self.connection.close()
 
 
+def _server_with(modules: Sequence[str]) -> ForkServer:
+    server = ForkServer()
+    server.set_forkserver_preload([*PRELOADED, *modules])
+    return server
+
+
+def _forking_from(server: ForkServer | None) -> AbstractContextManager[object]:
+    """Processes come from this server; None: from the one that all share."""
+    if server is None:
+        return nullcontext()
+    return patch("multiprocessing.forkserver.connect_to_new_process", server.connect_to_new_process)
+
+
 def _exit_reason(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         return f"killed by {signal.Signals(-exitcode).name}"
@@ -235,13 +249,13 @@ def _exit_reason(exitcode: int | None) -> str:
 class WorkerPool:
     """The workers of one process group. A call that some rank does not answer closes the pool."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, server: ForkServer | None = None) -> None:
         self._scratch = TemporaryDirectory(prefix="zeroopt-workers-")
         self._workers: list[Worker] = []
         self._groups = 0
         self._test: str | None = None  # whose process group it is; None: nobody's
         for rank in range(world_size):
-            self._workers.append(Worker.start(rank, world_size, Path(self._scratch.name)))
+            self._workers.append(Worker.start(rank, world_size, Path(self._scratch.name), server))
 
     @property
     def closed(self) -> bool:
@@ -326,9 +340,13 @@ class RunOnRanks:
     """Runs functions on the ranks of pools that it starts when they are first needed.
 
     Keywords of every call: `timeout`, in seconds, and `grace`, what is left of it once a rank has failed.
+
+    Args:
+        preloaded: modules that workers find imported, where they are installed: they are forked from a server of their own then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preloaded: Sequence[str] = ()) -> None:
+        self._server = _server_with(preloaded) if preloaded else None
         self._pools: dict[int, WorkerPool] = {}  # least recently used first
 
     def __call__(
@@ -365,6 +383,8 @@ class RunOnRanks:
     def close(self) -> None:
         while self._pools:
             self._pools.popitem()[1].close()
+        if self._server is not None:
+            self._server._stop()  # type: ignore[attr-defined]
 
     def _answers(self, world_size: int, payload: bytes, timeout: float, grace: float) -> list[Any]:
         return self._pool(world_size).call(payload, timeout, grace)
@@ -377,7 +397,7 @@ class RunOnRanks:
                 pool.enter(_current_test())
         if pool is None or pool.closed:
             self._make_room(world_size)
-            pool = WorkerPool(world_size)
+            pool = WorkerPool(world_size, self._server)
             pool.enter(_current_test())
         self._pools[world_size] = pool
         return pool
