@@ -75,13 +75,17 @@ def main(train: Train, parser: argparse.ArgumentParser, launches: Sequence[Launc
 
 @contextmanager
 def process_group(threads: int | None) -> Iterator[torch.device]:
-    """Ranks as torchrun started them: with NCCL where each has a GPU, else with Gloo on CPUs."""
+    """Ranks as torchrun started them: with NCCL where each has a GPU, else with Gloo on CPUs. Where there is a process group, as in workers
+    of Ray, it stays."""
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
     device = torch.device("cpu")
     if torch.cuda.device_count() >= local_ranks:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from paths import ROOT
-from worker_pool import WORKER_ENVIRONMENT
+from worker_pool import WORKER_ENVIRONMENT, RunOnRanks
 
-from recipes.command import rate_at
+from recipes.command import process_group, rate_at
 
 pytest.importorskip("tokenizers")
 
@@ -35,3 +37,13 @@ def test_the_rate_goes_up_and_then_down() -> None:
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
     assert rate_at(0, 1) == pytest.approx(1.0)
+
+
+def train_within_a_group() -> bool:
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}), process_group(threads=1) as device:
+        assert device.type == "cpu"
+    return dist.is_initialized()
+
+
+def test_a_process_group_that_is_there_stays(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, train_within_a_group) == [True, True]
