@@ -15,4 +15,6 @@ docs/recipes/ has a page of each. In reading order:
     transformer   blocks for text and images
     text          Python's documentation as text and tokens
     generate      a GPT that writes, and answers questions
+    adapt         a GPT that stays as it is learns to answer, and what is preferred, by adapters
+    launch        each of them on many machines
 """
