@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 3
 
 FUZZ_SECONDS ?= 60
 
-PYTHON_FILES := zeroopt tests bench examples recipes
+PYTHON_FILES := zeroopt tests bench examples recipes docs/hooks
 RECIPES := $(sort $(patsubst recipes/%/__main__.py,%,$(wildcard recipes/*/__main__.py)))
 CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
@@ -17,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage soak lint format clean
+.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage soak docs lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -72,6 +72,9 @@ fuzz-coverage: $(READY) ## Let a coverage-guided fuzzer attack readers, checks a
 soak: $(READY) ## Train, save, load and lose ranks for half an hour, without growing
 	$(VENV)/bin/python -m bench.soak --minutes 30
 
+docs: $(VENV)/.docs ## Build the documentation's site into site/; a link or a name that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check $(PYTHON_FILES)
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
@@ -84,10 +87,16 @@ format: $(READY) ## Rewrite the sources in the project's style
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info zeroopt/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info zeroopt/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # Editable, so that a changed Python file needs no installation; a changed C++ file is rebuilt by the next target.
 $(READY): $(BUILD_FILES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt --editable .
+	touch $@
+
+# Names are read out of the sources, not imported: the site needs no build of the package.
+$(VENV)/.docs: requirements-docs.txt constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-docs.txt
 	touch $@
