@@ -9,6 +9,13 @@ TEST_PROCESSES ?= 3
 
 FUZZ_SECONDS ?= 60
 
+# A package of its own beside the installed one. What the sanitizers need in every process comes first, and the library
+# of C++ with it, so that they see exceptions being thrown.
+SANITIZED := build/sanitize
+SANITIZERS = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+SANITIZED_TESTS := tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py tests/csrc/test_owners.py tests/csrc/cpu tests/ops \
+	tests/optim tests/gradients/test_counting.py tests/fuzz
+
 PYTHON_FILES := zeroopt tests bench examples recipes docs/hooks
 RECIPES := $(sort $(patsubst recipes/%/__main__.py,%,$(wildcard recipes/*/__main__.py)))
 CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
@@ -17,10 +24,10 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage soak docs lint format clean
+.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage sanitize soak docs lint format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 venv: $(READY) ## Build the package and install it with its tools into .venv
 
@@ -68,6 +75,15 @@ fuzz: $(READY) ## Read thousands of files that were damaged at random, and plan 
 fuzz-coverage: $(READY) ## Let a coverage-guided fuzzer attack readers, checks and the planner (9 times FUZZ_SECONDS; installs atheris)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt atheris
 	$(VENV)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+sanitize: $(READY) ## Run the kernels and the planner under ASan and UBSan, and the board of the shared memory under TSan
+	rm -rf $(SANITIZED)
+	CMAKE_ARGS="-DZEROOPT_CUDA=off -DZEROOPT_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug" \
+		$(VENV)/bin/python -m pip install --quiet --no-deps --target $(SANITIZED) .
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(VENV))/bin/python -m pytest $(SANITIZED_TESTS) -m "not slow" --timeout=$(TEST_TIMEOUT)
+	$(VENV)/bin/python -m pytest tests/csrc/cpu/test_shm_board.py -k race --timeout=$(TEST_TIMEOUT)
 
 soak: $(READY) ## Train, save, load and lose ranks for half an hour, without growing
 	$(VENV)/bin/python -m bench.soak --minutes 30
