@@ -50,7 +50,7 @@ LOOPS = {
     "stage 1, across slices": Loop({"stage": 1}, accumulate=2, optimizer=Lars, across_slices=True),
     "stage 2, across slices, bfloat16": Loop({"stage": 2, **BF16}, accumulate=2, optimizer=Lars, across_slices=True),
 }
-NUM_ORDERS = -(-4_000 // len(LOOPS))  # of each
+NUM_ORDERS = -(-10_000 // len(LOOPS))  # of each
 
 
 def train_on_cpu(loop: Loop) -> list[torch.Tensor]:
