@@ -3,9 +3,9 @@
 A language model of 44,000 parameters learns text in which every character depends on the two before it. Runs of one seed
 have the same start and the same batches in every tier, so that tiers differ by their rounding alone.
 
-The margin is half of what float32 varies by from seed to seed: at AdamW's learning rate of 1e-3 its final losses are 1.792
-and 1.782. The means over the seeds differ from float32's by 0.0006 at most in all tiers, and by 0.057 for bfloat16 that is
-rounded to nearest.
+The margin is half of what float32 varies by from seed to seed: at AdamW's learning rate of 1e-3 its final losses are 1.783,
+1.792 and 1.782. The means over the seeds differ from float32's by 0.001 at most in all tiers, and by 0.084 for bfloat16
+that is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 STEPS = 600
 WARM_UP = 20
 BATCH = 128
-SEEDS = (1, 2)
+SEEDS = (0, 1, 2)
 MARGIN = 0.005
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8

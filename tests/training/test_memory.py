@@ -16,7 +16,7 @@ import zeroopt
 
 pytestmark = pytest.mark.slow
 
-WIDTH, LAYERS, BUCKET_MB = 1024, 20, 4.0
+WIDTH, LAYERS, BUCKET_MB = 1024, 40, 4.0
 NUM_PARAMS = WIDTH * WIDTH * LAYERS
 BUCKET_BYTES = WIDTH * WIDTH * 4  # one layer fills a bucket
 
@@ -94,7 +94,7 @@ def test_peak_memory_follows_the_formula(options: dict[str, Any], world_size: in
     formula = formula_bytes(options, world_size)
     mean = peak_of_mean(run_fresh(world_size, sampled_bytes_without_heap_holes, options))
     print(f"{options}, {world_size} ranks: {mean / NUM_PARAMS:.2f} bytes a parameter, {formula / NUM_PARAMS:.2f}")
-    assert 0.98 * formula <= mean <= formula + BOUNDED_BYTES
+    assert 0.99 * formula <= mean <= formula + BOUNDED_BYTES
 
 
 def test_peak_memory_with_the_heap_as_it_is() -> None:
