@@ -14,7 +14,12 @@ docs/recipes/ has a page of each. In reading order:
     sampling      which samples a step has on a rank
     transformer   blocks for text and images
     text          Python's documentation as text and tokens
+    digits        handwritten digits, and pictures of them
+    vit           a vision transformer
     generate      a GPT that writes, and answers questions
     adapt         a GPT that stays as it is learns to answer, and what is preferred, by adapters
+    many_tasks    one trunk, several heads
+    see           what is in an image
+    see_and_read  pictures and captions
     launch        each of them on many machines
 """
