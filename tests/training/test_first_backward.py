@@ -273,10 +273,10 @@ def checkpointed(scene: Scene) -> None:
 
 
 def checkpointed_with_backward_within(scene: Scene) -> None:
-    """But for the layer whose weight is used elsewhere, too, whose gradient would come twice, and the last one: a backward begins in
-    what is not within another."""
-    plain = {scene.net.layers[6], scene.net.layers[4]}
-    scene.net.run = lambda layer, x: layer(x) if layer in plain else run_again(layer, x, use_reentrant=True)
+    """But for the layer whose weight is used elsewhere, too, whose gradient would come twice. The first gradient comes within another backward on
+    rank 1 alone: on rank 0 it is that of a layer which only this one uses."""
+    plain = scene.net.layers[6]
+    scene.net.run = lambda layer, x: layer(x) if layer is plain else run_again(layer, x, use_reentrant=True)
     scene.backward()
 
 

@@ -46,6 +46,7 @@ class MicroBatches(Feature):
         turnout: Turnout,
     ) -> None:
         self._count = count
+        reducer.adds_within = False  # in an order that is not the tree's
         self._params = params
         self._reducer = reducer
         self._transport = transport
@@ -55,12 +56,6 @@ class MicroBatches(Feature):
         self._singles = TreeSum()  # of parameters of 16 bits
 
     def local_backward_ended(self) -> None:
-        if torch._C._current_autograd_node() is not None:
-            self._transport.give_up("a backward within its backward has ended")
-            raise NotSupportedError(
-                f"with micro_batches={self._count}, a backward under no_sync() has run another one within, whose end is taken for its own: "
-                "use torch.utils.checkpoint with use_reentrant=False"
-            )
         self._check_cleared()
         if self._num_local == 0:
             self._forget_all()

@@ -19,6 +19,7 @@ In reading order; each imports from those above it:
     sharded_view      in stages 1 and 2: all of those of one model
     used              which parameters had a gradient on any rank
     packing_streams   on which streams of a device they come
+    backward_end      when the outermost of backward passes within one another is through
     filling           gradients on their way into the full buffers of their buckets
     in_flight         full buffers from when they travel until nobody reads them
     residuals         what codes have left out of gradients, by parameter

@@ -25,7 +25,8 @@ from ..storage.bucket import Bucket
 from ..storage.buffer_pool import BufferPool
 from ..storage.gradient_store import GradientStore
 from ..streams import Mark, is_capturing
-from ..untraced import is_compiled_backward, untraced_hook
+from ..untraced import is_compiled_backward
+from .backward_end import BackwardEnd
 from .filling import Filling
 from .hooks import GradientHook
 from .in_flight import InFlight
@@ -48,6 +49,8 @@ class GradientReducer:
         is_zeroed: gradients have been set to zero since the last one.
         num_steps: steps that have been taken.
         num_backwards_stepped: `num_backwards` when the last of them was taken, or left out.
+        adds_within: where backward passes run within another, as those of reentrant activation checkpointing do, the gradient of a parameter
+            may come in several of them. What comes once more is added to what ranks have summed, as that of a backward of its own.
 
     Args:
         make_store: makes that of a bucket.
@@ -76,6 +79,7 @@ class GradientReducer:
         self.num_steps = 0
         self.num_backwards = 0
         self.num_backwards_stepped = 0
+        self.adds_within = True
         self._transport = transport
         self._make_store = make_store
         self._pool = pool
@@ -96,7 +100,8 @@ class GradientReducer:
         self._all_cleared = True  # and features have heard of it
         self._first_left = -1  # index of the parameter whose gradient came first in it
         self._running = False  # between the first hook of a backward and its end
-        self._runs_local = False  # likewise of one under no_sync(), where somebody hears of its end
+        self._is_within = False  # another one: the one that has come to its first hook is through
+        self._local_end_awaited: BackwardEnd | None = None  # of one under no_sync(), where somebody hears of its end
         self._later: list[int] = []  # of gradients that are taken up when backward is through
 
     # Parameters and buckets.
@@ -402,7 +407,9 @@ class GradientReducer:
     def _note_cleared(self, buckets: Sequence[Bucket]) -> None:
         are_all = len(buckets) == len(self._buckets)
         self._all_cleared |= are_all
-        self._runs_local = False  # if it is said to, it has raised
+        if self._local_end_awaited is not None:  # it has raised
+            self._local_end_awaited.forget()
+            self._local_end_awaited = None
         for gradients_cleared in self._events["gradients_cleared"]:
             gradients_cleared(None if are_all else buckets)
 
@@ -463,7 +470,11 @@ class GradientReducer:
         if grad is None:  # a hook of the user's has cleared it
             return False
         if filling.arrivals.arrived[index]:
-            self._refuse_second(managed)
+            if not (self._is_within and self.adds_within):
+                self._refuse_second(managed)
+            if not filling.packed[index]:  # autograd has added it to the one that waits
+                return False
+            self._begin_again(managed)
         bucket = filling.arrivals.bucket_of[index]
         full = None
         if not filling.packs_together:
@@ -472,9 +483,8 @@ class GradientReducer:
         return filling.leave(managed, grad) if full is None else filling.pack(managed, full)
 
     def _leave_local(self, index: int) -> None:
-        if self._events["local_backward_ended"] and not self._runs_local:
-            self._runs_local = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_local)
+        if self._events["local_backward_ended"] and self._local_end_awaited is None:
+            self._local_end_awaited = BackwardEnd(self._end_local)
         if not self._left_local:
             self._first_left = index
         self._all_cleared = False
@@ -487,10 +497,9 @@ class GradientReducer:
         if self.buffer_sync is not None:
             self.buffer_sync.note_local_backward()
 
-    @untraced_hook
     def _end_local(self) -> None:
-        """Autograd calls this when a backward under `no_sync()` is through."""
-        self._runs_local = False
+        """A backward under `no_sync()` is through."""
+        self._local_end_awaited = None
         for local_backward_ended in self._events["local_backward_ended"]:
             local_backward_ended()
 
@@ -513,7 +522,24 @@ class GradientReducer:
                 "that calls backward(), compiles the backward as well"
             )
         self._start_backward()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        BackwardEnd(self._end, self._note_within)
+
+    def _note_within(self) -> None:
+        """A backward within another is through. What comes next may use the same parameters."""
+        self._is_within = True
+        self.view.hide(self._filling.packed)
+
+    @torch.no_grad()
+    def _begin_again(self, managed: ManagedParam) -> None:
+        """The gradient of a parameter has come once more. What came before is summed as that of a backward of its own."""
+        grad = self.view.take_hidden(managed)
+        self._end()
+        self._start_backward()
+        self._note_within()
+        if managed.param.grad is None:
+            managed.param.grad = grad
+        else:
+            managed.param.grad.add_(grad)  # as autograd does it
 
     def _start_backward(self) -> None:
         self.check_parameters()
@@ -528,6 +554,7 @@ class GradientReducer:
         for backward_begins in self._events["backward_begins"]:
             backward_begins()
         self._running = True
+        self._is_within = False
         self.is_zeroed = False
         self.num_backwards += 1
         self._later.clear()
@@ -609,9 +636,8 @@ class GradientReducer:
         if self._in_flight.most == 0:
             self._in_flight.finish_sums()
 
-    @untraced_hook
     def _end(self) -> None:
-        """Autograd calls this when backward is through."""
+        """Backward is through."""
         for index in self._later:
             if self._filling.params[index].param.grad is not None:
                 self.take_up(index)

@@ -170,6 +170,9 @@ class ShardedView(GradientView):
         set_gradients(leaves, objects)
         np.frombuffer(self._shown, dtype=np.uint8)[indices] = 1
 
+    def take_hidden(self, managed: ManagedParam) -> Tensor:
+        return self.local.pop(managed.index)
+
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         if not self.local:
             return None

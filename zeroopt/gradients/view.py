@@ -95,6 +95,17 @@ class GradientView(ABC):
         for managed in self._buckets[bucket].params:
             self.packed(managed)
 
+    def hide(self, packed: bytearray) -> None:
+        """Until the backward is through, let autograd put what comes once more of a gradient that was packed elsewhere than into its bucket.
+
+        Args:
+            packed: as for `take_edited`.
+        """
+
+    @abstractmethod
+    def take_hidden(self, managed: ManagedParam) -> Tensor:
+        """What has come once more, after `hide`. It is no longer kept."""
+
     @abstractmethod
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         """A parameter whose gradient was changed or added to after it was packed, if there is one.

@@ -27,6 +27,7 @@ class WholeView(GradientView):
     def __init__(self, transport: Transport) -> None:
         super().__init__()
         self._transport = transport
+        self._hides = False  # what is packed, until backward is through
 
     def attach(
         self, params: Sequence[ManagedParam], buckets: Sequence[Bucket], stores: Sequence[GradientStore]
@@ -47,6 +48,7 @@ class WholeView(GradientView):
                 managed.set_local_grad(self._own(managed).copy_(grad))
 
     def begin_backward(self) -> Collection[int]:
+        self._hides = False
         return [managed.index for managed in self._params if managed.param.grad is None]
 
     @property
@@ -72,12 +74,25 @@ class WholeView(GradientView):
         """Where autograd has put it is `param.grad`."""
 
     def packed(self, managed: ManagedParam) -> None:
-        managed.set_local_grad(self._own(managed))
+        if self._hides:
+            managed.param.grad = None
+        else:
+            managed.set_local_grad(self._own(managed))
 
     def packed_bucket(self, bucket: int) -> None:
-        store = self._stores[bucket]
         for managed in self._buckets[bucket].params:
-            managed.set_local_grad(store.gradient_of(managed))
+            self.packed(managed)
+
+    def hide(self, packed: bytearray) -> None:
+        self._hides = True
+        for managed in self._params:
+            if packed[managed.index]:
+                managed.param.grad = None
+
+    def take_hidden(self, managed: ManagedParam) -> Tensor:
+        grad, managed.param.grad = managed.param.grad, None
+        assert grad is not None
+        return grad
 
     def take_edited(self, packed: bytearray) -> ManagedParam | None:
         for managed in self._params:
