@@ -7,7 +7,8 @@
 A run trains a small GPT for some steps. A rank and a moment are drawn: while it wraps the model, loads, runs a forward, a backward, a step,
 its first step, in which parameters of a new run move, or a save. When the rank says that it is there, it is killed (SIGKILL) after a random
 time of some milliseconds. The others have to end by themselves; then all are started again, and go on. Behind the last kill of a run
-it trains to its end. Its parameters and state must have the hash of the undisturbed run.
+it trains to its end. The parameters of every rank, and the state, must have the hashes of the undisturbed run; with --without-disk, so must
+what another model has of the last copies of all ranks.
 
 With --any-ranks each start has another number of ranks, and `micro_batches` sees to it that the bits are the same.
 

@@ -74,6 +74,27 @@ class Kill:
         return self.moment in ONCE_A_START or (begun is not None and marks.step(self.rank) >= begun + self.steps)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Digests of the parameters of all ranks, and of the state: one each, where all ranks, and the copies of all, have the same."""
+
+    params: frozenset[str]
+    state: frozenset[str]
+
+    @staticmethod
+    def of(ends: list[End]) -> Outcome:
+        """That of all ranks, by rank, of which the first has the whole state."""
+        kept = [end.kept for end in ends if end.kept is not None]
+        all_of = [*(end.trained for end in ends), *kept]
+        firsts = [ends[0].trained, *kept[:1]]
+        return Outcome(frozenset(one.params for one in all_of), frozenset(one.state for one in firsts))
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all have the same."""
+        return len(self.params) == len(self.state) == 1
+
+
 class Run:
     """One run in a folder of its own, started again after each kill.
 
@@ -92,8 +113,8 @@ class Run:
         self._done = 0
         self._all_ended_at: float | None = None
 
-    def to_its_end(self, kills: list[Kill]) -> list[str]:
-        """The digests of all ranks; kills for which there was no moment are not done."""
+    def to_its_end(self, kills: list[Kill]) -> Outcome:
+        """Kills for which there was no moment are not done."""
         try:
             ends = None
             for kill in [*kills, None]:
@@ -101,7 +122,7 @@ class Run:
                 if ends is not None:
                     break
             assert ends is not None
-            return [end.digest for end in ends]
+            return Outcome.of(ends)
         finally:
             shutil.rmtree(self._folder)
             remove_job(directory_of(self._task.job))

@@ -48,11 +48,35 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Digests:
+    """params: of all that a rank has of the model. state: of the whole state of the optimizer, on the first rank; elsewhere empty."""
+
+    params: str
+    state: str
+
+
+@dataclass(frozen=True)
 class End:
-    """How a rank has ended. begun: at which step it went on."""
+    """How a rank has ended.
+
+    Attributes:
+        begun: at which step it went on.
+        trained: what it has.
+        kept: what it has of the copies of all ranks, in another model; None where there are none.
+    """
 
     begun: int
-    digest: str
+    trained: Digests
+    kept: Digests | None
+
+
+def make_training(options: dict[str, Any]) -> tuple[zeroopt.ZeroDataParallel, zeroopt.ZeroOptimizer]:
+    """The model and its optimizer, wrapped; the same each time."""
+    torch.manual_seed(0)
+    net = make_model(VOCABULARY, TOKENS, layers=2, width=64)
+    noisy = nn.Sequential(net.token_embedding, nn.Dropout(0.1))  # so that random states matter
+    net.register_module("token_embedding", noisy)
+    return zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=1e-2), **options)
 
 
 def train(task: Task) -> End:
@@ -62,11 +86,7 @@ def train(task: Task) -> End:
     options = task.options | ({} if task.micro_batches is None else {"micro_batches": mine})
     marks = Marks(task.folder / "marks", ranks)
     marks.note(rank, "wrap")
-    torch.manual_seed(0)
-    net = make_model(VOCABULARY, TOKENS, layers=2, width=64)
-    noisy = nn.Sequential(net.token_embedding, nn.Dropout(0.1))  # so that random states matter
-    net.register_module("token_embedding", noisy)
-    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters(), lr=1e-2), **options)
+    model, optimizer = make_training(options)
     scheduler = LinearLR(optimizer, total_iters=task.steps)
     tokens = torch.randint(VOCABULARY, (96, TOKENS + 1), generator=torch.Generator().manual_seed(1))
     sampler = GlobalBatchSampler(len(tokens), BATCH, micro_batches=mine)
@@ -102,9 +122,9 @@ def train(task: Task) -> End:
                 keeping.keep(step)
             if step == task.steps:
                 break
-    keeping.end()
+    kept = keeping.end(options)
     marks.note(rank, "ended")
-    return End(begun, digest_of(model, optimizer))
+    return End(begun, digests_of(model, optimizer), kept)
 
 
 class Checkpoints:
@@ -131,7 +151,7 @@ class Checkpoints:
         else:
             save(*contents, rank_extra=self._random, keep=2)
 
-    def end(self) -> None:
+    def end(self, options: dict[str, Any]) -> None:
         """Nothing is on its way."""
         if self._saving is not None:
             self._saving.result()
@@ -142,6 +162,7 @@ class Copies:
 
     def __init__(self, task: Task, model: Any, optimizer: Any, parts: dict[str, Any]) -> None:
         random = {"random": RandomState()}
+        self._job = task.job
         self._guard = Guard(model, optimizer, parts, rank_extra=random, job=task.job)
 
     def begin(self) -> int:
@@ -152,18 +173,30 @@ class Copies:
         """A copy of each step."""
         self._guard.step(step)
 
-    def end(self) -> None:
-        """The memory is given back."""
+    def end(self, options: dict[str, Any]) -> Digests:
+        """What another model would go on from; then the memory is given back."""
+        self._guard.wait()
+        dist.barrier()
+        model, optimizer = make_training(options)
+        other = Guard(model, optimizer, job=self._job)
+        other.restore()
         self._guard.close()
+        other.close()
+        return digests_of(model, optimizer)
 
 
 @torch.no_grad()
-def digest_of(model: nn.Module, optimizer: zeroopt.ZeroOptimizer) -> str:
-    """Of parameters and state, whoever has what of it; of the state on the first rank alone. Collective."""
+def digests_of(model: nn.Module, optimizer: zeroopt.ZeroOptimizer) -> Digests:
+    """Of parameters and state, whoever has what of it. Collective."""
     optimizer.consolidate_state_dict()
-    state = optimizer.full_state_dict() if dist.get_rank() == 0 else {}
+    state = digest_of(optimizer.full_state_dict()) if dist.get_rank() == 0 else ""
+    return Digests(digest_of(model.state_dict()), state)
+
+
+def digest_of(values: Any) -> str:
+    """Of the bits of all tensors within whatever containers."""
     digest = hashlib.sha256()
-    for tensor in all_tensors([model.state_dict(), state]):
+    for tensor in all_tensors(values):
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
