@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from zeroopt.elastic.finding import OnHost, choose
+from pathlib import Path
+
+from zeroopt.elastic.finding import Lost, OnHost, choose, find, forget_all_but
 from zeroopt.elastic.place import FileName
-from zeroopt.elastic.slots import NOT_WHOLE
+from zeroopt.elastic.slots import NOT_WHOLE, Slots
 
 A, B = FileName(1, 2, 0), FileName(1, 2, 1)
 
@@ -43,3 +45,19 @@ def test_a_new_host_fetches_what_others_have() -> None:
     assert (found.step, found.to_fetch, found.room) == (6, [(A, [0, 1]), (B, [0, 1])], {0: 0, 1: 20})
     elsewhere = choose([on_host(a=(6, 7)), on_host(b=(7, 6))], [[0], [1]])
     assert (elsewhere.step, elsewhere.to_fetch) == (7, [(A, [0, 1]), (B, [1, 0])])
+
+
+def test_what_is_on_no_host_any_more_is_lost() -> None:
+    whole = on_host(a=(4, 3))
+    assert choose([whole, whole], [[0, 1]]).lost == Lost(4, [1])
+    being_made = on_host(a=(NOT_WHOLE, NOT_WHOLE))
+    assert choose([being_made, being_made], [[0, 1]]).lost is None
+    torn = on_host(a=(1, NOT_WHOLE), b=(NOT_WHOLE, NOT_WHOLE))
+    assert choose([torn, torn], [[0, 1]]).lost is None, "nothing had been whole before"
+
+
+def test_what_is_forgotten_is_there_and_of_no_step(tmp_path: Path) -> None:
+    for name in (A, B):
+        Slots.make(tmp_path / str(name), b"", 1).finish(0, 3)
+    forget_all_but(tmp_path, [A])
+    assert {name: file.steps for name, file in find(tmp_path).items()} == {A: (3, NOT_WHOLE), B: (NOT_WHOLE, NOT_WHOLE)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from zeroopt import CheckpointError
 from zeroopt.checkpoint import RandomState
 from zeroopt.elastic import Guard
 from zeroopt.elastic.finding import choose, find
-from zeroopt.elastic.place import directory_of, files_in
+from zeroopt.elastic.place import MEMORY, directory_of, files_in
 from zeroopt.elastic.slots import Slots
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -346,3 +347,85 @@ def test_models_and_ranks_are_of_jobs_that_fit(run_on_ranks: RunOnRanks, tmp_pat
             message.startswith("expected the ranks of a host to be of one job, got rank 0 zeroopt-")
             and "job-1" in message
         )
+
+
+def bytes_taken(memory: Path, steps: int) -> list[int]:
+    """What all files take after going on, and after each step."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(512, 512, bias=False)
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()))
+    guard = Guard(model, optimizer, job="job", memory=memory)
+    first, taken = guard.restore().get("step", 0), []
+
+    def look() -> None:
+        guard.wait()
+        dist.barrier()
+        taken.append(sum(path.stat().st_blocks for path in memory.rglob("*-rank-*")) * 512)
+        dist.barrier()
+
+    look()
+    for step in range(first, first + steps):
+        model(torch.ones(2, 512)).sum().backward()
+        optimizer.step()
+        guard.step(step + 1)
+        look()
+    return taken
+
+
+def test_going_on_takes_no_more_memory_than_training(run_on_ranks: RunOnRanks) -> None:
+    two, values = 24 * 512 * 512, 1 << 19  # of both ranks: parameters and moments, and all else
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        (before, *_), (after, *_) = (run_on_ranks(2, bytes_taken, Path(folder), 3) for _ in range(2))
+    for taken, expected in ((before, [0, two // 2, two, two]), (after, [two // 2, two, two, two])):
+        for found, slots in zip(taken, expected, strict=True):
+            assert 0 <= found - slots < values
+
+
+class Base(torch.nn.Module):
+    """Mostly frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = torch.nn.Linear(256, 256).requires_grad_(False)
+        self.adapter, self.norm = torch.nn.Linear(256, 4), torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.adapter(self.base(x)))
+
+
+def adapted(memory: Path, *, frozen: bool, base: float = 0.0, steps: int = 0) -> Any:
+    """What a model has that goes on with its base so much changed, and how many bytes a copy takes."""
+    net = Base()
+    net.base.bias.data += base
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(p for p in net.parameters() if p.requires_grad))
+    guard = Guard(model, optimizer, job="job", memory=memory, frozen=frozen)
+    first = guard.restore().get("step", 0)
+    for step in range(first, first + steps):
+        model(torch.randn(8, 256)).square().mean().backward()
+        optimizer.step()
+        guard.step(step + 1)
+    guard.wait()
+    sizes = [path.stat().st_size for path in memory.rglob("*-rank-*")]
+    return first, all_of(model, [optimizer]), max(sizes, default=0)
+
+
+def test_what_is_frozen_may_be_left_out(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for frozen in (True, False):
+        memory = tmp_path / str(frozen)
+        (_, expected, size), *_ = run_on_ranks(2, adapted, memory, frozen=frozen, steps=2)
+        assert (size > 4 * 256 * 256) is frozen
+        # Whoever goes on need not say it.
+        for first, found, _ in run_on_ranks(2, adapted, memory, frozen=True, base=1.0 if frozen else 0.0):
+            assert first == 2
+            assert_same(found, expected)
+
+
+def test_another_base_is_refused(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    (_, expected, _), *_ = run_on_ranks(2, adapted, tmp_path, frozen=False, steps=1)
+    errors: list[Any] = run_on_ranks.outcomes(2, adapted, tmp_path, frozen=False, base=1.0)
+    assert {error.type_name for error in errors} == {"CheckpointError"}
+    assert all("'model.base.bias', which is frozen" in error.message for error in errors)
+    (first, found, _), *_ = run_on_ranks(2, adapted, tmp_path, frozen=False)
+    assert first == 1, "nothing was removed"
+    assert_same(found, expected)

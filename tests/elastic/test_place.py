@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from zeroopt.elastic.place import (
     FileName,
+    bytes_in,
     bytes_of,
     directory_of,
     files_in,
@@ -75,6 +76,6 @@ def test_all_goes_but_what_is_named(tmp_path: Path) -> None:
     directory.mkdir()
     for name in (str(FileName(1, 1, 0)), str(kept), f".{FileName(3, 1, 0)}"):
         (directory / name).write_bytes(bytes(100))
-    assert bytes_of("a", tmp_path) == 300
+    assert bytes_of("a", tmp_path) == bytes_in(directory)
     remove_all_but(directory, [kept])
     assert [path.name for path in directory.iterdir()] == [str(kept)]

@@ -1,8 +1,10 @@
 """What a rank copies, and where it lies in a slot.
 
-┌───────────────────────────────────┬─────────────────────────────┬──────────────────────┐
-│ tensors of checkpoints, by plan   │ what this rank alone keeps  │ values, no tensors   │
-└───────────────────────────────────┴─────────────────────────────┴──────────────────────┘
+┌─────────────────────────┬─────────────────────────┬─────────────────────────────┬──────────────────────┐
+│ tensors of checkpoints, │ those that this rank    │ what this rank alone keeps  │ values, no tensors   │
+│ that all ranks have     │ alone has               │                             │                      │
+└─────────────────────────┴─────────────────────────┴─────────────────────────────┴──────────────────────┘
+                          │◀──────────── what travels to another host ────────────────────────────────────▶
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +87,7 @@ class Places:
 
     Attributes:
         tensors: items of tensors, and where they begin.
+        alike_end: where those of them end that all ranks have.
         kept_begin: where those begin that this rank alone keeps.
         values: items of other values.
         values_begin: where these begin, all together.
@@ -91,29 +95,41 @@ class Places:
     """
 
     tensors: list[tuple[WriteItem, int]]
+    alike_end: int
     kept_begin: int
     values: list[WriteItem]
     values_begin: int
     slot_bytes: int
 
     @staticmethod
-    def of(plan: SavePlan, kept: Sequence[Tensor], packed_bytes: int) -> Places:
-        """For a plan of one rank, what it keeps, and values that take so many bytes now."""
-        tensors, end = [], 0
-        for item in plan.items:
+    def of(plan: SavePlan, alike: Collection[str], kept: Sequence[Tensor] = (), packed_bytes: int = 0) -> Places:
+        """For a plan of one rank, what it keeps, and values that take so many bytes now.
+
+        Args:
+            alike: names of tensors that all ranks have.
+        """
+        tensors, end, alike_end = [], 0, 0
+        for item in sorted(plan.items, key=lambda item: item.index.fqn not in alike):
             if item.tensor_data is not None:
                 tensors.append((item, end))
                 num_bytes = math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
                 end += _aligned(num_bytes)
+                alike_end = end if item.index.fqn in alike else alike_end
         kept_end = end + sum(_aligned(one.nbytes) for one in kept)
         values = [item for item in plan.items if item.tensor_data is None]
         room = max(_LEAST_ROOM, _ROOM * packed_bytes) + _LENGTH_BYTES
-        return Places(tensors, end, values, kept_end, kept_end + room)
+        return Places(tensors, alike_end, end, values, kept_end, kept_end + room)
 
-    def views(self, slot: NDArray[np.uint8]) -> list[tuple[WriteItem, Tensor]]:
-        """Items of tensors, and their memory in a slot."""
+    def views(self, slot: NDArray[np.uint8], *, alike: bool = False) -> list[tuple[WriteItem, Tensor]]:
+        """Items of tensors, and their memory in a slot.
+
+        Args:
+            alike: only of those that all ranks have.
+        """
         made = []
         for item, begin in self.tensors:
+            if alike and begin >= self.alike_end:
+                break
             assert item.tensor_data is not None
             made.append((item, view(slot, begin, item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype)))
         return made
@@ -242,6 +258,12 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         np.copyto(_as_bytes(target), _as_bytes(source))
     else:
         target.copy_(source)
+
+
+def checksum_of(tensor: Tensor) -> int:
+    """Of all its bits, in the order of its elements."""
+    on_cpu = tensor.detach().cpu().contiguous()
+    return zlib.crc32(_as_bytes(on_cpu).data) if on_cpu.numel() else 0
 
 
 def _aligned(num_bytes: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem
 
 from .contents import Entries, Places, copy_into, kept_views, put_values, shapes_of
 from .slots import Slots
@@ -19,18 +19,19 @@ class Copier:
 
     Args:
         path: of the file, which is made.
-        plan: of this rank.
+        places: of this rank's plan.
         metadata: of all ranks; None but on the first one.
 
     Attributes:
         slots: that it copies to.
+        alike_end: where in them what this rank alone has begins.
 
     Raises:
         OSError: there is not enough memory.
     """
 
-    def __init__(self, path: Path, plan: SavePlan, metadata: Metadata | None, entries: Entries, packed: bytes) -> None:
-        self._places = Places.of(plan, entries.kept, len(packed))
+    def __init__(self, path: Path, places: Places, metadata: Metadata | None, entries: Entries) -> None:
+        self._places, self.alike_end = places, places.alike_end
         self._signature = entries.signature
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.slots = Slots.make(path, self._places.table(metadata, path.name), self._places.slot_bytes)

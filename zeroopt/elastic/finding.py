@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,13 @@ class OnHost(NamedTuple):
     num_bytes: int
 
 
+class Lost(NamedTuple):
+    """Whole copies of a step of some ranks, and of others, `ranks`, there is nothing on any host."""
+
+    step: int
+    ranks: list[int]
+
+
 @dataclass(frozen=True)
 class Found:
     """What to go on from.
@@ -28,6 +35,7 @@ class Found:
         last_layout: of all files that there are.
         to_fetch: files that some hosts lack: with the rank that brings each of them, and those that take it, one of each host.
         room: bytes of these, by the rank that takes them.
+        lost: where there is nothing to go on from, because hosts were lost with what they held.
     """
 
     step: int | None = None
@@ -35,6 +43,7 @@ class Found:
     last_layout: int = 0
     to_fetch: list[tuple[FileName, list[int]]] = field(default_factory=list)
     room: dict[int, int] = field(default_factory=dict)
+    lost: Lost | None = None
 
 
 def find(directory: Path) -> dict[FileName, OnHost]:
@@ -44,6 +53,12 @@ def find(directory: Path) -> dict[FileName, OnHost]:
         slots = Slots.open(directory / str(name))
         found[name] = OnHost(slots.steps, slots.bytes_with_one)
     return found
+
+
+def forget_all_but(directory: Path, names: Collection[FileName]) -> None:
+    """Let the other files in a directory have a copy of no step. Raises OSError where one cannot be read."""
+    for name in set(files_in(directory)).difference(names):
+        Slots.open(directory / str(name)).forget()
 
 
 def choose(on_ranks: Sequence[dict[FileName, OnHost]], hosts: Sequence[Sequence[int]]) -> Found:
@@ -65,7 +80,7 @@ def choose(on_ranks: Sequence[dict[FileName, OnHost]], hosts: Sequence[Sequence[
         if all((FileName(name.layout, name.ranks, rank), step) in having for rank in range(name.ranks)):
             best = max(best or (step, 0, 0), (step, name.layout, name.ranks))
     if best is None:
-        return Found(last_layout=last)
+        return Found(last_layout=last, lost=_lost(on_ranks, max(having, key=lambda one: one[1], default=None)))
     step, layout, ranks = best
     names = [FileName(layout, ranks, rank) for rank in range(ranks)]
     to_fetch, room = [], dict.fromkeys(firsts, 0)
@@ -77,3 +92,14 @@ def choose(on_ranks: Sequence[dict[FileName, OnHost]], hosts: Sequence[Sequence[
         for rank in lack:
             room[rank] += on_ranks[have[0]][name].num_bytes
     return Found(step, names, last, to_fetch, room)
+
+
+def _lost(on_ranks: Sequence[dict[FileName, OnHost]], newest: tuple[FileName, int] | None) -> Lost | None:
+    """What there is nothing of beside the newest copy that is whole. All files of a layout are there before the first copy begins, and what
+    is removed is of no step before."""
+    if newest is None:
+        return None
+    name, step = newest
+    there = {name for found in on_ranks for name in found}
+    missing = [rank for rank in range(name.ranks) if FileName(name.layout, name.ranks, rank) not in there]
+    return Lost(step, missing) if missing else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,9 +31,10 @@ from ..collectives.second_group import second_group
 from ..errors import CheckpointError, ConfigError, NotSupportedError, StateError
 from ..feature import Feature, Step
 from ..module import ZeroDataParallel
-from .contents import Entries, pack, shapes_of, take_out
+from .alike import Alike, frozen_parameters
+from .contents import Entries, Places, checksum_of, pack, shapes_of, take_out
 from .copier import Copier
-from .finding import Found, choose, find
+from .finding import Found, choose, find, forget_all_but
 from .neighbours import Neighbours, Ring, fetch
 from .place import MEMORY, FileName, directory_of, files_in, job_of_agent, remove_all_but, remove_ended, remove_job
 from .slots import Slots
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
+
+
+_log = logging.getLogger("zeroopt")
 
 
 class Guard:
@@ -66,15 +71,18 @@ class Guard:
     calls `wait` first. On devices the copy is made within `step`.
 
     Memory: twice what a rank would write into a checkpoint, 24 Ψ/N bytes with AdamW, in the file system in memory of its host; with several
-    hosts as much again for a rank of another one.
+    hosts as much again for a rank of another one. It is no more while a run goes on from copies, but on a host that comes new.
 
     Collective: every rank calls all methods, but for `wait`.
 
     Args:
         model, optimizer, extra, rank_extra: as for `zeroopt.checkpoint.save`. What is given is asked for its state in each `step`.
         every: steps between copies.
-        between_hosts: where there are several, each copy goes to the next host besides. A thread sends it while training goes on, until the
-            next copy. Then a host may be lost with its memory.
+        between_hosts: where there are several, each copy goes to the next host besides. A thread sends what of it not all ranks have (parameters
+            are in all models, unless codes or masters make a difference) while training goes on, until the next copy. Then a host may be
+            lost with its memory.
+        frozen: copy the parameters that no optimizer trains, too. False: whoever goes on has made them as they were, as from the checkpoint of
+            a base model, before `restore`, which compares checksums of them.
         job: names the training, the same on all hosts; each model of a process has a name of its own. None: what torchrun's agent has started
             on this host, for as long as that lives. What a job of a given name leaves stays until `close`, or until `python -m zeroopt elastic
             remove JOB`.
@@ -96,13 +104,14 @@ class Guard:
         rank_extra: Mapping[str, Any] | None = None,
         every: int = 1,
         between_hosts: bool = True,
+        frozen: bool = True,
         job: str | None = None,
         memory: str | os.PathLike[str] = MEMORY,
     ) -> None:
         if every < 1:
             raise ConfigError(f"every has to be at least 1, got {every}")
         self._model, self._optimizers = model, optimizers_of(model, optimizer)
-        self._extra, self._rank_extra, self._every = extra, rank_extra, every
+        self._extra, self._rank_extra, self._every, self._frozen = extra, rank_extra, every, frozen
         self._directory = directory_of(job_of_agent() if job is None else job, memory)
         self._group = begin(model, None)
         self._control = ControlGroup(self._group)
@@ -121,11 +130,13 @@ class Guard:
         self._copier: Copier | None = None
         self._neighbours: Neighbours | None = None
         self._copies = 0  # in the present layout
-        self._has_older = True
         self._last_step: int | None = None  # that was copied, or gone on from
+        self._left_out: dict[str, int] | None = None  # checksums of what is not copied, once there are any
         self._copying, self._sending = _Background("zeroopt.elastic"), _Background("zeroopt.elastic.hosts")
+        self._copying_alike = _Background("zeroopt.elastic.alike")
         in_backward = model.features.step_in_backward is not None
-        self._waiting = _WaitBeforeChanges(self._copying.wait, in_backward=in_backward)
+        waits = self._copying_alike.wait, self._copying.wait
+        self._waiting = _WaitBeforeChanges(*waits, in_backward=in_backward)
         model.features.features.add(self._waiting)
 
     def restore(self, *, newer_than: int = -1) -> dict[str, Any]:
@@ -139,13 +150,15 @@ class Guard:
             dict where there is nothing.
 
         Raises:
-            CheckpointError: on all ranks: what was copied is of another model, or there is no room for what is on other hosts. Nothing has
-                been changed.
+            CheckpointError: on all ranks: what was copied is of another model, or beside other frozen parameters, there is no room for what is
+                on other hosts, or hosts were lost with both copies of some ranks, and `newer_than` names no step of a checkpoint to go
+                on from instead. Nothing has been changed.
         """
         self._check_is_last()
         self.wait()
         self._sending.wait()
         self._copier = self._neighbours = None  # whatever comes has a file of its own
+        self._copies = 0
         found = together(
             self._group,
             f"looking for copies in {self._directory}",
@@ -154,12 +167,18 @@ class Guard:
         )
         self._layout = found.last_layout
         if found.step is None or found.step <= newer_than:
-            self._remove_all_but(())
+            self._pass_over(found, newer_than)
+            self._keep_only(found, ())
             return {}
         self._fetch(found)
+        what = f"opening the copies in {self._directory}"
+        frozen = together(self._group, what, partial(self._has_frozen, found), lambda done: done)
         source = Source(str(self._directory), partial(self._open, found))
-        loaded = load_source(source, self._group, self._model, self._optimizers, self._extra, self._rank_extra)
-        self._remove_all_but(found.names)
+        loaded = load_source(
+            source, self._group, self._model, self._optimizers, self._extra, self._rank_extra, frozen=frozen
+        )
+        del source  # which maps what is given back
+        self._keep_only(found, found.names)
         self._last_step = found.step
         return {**loaded, "step": found.step}
 
@@ -180,25 +199,30 @@ class Guard:
             return
         self.wait()
         self._sending.wait()
+        if not self._frozen:
+            self._note_left_out()
         entries, packed, is_new = self._take_together(step)
         is_back = self._last_step is not None and step <= self._last_step
         self._last_step = step
         if is_new or is_back:
             self._lay_out(entries, packed, anew=is_back or self._layout is None)
-        elif self._has_older and self._copies:
-            self._remove_older()
+        elif self._copies == 1:
+            self._take_second()
         assert self._copier is not None
-        finish = self._copier.begin(entries, packed, step)
-        if all(shard.is_cpu for shard in entries.shards()):
-            self._copying.start(finish)
-        else:
-            finish()  # behind the step, on its stream
+        start, start_alike = self._copying.start, self._copying_alike.start
+        if not all(shard.is_cpu for shard in entries.shards()):
+            start = start_alike = _call  # behind the step, on its stream
+        if self._neighbours is not None:
+            start_alike(self._neighbours.begin())
+        start(self._copier.begin(entries, packed, step))
         self._copies += 1
-        if self._sends:
-            self._sending.start(partial(self._send, self._copying.future, step))
+        if self._neighbours is not None:
+            parts = [one.future for one in (self._copying_alike, self._copying) if one.future is not None]
+            self._sending.start(partial(self._send, parts, step))
 
     def wait(self) -> None:
-        """Return when the last copy is whole on this rank. Not collective."""
+        """Return when the last copy is whole on this rank, and what it keeps of others' has no need of its model any more. Not collective."""
+        self._copying_alike.wait()
         self._copying.wait()
 
     def close(self) -> None:
@@ -208,7 +232,11 @@ class Guard:
         self._model.features.features.switch(self._waiting, on=False)
         self._control.barrier("giving copies back")
         self._copier = self._neighbours = None
-        if self._is_first_of_host and _last_guards.get(self._directory) is self:
+        is_mine = self._is_first_of_host and _last_guards.get(self._directory) is self
+        if is_mine:
+            forget_all_but(self._directory, ())
+        self._control.barrier("giving copies back")
+        if is_mine:
             remove_job(self._directory)
 
     def __enter__(self) -> Self:
@@ -246,6 +274,50 @@ class Guard:
             )
 
     # Going on.
+
+    def _pass_over(self, found: Found, newer_than: int) -> None:
+        """Raise CheckpointError where something was lost without which the run would begin again. On all ranks alike."""
+        if found.lost is None or found.lost.step <= newer_than:
+            return
+        ranks = ", ".join(map(str, found.lost.ranks))
+        what = f"of step {found.lost.step} there are copies of some ranks, but on no host of rank {ranks}: hosts were lost with both of theirs"
+        if newer_than <= 0:
+            raise CheckpointError(
+                f"{what}, and there is nothing else to go on from: load a checkpoint, and give its step as newer_than; to begin anew, remove "
+                f"what is left in {self._directory} on all hosts"
+            )
+        if self._control.rank == 0:
+            _log.warning("%s; going on from step %d", what, newer_than)
+
+    def _has_frozen(self, found: Found) -> bool:
+        """Whether frozen parameters were copied. Raises CheckpointError where they were not, and are not as they were."""
+        expected = self._open(found).left_out
+        if expected is None:
+            return True
+        frozen = frozen_parameters(self._model)
+        if frozen.keys() != expected.keys():
+            raise CheckpointError(
+                f"copies were made beside {len(expected)} frozen parameters that they leave out, and the model has {len(frozen)}, or others"
+            )
+        for name, checksum in self._mine(frozen):
+            if checksum != expected[name]:
+                raise CheckpointError(
+                    f"{name!r}, which is frozen and not among the copies, is not as it was when they were made: make it so before restore()"
+                )
+        return False
+
+    def _mine(self, frozen: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+        """This rank's share of the checksums of frozen parameters, which all ranks have alike."""
+        for number, (name, param) in enumerate(frozen.items()):
+            if number % self._control.size == self._control.rank:
+                yield name, checksum_of(param)
+
+    def _note_left_out(self) -> None:
+        """Compute the checksums of what is not copied, unless they are of the same parameters. Collective then, on all ranks alike."""
+        frozen = frozen_parameters(self._model)
+        if self._left_out is None or self._left_out.keys() != frozen.keys():
+            shares = self._control.objects(dict(self._mine(frozen)), "computing checksums of what is frozen")
+            self._left_out = {name: checksum for share in shares for name, checksum in share.items()}
 
     def _fetch(self, found: Found) -> None:
         """Bring what is on another host alone to each host. Collective."""
@@ -304,7 +376,7 @@ class Guard:
         for one in self._optimizers:
             one.check_can_save(self._group)
             one.follow_writes()
-        nested = own_contents(model, self._optimizers)
+        nested = own_contents(model, self._optimizers, frozen=self._frozen)
         facts = None
         residuals, kept = take_out(residual_contents(model))
         side: dict[str, Any] = {residual_file(rank): residuals}
@@ -312,6 +384,7 @@ class Guard:
             part = describe_part(model, self._optimizers)
             nested["optimizer"]["param_groups"] = part.param_groups
             facts = {"world_size": self._control.size, "optimizers": part.facts, "runs": list(runs_of(model))}
+            facts["frozen"] = self._left_out
             side[EXTRA] = pack_extra(self._extra)
         if self._rank_extra is not None:
             side[rank_file(rank)] = pack_extra(self._rank_extra)
@@ -325,61 +398,102 @@ class Guard:
         """Find places anew, in another file, and with `anew`, without what there is. Collective."""
         if anew:
             self._begin_anew()
+        elif self._copies:
+            self._remove_older()
+            for slots in self._slots():
+                slots.give_back(all_but=max(slots.steps))
         assert self._layout is not None
         self._layout += 1
-        path = self._directory / str(FileName(self._layout, self._control.size, self._control.rank))
+        self._copies = 0
+        rank, alike = self._control.rank, Alike.of(self._model)
+        ring = Ring.of(rank, self._hosts)
+        path = self._directory / str(FileName(self._layout, self._control.size, rank))
 
         def plan_mine() -> SavePlan:
             return entries.planner.create_local_plan()
 
-        def plan_all(plans: list[SavePlan]) -> list[tuple[SavePlan, Metadata | None]]:
+        def plan_all(plans: list[SavePlan]) -> list[_Planned]:
             planned, metadata = entries.planner.create_global_plan(plans)
-            return [(plan, None if rank else metadata) for rank, plan in enumerate(planned)]
+            rings = [Ring.of(rank, self._hosts) for rank in range(len(plans))]
+            return [
+                _Planned(plan, None if rank else metadata, [planned[source] for source in rings[rank].sources])
+                for rank, plan in enumerate(planned)
+            ]
 
         def make() -> None:
-            self._copier = Copier(path, plan, metadata, entries, packed)
+            places = Places.of(planned.mine, alike.names, entries.kept, len(packed))
+            self._copier = Copier(path, places, planned.metadata, entries)
 
         def find_neighbours() -> None:
             assert self._between is not None and self._copier is not None
-            ring = Ring.of(self._control.rank, self._hosts)
-            self._neighbours = Neighbours(self._between, ring, self._copier.slots, self._directory)
+            mine, begin = self._copier.slots, self._copier.alike_end
+            places = [Places.of(plan, alike.names) for plan in planned.of_sources]
+            self._neighbours = Neighbours(self._between, ring, mine, begin, self._directory, places, alike)
 
         what = f"making room for copies in {self._directory}"
-        plan, metadata = together(self._group, what, plan_mine, plan_all)
+        planned = together(self._group, what, plan_mine, plan_all)
         together(self._group, what, make, lambda done: done)
         if self._sends:
             together(self._group, what, find_neighbours, lambda done: done)
-        self._copies = 0
-        self._has_older = True
 
     def _begin_anew(self) -> None:
         """What another run may have left, or this one before it went back, is not to be taken for what comes. Collective."""
         self._copier = self._neighbours = None
-        self._remove_all_but(())
+        self._keep_only(Found(), ())
         self._layout = 0
 
-    def _remove_all_but(self, names: Collection[FileName]) -> None:
-        """Whoever is killed again and again leaves no more than this. Collective."""
+    def _keep_only(self, found: Found, names: Collection[FileName]) -> None:
+        """Whoever is killed again and again leaves no more than this: of these files, the slots that a run goes on from. Collective."""
+
+        def forget_mine() -> None:
+            if self._is_first_of_host:
+                forget_all_but(self._directory, names)
 
         def remove_mine() -> None:
-            if self._is_first_of_host:
-                remove_all_but(self._directory, names)
+            if not self._is_first_of_host:
+                return
+            remove_all_but(self._directory, names)
+            for name in files_in(self._directory):
+                assert found.step is not None
+                Slots.open(self._directory / str(name)).give_back(all_but=found.step)
+
+        # First of all, nothing is a copy any more: whoever is killed meanwhile must not leave some of a step on one host, and none on another.
+        what = f"removing what is left in {self._directory}"
+        together(self._group, what, forget_mine, lambda done: done)
+        together(self._group, what, remove_mine, lambda done: done)
+
+    def _take_second(self) -> None:
+        """All ranks have a whole copy in the present layout: what another one took is for the next copy. Collective."""
+        self._remove_older()
+
+        def take() -> None:
+            for slots in self._slots():
+                slots.take_second()
+
+        together(self._group, f"making room for copies in {self._directory}", take, lambda done: done)
+
+    def _remove_older(self) -> None:
+        """All ranks have a whole copy in the present layout, so that nobody needs another. Collective."""
+        assert self._layout is not None
+        layout = self._layout
+
+        def remove_mine() -> None:
+            for name in files_in(self._directory) if self._is_first_of_host else ():
+                if name.layout < layout:
+                    (self._directory / str(name)).unlink(missing_ok=True)
 
         together(self._group, f"removing what is left in {self._directory}", remove_mine, lambda done: done)
 
-    def _remove_older(self) -> None:
-        """All ranks have a whole copy in the present layout, so that nobody needs another."""
-        self._has_older = False
-        assert self._layout is not None
-        for name in files_in(self._directory) if self._is_first_of_host else ():
-            if name.layout < self._layout:
-                (self._directory / str(name)).unlink(missing_ok=True)
+    def _slots(self) -> list[Slots]:
+        """Those that this rank writes: its own, and those of ranks of another host."""
+        assert self._copier is not None
+        return [self._copier.slots, *([] if self._neighbours is None else self._neighbours.kept)]
 
     # Sending to another host.
 
-    def _send(self, copied: Future[None] | None, step: int) -> None:
-        if copied is not None:
-            copied.result()
+    def _send(self, parts: Sequence[Future[None]], step: int) -> None:
+        for part in parts:
+            part.result()
         assert self._neighbours is not None
         self._neighbours.exchange(step)
 
@@ -389,6 +503,18 @@ _last_guards: WeakValueDictionary[Path, Guard] = WeakValueDictionary()
 
 _FITS, _IS_NEW, _FAILED = range(3)
 """What ranks tell each other of what they have to copy."""
+
+
+class _Planned(NamedTuple):
+    """mine: the plan of a rank. metadata: of all ranks; None but on the first one. of_sources: plans of the ranks whose copies it keeps."""
+
+    mine: SavePlan
+    metadata: Metadata | None
+    of_sources: list[SavePlan]
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
 
 
 class _Background:
@@ -411,16 +537,24 @@ class _Background:
 
 
 class _WaitBeforeChanges(Feature):
-    """What changes parameters and state waits until they are copied: a step, or a backward that steps."""
+    """What changes parameters and state waits until they are copied.
 
-    def __init__(self, wait: Callable[[], None], *, in_backward: bool) -> None:
-        self._wait, self._in_backward = wait, in_backward
+    Args:
+        wait_alike: until what other ranks step is copied, which they may change as soon as they have this rank's gradients.
+        wait: until all else is.
+        in_backward: a backward steps.
+    """
+
+    def __init__(self, wait_alike: Callable[[], None], wait: Callable[[], None], *, in_backward: bool) -> None:
+        self._wait_alike, self._wait, self._in_backward = wait_alike, wait, in_backward
 
     def backward_begins(self) -> None:
-        """Parameters may change in it."""
+        """What others step may change in it, and with `in_backward` everything."""
+        self._wait_alike()
         if self._in_backward:
             self._wait()
 
     def before_step(self, step: Step) -> None:
         """Parameters change next."""
+        self._wait_alike()
         self._wait()

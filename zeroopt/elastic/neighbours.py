@@ -3,12 +3,13 @@
     host 0   rank 0 ──▶ rank 2   host 1        and from the last host to the first
              rank 1 ──▶ rank 3
 
-What another host holds of a rank is a file as the rank's own, with two slots, of which one is whole.
+What another host holds of a rank is a file as the rank's own, with two slots, of which one is whole. What all ranks have is not sent:
+who keeps it takes it from its own model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ..collectives import ControlGroup
 from ..collectives.pending import PendingWork, start_message
+from .alike import Alike
+from .contents import Places
 from .slots import Slots
 
 _Array = NDArray[Any]
@@ -62,36 +65,66 @@ class Neighbours:
 
     Args:
         control: of a Gloo group that only one thread uses at a time.
-        mine: what is sent.
+        mine: what is sent, from `begin` on.
+        begin: in a slot, where that begins which not all ranks have.
         directory: where what comes is kept.
+        places: in the slots of the ring's sources, in their order.
+        alike: what all ranks have.
+
+    Attributes:
+        kept: of the ring's sources, in their order.
 
     Raises:
         CollectiveError: a neighbour is gone.
         OSError: there is not enough memory. What others send is taken all the same.
     """
 
-    def __init__(self, control: ControlGroup, ring: Ring, mine: Slots, directory: Path) -> None:
-        self._control, self._ring, self._mine = control, ring, mine
+    def __init__(
+        self,
+        control: ControlGroup,
+        ring: Ring,
+        mine: Slots,
+        begin: int,
+        directory: Path,
+        places: Sequence[Places],
+        alike: Alike,
+    ) -> None:
+        self._control, self._ring, self._mine, self._begin = control, ring, mine, begin
+        self._places, self._alike = places, alike
         name = _array(mine.path.name.encode())
         table = _array(mine.table)
         sizes = np.array([len(name), len(table), mine.slot_bytes], dtype=np.int64)
         told = self._exchange(sizes, [np.zeros(3, dtype=np.int64) for _ in ring.sources])
         names = self._exchange(name, [np.zeros(size[0], dtype=np.uint8) for size in told])
         tables = self._exchange(table, [np.zeros(size[1], dtype=np.uint8) for size in told])
-        self._kept = [
+        self.kept = [
             Slots.make(directory / name.tobytes().decode(), table.tobytes(), int(size[2]))
             for size, name, table in zip(told, names, tables, strict=True)
         ]
+        self._written = [0] * len(self.kept)  # slots
+
+    def begin(self) -> Callable[[], None]:
+        """Begin the copies of others with what this rank has, too. What steps change of it is copied by what is returned, before any rank
+        steps again."""
+        self._written = [kept.older for kept in self.kept]
+        targets = [
+            view
+            for kept, slot, places in zip(self.kept, self._written, self._places, strict=True)
+            for view in places.views(kept.begin(slot), alike=True)
+        ]
+        return self._alike.copy_begun(targets)
 
     def exchange(self, step: int) -> None:
-        """Send the slot of a step, and keep those of others. All ranks call it."""
+        """Send the slot of a step, and keep those of others, which have begun. All ranks call it."""
         slot = self._mine.slot_of(step)
         assert slot is not None
-        numbers = [kept.older for kept in self._kept]
-        into = [kept.begin(number) for kept, number in zip(self._kept, numbers, strict=True)]
-        self._exchange(self._mine.bytes_of(slot), into)
-        for kept, number in zip(self._kept, numbers, strict=True):
-            kept.finish(number, step)
+        into = [
+            kept.bytes_of(slot)[places.alike_end :]
+            for kept, slot, places in zip(self.kept, self._written, self._places, strict=True)
+        ]
+        self._exchange(self._mine.bytes_of(slot)[self._begin :], into)
+        for kept, written in zip(self.kept, self._written, strict=True):
+            kept.finish(written, step)
 
     def _exchange(self, mine: _Array, into: list[_Array]) -> list[_Array]:
         """Send an array to the next host, and receive one from each source."""

@@ -23,6 +23,7 @@ MEMORY = "/dev/shm"
 _JOB = re.compile(r"[A-Za-z0-9._-]+")
 _FILE = re.compile(r"(?P<layout>[0-9]{8})-of-(?P<ranks>[0-9]+)-rank-(?P<rank>[0-9]+)")
 _OF_PROCESS = re.compile(r"of-process-(?P<namespace>[0-9]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)")
+_BLOCK_BYTES = 512  # of `st_blocks`, whatever blocks the file system has
 _START_FIELD = 19  # of /proc/PID/stat, counted from behind the name of the program
 
 
@@ -109,8 +110,13 @@ def jobs(memory: str | os.PathLike[str] = MEMORY) -> Iterator[str]:
 
 
 def bytes_of(job: str, memory: str | os.PathLike[str] = MEMORY) -> int:
-    """What the files of a job take."""
-    return sum(path.stat().st_size for path in directory_of(job, memory).iterdir())
+    """What the files of a job take, which is less than they are long where a slot has no memory."""
+    return bytes_in(directory_of(job, memory))
+
+
+def bytes_in(directory: Path) -> int:
+    """Likewise, of all files of a directory."""
+    return sum(path.stat().st_blocks for path in directory.iterdir()) * _BLOCK_BYTES
 
 
 def _prefix() -> str:

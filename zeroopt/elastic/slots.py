@@ -5,6 +5,9 @@
     └────────┴───────┴────────┴────────┘
 
 The header says of which step each slot is. While one is written, it says that it is of none.
+
+The second slot takes no memory before it is asked for, and a slot that nobody needs any more gives its own back: where one file follows
+another, there are never more than two slots of each rank.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from ..pages import release
 
 _MAGIC = 0x7A65726F736C6F74  # "zeroslot", of files that are laid out like this
 _HEADER_BYTES = 4096
@@ -41,7 +47,7 @@ class Slots:
 
     @staticmethod
     def make(path: Path, table: bytes, slot_bytes: int, *, slots: int = 2) -> Slots:
-        """A new file, in place of one that is there. All of its memory is taken at once.
+        """A new file, in place of one that is there. The memory of the first slot is taken at once, that of the second by `take_second`.
 
         Args:
             slots: 1 for what is only to be read.
@@ -54,7 +60,8 @@ class Slots:
         made = path.with_name(f".{path.name}")
         descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + table_bytes + slots * slot_bytes)
+            os.ftruncate(descriptor, _HEADER_BYTES + table_bytes + slots * slot_bytes)
+            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + table_bytes + slot_bytes)
             mapped = mmap.mmap(descriptor, 0)
             header = np.frombuffer(mapped, dtype=np.int64, count=_FIELDS)
             header[:] = (_MAGIC, len(table), slot_bytes, NOT_WHOLE, NOT_WHOLE)
@@ -111,10 +118,31 @@ class Slots:
         """It is whole."""
         self._header[_STEPS + slot] = step
 
+    def forget(self) -> None:
+        """No slot is of any step."""
+        self._header[_STEPS : _STEPS + 2] = NOT_WHOLE
+
+    def take_second(self) -> None:
+        """Take the memory of the second slot, where it has none. Raises OSError where there is not so much."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, self._start_of(1), self.slot_bytes)
+        finally:
+            os.close(descriptor)
+
+    def give_back(self, *, all_but: int) -> None:
+        """Give back the memory of slots that are not of this step, which nobody needs, and nobody writes to any more."""
+        for slot, step in enumerate(self.steps):
+            if step != all_but and self._start_of(slot) < len(self._bytes):
+                release(torch.from_numpy(self.begin(slot)))
+
     def bytes_of(self, slot: int) -> NDArray[np.uint8]:
         """The bytes of a slot."""
-        start = _HEADER_BYTES + _up_to_page(int(self._header[1])) + slot * self.slot_bytes
+        start = self._start_of(slot)
         return self._bytes[start : start + self.slot_bytes]
+
+    def _start_of(self, slot: int) -> int:
+        return self.bytes_with_one + (slot - 1) * self.slot_bytes
 
 
 def _up_to_page(num_bytes: int) -> int:

@@ -59,6 +59,12 @@ class StoredCheckpoint(Checkpoint):
         return facts
 
     @property
+    def left_out(self) -> dict[str, int] | None:
+        """Checksums of the frozen parameters, by name, where they were not copied; None: they were."""
+        left_out: dict[str, int] | None = self.facts.get("frozen")
+        return left_out
+
+    @property
     def identity(self) -> tuple[str, int]:
         """What tells it from others: the same on all hosts, whose directories may have different names."""
         return self._names[0], self._step

@@ -36,11 +36,12 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def model_contents(model: ZeroDataParallel, *, trained_only: bool = False) -> dict[str, Any]:
+def model_contents(model: ZeroDataParallel, *, trained_only: bool = False, frozen: bool = True) -> dict[str, Any]:
     """What this rank writes of a model, by name. Live tensors.
 
     Args:
         trained_only: of its state dict, only parameters that optimizers train.
+        frozen: parameters that they do not train, too.
     """
     parts = {s.owner.param: _exact_part(bucket, s, r) for bucket, s, r in _parts(model.replica.buckets, model)}
     managed = {m.param for m in model.replica.params}
@@ -50,7 +51,7 @@ def model_contents(model: ZeroDataParallel, *, trained_only: bool = False) -> di
         if isinstance(value, nn.Parameter) and value in managed:
             if value in parts or value.numel() == 0:  # of no elements no rank has a part
                 contents[clean_name(name)] = parts.get(value, value.detach())
-        elif trained_only:
+        elif trained_only or (isinstance(value, nn.Parameter) and not frozen):
             continue
         elif is_distributed(value) or rank == (number % size if isinstance(value, nn.Parameter) else 0):
             # Of a DTensor every rank has another part; buffers, which ranks may have different ones of, are those of the first.

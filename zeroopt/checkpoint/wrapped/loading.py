@@ -168,15 +168,21 @@ def load_source(
     *,
     strict: bool = True,
     trained_only: bool = False,
+    frozen: bool = True,
 ) -> dict[str, Any]:
-    """What `load` does, from a checkpoint that may lie elsewhere. Collective in the group."""
+    """What `load` does, from a checkpoint that may lie elsewhere. Collective in the group.
+
+    Args:
+        frozen: parameters that no optimizer trains are loaded, too, but for `trained_only`. The same on all ranks.
+    """
 
     def open_source() -> _Opened:
         optimizers = optimizers_of(model, optimizer)
         check_group(model, group)
         identity = source.open(with_optimizer=bool(optimizers))
         is_first = model.replica.transport.control.rank == 0
-        return _Opened(identity, list(model_names(model, source.model, trained_only=trained_only)) if is_first else [])
+        names = model_names(model, source.model, trained_only=trained_only, frozen=frozen) if is_first else ()
+        return _Opened(identity, list(names))
 
     def compare(opened: list[_Opened]) -> list[None]:
         _check_same([one.identity for one in opened])
@@ -190,7 +196,7 @@ def load_source(
 
     def read() -> None:
         reading.take_extra(source, extra, rank_extra, group)
-        reading.take_model(source, model, trained_only=trained_only)
+        reading.take_model(source, model, trained_only=trained_only, frozen=frozen)
         for one in optimizers_of(model, optimizer):
             reading.take_state(source, one, strict=strict)
         if optimizer is not None:
@@ -274,9 +280,9 @@ class _Reading:
             self.rank_extra = checkpoint.side_file(rank_file(group.rank())) or {}
             check_extra(rank_extra, self.rank_extra)
 
-    def take_model(self, source: Source, model: ZeroDataParallel, *, trained_only: bool) -> None:
+    def take_model(self, source: Source, model: ZeroDataParallel, *, trained_only: bool, frozen: bool) -> None:
         """Read this rank's part of the model."""
-        target = model_target(model, source.model, trained_only=trained_only)
+        target = model_target(model, source.model, trained_only=trained_only, frozen=frozen)
         values = source.checkpoint.read(target.entries)
         self._trained = [partial(commit, values) for commit in target.trained]
         self._rest = [partial(commit, values) for commit in target.rest]

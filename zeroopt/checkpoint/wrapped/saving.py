@@ -219,11 +219,15 @@ def _take(
 
 
 def own_contents(
-    model: ZeroDataParallel, optimizers: Sequence[ZeroOptimizer], *, trained_only: bool = False
+    model: ZeroDataParallel,
+    optimizers: Sequence[ZeroOptimizer],
+    *,
+    trained_only: bool = False,
+    frozen: bool = True,
 ) -> dict[str, Any]:
     """What this rank has of a model and its optimizers, as `write_checkpoint` takes it, without their options. Live tensors."""
     state = {name: entry for one in optimizers for name, entry in state_contents(one).items()}
-    contents: dict[str, Any] = {"model": model_contents(model, trained_only=trained_only)}
+    contents: dict[str, Any] = {"model": model_contents(model, trained_only=trained_only, frozen=frozen)}
     if optimizers:
         contents["optimizer"] = {"state": state}
     return contents

@@ -93,17 +93,26 @@ class Names:
         return key in self._saved
 
 
-def model_names(model: ZeroDataParallel, names: Names, *, trained_only: bool) -> dict[str, tuple[str, Any]]:
+def model_names(
+    model: ZeroDataParallel, names: Names, *, trained_only: bool, frozen: bool = True
+) -> dict[str, tuple[str, Any]]:
     """What a model's state dict has, by the checkpoint's keys: name and live value.
 
     Args:
         trained_only: only parameters that optimizers train.
+        frozen: parameters that they do not train, too.
     """
     trained = {managed.param for managed in model.replica.params}
+
+    def is_wanted(value: Any) -> bool:
+        if isinstance(value, nn.Parameter):
+            return value in trained or (frozen and not trained_only)
+        return not trained_only
+
     return {
         f"{names.prefix}.{clean_name(name)}": (name, value)
         for name, value in model.module.state_dict(keep_vars=True).items()
-        if not trained_only or (isinstance(value, nn.Parameter) and value in trained)
+        if is_wanted(value)
     }
 
 
@@ -136,10 +145,10 @@ def _saved_as(key: str, names: Names) -> list[str]:
     return [key] if key in names else [below for below, _ in names.below(path)] if path.endswith(_EXTRA) else []
 
 
-def model_target(model: ZeroDataParallel, names: Names, *, trained_only: bool) -> Target:
+def model_target(model: ZeroDataParallel, names: Names, *, trained_only: bool, frozen: bool = True) -> Target:
     """The model's part, as far as the checkpoint has it."""
     target = Target()
-    wanted = model_names(model, names, trained_only=trained_only)
+    wanted = model_names(model, names, trained_only=trained_only, frozen=frozen)
     aliases: dict[nn.Parameter, list[str]] = {}
     for key, (_, value) in wanted.items():
         if isinstance(value, nn.Parameter):
