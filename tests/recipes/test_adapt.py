@@ -24,7 +24,7 @@ from recipes.generate.model import GPT, IGNORED
 from recipes.outcome import Outcome
 from recipes.text import find_tokens
 
-SMALL = "--steps=16"
+SMALL = "--steps=8"
 
 
 @pytest.fixture(scope="module")
