@@ -400,7 +400,9 @@ def test_compare_counts_what_a_connection_sends(compare_modules: dict[str, Any])
         socket.create_connection(server.getsockname()) as client,
         server.accept()[0] as peer,
     ):
+        open_before = set(os.listdir("/proc/self/fd"))
         before = sent_bytes()
+        assert set(os.listdir("/proc/self/fd")) == open_before, "nothing is left open"
         client.sendall(bytes(1000))
         assert sent_bytes() - before == 1000
         peer.sendall(bytes(10))

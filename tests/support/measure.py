@@ -1,4 +1,4 @@
-"""What a process or the loopback interface has used, read from Linux's /proc."""
+"""What a process has used, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -72,15 +72,6 @@ def pss_bytes() -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no Pss in /proc/self/smaps_rollup")
-
-
-def loopback_bytes() -> int:
-    """Bytes received over `lo` so far, by every process of this network namespace."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == "lo":
-            return int(counters.split()[0])
-    raise RuntimeError("no interface lo in /proc/net/dev")
 
 
 def run_fresh(
