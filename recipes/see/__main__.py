@@ -1,6 +1,7 @@
 """Trains a residual network or a vision transformer on images, and keeps an average of its weights.
 
     python -m recipes.see                                             two ranks here: by DDP, then by zeroopt, side by side
+    python -m recipes.see --preset vit-tiny                           a vision transformer, instead of a residual network
     torchrun --nproc-per-node 8 -m recipes.see --preset resnet152 --images ~/imagenet
 
 `--images` is a folder that has, in `train` and in `val`, a folder of images for each class. Without it, scikit-learn's digits.
@@ -27,7 +28,6 @@ from recipes.run import Run, over_ranks
 from recipes.see.images import Images, Sample, batches, load_images, vary
 from recipes.see.norms import NORMS, on_device
 from recipes.see.presets import PRESETS
-from recipes.side_by_side import Launch
 
 SMOOTHING = 0.1  # of labels
 
@@ -95,12 +95,5 @@ def parser() -> ArgumentParser:
     return options
 
 
-def launches() -> tuple[Launch, ...]:
-    """One network of either kind, unless one was asked for."""
-    if any(argument.startswith("--preset") for argument in sys.argv):
-        return (Launch(),)
-    return tuple(Launch(preset, arguments=(f"--preset={preset}",)) for preset in ("resnet-tiny", "vit-tiny"))
-
-
 if __name__ == "__main__":
-    sys.exit(main(train, parser(), launches()))
+    sys.exit(main(train, parser()))
