@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from short_timeouts import lose_patience
 from worker_pool import WORKER_DIED, RunOnRanks
 
 from zeroopt import CollectiveError
@@ -81,3 +84,34 @@ def make_where_one_rank_is_in_more_groups() -> int:
 
 def test_ranks_may_be_in_different_groups(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, make_where_one_rank_is_in_more_groups) == [3, 3]
+
+
+def wait_for_who_waits(folder: Path) -> str:
+    """Rank 1 does nothing. Rank 0 waits for it in the second group, and then rank 2 for rank 0 in the first one."""
+    rank, first = dist.get_rank(), dist.new_group()
+    second = second_group(first, "testing")
+    lose_patience(2.0)
+    failed, named = folder / "failed", folder / "named"
+    message = ""
+    if rank == 0:
+        with pytest.raises(CollectiveError):
+            ControlGroup(second).receive(torch.zeros(1), 1, "in the second group")
+        failed.touch()
+    if rank == 2:
+        wait_for(failed)
+        with pytest.raises(CollectiveError) as raised:
+            ControlGroup(first).receive(torch.zeros(1), 0, "in the first group")
+        message = str(raised.value)
+        named.touch()
+    wait_for(named)
+    return message
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def test_a_rank_that_has_failed_in_the_one_names_in_the_other(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    message = run_on_ranks(3, wait_for_who_waits, tmp_path)[2]
+    assert message.startswith("in the first group: failed for want of rank 1: ")

@@ -62,6 +62,9 @@ _wholes: WeakKeyDictionary[dist.ProcessGroup, tuple[ReferenceType[dist.ProcessGr
     WeakKeyDictionary()
 )
 
+# Of groups that are made for another thread: that of the same ranks in which notes are left.
+_firsts: WeakKeyDictionary[dist.ProcessGroup, ReferenceType[dist.ProcessGroup]] = WeakKeyDictionary()
+
 
 def add_witness(group: dist.ProcessGroup, witness: Witness) -> None:
     """Ask the witness, as long as it lives, where something fails in the group."""
@@ -76,6 +79,11 @@ def note_connected(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
 def note_part(group: dist.ProcessGroup, whole: dist.ProcessGroup, ranks: Sequence[int]) -> None:
     """A group is part of another one, in which its ranks have these numbers."""
     _wholes[group] = ref(whole), ranks
+
+
+def note_second(group: dist.ProcessGroup, first: dist.ProcessGroup) -> None:
+    """A group has the same ranks as another one, in which they leave notes: a rank that has failed in one may be waited for in the other."""
+    _firsts[group] = ref(first)
 
 
 def name_of(group: dist.ProcessGroup, rank: int) -> int:
@@ -230,6 +238,7 @@ class _Notes:
     """What ranks say of themselves in a process group's store. Where there is none, or it is lost, nobody says anything."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        group = (_firsts[group]() if group in _firsts else None) or group
         # After `destroy_process_group` there is none.
         self._store: Any = dist.distributed_c10d._world.pg_map.get(group, ("", None))[1]
 

@@ -12,7 +12,7 @@ from .control import ControlGroup
 from .descriptors import warn_of_few_descriptors
 from .group_names import level_names
 from .group_timeout import group_timeout
-from .lost import note_connected
+from .lost import note_connected, note_second
 
 _BACKEND = "zeroopt_gloo"  # Gloo that connects ranks when they first tell each other something
 
@@ -33,6 +33,7 @@ def second_group(group: dist.ProcessGroup, what: str) -> dist.ProcessGroup:
     backend = _BACKEND if _connects_late() else "gloo"
     level_names(group, "gloo")
     made: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    note_second(made, group)
     if backend == _BACKEND:
         note_connected(made, range(len(ranks)) if group.rank() == 0 else [0])
     ControlGroup(made).collect(None, 0, what)
