@@ -144,7 +144,8 @@ class Segments:
             self.states.append(states)
             self.scales.append(scales)
         self.active = np.array([i != 2 for i in range(len(ranges))], np.uint8)
-        self.steps = np.arange(len(ranges), dtype=np.float32)
+        self.steps = np.zeros((2, len(ranges)), dtype=np.float32)  # see common/step_count.h
+        self.steps[0] = np.arange(len(ranges))
         self.squares = np.zeros((len(ranges), 2))
         has_master = param in (1, 2, 3)
         rows = [
