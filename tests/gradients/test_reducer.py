@@ -15,6 +15,7 @@ import torch.distributed as dist
 from follow import inputs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snapshot
 from worker_pool import RunOnRanks
 
@@ -174,6 +175,42 @@ def test_unused_parameters_follow_ddp(run_on_ranks: RunOnRanks, world_size: int,
         for history in rank[1:]:
             for want, got in zip(rank[0], history, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+class UsedTwice(nn.Module):
+    """A layer that two segments of checkpointing use, and heads of which each rank uses its own, so that one rank alone fills the buckets before
+    that of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.between = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.heads = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, *, again: bool) -> Tensor:
+        for part in (self.layer, self.between, self.layer, *self.heads[dist.get_rank() :: 2]):
+            x = checkpoint(part, x, use_reentrant=True) if again else part(x)
+        return x
+
+
+def train_used_twice(options: Options) -> list[list[Tensor]]:
+    histories = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = UsedTwice()
+        model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), bucket_mb=0.002, **options)
+        for _ in range(2):
+            loss_of(model(torch.ones(2, 16, requires_grad=True), again=again)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        histories.append(snapshot(net))
+    return histories
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_use_other_parameters_reduce_as_often(run_on_ranks: RunOnRanks, stage: int) -> None:
+    for expected, found in run_on_ranks(2, train_used_twice, {"stage": stage}):
+        for want, got in zip(expected, found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 def gradients_after_backward(stage: int) -> tuple[list[Tensor | None], list[Tensor]]:

@@ -472,8 +472,6 @@ class GradientReducer:
         if filling.arrivals.arrived[index]:
             if not (self._is_within and self.adds_within):
                 self._refuse_second(managed)
-            if not filling.packed[index]:  # autograd has added it to the one that waits
-                return False
             self._begin_again(managed)
         bucket = filling.arrivals.bucket_of[index]
         full = None
@@ -531,8 +529,13 @@ class GradientReducer:
 
     @torch.no_grad()
     def _begin_again(self, managed: ManagedParam) -> None:
-        """The gradient of a parameter has come once more. What came before is summed as that of a backward of its own."""
-        grad = self.view.take_hidden(managed)
+        """The gradient of a parameter has come once more. What came before is summed as that of a backward of its own.
+
+        So it is, with zeros behind it, where autograd has added what comes to a gradient that waits for its bucket: whether one waits depends
+        on which parameters a rank uses, and all ranks begin again.
+        """
+        is_packed = self._filling.packed[managed.index]
+        grad = self.view.take_hidden(managed) if is_packed else torch.zeros_like(managed.local)
         self._end()
         self._start_backward()
         self._note_within()
