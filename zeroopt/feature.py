@@ -12,7 +12,7 @@ from torch import Tensor
 from .storage.bucket import Bucket
 from .storage.gradient_store import GradientStore
 from .storage.stripe import Stripe
-from .weak_methods import weak_method
+from .weak_methods import weak_call
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Features:
         for name, methods in self.calls.items():
             # In place: whoever calls them keeps the list.
             methods[:] = [
-                weak_method(getattr(each, name))
+                weak_call(each, name)
                 for each in self._known
                 if each in self._on and getattr(type(each), name) is not getattr(Feature, name)
             ]

@@ -741,7 +741,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._trained.follow_writes()
 
     def _take_over_methods(self) -> None:
-        """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one, for as long as there is this one."""
+        """Who still holds the wrapped optimizer clears gradients, or is refused, as if it were this one, for as long as there is this one.
+        Afterwards it has its own methods again, but does not step: nobody averages gradients any more."""
         taken: dict[str, Any] = {
             "zero_grad": weak_method(self.zero_grad),
             "add_param_group": weak_method(self.add_param_group),
@@ -750,8 +751,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if callable(getattr(type(self._inner), name, None)):
                 vars(self)[name] = taken[name] = partial(weak_method(self._switch), name)
         vars(self._inner).update(taken)
-        self._give_methods_back = weakref.finalize(self, _forget, weakref.ref(self._inner), list(taken))
-        self._give_methods_back.atexit = False
+        self._when_dropped = weakref.finalize(self, _retire, weakref.ref(self._inner), list(taken))
+        self._when_dropped.atexit = False
 
     @torch.no_grad()
     def _switch(self, mode: str) -> None:
@@ -766,7 +767,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def release(self) -> torch.optim.Optimizer:
         """The wrapped optimizer, which no longer knows of this one. Not collective."""
-        self._give_methods_back()
+        dropped = self._when_dropped.detach()
+        assert dropped is not None  # this one is here, and was not released before
+        _forget(*dropped[2])
         self._trained.stepper.refusal.remove()
         return self._inner
 
@@ -832,6 +835,22 @@ def _forget(owner: weakref.ref[torch.optim.Optimizer], names: Sequence[str]) -> 
     optimizer = owner()
     for name in names if optimizer is not None else ():
         vars(optimizer).pop(name, None)
+
+
+def _retire(owner: weakref.ref[torch.optim.Optimizer], names: Sequence[str]) -> None:
+    """What an optimizer was wrapped in has been dropped."""
+    _forget(owner, names)
+    optimizer = owner()
+    if optimizer is not None:
+        optimizer.register_step_pre_hook(_refuse_step)
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    raise StateError(
+        f"this {type(optimizer).__name__} was wrapped by zeroopt.wrap, and nothing refers to the model and the optimizer any more that it "
+        "returned: gradients are no longer averaged over the ranks, and the state is gone. Keep both and train with them; or, to train "
+        "the plain model, make a new optimizer, or have zeroopt.unwrap give this one back with its state"
+    )
 
 
 def _evaluate(closure: Callable[[], float]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -26,4 +26,19 @@ def weak_method(method: Callable[_P, _R]) -> Callable[_P, _R]:
         return bound(*args, **kwargs)
 
     method_name = getattr(method, "__qualname__", "a method")
+    return call
+
+
+def weak_call(owner: object, name: str) -> Callable[..., Any]:
+    """The same of what an object has by a name, which need not be a method of its own: a user may have made it a static one, or a partial
+    one."""
+    reference = weakref.ref(owner)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        there = reference()
+        if there is None:
+            raise ReferenceError(f"{class_name}.{name} was called, and its object is gone")
+        return getattr(there, name)(*args, **kwargs)
+
+    class_name = type(owner).__qualname__
     return call

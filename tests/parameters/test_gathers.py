@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from threading import Event, Thread
 from unittest.mock import patch
 
 import pytest
@@ -340,3 +341,42 @@ def test_a_closed_bucket_refuses_readers_until_it_is_open_again(lazy: bool) -> N
     assert sorted(gathers.pending) == ([0] if lazy else [])
     model.second.sum()
     assert not gathers.pending and classes(model) == {"Parameter"}
+
+
+class Reread(PendingCollective):
+    """While somebody waits for it, another thread begins to read the same parameter."""
+
+    def __init__(self, param: Tensor) -> None:
+        self.param = param
+        self.num_finished = 0
+        self.seen: list[Tensor] = []
+        self._reader, self._begins = Thread(target=self._read), Event()
+
+    def finish(self) -> None:
+        self.num_finished += 1
+        if self.num_finished == 1:
+            self._reader.start()
+            self._begins.wait()
+
+    def join(self) -> None:
+        self._reader.join()
+
+    def _read(self) -> None:
+        self._begins.set()
+        self.seen.append(self.param + 0)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_threads_that_read_at_once_wait_once(dropped: bool) -> None:
+    model = Model()
+    gathers: ParamGathers | None = gathers_of(model, Slow())
+    assert gathers is not None
+    pending = Reread(model.first)
+    bucket = next(bucket for bucket in gathers._buckets if bucket.params[0].param is model.first)
+    gathers.close(bucket, pending)
+    if dropped:
+        gathers = None
+    model.first + 0
+    pending.join()
+    assert pending.num_finished == 1 and len(pending.seen) == 1
+    assert type(model.first) is nn.Parameter

@@ -163,3 +163,50 @@ def wrap_again() -> tuple[list[str], bool]:
 
 def test_a_model_can_be_wrapped_again_at_once(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, wrap_again) == [([], True)] * 2
+
+
+def step_plainly() -> str:
+    """What whoever forgets what `wrap` returned is told in the first step, and what is left of his parameters."""
+    net = build("mlp")
+    plain = torch.optim.AdamW(net.parameters(), lr=0.1)
+    with uncollected():
+        zeroopt.wrap(net, plain)
+        before = net.scale.item()
+        loss_of(net(batch("mlp", 0))).backward()
+        try:
+            plain.step()
+        except zeroopt.StateError as error:
+            assert net.scale.item() == before
+            return str(error)
+    return "stepped"
+
+
+def test_the_plain_optimizer_of_a_dropped_one_does_not_step_ranks_apart(run_on_ranks: RunOnRanks) -> None:
+    for message in run_on_ranks(2, step_plainly):
+        assert message.startswith(
+            "this AdamW was wrapped by zeroopt.wrap, and nothing refers to the model and the optimizer any more"
+        )
+
+
+def go_on_with_one_of_two(options: dict[str, Any]) -> tuple[str, bool]:
+    """What comes of a backward, when one of two optimizers has been dropped with the model; and whether the other one's parameters are
+    stepped."""
+    net = build("mlp")
+    params = list(net.parameters())
+    with uncollected():
+        model, kept = zeroopt.wrap(net, torch.optim.SGD(params[::2], lr=0.1), bucket_mb=0.001, **options)
+        model, dropped = zeroopt.wrap(model, torch.optim.SGD(params[1::2], lr=0.1), bucket_mb=0.001, **options)
+        before = params[0].detach().clone()
+        del model, dropped
+        try:
+            loss_of(net(batch("mlp", dist.get_rank()))).backward()
+        except zeroopt.StateError as error:
+            return str(error), False
+        kept.step()
+        return "", not torch.equal(params[0], before)
+
+
+def test_one_of_two_optimizers_goes_on_alone(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(2, go_on_with_one_of_two, {}) == [("", True)] * 2
+    for message, _ in run_on_ranks(2, go_on_with_one_of_two, {"step_in_backward": True}):
+        assert message.startswith("one of the optimizers that this model was wrapped with is gone")

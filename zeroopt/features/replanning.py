@@ -16,8 +16,10 @@ Where a CUDA graph of the model has been captured before, parameters stay where 
 from __future__ import annotations
 
 import logging
+import weakref
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
 from .._C import Plan
 from ..collectives import Transport
@@ -30,7 +32,6 @@ from ..state.layout import ShardLayout
 from ..storage.bucket import Bucket
 from ..storage.buffer_pool import num_buffers
 from ..trained import Trained
-from ..weak_methods import weak_method
 from .captures import Captures
 from .foresight import Foresight
 
@@ -62,9 +63,9 @@ class Replanning(Feature):
         self._is_due = self._allowed
         self._after = self._replica.reducer.num_backwards
         if self._foresight is not None:
-            self._foresight.watch(self._replica.params, weak_method(self._lead))
+            self._foresight.watch(self._replica.params, partial(_lead, weakref.ref(self)))
 
-    def _lead(self, order: Sequence[int]) -> None:
+    def lead(self, order: Sequence[int]) -> None:
         """The first backward begins: let gradients go by the order in which they are expected. Collective."""
         if self._is_due and self._is_alone() and not self._makes(order, self._trained.buckets):
             self._replica.lead_gradients(self._lay_out(order))
@@ -190,6 +191,14 @@ class Replanning(Feature):
 
     def _lay_out(self, order: Sequence[int]) -> list[Bucket]:
         return self._replica.lay_out(*self._plan(order), self._trained.config.precision)
+
+
+def _lead(replanning: weakref.ref[Replanning], order: Sequence[int]) -> None:
+    """Collective. Where its optimizer has been dropped, there is another one, or nobody would hear of a backward: a model of several
+    optimizers leaves its buckets as they are."""
+    there = replanning()
+    if there is not None:
+        there.lead(order)
 
 
 def _groups_of(buckets: Sequence[Bucket]) -> list[set[int]]:

@@ -95,7 +95,13 @@ class StepInBackward(Feature):
             StateError: there was a backward before, or gradients are left of it; or as `step`.
         """
         for each in self._optimizers:
-            self._check_may_begin(each)
+            try:
+                self._check_may_begin(each)
+            except ReferenceError as gone:
+                raise StateError(
+                    "one of the optimizers that this model was wrapped with is gone, because nothing refers to it any more, and with "
+                    "step_in_backward=True backward steps by all of them: keep the wrapped model, or all its optimizers"
+                ) from gone
         replica = self._replica
         self._active = bytearray(len(replica.params))
         self._closed.clear()

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -55,8 +56,9 @@ class Arrival:
     ) -> None:
         self._gathers = weakref.ref(gathers)
         self._bucket = bucket
-        self._pending = pending
+        self._pending: PendingCollective | None = pending
         self._params = params
+        self._turn = Lock()  # of threads that wait where there are no gathers
 
     def finish(self) -> None:
         """Wait until the bucket's parameters are all there, and let them be plain again."""
@@ -64,8 +66,11 @@ class Arrival:
         if gathers is not None:
             gathers.finish(self._bucket)
             return
-        self._pending.finish()
-        let_be_plain(param for reference in self._params if (param := reference()) is not None)
+        with self._turn:
+            if self._pending is not None:
+                self._pending.finish()
+                self._pending = None
+                let_be_plain(param for reference in self._params if (param := reference()) is not None)
 
 
 def _accessors(*names: str) -> Iterator[Any]:
@@ -104,12 +109,14 @@ class ArrivingParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         arrival = cls.latest()
-        assert arrival is not None  # there is a parameter that keeps it
-        arrival.finish()  # after which the bucket's parameters have their own class again
+        if arrival is not None:  # else another thread has waited, for there is no parameter that keeps it
+            arrival.finish()  # after which the bucket's parameters have their own class again
         return function(*args, **(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.arrival.finish()  # before it is looked for what a parameter has besides its values
+        arrival = type(self).latest()
+        if arrival is not None:
+            arrival.finish()  # before it is looked for what a parameter has besides its values
         return self.__reduce_ex__(protocol)
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from threading import RLock
 
 import torch
 from torch import nn
@@ -69,6 +70,7 @@ class ParamGathers:
         self._buckets: list[Bucket] = []
         self._halfway: list[Chained] = []  # on their way from those that stepped them to the slices
         self._marked: set[int] = set()  # buckets whose parameters wait when they are used
+        self._turn = RLock()  # of threads that wait
         self._is_left = False  # to whoever reads parameters
         self._compiler_was_here = False
         self._compiled_again: set[str] = set()
@@ -218,7 +220,11 @@ class ParamGathers:
 
     @untraced
     def finish(self, bucket: int) -> None:
-        """Wait until a bucket's parameters are all there: on a device, let the current stream."""
+        """Wait until a bucket's parameters are all there: on a device, let the current stream. Any thread may read parameters."""
+        with self._turn:
+            self._finish(bucket)
+
+    def _finish(self, bucket: int) -> None:
         pending = self.pending.get(bucket)
         if pending is None:
             arrived = self.arrived.get(bucket)
