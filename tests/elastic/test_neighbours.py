@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ from training import loss_of
 from worker_pool import RunOnRanks
 
 import zeroopt
+from zeroopt import CheckpointError
 from zeroopt.collectives.pending import start_message
 from zeroopt.elastic import Guard, guard, neighbours
-from zeroopt.elastic.neighbours import Ring
+from zeroopt.elastic.neighbours import Neighbours, Ring
 from zeroopt.elastic.slots import Slots
 
 
@@ -183,6 +184,39 @@ def test_what_all_ranks_have_is_not_sent(
     room_for_values = 1 << 17
     for sent in run_on_ranks(2, bytes_sent, tmp_path, options):
         assert 0 <= sent - bytes_a_parameter * 512 * 512 // 2 < room_for_values
+
+
+def without_room_at_first(root: Path, short: str) -> list[int]:
+    """The last rank has no room for the first two copies. How many files its host and the other have after each step."""
+    model, optimizer = wrapped("mlp", "adamw", {})
+    guards = on_host(root, model, optimizer)
+    files = []
+    for step in range(1, 5):
+        train(model, optimizer, "mlp", range(step, step + 1))
+        if step <= 2:
+            made = Slots.make if dist.get_rank() == 0 else Mock(side_effect=OSError("no room"))
+            without = (
+                patch.object(Slots, "make", made) if short == "own" else patch.object(guard, "Neighbours", no_room)
+            )
+            with without, pytest.raises(CheckpointError, match="no room"):
+                guards.step(step)
+        else:
+            guards.step(step)
+        files.append(len(list(root.glob(f"host-{dist.get_rank()}/zeroopt-*/*"))))
+    guards.close()
+    return files
+
+
+def no_room(*args: Any) -> Neighbours:
+    made = Neighbours(*args)
+    if dist.get_rank() == 1:
+        raise OSError("no room")
+    return made
+
+
+@pytest.mark.parametrize("short", ["own", "kept"])
+def test_without_room_a_run_may_go_on_and_leaves_nothing(run_on_ranks: RunOnRanks, tmp_path: Path, short: str) -> None:
+    assert run_on_ranks(2, without_room_at_first, tmp_path, short) == [[0, 0, 2, 2]] * 2
 
 
 def copying_when_backward_ends(root: Path) -> list[bool]:

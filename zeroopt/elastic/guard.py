@@ -432,9 +432,20 @@ class Guard:
 
         what = f"making room for copies in {self._directory}"
         planned = together(self._group, what, plan_mine, plan_all)
-        together(self._group, what, make, lambda done: done)
-        if self._sends:
-            together(self._group, what, find_neighbours, lambda done: done)
+        try:
+            together(self._group, what, make, lambda done: done)
+            if self._sends:
+                together(self._group, what, find_neighbours, lambda done: done)
+        except CheckpointError:  # on all ranks, of which some have made room
+            self._forget_places()
+            raise
+
+    def _forget_places(self) -> None:
+        """Whoever goes on without a copy finds places anew, and leaves nothing behind each time."""
+        self._copier = self._neighbours = None
+        for name in files_in(self._directory) if self._is_first_of_host else ():
+            if name.layout == self._layout:
+                (self._directory / str(name)).unlink(missing_ok=True)
 
     def _begin_anew(self) -> None:
         """What another run may have left, or this one before it went back, is not to be taken for what comes. Collective."""
