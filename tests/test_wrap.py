@@ -28,7 +28,7 @@ def wrap_case(case: str) -> str:
     model, optimizer = linear()
     options: dict[str, Any] = {}
     if case == "twice":
-        zeroopt.wrap(model, optimizer)
+        first = zeroopt.wrap(model, optimizer)  # noqa: F841  which is wrapped as long as somebody has it
     elif case == "optimizer twice":
         zeroopt.wrap(model, optimizer)
         model = nn.Linear(2, 2)
