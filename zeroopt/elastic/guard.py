@@ -71,7 +71,8 @@ class Guard:
     calls `wait` first. On devices the copy is made within `step`.
 
     Memory: twice what a rank would write into a checkpoint, 24 Ψ/N bytes with AdamW, in the file system in memory of its host; with several
-    hosts as much again for a rank of another one. It is no more while a run goes on from copies, but on a host that comes new.
+    hosts as much again for a rank of another one. While a run goes on from copies, a host that comes new, and each of
+    three or more, has one slot of every rank until the second copy.
 
     Collective: every rank calls all methods, but for `wait`.
 
