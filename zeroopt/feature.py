@@ -161,8 +161,10 @@ class Features:
             self._on.discard(feature)
         for name, methods in self.calls.items():
             # In place: whoever calls them keeps the list.
-            methods[:] = [
-                weak_call(each, name)
-                for each in self._known
-                if each in self._on and getattr(type(each), name) is not getattr(Feature, name)
-            ]
+            methods[:] = [weak_call(each, name) for each in self.called(name)]
+
+    def called(self, name: str) -> list[Feature]:
+        """Those that are on and override a call."""
+        return [
+            each for each in self._known if each in self._on and getattr(type(each), name) is not getattr(Feature, name)
+        ]

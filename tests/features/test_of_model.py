@@ -41,7 +41,9 @@ def features_of(*further: Feature, **options: Any) -> ModelFeatures:
 
 def called(found: ModelFeatures, event: str) -> list[type]:
     """Whose methods are called then."""
-    return [type(method.__self__) for method in found.features.calls[event]]  # type: ignore[attr-defined]
+    features = found.features.called(event)
+    assert len(found.features.calls[event]) == len(features)
+    return [type(each) for each in features]
 
 
 def test_before_anything_is_added_all_ranks_train() -> None:
