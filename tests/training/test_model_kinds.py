@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +15,8 @@ from worker_pool import RunOnRanks
 
 import zeroopt
 from tests.parameters.test_arriving import delay_the_last_gather
+
+DELAY_S = 0.02  # so that parameters are on their way when they are read; what comes out does not depend on it
 
 
 class OfAllKinds(nn.Module):
@@ -60,7 +65,7 @@ def train_and_evaluate(prepare: Prepare) -> list[Tensor]:
     net = RunByCompiledCode()
     model, optimizer = prepare(net, sgd(net))
     if isinstance(optimizer, zeroopt.ZeroOptimizer) and dist.get_rank() == 1:
-        delay_the_last_gather(optimizer)
+        delay_the_last_gather(optimizer, partial(time.sleep, DELAY_S))
     seen = []
     for step, mode in enumerate((torch.no_grad, torch.inference_mode, torch.no_grad, torch.enable_grad)):
         model.train()
