@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from scripts import run_scripts
 from short_timeouts import lose_patience
+from stopped import go_on_from_stop
 from torch import Tensor, nn
 from worker_pool import WORKER_DIED, RankError, RunOnRanks
 
@@ -311,8 +312,8 @@ def test_next_step_raises_at_once(run_on_ranks: RunOnRanks, transport: str) -> N
         assert ranks_in(error.message) - {rank} == {FAULTY_RANK}, error
 
 
-def train_and_signal(faulty: int, number: int, *args: Any, **options: Any) -> None:
-    """`train`. When all others are through, the faulty process gets a signal."""
+def train_and_signal(faulty: int, send: Callable[[int], None], *args: Any, **options: Any) -> None:
+    """`train`. When all others are through, one of them sends the faulty process a signal."""
     survivors = [rank for rank in range(dist.get_world_size()) if rank != FAULTY_RANK]
     group = dist.new_group(survivors)
     try:
@@ -320,7 +321,12 @@ def train_and_signal(faulty: int, number: int, *args: Any, **options: Any) -> No
     finally:
         if dist.get_rank() in survivors:
             dist.barrier(group)
-            os.kill(faulty, number)
+        if dist.get_rank() == survivors[0]:
+            send(faulty)
+
+
+def kill_other(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +345,7 @@ def test_stopped_rank_is_named_after_the_timeout(
         world_size,
         train_and_signal,
         stopped,
-        signal.SIGCONT,
+        go_on_from_stop,
         stop_when_settled,
         moment,
         transport,
@@ -433,7 +439,7 @@ def test_ctrl_c_ends_waiting_for_another_rank(
     faulty = run_on_ranks(world_size, os.getpid)[FAULTY_RANK]
     fault = (sleep_on, "before forward", transport, NEVER_S)
     outcomes = run_on_ranks.outcomes(
-        world_size, train_and_signal, faulty, signal.SIGKILL, *fault, hosts=hosts, interrupted=True
+        world_size, train_and_signal, faulty, kill_other, *fault, hosts=hosts, interrupted=True
     )
     for error in raised_by_survivors(outcomes).values():
         assert error.type_name == "KeyboardInterrupt", error

@@ -7,6 +7,7 @@ import os
 import signal
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from checkpoints import all_of, assert_all_same, assert_same, train, wrapped
 from scripts import run_scripts
 from short_timeouts import lose_patience
+from stopped import go_on_from_stop
 from torch import nn
 from worker_pool import RunOnRanks
 
@@ -228,8 +230,10 @@ def stop_while_saving(path: Path, stopped: int) -> str:
         zeroopt.checkpoint.async_save(path / "after", model, optimizer).result()
     if rank != 1:
         (path.parent / f"heard-{rank}").touch()
-        if all((path.parent / f"heard-{other}").exists() for other in (0, 2)):
-            os.kill(stopped, signal.SIGCONT)
+    if rank == 0:
+        while not (path.parent / "heard-2").exists():
+            time.sleep(0.01)
+        go_on_from_stop(stopped)
     return str(raised.value)
 
 
