@@ -202,12 +202,12 @@ def digest_of(values: Any) -> str:
 
 
 def all_tensors(value: Any) -> Iterator[Tensor]:
-    """In their order."""
+    """By their names, whatever order state was made in: that is another where it has been read."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from all_tensors(one)
+        for name in sorted(value):
+            yield from all_tensors(value[name])
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from all_tensors(one)
