@@ -97,6 +97,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'zeroopt' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """What completion offers: public names, those found later included, without the folders and files behind them."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 __all__ = [
     "CheckpointError",
     "CollectiveError",

@@ -14,6 +14,8 @@ from .storage.gradient_store import GradientStore
 from .storage.stripe import Stripe
 from .weak_methods import weak_call
 
+__all__ = ["Bucket", "Feature", "GradientStore", "Step", "Stripe"]
+
 
 @dataclass
 class Step:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import lone_control
+from .collectives.control import lone_control
 from .diagnosis.footprint import log_wrapped
 from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Features, Step

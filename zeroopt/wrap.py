@@ -18,9 +18,10 @@ from .admission.matrix_splits import apply_splits, check_names
 from .building.building import Building, prepare
 from .building.functions import Init
 from .building.saved import Saved
-from .collectives import ControlGroup, Transport, TransportFactory, Wire, check_transport, connect_transport
+from .collectives import ControlGroup, Transport, TransportFactory, Wire
 from .collectives.lone import default_group, lone_group
 from .collectives.replicated import connect_replicated
+from .collectives.select import check_transport, connect_transport
 from .collectives.single import SingleTransport
 from .errors import ConfigError, NotSupportedError, StateError
 from .feature import Feature

@@ -15,8 +15,8 @@ from short_timeouts import lose_patience
 from worker_pool import WORKER_DIED, RunOnRanks
 
 from zeroopt import CollectiveError
-from zeroopt.collectives import ControlGroup, lone_control, lost
-from zeroopt.collectives.control import tree_links
+from zeroopt.collectives import ControlGroup, lost
+from zeroopt.collectives.control import lone_control, tree_links
 
 WHAT = "comparing notes"
 NEVER_S = 600.0  # a timeout that no test lives to see

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from worker_pool import RunOnRanks
 
-from zeroopt.collectives import Transport, connect_transport
+from zeroopt.collectives import Transport
 from zeroopt.collectives.exchange import Chained, cut_pieces
 from zeroopt.collectives.pending import PendingCollective
+from zeroopt.collectives.select import connect_transport
 
 CPU = torch.device("cpu")
 WORLD_SIZE = 3

@@ -17,10 +17,10 @@ from transports import CPU, hosts, values
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
-from zeroopt.collectives import connect_transport, hierarchy
+from zeroopt.collectives import hierarchy
 from zeroopt.collectives.base import slice_of
 from zeroopt.collectives.hierarchy import HierarchyTransport
-from zeroopt.collectives.select import kind_for
+from zeroopt.collectives.select import connect_transport, kind_for
 from zeroopt.collectives.site import Site
 
 NUMEL = 8 * 6 * 5

@@ -15,9 +15,9 @@ from training import train
 from transports import CPU, hosts, values
 from worker_pool import RunOnRanks
 
-from zeroopt.collectives import connect_transport
 from zeroopt.collectives.base import slice_of
 from zeroopt.collectives.hybrid import HybridTransport
+from zeroopt.collectives.select import connect_transport
 
 NUMEL = 4 * 6 * 11
 

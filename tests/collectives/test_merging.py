@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_ranks import ThreadControl, on_threads
 
-from zeroopt.collectives import lone_control, merge
+from zeroopt.collectives.control import lone_control
+from zeroopt.collectives.merging import merge
 
 COUNT = 6
 

@@ -13,7 +13,8 @@ from training import batch, build, loss_of, optimizer_for
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
-from zeroopt.collectives import PendingCollective, Transport, Wire, connect_transport
+from zeroopt.collectives import PendingCollective, Transport, Wire
+from zeroopt.collectives.select import connect_transport
 from zeroopt.collectives.wire import PLAIN
 
 STEPS = 3

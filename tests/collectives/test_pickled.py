@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
-from zeroopt.collectives import ControlGroup, lone_control
+from zeroopt.collectives import ControlGroup
+from zeroopt.collectives.control import lone_control
 from zeroopt.collectives.pickled import check_on_cpu
 
 WHAT = "comparing notes"

@@ -14,8 +14,9 @@ from transports import CPU
 from worker_pool import RankError, RunOnRanks
 
 import zeroopt
-from zeroopt.collectives import Transport, connect_transport, hierarchy, registered
+from zeroopt.collectives import Transport, hierarchy, registered
 from zeroopt.collectives.all_to_all import AllToAllTransport
+from zeroopt.collectives.select import connect_transport
 
 
 class Allocator:

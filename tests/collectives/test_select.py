@@ -24,7 +24,7 @@ from transports import CPU, LogLines, hosts, open_memory
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt.collectives import check_transport, connect_transport
+from zeroopt.collectives.select import check_transport, connect_transport
 
 NOBODY = 65534
 

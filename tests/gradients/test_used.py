@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zeroopt.collectives import ADVICE, PendingCollective
+from zeroopt.collectives import PendingCollective
+from zeroopt.collectives.failure import ADVICE
 from zeroopt.errors import CollectiveError
 from zeroopt.gradients.used import UsedParams
 

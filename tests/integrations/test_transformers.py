@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from zeroopt.errors import CheckpointError, ConfigError, NotSupportedError, StateError
-from zeroopt.integrations.accelerate import plain_optimizer
+from zeroopt.integrations.accelerate.optimizers import plain_optimizer
 from zeroopt.integrations.transformers import ZeroTrainerMixin, enable
 
 NORM_ORDER = 2e-6  # what the order in which squares are summed may change of a norm, and of what is clipped by it

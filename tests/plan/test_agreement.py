@@ -12,7 +12,7 @@ from thread_ranks import Exchange, ThreadControl, on_threads, told_on_threads
 from torch import nn
 
 from zeroopt import ConfigError, RankMismatchError
-from zeroopt.collectives import lone_control
+from zeroopt.collectives.control import lone_control
 from zeroopt.plan.agreement import agree, describe_groups, describe_options, describe_params
 from zeroopt.plan.params import Grain
 

@@ -12,7 +12,7 @@ from lone_slice import params_of
 from thread_ranks import on_threads, told_on_threads
 from torch import nn
 
-from zeroopt.collectives import lone_control
+from zeroopt.collectives.control import lone_control
 from zeroopt.options.precision import Precision
 from zeroopt.plan.buckets import (
     PLANNING_ANEW,

@@ -109,7 +109,7 @@ def test_any_number_of_slices_has_the_same_sum(on_pretend_cuda: PretendProcess) 
 
 def _peak_of(num_buckets: int, dtype: torch.dtype) -> int | None:
     """Bytes that reduces of so many buckets take, with an NCCL that tells the allocator of its stream: what is dropped comes back late."""
-    from zeroopt.collectives import connect_transport
+    from zeroopt.collectives.select import connect_transport
 
     from . import nccl
     from .ranks import Rank, on_ranks

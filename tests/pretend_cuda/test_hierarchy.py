@@ -13,8 +13,9 @@ import torch.distributed as dist
 from transports import hosts
 from worker_pool import RunOnRanks
 
-from zeroopt.collectives import Transport, connect_transport, hierarchy
+from zeroopt.collectives import Transport, hierarchy
 from zeroopt.collectives.replicated import ReplicatedTransport
+from zeroopt.collectives.select import connect_transport
 
 from .process import PretendProcess
 from .test_training import train_here, train_on_cpu

@@ -122,7 +122,7 @@ def test_memory_that_collectives_use_goes_to_nobody_else(on_pretend_cuda: Preten
 
 
 def _drop(told: bool) -> list[str]:
-    from zeroopt.collectives import connect_transport
+    from zeroopt.collectives.select import connect_transport
 
     from .ranks import Rank, on_ranks
 

@@ -13,7 +13,8 @@ from thread_ranks import ThreadControl, on_threads, told_on_threads
 from torch import Tensor
 
 from zeroopt import ops
-from zeroopt.collectives import ControlGroup, lone_control
+from zeroopt.collectives import ControlGroup
+from zeroopt.collectives.control import lone_control
 from zeroopt.collectives.lone import lone_group
 from zeroopt.plan.params import Grain, ManagedParam, ParamState
 from zeroopt.state.whole_tensors import whole_states

@@ -8,7 +8,7 @@ from lone_slice import LoneSlice, buckets_of, params_of, values
 from thread_ranks import ThreadControl, on_threads, told_on_threads
 from torch import Tensor, nn
 
-from zeroopt.collectives import lone_control
+from zeroopt.collectives.control import lone_control
 from zeroopt.plan.params import Grain, ManagedParam
 from zeroopt.storage.assembling import assemble
 from zeroopt.storage.segment import Segment

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroopt.collectives import Transport, connect_transport
+from zeroopt.collectives import Transport
 from zeroopt.collectives.base import slice_of
+from zeroopt.collectives.select import connect_transport
 
 CPU = torch.device("cpu")
 MEMORY = "/memfd:zeroopt"  # what /proc calls zeroopt's shared memory

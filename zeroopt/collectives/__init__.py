@@ -50,29 +50,20 @@ In reading order; each imports from those above it:
 """
 
 from .base import Transport
-from .control import ControlGroup, lone_control
-from .exchange import Chained
-from .failure import ADVICE
+from .control import ControlGroup
 from .hierarchy import hierarchy
-from .merging import merge
 from .pending import PendingCollective
 from .registered_memory import registered
-from .select import TRANSPORTS, TransportFactory, check_transport, connect_transport
+from .select import TRANSPORTS, TransportFactory
 from .wire import Wire
 
 __all__ = [
-    "ADVICE",
     "TRANSPORTS",
-    "Chained",
     "ControlGroup",
     "PendingCollective",
     "Transport",
     "TransportFactory",
     "Wire",
-    "check_transport",
-    "connect_transport",
     "hierarchy",
-    "lone_control",
-    "merge",
     "registered",
 ]

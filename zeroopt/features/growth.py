@@ -8,7 +8,7 @@ import torch
 
 from ..admission.group_edits import GroupEdit, GroupMembers, inspect_edit
 from ..admission.matrix_splits import apply_splits
-from ..collectives import lone_control
+from ..collectives.control import lone_control
 from ..errors import StateError
 from ..options.config import check_param_dtypes
 from ..plan.agreement import agree

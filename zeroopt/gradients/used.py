@@ -15,7 +15,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..collectives import ADVICE, PendingCollective, Transport
+from ..collectives import PendingCollective, Transport
+from ..collectives.failure import ADVICE
 from ..errors import CollectiveError, StateError
 from ..profiling import named_range
 from ..streams import is_capturing

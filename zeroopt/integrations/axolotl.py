@@ -23,6 +23,8 @@ except ImportError as error:
 
 from pydantic import BaseModel
 
+__all__ = ["ZerooptPlugin"]
+
 _DTYPES = ("param_dtype", "reduce_dtype", "state_dtype")
 
 

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, ConfigError, NotSupportedError, StateError
 from ..module import ZeroDataParallel
 from ..optimizer import ZeroOptimizer
 from . import accelerate as of_accelerate
+from .accelerate.optimizers import plain_optimizer
 
 try:
     from transformers import Trainer
@@ -36,6 +37,8 @@ except ImportError as error:
     ) from error
 
 from accelerate.utils import gather_object
+
+__all__ = ["ZeroTrainerMixin", "enable"]
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -99,7 +102,7 @@ class ZeroTrainerMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Each rank saves its part of the state; with `whole_state`, a rank that saves for its node all of it. Collective."""
-        optimizer = of_accelerate.plain_optimizer(self.optimizer)
+        optimizer = plain_optimizer(self.optimizer)
         if not isinstance(optimizer, ZeroOptimizer):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
@@ -127,7 +130,7 @@ class ZeroTrainerMixin:
             CheckpointError: it has the optimizer's state twice, a file is damaged, or `zeroopt.checkpoint.load` raises it. On all
                 ranks; nothing has been loaded of that state.
         """
-        optimizer = of_accelerate.plain_optimizer(self.optimizer)
+        optimizer = plain_optimizer(self.optimizer)
         if checkpoint is None or not isinstance(optimizer, ZeroOptimizer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return

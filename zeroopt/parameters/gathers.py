@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from ..collectives import Chained, PendingCollective, Transport
+from ..collectives import PendingCollective, Transport
+from ..collectives.exchange import Chained
 from ..collectives.pending import Done
 from ..collectives.rounding import RoundingNumbers
 from ..profiling import named_range

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._C import Plan
-from ..collectives import Transport, lone_control
+from ..collectives import Transport
+from ..collectives.control import lone_control
 from ..errors import StateError
 from ..options.config import Config
 from ..options.precision import Precision

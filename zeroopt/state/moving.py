@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..collectives import ControlGroup, Transport, merge
+from ..collectives import ControlGroup, Transport
+from ..collectives.merging import merge
 from ..pages import paged_zeros
 from ..plan.buckets import PLANNING_ANEW
 from ..plan.ownership import Ownership

@@ -10,6 +10,8 @@ import torch
 from .. import ops
 from ..errors import ConfigError
 
+__all__ = ["FusedRule", "register_rule"]
+
 ParamGroup = dict[str, Any]
 
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..collectives import Chained, PendingCollective, Transport, Wire
+from ..collectives import PendingCollective, Transport, Wire
+from ..collectives.exchange import Chained
 from ..collectives.residual import Residual
 from ..own_storage import with_own_storage
 from ..pages import paged_zeros_like, release

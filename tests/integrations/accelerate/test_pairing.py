@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from accelerators import accelerator
 
-from zeroopt.integrations.accelerate import ZeroAccelerator, enable, pairing, plain_optimizer
+from zeroopt.integrations.accelerate import ZeroAccelerator, enable, pairing
+from zeroopt.integrations.accelerate.optimizers import plain_optimizer
 
 STEPS = 6
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from ...errors import StateError
 from .plain_state import check_shape, whole_state_dict
 
-_StateDict = Mapping[str, Any]
+StateDict = Mapping[str, Any]
 
 
-def from_zero_redundancy(saved: _StateDict | Sequence[_StateDict], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def from_zero_redundancy(saved: StateDict | Sequence[StateDict], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What `torch.distributed.optim.ZeroRedundancyOptimizer` has saved, as the state dict of a plain torch optimizer.
 
     Not collective; changes nothing, and shares tensors with what it is given. Read its files with
@@ -54,7 +54,7 @@ def _check_entry(position: int, entry: Mapping[str, Any], params: Sequence[Tenso
             check_shape(str(position), key, value, params[position], "the state dict")
 
 
-def _join(shards: Sequence[_StateDict], params: Sequence[Sequence[Tensor]]) -> tuple[dict[int, Any], list[Any]]:
+def _join(shards: Sequence[StateDict], params: Sequence[Sequence[Tensor]]) -> tuple[dict[int, Any], list[Any]]:
     """State by position, and options, of the local optimizers of all ranks."""
     if not shards:
         raise StateError("expected a state dict of each rank, got none")
@@ -67,7 +67,7 @@ def _join(shards: Sequence[_StateDict], params: Sequence[Sequence[Tensor]]) -> t
     return state, shards[0]["param_groups"]
 
 
-def _check_groups(shards: Sequence[_StateDict], expected: Sequence[Sequence[Sequence[Tensor]]]) -> None:
+def _check_groups(shards: Sequence[StateDict], expected: Sequence[Sequence[Sequence[Tensor]]]) -> None:
     for rank, (shard, groups) in enumerate(zip(shards, expected, strict=True)):
         found = [len(group["params"]) for group in shard["param_groups"]]
         if found != [len(group) for group in groups]:

@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from ...collectives import ControlGroup, lone_control
+from ...collectives import ControlGroup
+from ...collectives.control import lone_control
 from ...errors import CheckpointError, ZeroOptError
 
 T = TypeVar("T")

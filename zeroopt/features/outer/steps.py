@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ... import ops
-from ...collectives import ControlGroup, Transport, Wire, connect_transport
+from ...collectives import ControlGroup, Transport, Wire
+from ...collectives.select import connect_transport
 from ...errors import CollectiveError, ConfigError, KernelUnavailableError
 from ...feature import Feature, Step
 from ...options.config import Config

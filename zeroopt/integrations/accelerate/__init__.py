@@ -20,7 +20,5 @@ docs/frameworks/accelerate.md says what that changes. In reading order; each imp
 from . import installed  # noqa: F401  first, to say what is missing
 from .accelerator import ZeroAccelerator
 from .enabling import enable
-from .models import PreparedModel
-from .optimizers import PreparedOptimizer, plain_optimizer
 
-__all__ = ["PreparedModel", "PreparedOptimizer", "ZeroAccelerator", "enable", "plain_optimizer"]
+__all__ = ["ZeroAccelerator", "enable"]
