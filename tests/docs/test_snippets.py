@@ -7,6 +7,7 @@ model and its optimizer, any other one wrapped ones. What no test can run says w
 from __future__ import annotations
 
 import ast
+import copy
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,17 +35,23 @@ PAGES = (
     "checkpoints.md",
     "compile.md",
     "compression.md",
-    "diagnosis.md",
     "extending.md",
     "memory.md",
+    "onnx.md",
     "moving/zero_redundancy.md",
     "optimizers.md",
     "options.md",
     "parameter_compression.md",
     "planner.md",
+    "recipes/many_tasks.md",
     "reproducibility.md",
     "start.md",
 )
+RUN_BY_OTHERS = {
+    "frameworks/accelerate.md",
+    "frameworks/lightning.md",
+    "frameworks/transformers.md",
+}  # in tests/integrations
 VOCABULARY = 16
 
 
@@ -84,7 +91,9 @@ def plain() -> dict[str, Any]:
     torch.manual_seed(0)
     model = GPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return {"model": model, "net": model, "optimizer": optimizer}
+    trunk = torch.optim.AdamW([*model.embedding.parameters(), *model.blocks.parameters()])
+    heads = torch.optim.AdamW(model.head.parameters())
+    return {"model": model, "net": model, "optimizer": optimizer, "trunk": trunk, "heads": heads}
 
 
 def names_of_pages() -> dict[str, Any]:
@@ -93,6 +102,7 @@ def names_of_pages() -> dict[str, Any]:
     stepped["model"](samples()).sum().backward()
     stepped["optimizer"].step()
     return {
+        "copy": copy,
         "torch": torch,
         "nn": nn,
         "dist": dist,
@@ -142,6 +152,11 @@ def run_page(page: str, folder: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs(run_on_ranks: RunOnRanks, tmp_path: Path, page: str) -> None:
     run_on_ranks(2, run_page, page, tmp_path)
+
+
+def test_no_page_is_forgotten() -> None:
+    with_python = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if snippets(path)}
+    assert with_python == {*PAGES, *RUN_BY_OTHERS}
 
 
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *DOCS.rglob("*.md")]), ids=lambda page: page.stem)
