@@ -72,7 +72,7 @@ def test_copies_in_memory_are_listed_and_removed(
 ) -> None:
     for job in ("a", "b"):
         directory_of(job, tmp_path).mkdir()
-    file = directory_of("b", tmp_path) / str(FileName(1, 1, 0))
+    file = directory_of("b", tmp_path) / str(FileName(1, 1, 1, 0))
     file.write_bytes(bytes(100))
     taken = 512 * file.stat().st_blocks  # which is up to the file system
     assert run(monkeypatch, "elastic", "list", "--memory", tmp_path) == 0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from zeroopt.elastic.finding import Lost, OnHost, choose, find, forget_all_but
 from zeroopt.elastic.place import FileName
 from zeroopt.elastic.slots import NOT_WHOLE, Slots
 
-A, B = FileName(1, 2, 0), FileName(1, 2, 1)
+RUN = 5
+A, B, C = FileName(RUN, 1, 2, 0), FileName(RUN, 1, 2, 1), FileName(RUN, 2, 1, 0)
 
 
 def on_host(**steps: tuple[int, int]) -> dict[FileName, OnHost]:
-    names = {"a": A, "b": B, "c": FileName(2, 1, 0)}
+    names = {"a": A, "b": B, "c": C}
     return {names[name]: OnHost(of, 10) for name, of in steps.items()}
 
 
@@ -33,7 +35,7 @@ def test_there_may_be_none() -> None:
 def test_the_later_layout_counts_where_it_is_whole() -> None:
     both = on_host(a=(4, 5), b=(4, 5), c=(NOT_WHOLE, 6))
     found = choose([both], [[0]])
-    assert (found.step, found.names) == (6, [FileName(2, 1, 0)])
+    assert (found.step, found.names) == (6, [C])
     torn = on_host(a=(4, 5), b=(4, 5), c=(NOT_WHOLE, NOT_WHOLE))
     found = choose([torn], [[0]])
     assert (found.step, found.names, found.last_layout) == (5, [A, B], 2)
@@ -54,6 +56,18 @@ def test_what_is_on_no_host_any_more_is_lost() -> None:
     assert choose([being_made, being_made], [[0, 1]]).lost is None
     torn = on_host(a=(1, NOT_WHOLE), b=(NOT_WHOLE, NOT_WHOLE))
     assert choose([torn, torn], [[0, 1]]).lost is None, "nothing had been whole before"
+
+
+def test_of_several_runs_that_which_began_last_counts() -> None:
+    both = on_host(a=(4, 3), b=(4, 3))
+    earlier = {replace(name, run=RUN - 1): OnHost((9, 8), 10) for name in both}
+    found = choose([both, earlier], [[0], [1]])
+    assert (found.step, found.names, found.run, found.has_earlier) == (4, [A, B], RUN, True)
+    assert found.to_fetch == [(A, [0, 1]), (B, [0, 1])]
+    only = choose([earlier, earlier], [[0], [1]])
+    assert (only.step, only.run, only.has_earlier) == (9, RUN - 1, False)
+    being_made = on_host(a=(NOT_WHOLE, NOT_WHOLE), b=(NOT_WHOLE, NOT_WHOLE))
+    assert choose([being_made, earlier], [[0], [1]]).step is None, "that run had been given up"
 
 
 def test_what_is_forgotten_is_there_and_of_no_step(tmp_path: Path) -> None:

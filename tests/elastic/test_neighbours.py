@@ -123,7 +123,8 @@ def test_two_hosts_that_keep_each_others_copies_are_missed(run_on_ranks: RunOnRa
     lost = [tmp_path / f"host-{number}" for number in (1, 2)]
     for host in lost:
         host.rename(tmp_path / f"away-{host.name}")
-    shutil.copytree(tmp_path / "host-0", tmp_path / "with checkpoint" / "host-0")
+    for newer_than in (0, 2):
+        shutil.copytree(tmp_path / "host-0", tmp_path / f"with-{newer_than}" / "host-0")
     errors: list[Any] = run_on_ranks.outcomes(3, guarded, tmp_path, 3)
     assert {error.type_name for error in errors} == {"CheckpointError"}
     assert all(
@@ -134,8 +135,43 @@ def test_two_hosts_that_keep_each_others_copies_are_missed(run_on_ranks: RunOnRa
     (tmp_path / "away-host-1").rename(lost[0])
     after = run_on_ranks(3, guarded, tmp_path, 3)
     assert_all_same([values for _, values, _ in after], expected)
-    after = run_on_ranks(3, guarded, tmp_path / "with checkpoint", 0, newer_than=2)
-    assert [first for first, *_ in after] == [0] * 3
+    for newer_than in (0, 2):  # who says what else there is goes on from that
+        after = run_on_ranks(3, guarded, tmp_path / f"with-{newer_than}", 0, newer_than=newer_than)
+        assert [first for first, *_ in after] == [0] * 3
+
+
+def test_a_host_that_comes_back_with_copies_of_an_earlier_run_brings_none_of_them(
+    run_on_ranks: RunOnRanks, tmp_path: Path
+) -> None:
+    run_on_ranks(2, guarded, tmp_path, 4)
+    shutil.copytree(tmp_path / "host-1", tmp_path / "away")
+    (_, _, expected), *_ = run_on_ranks(2, guarded, tmp_path, 3, newer_than=4, max_grad_norm=0.01)
+    shutil.rmtree(tmp_path / "host-1")
+    (tmp_path / "away").rename(tmp_path / "host-1")
+    after = run_on_ranks(2, guarded, tmp_path, 3)
+    assert [first for first, *_ in after] == [3, 3]
+    assert_all_same([values for _, values, _ in after], expected)
+    assert len(list(tmp_path.glob("host-1/zeroopt-*/*"))) == 2, "the earlier ones are gone"
+
+
+def without_room_to_fetch(root: Path) -> Any:
+    """The last rank has no room for what the other one has."""
+    if dist.get_rank() == 0:
+        return guarded(root, 3)
+    with patch.object(Slots, "make", Mock(side_effect=OSError("no room"))):
+        return guarded(root, 3)
+
+
+def test_nobody_waits_for_a_host_that_has_no_room_for_what_it_lacks(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    (_, _, expected), *_ = run_on_ranks(2, guarded, tmp_path, 3)
+    shutil.rmtree(tmp_path / "host-1")
+    errors: list[Any] = run_on_ranks.outcomes(2, without_room_to_fetch, tmp_path)
+    assert {error.type_name for error in errors} == {"CheckpointError"}
+    assert all("bringing copies of step 3 to all hosts failed on rank 1: no room" in error.message for error in errors)
+    assert list(tmp_path.glob("host-1/zeroopt-*/*")) == []
+    after = run_on_ranks(2, guarded, tmp_path, 3)
+    assert [first for first, *_ in after] == [3, 3]
+    assert_all_same([values for _, values, _ in after], expected)
 
 
 class Frozen(nn.Module):

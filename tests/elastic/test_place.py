@@ -27,9 +27,9 @@ from zeroopt.errors import ConfigError
 NUMBERS = st.integers(0, 10**7)
 
 
-@given(NUMBERS, NUMBERS, NUMBERS)
-def test_a_file_says_whose_it_is(layout: int, ranks: int, rank: int) -> None:
-    name = FileName(layout, ranks, rank)
+@given(st.integers(0, 2**63), NUMBERS, NUMBERS, NUMBERS)
+def test_a_file_says_whose_it_is(run: int, layout: int, ranks: int, rank: int) -> None:
+    name = FileName(run, layout, ranks, rank)
     assert FileName.parse(str(name)) == name
     assert FileName.parse(f".{name}") is None, "one that is being made"
 
@@ -38,10 +38,10 @@ def test_jobs_are_told_apart(tmp_path: Path) -> None:
     for job in ("a", "b.1"):
         directory_of(job, tmp_path).mkdir()
     (tmp_path / "something").mkdir()
-    (directory_of("a", tmp_path) / str(FileName(1, 2, 0))).touch()
+    (directory_of("a", tmp_path) / str(FileName(7, 1, 2, 0))).touch()
     (directory_of("a", tmp_path) / "else").touch()
     assert list(jobs(tmp_path)) == ["a", "b.1"]
-    assert files_in(directory_of("a", tmp_path)) == [FileName(1, 2, 0)]
+    assert files_in(directory_of("a", tmp_path)) == [FileName(7, 1, 2, 0)]
     assert files_in(directory_of("c", tmp_path)) == []
     with pytest.raises(ConfigError, match="a job's name may have letters"):
         directory_of("a/b", tmp_path)
@@ -71,10 +71,10 @@ def test_without_torchrun_a_job_needs_a_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all_goes_but_what_is_named(tmp_path: Path) -> None:
-    directory, kept = directory_of("a", tmp_path), FileName(2, 1, 0)
+    directory, kept = directory_of("a", tmp_path), FileName(7, 2, 1, 0)
     remove_all_but(directory, [kept])
     directory.mkdir()
-    for name in (str(FileName(1, 1, 0)), str(kept), f".{FileName(3, 1, 0)}"):
+    for name in (str(FileName(7, 1, 1, 0)), str(kept), f".{FileName(7, 3, 1, 0)}"):
         (directory / name).write_bytes(bytes(100))
     assert bytes_of("a", tmp_path) == bytes_in(directory)
     remove_all_but(directory, [kept])

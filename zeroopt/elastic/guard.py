@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -35,7 +36,7 @@ from .alike import Alike, frozen_parameters
 from .contents import Entries, Places, checksum_of, pack, shapes_of, take_out
 from .copier import Copier
 from .finding import Found, choose, find, forget_all_but
-from .neighbours import Neighbours, Ring, fetch
+from .neighbours import Fetch, Neighbours, Ring
 from .place import MEMORY, FileName, directory_of, files_in, job_of_agent, remove_all_but, remove_ended, remove_job
 from .slots import Slots
 from .stored import StoredCheckpoint
@@ -127,6 +128,8 @@ class Guard:
         self._sends = self._between is not None and between_hosts
         if self._is_first_of_host:
             remove_ended(memory)
+        self._run = 0  # whose copies there are
+        self._is_new_run = True  # which has no number yet
         self._layout: int | None = None  # until somebody has looked for what there is
         self._copier: Copier | None = None
         self._neighbours: Neighbours | None = None
@@ -144,7 +147,8 @@ class Guard:
         """Go on from the last step of which all ranks have a whole copy; where there is none, as at the first start, change nothing.
 
         Args:
-            newer_than: a step that there is already, loaded from a checkpoint for one: go on from later ones alone. The same on all ranks.
+            newer_than: a step that there is already, loaded from a checkpoint for one, or 0 at the beginning: go on from later ones alone.
+                The same on all ranks.
 
         Returns:
             All extra values, with this rank's own where as many ranks go on, and "step", the number that was given to `step`. An empty
@@ -152,8 +156,8 @@ class Guard:
 
         Raises:
             CheckpointError: on all ranks: what was copied is of another model, or beside other frozen parameters, there is no room for what is
-                on other hosts, or hosts were lost with both copies of some ranks, and `newer_than` names no step of a checkpoint to go
-                on from instead. Nothing has been changed.
+                on other hosts, or hosts were lost with both copies of some ranks, and no `newer_than` says from what to go on instead.
+                Nothing has been changed.
         """
         self._check_is_last()
         self.wait()
@@ -166,11 +170,18 @@ class Guard:
             lambda: find(self._directory),
             lambda everyone: [choose(everyone, self._hosts)] * len(everyone),
         )
-        self._layout = found.last_layout
-        if found.step is None or found.step <= newer_than:
+        self._run, self._layout = found.run, found.last_layout
+        self._is_new_run = found.step is None or found.step <= newer_than
+        if found.has_earlier and self._control.rank == 0:
+            _log.warning(
+                "copies of an earlier run, which a host has come back with, are left out, and removed: %s",
+                self._directory,
+            )
+        if self._is_new_run:
             self._pass_over(found, newer_than)
             self._keep_only(found, ())
             return {}
+        assert found.step is not None
         self._fetch(found)
         what = f"opening the copies in {self._directory}"
         frozen = together(self._group, what, partial(self._has_frozen, found), lambda done: done)
@@ -277,15 +288,15 @@ class Guard:
     # Going on.
 
     def _pass_over(self, found: Found, newer_than: int) -> None:
-        """Raise CheckpointError where something was lost without which the run would begin again. On all ranks alike."""
+        """Raise CheckpointError where something was lost, and nobody has said what else there is to go on from. On all ranks alike."""
         if found.lost is None or found.lost.step <= newer_than:
             return
         ranks = ", ".join(map(str, found.lost.ranks))
         what = f"of step {found.lost.step} there are copies of some ranks, but on no host of rank {ranks}: hosts were lost with both of theirs"
-        if newer_than <= 0:
+        if newer_than < 0:
             raise CheckpointError(
-                f"{what}, and there is nothing else to go on from: load a checkpoint, and give its step as newer_than; to begin anew, remove "
-                f"what is left in {self._directory} on all hosts"
+                f"{what}. Load a checkpoint, and give its step as newer_than, or 0 to begin anew where there is none; to go on from these "
+                "copies, bring the hosts back"
             )
         if self._control.rank == 0:
             _log.warning("%s; going on from step %d", what, newer_than)
@@ -326,8 +337,11 @@ class Guard:
             return
         assert self._between is not None and found.step is not None
         between, directory, step, rank = self._between, self._directory, found.step, self._control.rank
+        fetches = [
+            Fetch(between, directory / str(name), step, ranks) for name, ranks in found.to_fetch if rank in ranks
+        ]
 
-        def check_room() -> None:
+        def look() -> None:
             needed = found.room.get(rank, 0)
             if needed:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -336,16 +350,28 @@ class Guard:
                     raise CheckpointError(
                         f"{directory} has {free} bytes left, and copies that are on other hosts take {needed}"
                     )
+            for one in fetches:
+                one.open()
 
-        def fetch_all() -> None:
-            for name, ranks in found.to_fetch:
-                if rank in ranks:
-                    path = directory / str(name)
-                    fetch(between, Slots.open(path) if rank == ranks[0] else None, path, step, ranks)
+        def hear() -> None:
+            for one in fetches:
+                one.hear()
 
-        what = f"bringing copies of step {step} to all hosts"
-        together(self._group, what, check_room, lambda done: done)
-        together(self._group, what, fetch_all, lambda done: done)
+        def make_room() -> None:
+            for one in fetches:
+                one.make_room()
+
+        def bring() -> None:
+            for one in fetches:
+                one.bring()
+
+        try:
+            for part in (look, hear, make_room, bring):
+                together(self._group, f"bringing copies of step {step} to all hosts", part, lambda done: done)
+        except BaseException:
+            for one in fetches:
+                one.give_up()
+            raise
 
     def _open(self, found: Found) -> StoredCheckpoint:
         assert found.step is not None
@@ -404,11 +430,10 @@ class Guard:
             for slots in self._slots():
                 slots.give_back(all_but=max(slots.steps))
         assert self._layout is not None
-        self._layout += 1
+        self._layout = layout = self._layout + 1
         self._copies = 0
         rank, alike = self._control.rank, Alike.of(self._model)
         ring = Ring.of(rank, self._hosts)
-        path = self._directory / str(FileName(self._layout, self._control.size, rank))
 
         def plan_mine() -> SavePlan:
             return entries.planner.create_local_plan()
@@ -416,12 +441,14 @@ class Guard:
         def plan_all(plans: list[SavePlan]) -> list[_Planned]:
             planned, metadata = entries.planner.create_global_plan(plans)
             rings = [Ring.of(rank, self._hosts) for rank in range(len(plans))]
+            run = max(time.time_ns(), self._run + 1) if self._is_new_run else self._run
             return [
-                _Planned(plan, None if rank else metadata, [planned[source] for source in rings[rank].sources])
+                _Planned(run, plan, None if rank else metadata, [planned[source] for source in rings[rank].sources])
                 for rank, plan in enumerate(planned)
             ]
 
         def make() -> None:
+            path = self._directory / str(FileName(self._run, layout, self._control.size, rank))
             places = Places.of(planned.mine, alike.names, entries.kept, len(packed))
             self._copier = Copier(path, places, planned.metadata, entries)
 
@@ -433,6 +460,7 @@ class Guard:
 
         what = f"making room for copies in {self._directory}"
         planned = together(self._group, what, plan_mine, plan_all)
+        self._run, self._is_new_run = planned.run, False
         try:
             together(self._group, what, make, lambda done: done)
             if self._sends:
@@ -445,14 +473,14 @@ class Guard:
         """Whoever goes on without a copy finds places anew, and leaves nothing behind each time."""
         self._copier = self._neighbours = None
         for name in files_in(self._directory) if self._is_first_of_host else ():
-            if name.layout == self._layout:
+            if (name.run, name.layout) == (self._run, self._layout):
                 (self._directory / str(name)).unlink(missing_ok=True)
 
     def _begin_anew(self) -> None:
         """What another run may have left, or this one before it went back, is not to be taken for what comes. Collective."""
         self._copier = self._neighbours = None
         self._keep_only(Found(), ())
-        self._layout = 0
+        self._is_new_run, self._layout = True, 0
 
     def _keep_only(self, found: Found, names: Collection[FileName]) -> None:
         """Whoever is killed again and again leaves no more than this: of these files, the slots that a run goes on from. Collective."""
@@ -487,11 +515,11 @@ class Guard:
     def _remove_older(self) -> None:
         """All ranks have a whole copy in the present layout, so that nobody needs another. Collective."""
         assert self._layout is not None
-        layout = self._layout
+        present = self._run, self._layout
 
         def remove_mine() -> None:
             for name in files_in(self._directory) if self._is_first_of_host else ():
-                if name.layout < layout:
+                if (name.run, name.layout) < present:
                     (self._directory / str(name)).unlink(missing_ok=True)
 
         together(self._group, f"removing what is left in {self._directory}", remove_mine, lambda done: done)
@@ -518,8 +546,10 @@ _FITS, _IS_NEW, _FAILED = range(3)
 
 
 class _Planned(NamedTuple):
-    """mine: the plan of a rank. metadata: of all ranks; None but on the first one. of_sources: plans of the ranks whose copies it keeps."""
+    """run: whose copies are made. mine: the plan of a rank. metadata: of all ranks; None but on the first one. of_sources: plans of the ranks
+    whose copies it keeps."""
 
+    run: int
     mine: SavePlan
     metadata: Metadata | None
     of_sources: list[SavePlan]

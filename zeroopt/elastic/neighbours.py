@@ -140,31 +140,63 @@ class Neighbours:
         return into
 
 
-def fetch(control: ControlGroup, slots: Slots | None, path: Path, step: int, ranks: Sequence[int]) -> None:
-    """Bring the slot of a step from the first of some ranks to all of them, which alone call it. They are of different hosts.
+class Fetch:
+    """The slot of a step on its way from the first of some ranks to all of them, which alone take part. They are of different hosts.
+
+    What can fail on one of them for itself is apart from what they do together, so that no rank waits for another that has no room.
 
     Args:
-        slots: on the first rank.
-        path: of the file, on the others.
-
-    Raises:
-        CollectiveError: one of them is gone.
-        OSError: there is not enough memory.
+        control: of a Gloo group that only one thread uses at a time.
+        path: of the file, which the first rank has. On the others it has another name until it is whole.
     """
-    if slots is None:
-        sizes = torch.zeros(2, dtype=torch.int64)
-        control.pass_on(sizes, ranks, _WHAT)
-        table = torch.zeros(int(sizes[0]), dtype=torch.uint8)
-        control.pass_on(table, ranks, _WHAT)
-        made = Slots.make(path, table.numpy().tobytes(), int(sizes[1]), slots=1)
-        control.pass_on(_bytes(made.begin(0)), ranks, _WHAT)
-        made.finish(0, step)
-        return
-    slot = slots.slot_of(step)
-    assert slot is not None
-    control.pass_on(torch.tensor([len(slots.table), slots.slot_bytes]), ranks, _WHAT)
-    control.pass_on(_bytes(_array(slots.table)), ranks, _WHAT)
-    control.pass_on(_bytes(slots.bytes_of(slot)), ranks, _WHAT)
+
+    def __init__(self, control: ControlGroup, path: Path, step: int, ranks: Sequence[int]) -> None:
+        self._control, self._path, self._step, self._ranks = control, path, step, ranks
+        self._is_source = control.rank == ranks[0]
+        self._slots: Slots | None = None
+        self._table, self._slot_bytes = b"", 0
+
+    def open(self) -> None:
+        """Not collective. Raises OSError where the file cannot be read."""
+        if self._is_source:
+            self._slots = Slots.open(self._path)
+            self._table, self._slot_bytes = self._slots.table, self._slots.slot_bytes
+
+    def hear(self) -> None:
+        """Find out what there is to fetch. Raises CollectiveError where one of the ranks is gone."""
+        sizes = torch.tensor([len(self._table), self._slot_bytes])
+        self._pass_on(sizes)
+        table = _array(self._table) if self._is_source else np.zeros(int(sizes[0]), dtype=np.uint8)
+        self._pass_on(_bytes(table))
+        self._table, self._slot_bytes = table.tobytes(), int(sizes[1])
+
+    def make_room(self) -> None:
+        """Not collective. Raises OSError where there is not enough memory."""
+        if not self._is_source:
+            self._slots = Slots.make(self._being_fetched, self._table, self._slot_bytes, slots=1)
+
+    def bring(self) -> None:
+        """When all of the ranks have room. Raises CollectiveError where one of them is gone."""
+        assert self._slots is not None
+        if self._is_source:
+            slot = self._slots.slot_of(self._step)
+            assert slot is not None
+            self._pass_on(_bytes(self._slots.bytes_of(slot)))
+            return
+        self._pass_on(_bytes(self._slots.begin(0)))
+        self._slots.finish(0, self._step)
+        self._being_fetched.rename(self._path)
+
+    def give_up(self) -> None:
+        """Leave nothing that is not whole. Not collective."""
+        self._being_fetched.unlink(missing_ok=True)
+
+    @property
+    def _being_fetched(self) -> Path:
+        return self._path.with_name(f".fetched-{self._path.name}")
+
+    def _pass_on(self, tensor: Tensor) -> None:
+        self._control.pass_on(tensor, self._ranks, _WHAT)
 
 
 def _array(content: bytes) -> _Array:

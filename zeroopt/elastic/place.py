@@ -1,8 +1,8 @@
 """Where in a host's memory a job's copies are: a directory of a file system in memory, with a file for each rank.
 
     /dev/shm/zeroopt-1000-run7/
-        00000003-of-2-rank-0       third layout since the job began, of two ranks
-        00000003-of-2-rank-1
+        1876a5f3c0d2e481-00000003-of-2-rank-0       third layout of a run, of two ranks
+        1876a5f3c0d2e481-00000003-of-2-rank-1
 
 It is the job's as long as the job's name is used; where the name is that of a process, as long as this lives.
 """
@@ -21,7 +21,7 @@ from ..errors import ConfigError
 
 MEMORY = "/dev/shm"
 _JOB = re.compile(r"[A-Za-z0-9._-]+")
-_FILE = re.compile(r"(?P<layout>[0-9]{8})-of-(?P<ranks>[0-9]+)-rank-(?P<rank>[0-9]+)")
+_FILE = re.compile(r"(?P<run>[0-9a-f]{16})-(?P<layout>[0-9]{8})-of-(?P<ranks>[0-9]+)-rank-(?P<rank>[0-9]+)")
 _OF_PROCESS = re.compile(r"of-process-(?P<namespace>[0-9]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)")
 _BLOCK_BYTES = 512  # of `st_blocks`, whatever blocks the file system has
 _START_FIELD = 19  # of /proc/PID/stat, counted from behind the name of the program
@@ -32,23 +32,29 @@ class FileName:
     """Whose copy a file holds.
 
     Attributes:
-        layout: counts how often what ranks hold was laid out anew since the job began.
+        run: tells runs of a job apart: a later one has a larger number. One that goes on from copies is the same run; one that begins
+            anew, goes back, or goes on from something else is another one.
+        layout: counts how often what ranks hold was laid out anew since the run began.
         ranks: how many there were.
         rank: whose it is.
     """
 
+    run: int
     layout: int
     ranks: int
     rank: int
 
     def __str__(self) -> str:
-        return f"{self.layout:08}-of-{self.ranks}-rank-{self.rank}"
+        return f"{self.run:016x}-{self.layout:08}-of-{self.ranks}-rank-{self.rank}"
 
     @staticmethod
     def parse(name: str) -> FileName | None:
         """None for the name of something else."""
         match = _FILE.fullmatch(name)
-        return None if match is None else FileName(*(int(part) for part in match.groups()))
+        if match is None:
+            return None
+        run, *numbers = match.groups()
+        return FileName(int(run, 16), *map(int, numbers))
 
 
 def directory_of(job: str, memory: str | os.PathLike[str] = MEMORY) -> Path:
