@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+import torch.distributed as dist
+from worker_pool import RunOnRanks
 
 from zeroopt import CollectiveError, StateError
-from zeroopt.collectives.lost import named_failures
+from zeroopt.collectives.lost import named_failures, roll_call_s
 
 LOST = "Connection closed by peer"
 
@@ -28,3 +32,11 @@ def test_other_errors_pass_as_they_are(error: Exception) -> None:
 def test_nothing_happens_where_nothing_fails() -> None:
     with named_failures("barrier", None):
         pass
+
+
+def roll_calls(timeouts_s: list[float]) -> list[float]:
+    return [roll_call_s(dist.new_group(timeout=timedelta(seconds=timeout_s))) for timeout_s in timeouts_s]
+
+
+def test_ranks_that_were_given_long_have_long_to_say_that_they_have_failed(run_on_ranks: RunOnRanks) -> None:
+    assert run_on_ranks(1, roll_calls, [5.0, 120.0, 1800.0]) == [[1.0, 2.0, 10.0]]

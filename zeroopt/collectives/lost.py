@@ -12,7 +12,7 @@ says and finds out all of it in that one, by whose numbers ranks are named: what
 
     a message fails         the rank at the other end is suspected
     a collective fails      those are to which Gloo's connections are broken
-    it has taken too long   all that do not say within a second that they have failed, too
+    it has taken too long   all that do not say within seconds that they have failed, too
     ranks of one host       a `Witness` knows for certain whose process has ended
 """
 
@@ -32,12 +32,16 @@ import torch.distributed as dist
 
 from ..errors import CollectiveError, ZeroOptError
 from .failure import describe_failure, is_timeout
+from .group_timeout import group_timeout
 
-# All of it is done in a thread, and given up after so long: with the rank that holds the store, the store may be lost.
+# All of it is done in a thread, and given up after so long besides a roll call: with the rank that holds the store, the store may be lost.
 _LIMIT_S = 5.0
 # A suspect that has given up has mostly said so before; after a timeout, which breaks connections first, it may not have come to it.
 _GRACE_S = 0.5
-_ROLL_CALL_S = 1.0
+# After a timeout, all others that wait come to theirs. One that the machine lets wait just then is not to be named beside whom it has waited
+# for: where ranks were given long, so are the answers.
+_ROLL_CALL_PART = 1 / 60  # of the timeout
+_LEAST_ROLL_CALL_S, _LONGEST_ROLL_CALL_S = 1.0, 10.0
 _LOOK_S = 0.01
 
 _TAG = (1 << 23) - 1  # of messages that nobody sends
@@ -116,7 +120,7 @@ def name_lost(group: dist.ProcessGroup | None, suspects: Suspects, reason: str) 
         found: list[list[int]] = []
         thread = Thread(target=lambda: found.append(_Inquiry(group, reason).lost(suspects)), daemon=True)
         thread.start()
-        thread.join(_LIMIT_S)
+        thread.join(_LIMIT_S + roll_call_s(group))
         if not found or not found[0]:
             return suspects
         _named[group] = found[0]
@@ -131,6 +135,12 @@ def _name_lost_of_part(group: dist.ProcessGroup, whole: dist.ProcessGroup, suspe
         if other() is whole:
             break_off(part)
     return lost
+
+
+def roll_call_s(group: dist.ProcessGroup) -> float:
+    """How long ranks of a group have, after a timeout, to say that they have failed, too."""
+    part = group_timeout(group, torch.device("cpu")).total_seconds() * _ROLL_CALL_PART
+    return min(max(part, _LEAST_ROLL_CALL_S), _LONGEST_ROLL_CALL_S)
 
 
 def _dead_ranks(group: dist.ProcessGroup) -> set[int]:
@@ -165,6 +175,7 @@ class _Inquiry:
         self._rank = group.rank()
         self._others = [rank for rank in range(group.size()) if rank != self._rank]
         self._is_timeout = is_timeout(reason)
+        self._roll_call_s = roll_call_s(group)
         self._notes = _Notes(group)
         self._probes = _Probes(group)
 
@@ -185,7 +196,7 @@ class _Inquiry:
 
     def _silent(self) -> set[int]:
         """Who does not say that it has failed, too."""
-        until = time.monotonic() + _ROLL_CALL_S
+        until = time.monotonic() + self._roll_call_s
         silent = set(self._others)
         while silent and time.monotonic() < until:
             silent = {rank for rank in silent if not self._notes.is_here(rank)}
@@ -196,7 +207,7 @@ class _Inquiry:
         """Those for want of which the suspects have given up, and the suspects that have not said so."""
         until = time.monotonic() + _GRACE_S
         until_found = (
-            until + _ROLL_CALL_S + _GRACE_S
+            until + self._roll_call_s + _GRACE_S
         )  # which takes those as long that have failed, and are finding out themselves
         said: dict[int, list[int]] = {}
         while len(said) < len(suspects):
