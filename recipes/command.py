@@ -46,9 +46,8 @@ def make_parser(recipe: str, description: str | None, presets: Collection[str]) 
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads a rank; default: cores are shared out")
     parser.add_argument("--out", type=Path, default=Path("runs", recipe), help="folder of what is written")
-    parser.add_argument(
-        "--outcome", type=Path, help=argparse.SUPPRESS
-    )  # where `compare` looks for a training's figures
+    # Where `compare` looks for a training's figures:
+    parser.add_argument("--outcome", type=Path, help=argparse.SUPPRESS)
     return parser
 
 

@@ -89,11 +89,8 @@ def start(recipe: str, arguments: Sequence[str], method: str, launch: Launch, sc
     ]
     root = Path(__file__).resolve().parents[1]
     search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        "PYTHONPATH": search,
-    }  # silences torchrun; threads are set later
+    silent = {"OMP_NUM_THREADS": "1"}  # torchrun warns without it; threads are set later
+    environment = {**silent, **os.environ, "PYTHONPATH": search}
     status = subprocess.run(command, env=environment, check=False).returncode
     if status != 0:
         raise TrainingFailed(f"{METHODS[method]} ended with status {status}: {shlex.join(command)}")
