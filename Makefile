@@ -24,7 +24,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage sanitize soak docs lint format clean
+.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage sanitize soak matrix docs lint types format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -88,6 +88,10 @@ sanitize: $(READY) ## Run the kernels and the planner under ASan and UBSan, and 
 soak: $(READY) ## Train, save, load and lose ranks for half an hour, without growing
 	$(VENV)/bin/python -m bench.soak --minutes 30
 
+matrix: $(READY) ## Run a quick suite with each torch and each Python that is tried (over an hour; 15 GB of room; installs uv)
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/python -m tests.matrix
+
 docs: $(VENV)/.docs ## Build the documentation's site into site/; a link or a name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
@@ -95,7 +99,12 @@ lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check $(PYTHON_FILES)
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
-	$(VENV)/bin/mypy zeroopt bench examples recipes
+	$(VENV)/bin/mypy zeroopt bench examples recipes tests/typed
+
+types: $(READY) ## Check a user's script by pyright, too, and that no public name is without a type (installs pyright)
+	$(VENV)/bin/python -m pip install --quiet pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --project tests/typed
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --verifytypes zeroopt --ignoreexternal
 
 format: $(READY) ## Rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix $(PYTHON_FILES)

@@ -10,6 +10,7 @@ from hypothesis import settings
 from worker_pool import RunOnRanks
 
 settings.register_profile("any machine, however busy", deadline=None)
+settings.register_profile("few", deadline=None, max_examples=10)  # of `make matrix`
 settings.register_profile("deep", deadline=None, max_examples=5000)  # of `make fuzz`
 settings.load_profile("any machine, however busy")
 

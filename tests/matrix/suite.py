@@ -1,0 +1,104 @@
+"""An environment of one cell, and what is run in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from tests.matrix.cells import Cell
+from tests.matrix.trees import Trees
+from tests.matrix.uv import CommandError, Uv, run
+from tests.support.paths import ROOT
+
+TOOLS = ("numpy", "expecttest", "hypothesis", "pytest", "pytest-timeout")
+# They ask for more packages, or, as csrc and fuzz, for no torch.
+OTHERS = ("bench", "csrc", "docs", "examples", "fuzz", "integrations", "matrix", "pretend_cuda", "recipes")
+ONE_PROCESS = ("tests", *(f"--ignore=tests/{folder}" for folder in OTHERS), "-m", "not ranks and not slow")
+RANKS = (
+    "tests/training/test_parity.py::test_own_step_follows_ddp_bit_for_bit",
+    "tests/training/test_parity.py::test_convolutions_and_batch_norm_follow_ddp_bit_for_bit",
+    "tests/training/test_parity.py::test_torch_transport_follows_ddp",
+    "tests/state/test_torch_releases.py",
+    "tests/state/test_dicts.py::test_saving",
+    "tests/checkpoint/wrapped/test_resuming.py",
+)
+SUITE = {"one process": ONE_PROCESS, "ranks": RANKS}
+TIMEOUT_S = 600
+
+
+class Outcome(NamedTuple):
+    """Numbers of tests; `trouble` is what kept them from being run, or empty."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    trouble: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.passed > 0 and not self.failed and not self.trouble
+
+    def __str__(self) -> str:
+        if self.trouble:
+            return self.trouble
+        numbers = {"passed": self.passed, "failed": self.failed, "skipped": self.skipped}
+        return ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+
+
+def run_cell(cell: Cell, python: Path, folder: Path, uv: Uv, trees: Trees) -> Outcome:
+    """Make the environment of a cell, and run the suite in it. One in which something has failed stays; `uv.log` says what."""
+    environment = folder / str(cell)
+    try:
+        uv.make(environment, python)
+        uv.install(environment, f"torch=={cell.torch}", *TOOLS, "--constraints", str(_constraints(folder)))
+        tree = trees.of(cell.python, environment, uv)
+    except CommandError as error:
+        return Outcome(trouble=str(error))
+    outcome = _total([_run_tests(environment, tree, uv.log, what, tests) for what, tests in SUITE.items()])
+    if outcome.good:
+        shutil.rmtree(environment)
+    return outcome
+
+
+def _constraints(folder: Path) -> Path:
+    """Those of development, torch excepted."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    path = folder / "constraints.txt"
+    path.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
+    return path
+
+
+def _run_tests(environment: Path, tree: Path, log: Path, what: str, tests: Sequence[str]) -> Outcome:
+    report = log.with_name(f"{log.stem} {what}.xml")
+    report.unlink(missing_ok=True)
+    options = (
+        f"--timeout={TIMEOUT_S}",
+        "--quiet",
+        "--hypothesis-profile=few",
+        "-p",
+        "no:cacheprovider",
+        f"--junit-xml={report}",
+    )
+    status = run([str(environment / "bin" / "python"), "-m", "pytest", *tests, *options], log, cwd=tree)
+    outcome = read_report(report) if report.exists() else Outcome()
+    return outcome if status == 0 or outcome.failed else outcome._replace(trouble=f"pytest ended with {status}")
+
+
+def read_report(path: Path) -> Outcome:
+    """The numbers of a file that pytest has written in JUnit's format."""
+    tests, failed, skipped = 0, 0, 0
+    for suite in ElementTree.parse(path).iter("testsuite"):
+        tests += int(suite.get("tests", 0))
+        failed += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped += int(suite.get("skipped", 0))
+    return Outcome(tests - failed - skipped, failed, skipped)
+
+
+def _total(outcomes: Sequence[Outcome]) -> Outcome:
+    total = Outcome()
+    for one in outcomes:
+        total = Outcome(*(a + b for a, b in zip(total[:3], one[:3], strict=True)), total.trouble or one.trouble)
+    return total
