@@ -1,5 +1,6 @@
 #include <vector>
 
+#include "cpu/cache_line.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -10,7 +11,7 @@ constexpr int64_t kGrain = 64 * 1024; // elements a thread
 void sum_in_parts(const float* values, int64_t numel, double scale, bool squared, const double* rounders, double* sums,
                   int num_threads) {
   const int threads = worthwhile_threads(numel, kGrain, num_threads);
-  struct alignas(64) Sums {
+  struct alignas(kCacheLineBytes) Sums {
     double part[kSumParts] = {};
   };
   std::vector<Sums> of_thread(static_cast<size_t>(threads));

@@ -5,15 +5,13 @@
 #include <chrono>
 #include <stdexcept>
 #include <system_error>
-#include <thread>
 
 #include <fcntl.h>
-#include <unistd.h>
-
-#ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#endif
+#include <unistd.h>
+
+#include "cpu/cache_line.h"
 
 namespace zeroopt {
 namespace {
@@ -28,22 +26,13 @@ constexpr auto kSpin = std::chrono::microseconds(5);
 
 /// Sleeps while *word is `value`, at most for `duration`. May return early.
 void sleep_on(std::atomic<uint32_t>& word, uint32_t value, Clock::duration duration) {
-#ifdef __linux__
   const auto nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count();
   const timespec timeout = {static_cast<time_t>(nanoseconds / 1000000000), static_cast<long>(nanoseconds % 1000000000)};
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, value, &timeout, nullptr, 0);
-#else
-  if (word.load() == value)
-    std::this_thread::sleep_for(std::min<Clock::duration>(duration, std::chrono::microseconds(50)));
-#endif
 }
 
 void wake_all(std::atomic<uint32_t>& word) {
-#ifdef __linux__
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
-#else
-  static_cast<void>(word);
-#endif
 }
 
 } // namespace
@@ -55,7 +44,7 @@ struct ShmBoard::Count {
   std::atomic<int64_t> read;
 };
 
-struct alignas(64) ShmBoard::Head {
+struct alignas(kCacheLineBytes) ShmBoard::Head {
   std::atomic<uint32_t> bell;
   std::atomic<uint32_t> sleepers; // stays too high when a sleeper is killed, which costs others a system call
   std::atomic<uint32_t> left;     // ranks
@@ -81,7 +70,7 @@ struct ShmBoard::Entry {
   }
 };
 
-struct alignas(64) ShmBoard::Lane {
+struct alignas(kCacheLineBytes) ShmBoard::Lane {
   std::atomic<int64_t> posted;
   std::atomic<int64_t> read;
   std::atomic<uint32_t> left;

@@ -30,7 +30,7 @@ public:
   /// Tickets that a rank may be ahead of the slowest reader.
   static constexpr int64_t kCapacity = 256;
 
-  /// Bytes of shared memory, to be aligned to 64.
+  /// Bytes of shared memory, to be aligned to kCacheLineBytes.
   static int64_t bytes(int64_t world_size);
 
   ShmBoard(void* memory, int64_t rank, int64_t world_size);

@@ -201,6 +201,33 @@ def test_an_architecture_that_is_none(tmp_path: Path) -> None:
     assert result.returncode != 0 and 'got "Hopper"' in " ".join(result.stderr.split())
 
 
+@needs_cmake
+@pytest.mark.parametrize(
+    ("facts", "unfit"),
+    [
+        ({"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SIZEOF_VOID_P": "8"}, None),
+        ({"CMAKE_SYSTEM_NAME": "Darwin", "CMAKE_SIZEOF_VOID_P": "8"}, "Darwin"),
+        ({"CMAKE_SYSTEM_NAME": "Windows", "CMAKE_SIZEOF_VOID_P": "8"}, "Windows"),
+        ({"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SIZEOF_VOID_P": "4"}, "32 bits"),
+        (
+            {
+                "CMAKE_SYSTEM_NAME": "Linux",
+                "CMAKE_SIZEOF_VOID_P": "8",
+                "CMAKE_CXX_BYTE_ORDER": "BIG_ENDIAN",
+                "CMAKE_SYSTEM_PROCESSOR": "s390x",
+            },
+            "a big-endian processor, s390x",
+        ),
+    ],
+)
+def test_systems_that_it_could_not_run_on(facts: dict[str, str], unfit: str | None, tmp_path: Path) -> None:
+    arguments = [f"-D{name}={value}" for name, value in facts.items()]
+    result = run_cmake(tmp_path, *arguments, "-P", str(CMAKE_FOLDER / "system.cmake"))
+    told = " ".join(result.stderr.split())
+    assert (result.returncode == 0) is (unfit is None), told
+    assert unfit is None or f"on a 64-bit little-endian processor, and this is a build for {unfit}. On macOS" in told
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
 def test_a_source_distribution_has_what_is_tracked() -> None:
     """Tests with their helpers, benchmarks, examples and documents: all but what only git reads."""

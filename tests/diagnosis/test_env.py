@@ -67,6 +67,19 @@ def test_what_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["CUDA driver"] == "the driver serves CUDA up to 12.8"
 
 
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        ("x86_64", "sve (compiled: generic/SSE2, sve)"),
+        ("aarch64", "sve (compiled: generic/NEON, sve)"),
+        ("riscv64", "sve (compiled: generic, sve)"),
+    ],
+)
+def test_what_generic_means_is_said(machine: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert built(monkeypatch, isa="sve", isas=["generic", "sve"])["CPU kernels"] == expected
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

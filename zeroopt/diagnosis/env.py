@@ -12,6 +12,9 @@ from .._C import build_info
 from ..errors import KernelUnavailableError
 from ..ops.devices import check_launch, describe_driver, missing_kernels
 
+_BASELINES = {"x86_64": "SSE2", "aarch64": "NEON"}
+"""What every processor of a kind has, for which generic kernels are compiled."""
+
 
 def environment() -> dict[str, str]:
     """Facts of this installation and machine, by name. Not collective."""
@@ -22,7 +25,7 @@ def environment() -> dict[str, str]:
     return {
         "zeroopt": build["version"],
         "compiler": f"{build['compiler']}, {build['flags']}",
-        "CPU kernels": f"{build['isa']} (compiled: {', '.join(build['isas'])})",
+        "CPU kernels": f"{_registers(build['isa'])} (compiled: {', '.join(map(_registers, build['isas']))})",
         "OpenMP": "yes" if build["openmp"] else "no: CPU kernels run on one thread",
         "CUDA kernels": cuda,
         "CUDA driver": describe_driver() if build["cuda"] else "not asked, without CUDA kernels",
@@ -35,6 +38,12 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
     }
+
+
+def _registers(isa: str) -> str:
+    """An instruction set, with what generic means on this processor."""
+    baseline = _BASELINES.get(platform.machine())
+    return f"{isa}/{baseline}" if isa == "generic" and baseline else isa
 
 
 def _name_of(device: torch.device) -> str:

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "common/host_device.h"
+#include "cpu/cache_line.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -17,7 +18,7 @@ constexpr int64_t kStreamBytes = 1 << 20; // from here on; what is smaller may w
 
 #if defined(__SSE2__)
 
-constexpr int64_t kLineBytes = 64;
+constexpr int64_t kLineBytes = kCacheLineBytes;
 constexpr int64_t kPrefetchBytes = 4096; // the processor's own prefetcher does not cross pages
 
 /// One aligned line. src need not be aligned.
@@ -55,6 +56,8 @@ ZEROOPT_INLINE void finish_stream() {
 
 #else
 
+// Arm's servers (Neoverse, and Cortex-A before it) notice themselves that whole lines are being written, and stop
+// reading them: a plain copy already is what was to be had.
 ZEROOPT_INLINE void stream(void* dst, const void* src, int64_t bytes) {
   memcpy(dst, src, static_cast<size_t>(bytes));
 }
