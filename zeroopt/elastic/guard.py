@@ -23,7 +23,7 @@ from ..checkpoint.format.plain import check_plain
 from ..checkpoint.format.together import together
 from ..checkpoint.wrapped.lineage import runs_of
 from ..checkpoint.wrapped.loading import Source, load_source
-from ..checkpoint.wrapped.parts import describe_part
+from ..checkpoint.wrapped.parts import Part, describe_part, join_parts
 from ..checkpoint.wrapped.residuals import residual_contents, residual_file
 from ..checkpoint.wrapped.saving import Optimizers, begin, optimizers_of, own_contents
 from ..collectives import ControlGroup
@@ -80,9 +80,9 @@ class Guard:
     Args:
         model, optimizer, extra, rank_extra: as for `zeroopt.checkpoint.save`. What is given is asked for its state in each `step`.
         every: steps between copies.
-        between_hosts: where there are several, each copy goes to the next host besides. A thread sends what of it not all ranks have (parameters
-            are in all models, unless codes or masters make a difference) while training goes on, until the next copy. Then a host may be
-            lost with its memory.
+        between_hosts: where there are several, each copy goes to the next host besides. A thread sends what of it not all ranks have
+            (parameters are in all models, unless codes, masters, pipeline stages or DTensors make a difference) while training goes on,
+            until the next copy. Then a host may be lost with its memory.
         frozen: copy the parameters that no optimizer trains, too. False: whoever goes on has made them as they were, as from the checkpoint of
             a base model, before `restore`, which compares checksums of them.
         job: names the training, the same on all hosts; each model of a process has a name of its own. None: what torchrun's agent has started
@@ -94,7 +94,8 @@ class Guard:
         ConfigError: `every` is less than 1, the name is no name, or is missing without torchrun, or the optimizer is not the model's. On all
             ranks: those of one host have different names.
         StateError: by later calls, when another guard of this process has been made for the job since.
-        NotSupportedError: not all ranks hold the model together (`average_every`, pipeline stages, DTensors).
+        NotSupportedError: `average_every`, or `frozen=False` where ranks hold different parts (pipeline stages, DTensors).
+        CheckpointError: such parts have the same names.
     """
 
     def __init__(
@@ -117,6 +118,10 @@ class Guard:
         self._directory = directory_of(job_of_agent() if job is None else job, memory)
         self._group = begin(model, None)
         self._control = ControlGroup(self._group)
+        replica = model.replica
+        self._is_whole = (
+            not replica.mesh_groups and replica.transport.control.size == self._control.size
+        )  # on each rank
         self._check_supported()
         self._hosts = ranks_by_host(self._control)
         self._check_names()
@@ -278,12 +283,18 @@ class Guard:
                 )
 
     def _check_supported(self) -> None:
-        replica = self._model.replica
-        if replica.mesh_groups or replica.transport.control.size != self._group.size():
+        """Collective where ranks hold different parts."""
+        if self._model.replica.config.average_every is not None:
             raise NotSupportedError(
-                "copies in memory are of models that all ranks hold together: with pipeline stages, tensor parallelism, average_every or an "
-                "outer_optimizer, use zeroopt.checkpoint"
+                "copies in memory are of models that ranks train together: with average_every or an outer_optimizer, use zeroopt.checkpoint"
             )
+        if self._is_whole:
+            return
+        if not self._frozen:
+            raise NotSupportedError(
+                "frozen=False leaves out what all ranks have: with pipeline stages or tensor parallelism, leave it at True"
+            )
+        self._parts()  # of which several may have the same names
 
     # Going on.
 
@@ -396,21 +407,35 @@ class Guard:
             raise CheckpointError(f"step {step} could not be copied: {reason}") from error
         return entries, packed, told == _IS_NEW
 
+    def _parts(self) -> list[Part]:
+        """The parts of the model that process groups hold, on the first rank. Nothing is under way then. Collective where there are several."""
+
+        def mine() -> Part | None:
+            self._model.replica.gathers.finish_all()
+            for one in self._optimizers:
+                one.check_can_save(self._group)
+                one.follow_writes()
+            is_first = self._model.replica.transport.control.rank == 0
+            return describe_part(self._model, self._optimizers) if is_first else None
+
+        def join(parts: list[Part | None]) -> list[list[Part]]:
+            return [join_parts([part for part in parts if part is not None]), *[[]] * (len(parts) - 1)]
+
+        if self._is_whole:
+            return [part] if (part := mine()) is not None else []
+        return together(self._group, "describing what is to be copied", mine, join)
+
     def _take(self) -> tuple[Entries, bytes]:
-        """What there is to copy, and what of it is no tensor."""
-        model, rank = self._model, self._control.rank
-        model.replica.gathers.finish_all()
-        for one in self._optimizers:
-            one.check_can_save(self._group)
-            one.follow_writes()
+        """What there is to copy, and what of it is no tensor. Collective as `_parts`."""
+        model, rank, parts = self._model, self._control.rank, self._parts()
         nested = own_contents(model, self._optimizers, frozen=self._frozen)
         facts = None
         residuals, kept = take_out(residual_contents(model))
         side: dict[str, Any] = {residual_file(rank): residuals}
         if rank == 0:
-            part = describe_part(model, self._optimizers)
-            nested["optimizer"]["param_groups"] = part.param_groups
-            facts = {"world_size": self._control.size, "optimizers": part.facts, "runs": list(runs_of(model))}
+            nested["optimizer"]["param_groups"] = [group for part in parts for group in part.param_groups]
+            of_optimizers = [entry for part in parts for entry in part.facts]
+            facts = {"world_size": self._control.size, "optimizers": of_optimizers, "runs": list(runs_of(model))}
             facts["frozen"] = self._left_out
             side[EXTRA] = pack_extra(self._extra)
         if self._rank_extra is not None:
@@ -432,7 +457,7 @@ class Guard:
         assert self._layout is not None
         self._layout = layout = self._layout + 1
         self._copies = 0
-        rank, alike = self._control.rank, Alike.of(self._model)
+        rank, alike = self._control.rank, Alike.of(self._model) if self._is_whole else Alike({}, {})
         ring = Ring.of(rank, self._hosts)
 
         def plan_mine() -> SavePlan:
