@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from bench.kills.kinds import Kind
 from bench.kills.marks import MOMENTS, Marks
 from bench.kills.training import End, Task, train
 from bench.launch import Plan, Ranks, running_ranks
-from zeroopt.elastic.place import directory_of, remove_job
+from zeroopt.elastic.place import MEMORY
 
 STEPS = 60
 KILLED_IN = MOMENTS[1:-1]
@@ -99,18 +97,29 @@ class Run:
     """One run in a folder of its own, started again after each kill.
 
     Args:
+        kind: of the training.
+        hosts: how many hosts ranks are taken to be on. Of several, all of a host are killed at once, and its memory is lost, unless the
+            others have not loaded since one was lost before.
         any_ranks: draws the number of ranks of each start, 1, 2, 4 … up to that of the plan; None: always that.
     """
 
     def __init__(
-        self, plan: Plan, options: dict[str, Any], tally: Tally, *, without_disk: bool, any_ranks: random.Random | None
+        self,
+        plan: Plan,
+        kind: Kind,
+        tally: Tally,
+        *,
+        without_disk: bool,
+        hosts: int,
+        any_ranks: random.Random | None,
     ) -> None:
         self._plan, self._tally, self._any_ranks = plan, tally, any_ranks
         self._folder = Path(tempfile.mkdtemp(prefix="zeroopt-kills-"))
         micro_batches = None if any_ranks is None else plan.world_size
-        self._task = Task(self._folder, STEPS, options, micro_batches, without_disk, job=self._folder.name)
+        self._task = Task(self._folder, STEPS, kind, micro_batches, without_disk, hosts)
         self._marks = Marks(self._folder / "marks", plan.world_size)
         self._done = 0
+        self._has_begun = False  # the present start, to train
         self._all_ended_at: float | None = None
 
     def to_its_end(self, kills: list[Kill]) -> Outcome:
@@ -125,7 +134,7 @@ class Run:
             return Outcome.of(ends)
         finally:
             shutil.rmtree(self._folder)
-            remove_job(directory_of(self._task.job))
+            shutil.rmtree(Path(MEMORY, self._folder.name), ignore_errors=True)
 
     def _start(self, kill: Kill | None) -> list[End] | None:
         """What the ranks have returned; None where one was killed."""
@@ -145,9 +154,10 @@ class Run:
     def _watch(self, ranks: Ranks, kill: Kill | None) -> bool:
         """Wait until a kill is due; False when all have returned before."""
         begun: int | None = None
+        self._has_begun = False
         while kill is None or not kill.is_due(self._marks, begun):
             if begun is None and self._marks.moment(0) == "forward":
-                begun = self._marks.step(0)
+                begun, self._has_begun = self._marks.step(0), True
                 self._note_going_on(begun)
             if ranks.have_returned(within_s=LOOK_S):
                 return False
@@ -162,13 +172,17 @@ class Run:
     def _do(self, kill: Kill, ranks: Ranks) -> None:
         time.sleep(kill.delay_s)
         begin = time.monotonic()
-        pid = ranks.processes[kill.rank].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        size = len(ranks.processes)
+        hosts = self._task.hosts_of(size)
+        with_it = next(host for host in hosts if kill.rank in host) if len(hosts) > 1 else [kill.rank]
+        for rank in with_it:
+            ranks.processes[rank].kill()
         for process in ranks.processes:
             process.join(max(0.0, begin + GRACE_S - time.monotonic()))
         self._tally.hung += any(process.is_alive() for process in ranks.processes)
         self._tally.kills[self._marks.moment(kill.rank)] += 1
         self._all_ended_at = time.monotonic()
         self._tally.ended_in_s.append(self._all_ended_at - begin)
-        self._done = max(self._done, min(self._marks.step(rank) for rank in range(len(ranks.processes))))
+        self._done = max(self._done, min(self._marks.step(rank) for rank in range(size)))
+        if len(hosts) > 1 and self._has_begun:
+            shutil.rmtree(self._task.memory_of(kill.rank, size), ignore_errors=True)
