@@ -18,7 +18,7 @@ SANITIZED_TESTS := tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py 
 
 PYTHON_FILES := zeroopt tests bench examples recipes docs/hooks
 RECIPES := $(sort $(patsubst recipes/%/__main__.py,%,$(wildcard recipes/*/__main__.py)))
-CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
+CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/support/on_arm tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
