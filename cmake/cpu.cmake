@@ -1,9 +1,8 @@
 # The CPU kernels: what splits the work over threads, ZEROOPT_CPU_SOURCES, and one object library per instruction set,
 # from the same sources. zeroopt_link_cpu_kernels(name) gives a target with the former the latter.
 include(CheckCXXCompilerFlag)
-find_package(OpenMP COMPONENTS CXX)
 
-set(ZEROOPT_CPU_SOURCES isa pack reduce copy block steps norm exact_sum quantize wire_code)
+set(ZEROOPT_CPU_SOURCES isa openmp pack reduce copy block steps norm exact_sum quantize wire_code)
 list(TRANSFORM ZEROOPT_CPU_SOURCES REPLACE "(.+)" "${ZEROOPT_CSRC}/cpu/\\1.cpp")
 
 set(ZEROOPT_LEAF_SOURCES table pack reduce copy formats wire_code norm exact_sum steps)
@@ -49,8 +48,5 @@ endif()
 
 function(zeroopt_link_cpu_kernels name)
   target_compile_definitions(${name} PRIVATE ${ZEROOPT_ISA_DEFINITIONS})
-  target_link_libraries(${name} PRIVATE ${ZEROOPT_ISA_LIBRARIES})
-  if(OpenMP_CXX_FOUND)
-    target_link_libraries(${name} PRIVATE OpenMP::OpenMP_CXX)
-  endif()
+  target_link_libraries(${name} PRIVATE ${ZEROOPT_ISA_LIBRARIES} ${CMAKE_DL_LIBS})
 endfunction()

@@ -1,9 +1,11 @@
-# The CUDA kernels, or their stand-ins that raise. Sets ZEROOPT_WITH_CUDA, ZEROOPT_CUDA_SOURCES and ZEROOPT_CUDA_ARCHS.
+# The CUDA kernels, or their stand-ins that raise. Sets ZEROOPT_WITH_CUDA, ZEROOPT_CUDA_SOURCES and ZEROOPT_CUDA_ARCHS, or why
+# there are none, ZEROOPT_CUDA_PROBLEM.
 #
 # ZEROOPT_CUDA (environment or -D): auto compiles them when there is a CUDA compiler that works, on demands one, off does
 # without.
 set(ZEROOPT_WITH_CUDA 0)
 set(ZEROOPT_CUDA_ARCHS "")
+set(ZEROOPT_CUDA_PROBLEM "")
 set(ZEROOPT_CUDA_SOURCES csrc/cuda/unavailable.cpp)
 
 set(wanted "auto")
@@ -16,6 +18,7 @@ if(NOT wanted MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "ZEROOPT_CUDA must be auto, on or off, got \"${wanted}\"")
 endif()
 if(wanted STREQUAL "off")
+  set(ZEROOPT_CUDA_PROBLEM "it was built with ZEROOPT_CUDA=off")
   return()
 endif()
 
@@ -35,6 +38,7 @@ if(problem)
     message(FATAL_ERROR "ZEROOPT_CUDA=on, but there are no CUDA kernels to be had:\n  ${problem}")
   endif()
   message(STATUS "CPU kernels only: ${problem}")
+  string(REGEX REPLACE " \\(what CMake says is in .*" "" ZEROOPT_CUDA_PROBLEM "when it was built, ${problem}")
   return()
 endif()
 
@@ -67,9 +71,11 @@ target_include_directories(cuda_kernels PRIVATE csrc)
 target_compile_options(cuda_kernels PRIVATE -fmad=false --threads=2 -Xcompiler=${warnings}
   $<$<BOOL:${ZEROOPT_WERROR}>:--Werror=all-warnings>)
 
-# Smaller by zstd, which drivers that CUDA 13 asks for unpack.
+# Smaller by zstd, which drivers that CUDA 13 asks for unpack; those of CUDA 12 unpack what all of CUDA 12's nvcc can pack.
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
   target_compile_options(cuda_kernels PRIVATE --compress-mode=size)
+else()
+  target_compile_options(cuda_kernels PRIVATE -Xfatbin=-compress-all)
 endif()
 
 set(ZEROOPT_WITH_CUDA 1)

@@ -40,7 +40,10 @@ endfunction()
 # What a compiler says that has been given a file without anything in it: its first line about an error.
 function(zeroopt_words_of compiler folder result)
   file(WRITE ${folder}/nothing.cu "")
-  separate_arguments(command UNIX_COMMAND "${compiler}")
+  set(command "${compiler}")
+  if(NOT EXISTS "${compiler}") # with options behind it; a path may have spaces
+    separate_arguments(command UNIX_COMMAND "${compiler}")
+  endif()
   if(CMAKE_CUDA_HOST_COMPILER)
     list(APPEND command -ccbin ${CMAKE_CUDA_HOST_COMPILER})
   endif()

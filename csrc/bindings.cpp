@@ -12,6 +12,7 @@
 #include "common/wire_code.h"
 #include "counting_hook.h"
 #include "cpu/isa.h"
+#include "cpu/openmp.h"
 #include "cpu/shm_board.h"
 #include "cpu/shm_mapping.h"
 #include "kernels.h"
@@ -430,12 +431,9 @@ py::dict build_info() {
   facts["flags"] = ZEROOPT_FLAGS;
   facts["cuda"] = ZEROOPT_WITH_CUDA != 0;
   facts["cuda_version"] = ZEROOPT_CUDA_VERSION;
+  facts["cuda_problem"] = ZEROOPT_CUDA_PROBLEM;
   facts["cuda_archs"] = py::str(ZEROOPT_CUDA_ARCHS).attr("split")();
-#ifdef _OPENMP
-  facts["openmp"] = true;
-#else
-  facts["openmp"] = false;
-#endif
+  facts["openmp"] = cpu::openmp_library();
   facts["isas"] = isas;
   facts["isa"] = cpu::isa().name;
   return facts;

@@ -12,8 +12,9 @@ class BuildInfo(TypedDict):
     flags: str
     cuda: bool
     cuda_version: str
+    cuda_problem: str
     cuda_archs: list[str]
-    openmp: bool
+    openmp: str
     isas: list[str]
     isa: str
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/openmp.h"
+
 namespace zeroopt::cpu {
 
 constexpr int64_t kLine = 64; // elements; shares begin at multiples, so that no two threads write to one cache line
@@ -22,9 +24,7 @@ inline int worthwhile_threads(int64_t numel, int64_t grain, int num_threads) {
 /// Calls body(index) for every index below count, each on its own thread where there is OpenMP. body must not throw.
 template <class Body> void parallel(int count, const Body& body) {
   if (count == 1) return body(0);
-#pragma omp parallel for num_threads(count) schedule(static, 1)
-  for (int index = 0; index < count; ++index)
-    body(index);
+  run_parallel(count, [](const void* body, int index) { (*static_cast<const Body*>(body))(index); }, &body);
 }
 
 } // namespace zeroopt::cpu

@@ -41,8 +41,8 @@ def test_build_info_is_complete() -> None:
     assert build["compiler"].split()[1][0].isdigit()
     assert "-ffp-contract=off" in build["flags"] or "GNU" not in build["compiler"]
     assert build["isa"] == _C.cpu_isa()
-    assert isinstance(build["openmp"], bool)
-    assert build["cuda"] == bool(build["cuda_version"]) == bool(build["cuda_archs"])
+    assert build["openmp"] == "" or Path(build["openmp"]).is_file()
+    assert build["cuda"] == bool(build["cuda_version"]) == bool(build["cuda_archs"]) == (not build["cuda_problem"])
 
 
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has the CUDA kernels")
@@ -133,6 +133,7 @@ class TestBrokenCudaCompiler:
         (folder / "CMakeLists.txt").write_text(
             "cmake_minimum_required(VERSION 3.24)\nproject(empty LANGUAGES NONE)\n"
             f'include({CMAKE_FOLDER}/cuda.cmake)\nmessage(STATUS "with CUDA: ${{ZEROOPT_WITH_CUDA}}")\n'
+            'message(STATUS "problem: ${ZEROOPT_CUDA_PROBLEM}.")\n'
         )
         (folder / "bin").mkdir()
         (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
@@ -155,6 +156,7 @@ class TestBrokenCudaCompiler:
         assert result.returncode == 0, result.stderr
         assert f"CPU kernels only: {tmp_path}/bin/nvcc does not work: {reason} (" in result.stdout
         assert "with CUDA: 0" in result.stdout
+        assert f"problem: when it was built, {tmp_path}/bin/nvcc does not work: {reason}." in result.stdout
 
     def test_on_is_an_error_that_says_why(self, tmp_path: Path) -> None:
         result = self.configure(tmp_path, self.REFUSING, ZEROOPT_CUDA="on")

@@ -21,9 +21,10 @@ BUILD: dict[str, Any] = {
     "flags": "-O3",
     "isa": "avx2",
     "isas": ["scalar", "avx2"],
-    "openmp": True,
+    "openmp": "/torch/lib/libgomp.so.1",
     "cuda": True,
     "cuda_version": "12.4",
+    "cuda_problem": "",
     "cuda_archs": ["80", "90"],
 }
 
@@ -62,7 +63,7 @@ def test_what_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = built(monkeypatch)
     assert facts["compiler"] == "GNU 13.2, -O3"
     assert facts["CPU kernels"] == "avx2 (compiled: scalar, avx2)"
-    assert facts["OpenMP"] == "yes"
+    assert facts["OpenMP"] == "/torch/lib/libgomp.so.1"
     assert facts["CUDA kernels"] == "12.4 (80 90)"
     assert facts["CUDA driver"] == "the driver serves CUDA up to 12.8"
 
@@ -83,9 +84,9 @@ def test_what_generic_means_is_said(machine: str, expected: str, monkeypatch: py
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    facts = built(monkeypatch, openmp=False, cuda=False, cuda_version="", cuda_archs=[])
-    assert facts["OpenMP"].startswith("no: ")
-    assert facts["CUDA kernels"] == "not compiled in"
+    facts = built(monkeypatch, openmp="", cuda=False, cuda_version="", cuda_archs=[], cuda_problem="no nvcc")
+    assert facts["OpenMP"].startswith("no: ") and "libgomp" in facts["OpenMP"]
+    assert facts["CUDA kernels"].startswith("none: no nvcc. To have them, reinstall with ZEROOPT_CUDA=on")
     assert facts["CUDA driver"] == "not asked, without CUDA kernels"
     assert (facts["torch CUDA"], facts["CUDA devices"]) == ("no", "none")
 

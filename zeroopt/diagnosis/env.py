@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,22 +13,28 @@ from .._C import build_info
 from ..errors import KernelUnavailableError
 from ..ops.devices import check_launch, describe_driver, missing_kernels
 
+if TYPE_CHECKING:
+    from .._C import BuildInfo
+
 _BASELINES = {"x86_64": "SSE2", "aarch64": "NEON"}
 """What every processor of a kind has, for which generic kernels are compiled."""
+_NO_OPENMP = (
+    "no: CPU kernels run on one thread. Torch has no runtime that could be shared, and there is no libgomp.so.1: "
+    "install libgomp1 (Debian, Ubuntu) or libgomp (Fedora, RHEL, conda)"
+)
 
 
 def environment() -> dict[str, str]:
     """Facts of this installation and machine, by name. Not collective."""
     build = build_info()
-    cuda = f"{build['cuda_version']} ({' '.join(build['cuda_archs'])})" if build["cuda"] else "not compiled in"
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     problems = {str(device): problem for device in devices if (problem := _problem_of(device)) is not None}
     return {
         "zeroopt": build["version"],
         "compiler": f"{build['compiler']}, {build['flags']}",
         "CPU kernels": f"{_registers(build['isa'])} (compiled: {', '.join(map(_registers, build['isas']))})",
-        "OpenMP": "yes" if build["openmp"] else "no: CPU kernels run on one thread",
-        "CUDA kernels": cuda,
+        "OpenMP": build["openmp"] or _NO_OPENMP,
+        "CUDA kernels": _cuda_kernels(build),
         "CUDA driver": describe_driver() if build["cuda"] else "not asked, without CUDA kernels",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,6 +51,16 @@ def _registers(isa: str) -> str:
     """An instruction set, with what generic means on this processor."""
     baseline = _BASELINES.get(platform.machine())
     return f"{isa}/{baseline}" if isa == "generic" and baseline else isa
+
+
+def _cuda_kernels(build: BuildInfo) -> str:
+    """For which architectures, or why there are none and what to do about it."""
+    if build["cuda"]:
+        return f"{build['cuda_version']} ({' '.join(build['cuda_archs'])})"
+    return (
+        f"none: {build['cuda_problem']}. To have them, reinstall with ZEROOPT_CUDA=on where nvcc works, or from a wheel whose version "
+        "ends in +cu and a number"
+    )
 
 
 def _name_of(device: torch.device) -> str:
