@@ -16,7 +16,7 @@ SANITIZERS = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name
 SANITIZED_TESTS := tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py tests/csrc/test_owners.py tests/csrc/cpu tests/ops \
 	tests/optim tests/gradients/test_counting.py tests/fuzz
 
-PYTHON_FILES := zeroopt tests bench examples recipes docs/hooks
+PYTHON_FILES := zeroopt tests bench examples recipes wheels docs/hooks
 RECIPES := $(sort $(patsubst recipes/%/__main__.py,%,$(wildcard recipes/*/__main__.py)))
 CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/support/on_arm tests/pretend_cuda -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
@@ -24,7 +24,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
-.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage sanitize soak matrix docs lint types format clean
+.PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage sanitize soak matrix docs wheels lint types format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -95,11 +95,14 @@ matrix: $(READY) ## Run a quick suite with each torch and each Python that is tr
 docs: $(VENV)/.docs ## Build the documentation's site into site/; a link or a name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
+wheels: $(READY) $(VENV)/.wheels ## Build wheels into dist/ for every Python at hand, and try each (WHEELS="--pythons 3.11 --flavours cpu"; see docs/install.md)
+	$(VENV)/bin/python -m wheels $(WHEELS)
+
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check $(PYTHON_FILES)
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
-	$(VENV)/bin/mypy zeroopt bench examples recipes tests/typed
+	$(VENV)/bin/mypy zeroopt bench examples recipes wheels tests/typed
 
 types: $(READY) ## Check a user's script by pyright, too, and that no public name is without a type (installs pyright)
 	$(VENV)/bin/python -m pip install --quiet pyright
@@ -124,4 +127,8 @@ $(READY): $(BUILD_FILES)
 $(VENV)/.docs: requirements-docs.txt constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-docs.txt
+	touch $@
+
+$(VENV)/.wheels: requirements-wheels.txt constraints.txt $(READY)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-wheels.txt
 	touch $@
