@@ -17,6 +17,7 @@ from ..options.precision import MASTER_WEIGHTS
 from ..state.tiers import readable
 from ..state.torch_releases import options_of
 from ..stepping.rules import FusedRule
+from ..stepping.step_counts import with_exact_counts
 from .fused_params import FusedParams, Places
 
 _Kind = tuple[torch.device, torch.dtype, torch.dtype]
@@ -112,7 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         beside them, so that here they come back bit for bit."""
         with self._without_hooks("state_dict_post"):
             result: dict[str, Any] = super().state_dict()
-        result["state"] = {key: readable(entry) for key, entry in result["state"].items()}
+        result["state"] = {key: readable(entry) for key, entry in with_exact_counts(result["state"]).items()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
@@ -169,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("master_weights", "state_dtype", "seed")}
         state: dict[str, Any] = super().__getstate__()
-        return {**state, **own}
+        return {**state, "state": defaultdict(dict, with_exact_counts(state["state"])), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._batches = {}

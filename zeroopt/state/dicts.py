@@ -22,6 +22,7 @@ from ..plan.dtensors import place_in_mesh
 from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam, ParamState
 from ..stepping.rules import rule_for
+from ..stepping.step_counts import with_exact_counts
 from ..stepping.stepper import ShardStepper
 from ..storage.bucket import Bucket
 from ..storage.masters import MASTER_NAMES, exact_param
@@ -377,7 +378,7 @@ class StateDicts(StateHolder):
 
     def with_masters(self) -> dict[Tensor, ParamState]:
         """State by segment, with what completes 16-bit parameters in it."""
-        state = {shard: dict(entry) for shard, entry in self._inner.state.items()}
+        state = {shard: dict(entry) for shard, entry in with_exact_counts(self._inner.state).items()}
         for bucket in self.buckets:
             for segment in bucket.segments if bucket.master.completes else ():
                 state.setdefault(segment.shard, {}).update(bucket.master.arrays(segment))

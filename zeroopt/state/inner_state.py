@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from torch import Tensor
 
 from ..plan.params import ParamState
+from ..stepping.step_counts import with_exact_counts
 from ..storage.segment import Segment
 
 
@@ -18,7 +19,7 @@ class InnerState:
 
     def arrays(self, segment: Segment) -> ParamState:
         """Its entry; an empty one where it has none."""
-        return self._state.get(segment.shard, {})
+        return with_exact_counts({segment: self._state.get(segment.shard, {})})[segment]
 
     def forget(self, segment: Segment) -> None:
         """Take the entry out."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan.params import ParamState
+from ..stepping.step_counts import as_float32
 from ..storage.masters import MASTER_NAMES
 from .entries import OUTER
 
@@ -66,5 +67,5 @@ def _step_count(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], para
     if not group.keys() & _HOW:
         return step
     if group.get("capturable") or group.get("fused"):
-        return step.to(param.device, torch.float32)
+        return as_float32(step, param.device)
     return step.cpu()

@@ -17,6 +17,7 @@ from ..plan.params import ParamState
 from ..streams import ReadByGraphs
 from ..transfers import Uploaded
 from .rules import FusedRule
+from .step_counts import count_of, put_count, show_count
 
 StateArray = tuple[Tensor, Tensor | None]
 """An array of state and, for 8-bit state, its scales; both 1-D."""
@@ -162,7 +163,7 @@ class FusedSegments(ABC):
         self._names[i] = names
         self._begun[i] |= bool(names)
         if self._shows_step:
-            entry = {"step": with_own_storage(self._steps[0, i]), **entry}
+            entry = {"step": show_count(self._steps, i), **entry}
         if entry:
             self._optimizer.state[self._leaves[i]] = entry
             self._shown[i] = entry, list(entry.values())
@@ -179,11 +180,7 @@ class FusedSegments(ABC):
         for name in names:
             self._write(i, name, self._flatten(i, entry[name]), entry.get(name + ops.SCALE_SUFFIX))
         self._expose(i, names)
-        self._set_steps(i, float(entry.get("step", bool(names))))
-
-    def _set_steps(self, i: int, count: float) -> None:
-        rounded = torch.tensor(count, dtype=torch.float32).item()
-        self._steps[0, i], self._steps[1, i] = rounded, count - rounded
+        put_count(self._steps, i, count_of(entry.get("step", bool(names))))
 
     def _write(self, i: int, name: str, values: Tensor, stored_scales: Tensor | None = None) -> None:
         """Set a segment's state, from what it is stored as, or from plain numbers, which may come with the scales of the codes

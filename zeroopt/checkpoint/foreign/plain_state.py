@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import StateError
+from ...stepping.step_counts import count_tensor
 
 # What a param_group says of how, and not of what, an optimizer computes.
 _OWN_OPTIONS = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
@@ -45,8 +46,8 @@ def comparable_options(saved: Mapping[str, Any], own: Iterable[str]) -> dict[str
 
 
 def make_step(value: Any) -> Tensor:
-    """A step count as torch keeps it, 0-dim float32 on the CPU, in memory of its own: optimizers add to it in place."""
-    return torch.tensor(float(value), dtype=torch.float32)
+    """A step count as torch keeps it, 0-dim on the CPU, in memory of its own: optimizers add to it in place."""
+    return count_tensor(float(value))
 
 
 def check_shape(name: str, key: str, value: Tensor, param: Tensor, where: Any) -> None:
