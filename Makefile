@@ -69,10 +69,10 @@ test: $(READY) ## Run the tests
 test-quick: $(READY) ## Run the tests that take one process and little time (about a minute and a half)
 	$(VENV)/bin/python -m pytest tests -m "not ranks and not slow" --timeout=$(TEST_TIMEOUT) --quiet
 
-fuzz: $(READY) ## Read thousands of files that were damaged at random, and plan as many models (some 20 minutes)
+fuzz: $(READY) ## Read thousands of files that were damaged at random, and plan as many models (9 minutes of CPU time)
 	$(VENV)/bin/python -m pytest tests/checkpoint/test_damage.py tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py tests/csrc/test_owners.py --hypothesis-profile=deep --timeout=3600
 
-fuzz-coverage: $(READY) ## Let a coverage-guided fuzzer attack readers, checks and the planner (9 times FUZZ_SECONDS; installs atheris)
+fuzz-coverage: $(READY) ## Let a coverage-guided fuzzer attack readers, checks and the planner (12 times FUZZ_SECONDS; installs atheris)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt atheris
 	$(VENV)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from torch import nn
 from written_checkpoints import write
 
-from zeroopt import CheckpointError
+from zeroopt import CheckpointError, StateError
 from zeroopt.checkpoint.disk.manifest import NAME, Manifest
 from zeroopt.checkpoint.exporting import export
 from zeroopt.checkpoint.foreign.convert_deepspeed import from_deepspeed
+from zeroopt.checkpoint.foreign.convert_zero_redundancy import from_zero_redundancy
 from zeroopt.checkpoint.foreign.inert_pickle import load_inert
 from zeroopt.checkpoint.format.plain import load_metadata, load_plain
 from zeroopt.checkpoint.format.reading import open_checkpoint
@@ -155,3 +156,28 @@ def test_files_of_deepspeed(of_model: bool, data: st.DataObject) -> None:
         path.with_suffix(".new").replace(path)
         with suppress(ZeroOptError):
             from_deepspeed(folder, model, optimizer)
+
+
+def zero_redundancy() -> tuple[Any, Any]:
+    """What a ZeroRedundancyOptimizer has saved: all of it on one rank, and what each of two ranks has."""
+    entries = [{"step": torch.tensor(2.0), "exp_avg": torch.ones(shape)} for shape in ((2, 3), (2,))]
+    groups = [{"lr": 0.1, "params": [0]}, {"lr": 0.1, "params": [1]}]
+    whole = {"state": dict(enumerate(entries)), "param_groups": groups}
+    ranks = [
+        {
+            "state": {0: entry},
+            "param_groups": [{**group, "params": [0][: number == rank]} for number, group in enumerate(groups)],
+        }
+        for rank, entry in enumerate(entries)
+    ]
+    return whole, ranks
+
+
+@given(st.data())
+def test_state_dicts_of_zero_redundancy(data: st.DataObject) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    for saved in zero_redundancy():
+        from_zero_redundancy(saved, optimizer)
+        with suppress(StateError):
+            from_zero_redundancy(data.draw(replaced(saved, odd_values)), optimizer)

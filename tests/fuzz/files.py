@@ -6,17 +6,21 @@ import io
 import json
 import pickle
 import shutil
+import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from tests.fuzz.draws import Draws
 from tests.support.deepspeed_files import model_path, rank_path, write_model, write_ranks, write_universal
 from tests.support.written_checkpoints import write
 from zeroopt import CheckpointError
@@ -24,12 +28,16 @@ from zeroopt.checkpoint.disk.manifest import NAME, Manifest
 from zeroopt.checkpoint.disk.paths import is_file_name
 from zeroopt.checkpoint.exporting import export
 from zeroopt.checkpoint.foreign.convert_deepspeed import from_deepspeed
+from zeroopt.checkpoint.foreign.convert_zero_redundancy import from_zero_redundancy
 from zeroopt.checkpoint.foreign.inert_pickle import load_inert
-from zeroopt.checkpoint.format.plain import load_plain
+from zeroopt.checkpoint.format.plain import load_metadata, load_plain
 from zeroopt.checkpoint.format.reading import open_checkpoint
+from zeroopt.checkpoint.format.transformed import CheckedTransforms
 from zeroopt.checkpoint.inspection import inspect
+from zeroopt.checkpoint.saved_model import open_saved
 from zeroopt.errors import ZeroOptError
 
+MOST_TRANSFORMED = 3 << 20  # of parts of a small checkpoint: what each may become, and a piece more
 METADATA, DATA = ".metadata", "__0_0.distcp"
 VALUE = {"tensor": torch.arange(6.0).view(2, 3), "plain": [1, 2.0, ("three", None), b"4"], "set": {5}}
 GROUPS = [{"weight": torch.arange(6.0).view(2, 3)}, {"bias": torch.arange(2.0)}]
@@ -83,6 +91,116 @@ def read_checkpoint_with(name: str) -> Callable[[bytes], None]:
                 export(open_checkpoint(path), Path(folder) / "torch.pt")
 
     return read
+
+
+class _Pieces(io.RawIOBase):
+    """What an extension of DCP gives: as many bytes as it likes, at most as many as it is asked for."""
+
+    def __init__(self, content: bytes, longest: int) -> None:
+        super().__init__()
+        self._content, self._longest, self.given = content, longest, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """At most so many, and all of them where there is no number."""
+        end = len(self._content) if size < 0 else self.given + min(size, self._longest)
+        piece = self._content[self.given : end]
+        self.given += len(piece)
+        return piece
+
+
+@cache
+def _transformed() -> tuple[Metadata, list[MetadataIndex]]:
+    """Metadata, and where they have a tensor and a plain value."""
+    metadata = load_metadata(checkpoint()[METADATA])
+    by_name = {index.fqn: index for index in metadata.storage_data}
+    return metadata, [by_name[name] for name in ("model.weight", "optimizer.param_groups.0.betas")]
+
+
+def read_transformed(data: bytes) -> None:
+    """A part that an extension of DCP makes of a small file: of a tensor or of a plain value, in small or large pieces."""
+    draws = Draws(data)
+    metadata, places = _transformed()
+    index, length = draws.one_of(places), draws.one_of((1 << 16, 7000, 300))
+    made = _Pieces(data[3:] * draws.one_of((1, 1, 1, 1 << 10)), length)
+    extension = SimpleNamespace(transform_load_stream=lambda *_: made)
+    item = SimpleNamespace(storage_index=index)
+    with suppress(CheckpointError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError):
+        part = CheckedTransforms(extension, metadata).transform_load_stream(item, ["stream.any/1"], io.BytesIO())
+        assert made.given == len(part.getvalue()), "it was cut off"
+        load_plain(part, index.fqn)
+    assert made.given <= MOST_TRANSFORMED, "more was read than it may become"
+
+
+def transformed_files() -> list[bytes]:
+    """A part of each kind, behind the bytes that say what it is taken for."""
+    return [
+        bytes([kind, length, times]) + file
+        for kind, length, times in ((0, 0, 0), (1, 2, 0), (0, 0, 3))
+        for file in torch_files()
+    ]
+
+
+def read_saved_model(data: bytes) -> None:
+    """A file of a state dict, for a model on the meta device: looked at when it is opened, and read where shapes fit."""
+    model = nn.Linear(3, 2, device="meta")
+    with TemporaryDirectory() as folder, suppress(CheckpointError):
+        path = Path(folder) / "file"
+        path.write_bytes(data)
+        saved = open_saved(path, model)
+        saved.describe()
+        for name, param in model.named_parameters():
+            if saved.shapes.get(name) == param.shape:
+                saved.read(name, torch.zeros(param.shape), 0, param.numel())
+                saved.read(name, torch.zeros(param.shape), 1, param.numel())
+
+
+def saved_models() -> list[bytes]:
+    """State dicts of that model, plain and under "model", and beside other things."""
+    files = []
+    weight = torch.arange(6.0).view(2, 3)
+    for content in (
+        {"weight": weight, "bias": torch.arange(2.0)},
+        {"model": {"weight": weight.T.contiguous().T, "bias": torch.arange(2, dtype=torch.bfloat16)}, "epoch": 3},
+        [weight],
+    ):
+        file = io.BytesIO()
+        torch.save(content, file)
+        files.append(file.getvalue())
+    return files
+
+
+def convert_zero_redundancy(data: bytes) -> None:
+    """A state dict of a ZeroRedundancyOptimizer, as who has read it by torch.load(weights_only=True) passes it on."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    with suppress(CheckpointError):
+        saved = load_plain(io.BytesIO(data), "state dict")
+        with suppress(ZeroOptError):
+            from_zero_redundancy(saved, optimizer)
+
+
+def zero_redundancy_files() -> list[bytes]:
+    """Of two ranks, and of one to which all was consolidated."""
+
+    def entry(*shape: int) -> dict[str, Any]:
+        return {"step": torch.tensor(2.0), "exp_avg": torch.ones(shape), "exp_avg_sq": torch.ones(shape)}
+
+    def groups(*counts: int) -> list[dict[str, Any]]:
+        first = [0, counts[0]]
+        return [
+            {"lr": 0.1, "betas": (0.9, 0.99), "params": list(range(begin, begin + count))}
+            for begin, count in zip(first, counts, strict=True)
+        ]
+
+    whole = {"state": {0: entry(2, 3), 1: entry(2)}, "param_groups": groups(1, 1)}
+    ranks = [
+        {"state": {0: entry(2, 3)}, "param_groups": groups(1, 0)},
+        {"state": {0: entry(2)}, "param_groups": groups(0, 1)},
+    ]
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, content in zip(files, (whole, ranks), strict=True):
+        torch.save(content, file)
+    return [file.getvalue() for file in files]
 
 
 def read_manifest(data: bytes) -> None:

@@ -30,8 +30,9 @@ def from_zero_redundancy(saved: StateDict | Sequence[StateDict], optimizer: torc
         State by position, and param_groups, with the saved options but for how torch is to compute (`foreach`, …).
 
     Raises:
-        StateError: it belongs to other parameters or groups, or shards of ranks are missing.
+        StateError: it belongs to other parameters or groups, shards of ranks are missing, or it is no state dict.
     """
+    _check_form(saved)
     params = [[*group["params"]] for group in optimizer.param_groups]
     if isinstance(saved, Mapping):
         _check_groups([saved], [params])
@@ -46,9 +47,42 @@ def from_zero_redundancy(saved: StateDict | Sequence[StateDict], optimizer: torc
     return whole_state_dict(optimizer, state, options)
 
 
+def _check_form(saved: Any) -> None:
+    """Raise StateError where something is no state dict, or not a list of them."""
+    shards = [saved] if isinstance(saved, Mapping) else saved
+    if not isinstance(shards, Sequence) or isinstance(shards, (str, bytes)):
+        raise StateError(f"expected a state dict, or a list with that of each rank, got {type(saved).__name__}")
+    for number, shard in enumerate(shards):
+        if not (
+            isinstance(shard, Mapping) and _is_state(shard.get("state")) and _are_groups(shard.get("param_groups"))
+        ):
+            of = "" if shards is not saved else f" in place {number} of the list"
+            raise StateError(
+                f"expected a state dict{of}, with 'state' by position of the parameter and 'param_groups' that have 'params', got "
+                f"{type(shard).__name__}{f' of {sorted(map(str, shard))[:5]}' if isinstance(shard, Mapping) else ''}"
+            )
+
+
+def _is_state(state: Any) -> bool:
+    # Of parameters of other ranks there may be None.
+    return isinstance(state, Mapping) and all(
+        type(position) is int and (entry is None or isinstance(entry, Mapping)) for position, entry in state.items()
+    )
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, Sequence) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups
+    )
+
+
+def _check_position(position: int, count: int, of: str) -> None:
+    if not 0 <= position < count:
+        raise StateError(f"{of} has state of parameter {position}, the optimizer has {count}")
+
+
 def _check_entry(position: int, entry: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-    if position >= len(params):
-        raise StateError(f"the state dict has state of parameter {position}, the optimizer has {len(params)}")
+    _check_position(position, len(params), "the state dict")
     for key, value in entry.items():
         if isinstance(value, Tensor) and value.dim() > 0:
             check_shape(str(position), key, value, params[position], "the state dict")
@@ -61,8 +95,10 @@ def _join(shards: Sequence[StateDict], params: Sequence[Sequence[Tensor]]) -> tu
     owned = [list(_owned(params, rank, len(shards))) for rank in range(len(shards))]
     _check_groups(shards, [[[p for _, p in group] for group in groups] for groups in owned])
     state: dict[int, Any] = {}
-    for shard, groups in zip(shards, owned, strict=True):
+    for rank, (shard, groups) in enumerate(zip(shards, owned, strict=True)):
         positions = [position for group in groups for position, _ in group]
+        for local in shard["state"]:
+            _check_position(local, len(positions), f"the state dict of rank {rank} of {len(shards)}")
         state |= {positions[local]: entry for local, entry in shard["state"].items()}
     return state, shards[0]["param_groups"]
 
