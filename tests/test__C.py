@@ -19,7 +19,7 @@ CLASSES = {
     for node in STUB.body
     if isinstance(node, ast.ClassDef) and not any(ast.unparse(base) == "TypedDict" for base in node.bases)
 }
-OF_PYTHON = {*dir(object), "__module__", "__buffer__"}  # the last one from Python 3.12 on
+OF_PYTHON = {*dir(object), "__module__", "__buffer__", "__release_buffer__"}  # the last two from Python 3.12 on
 
 
 def arguments(function: ast.FunctionDef) -> list[tuple[str, bool]]:

@@ -16,7 +16,9 @@ from tests.support.paths import ROOT
 TOOLS = ("numpy", "expecttest", "hypothesis", "pytest", "pytest-timeout")
 # They ask for more packages, or, as csrc and fuzz, for no torch.
 OTHERS = ("bench", "csrc", "docs", "examples", "fuzz", "integrations", "matrix", "pretend_cuda", "recipes")
-ONE_PROCESS = ("tests", *(f"--ignore=tests/{folder}" for folder in OTHERS), "-m", "not ranks and not slow")
+# Half of the time, and of the kernels' arithmetic, which no torch and no Python changes.
+ARITHMETIC = ("ops/test_steps_layouts.py", "ops/test_steps_control.py", "optim/test_fused_tiers.py")
+ONE_PROCESS = ("tests", *(f"--ignore=tests/{path}" for path in (*OTHERS, *ARITHMETIC)), "-m", "not ranks and not slow")
 RANKS = (
     "tests/training/test_parity.py::test_own_step_follows_ddp_bit_for_bit",
     "tests/training/test_parity.py::test_convolutions_and_batch_norm_follow_ddp_bit_for_bit",

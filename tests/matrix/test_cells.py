@@ -23,5 +23,5 @@ def test_a_release_that_is_not_listed_is_tried() -> None:
 
 def test_each_python_is_one_that_the_package_is_said_to_work_with() -> None:
     told = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
-    assert list(PYTHONS) == told
+    assert set(PYTHONS) <= set(told)
     assert all(set(pythons) <= set(PYTHONS) for pythons in TORCHES.values())
