@@ -253,7 +253,7 @@ class ZeroDataParallel(nn.Module):
         }
         with self._join.context(
             calls,
-            drain=self._reducer.finish,
+            drain=self._reducer.finish_started,
             leave=self._reducer.drop_local,
             switched=self._features.follow_join,
             divide_by_initial_world_size=divide_by_initial_world_size,

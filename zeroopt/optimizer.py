@@ -713,10 +713,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
         zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
         reducer = self._reducer
+        reducer.take_part()
         if self._transport.control.size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
         if reducer.is_cleared(self._trained.params):
             reducer.mirror_backward()
+            reducer.take_part()
 
     def agree_on_overflow(self, found: bool) -> None:
         """Take part in the step of a GradScaler of the ranks that still train, when this one has left `join()`. Collective."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from training import Halves, Mlp, batch, build, loss_of, optimizer_for, prepare, snapshot
 from transports import hosts
 from worker_pool import RankError, RunOnRanks
@@ -281,6 +282,44 @@ def test_parameters_that_only_some_ranks_use(run_on_ranks: RunOnRanks) -> None:
     for whose, stopped in ((slice(0, 2), (1, 4)), (slice(2, 4), (4, 1))):
         for one, many in zip(after[1, 1][whose], after[stopped][whose], strict=True):
             assert torch.equal(one, many)
+
+
+class Repeated(nn.Module):
+    """A layer that ranks use in unequally many segments of reentrant checkpointing, or plainly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, again: bool) -> Tensor:
+        for part in (*[self.layer] * (1 + dist.get_rank() % 2), self.other):
+            x = checkpoint(part, x, use_reentrant=True) if again else part(x)
+        return x
+
+
+def train_repeated(stage: int, num_batches: Sequence[int]) -> list[list[Tensor]]:
+    histories = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = Repeated()
+        model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), stage=stage, bucket_mb=1e-4)
+        with model.join():
+            for number in range(num_batches[dist.get_rank()]):
+                x = torch.full((1, 4), 1.0 + number + dist.get_rank(), requires_grad=True)
+                loss_of(model(x, again=again)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        histories.append(snapshot(net))
+    return histories
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_have_left_go_along_with_whatever_reentrant_segments_the_others_use(
+    run_on_ranks: RunOnRanks, stage: int
+) -> None:
+    for plain, again in run_on_ranks(3, train_repeated, stage, (3, 2, 1)):
+        for want, got in zip(plain, again, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
 def train_with_buffers(num_batches: Sequence[int], **options: Any) -> tuple[list[Tensor], list[Tensor]]:

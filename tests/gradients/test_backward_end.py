@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -87,3 +88,30 @@ def test_without_anything_behind_the_inner_end_counts() -> None:
     leaf.register_post_accumulate_grad_hook(run_another)  # type: ignore[no-untyped-call]
     leaf.sum().backward()
     assert seen == [2, 1, 0, "end"]
+
+
+def test_it_tells_apart_what_runs_within_it() -> None:
+    head, layers = nn.Linear(2, 2, bias=False), nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+    waiting: list[BackwardEnd] = []
+    within: list[bool] = []
+
+    def note(_: Tensor) -> None:
+        if not waiting:
+            waiting.append(BackwardEnd(waiting.clear))
+        within.append(waiting[0].runs_within())
+
+    for layer in (head, *layers):
+        layer.weight.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+    x = checkpoint(layers[0], torch.ones(1, 2, requires_grad=True), use_reentrant=True)
+    head(checkpoint(layers[1], layers[0](x), use_reentrant=True)).sum().backward()
+    assert within == [False, True, False, True] and not waiting  # the head, layer 1, layer 0 plainly and in its segment
+
+
+def test_autograd_drops_it_where_the_backward_raises() -> None:
+    layers, _, _ = watched()
+    kept: list[weakref.ref[BackwardEnd]] = []
+    layers[2].weight.register_hook(lambda _: kept.append(weakref.ref(BackwardEnd(lambda: None))))
+    layers[1].weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_again(layers).backward()
+    assert kept[0]() is None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from training import MODELS, batch, build, loss_of, optimizer_for, prepare, snapshot
-from worker_pool import RunOnRanks
+from worker_pool import RankError, RunOnRanks
 
 import zeroopt
 from zeroopt.gradients.sharded_tensor import ShardedGradient
@@ -211,6 +212,163 @@ def test_ranks_that_use_other_parameters_reduce_as_often(run_on_ranks: RunOnRank
     for expected, found in run_on_ranks(2, train_used_twice, {"stage": stage}):
         for want, got in zip(expected, found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+class UsedUnequally(nn.Module):
+    """Layers that each rank uses as often as it is told to, the first one several times.
+
+    Args:
+        has_head: the first gradient comes from outside of all segments.
+    """
+
+    def __init__(self, *, has_head: bool) -> None:
+        super().__init__()
+        self.layer, self.between = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 8) if has_head else nn.Identity()
+
+    def forward(self, x: Tensor, uses: int, *, again: bool) -> Tensor:
+        for part in (*[self.layer] * uses, self.between):
+            x = checkpoint(part, x, use_reentrant=True) if again else part(x)
+        result: Tensor = self.head(x)
+        return result
+
+
+# How often each rank uses the layer, and which of them compute activations again.
+UNEQUAL_USES = {
+    "the first more often": ((3, 1), (True, True)),
+    "the last more often": ((1, 4), (True, True)),
+    "one not at all": ((2, 0), (True, True)),
+    "one in no backward within another": ((3, 2), (True, False)),
+}
+
+
+def train_used_unequally(stage: int, backwards: int, has_head: bool) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    histories: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for name, (uses, recomputes) in UNEQUAL_USES.items():
+        by_both = []
+        for recomputed in (False, True):
+            torch.manual_seed(0)
+            net = UsedUnequally(has_head=has_head)
+            model, optimizer = zeroopt.wrap(
+                net, torch.optim.SGD(net.parameters(), lr=0.1), stage=stage, bucket_mb=1e-4, max_grad_norm=0.1
+            )
+            for step in range(3):
+                for number in range(backwards):
+                    x = inputs(10 * step + number, 2, 8).requires_grad_()
+                    again = recomputed and recomputes[dist.get_rank()]
+                    loss_of(model(x, uses[dist.get_rank()], again=again)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            by_both.append(snapshot(net))
+        histories[name] = by_both[0], by_both[1]
+    return histories
+
+
+@pytest.mark.parametrize(("backwards", "has_head"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_may_use_a_parameter_in_unequally_many_reentrant_segments(
+    run_on_ranks: RunOnRanks, stage: int, backwards: int, has_head: bool
+) -> None:
+    for histories in run_on_ranks(2, train_used_unequally, stage, backwards, has_head):
+        for name, (expected, found) in histories.items():
+            for want, got in zip(expected, found, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
+
+
+Program = list[Any]
+"""Numbers of layers that are used one after the other, and programs in a segment of their own."""
+
+
+def run_program(layers: nn.ModuleList, program: Program, x: Tensor, *, again: bool) -> Tensor:
+    for part in program:
+        if isinstance(part, int):
+            x = layers[part](x)
+        elif again:
+            x = checkpoint(partial(run_program, layers, part, again=True), x, use_reentrant=True)
+        else:
+            x = run_program(layers, part, x, again=False)
+    return x
+
+
+def gradients_of_programs(stage: int, programs: Sequence[Program]) -> list[tuple[Tensor | None, Tensor]]:
+    """Each rank has a program of its own: what the gradients of two layers are, and have to be."""
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    reference = deepcopy(net)
+    _, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters()), stage=stage, bucket_mb=1e-5)
+    for layers in (reference, net):
+        x = inputs(0, 2, 4).requires_grad_()
+        loss_of(run_program(layers, programs[dist.get_rank()], x, again=layers is net)).backward()
+    found = []
+    for param, twin in zip(net.parameters(), reference.parameters(), strict=True):
+        assert twin.grad is not None
+        dist.all_reduce(twin.grad.div_(2))
+        found.append((optimizer.full_grad(param), twin.grad))
+    return found
+
+
+PROGRAMS = {
+    "plainly and in a segment": ([1, [0], [1]], [[1], [0], 1]),
+    "in segments within segments": ([[1, [1], 0]], [[[0, [1], 1], 0], [1, [1]], 0]),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_reentrant_segments_may_use_what_others_use(run_on_ranks: RunOnRanks, stage: int, name: str) -> None:
+    for pairs in run_on_ranks(2, gradients_of_programs, stage, PROGRAMS[name]):
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_gradient_that_autograd_has_added_to_what_travels_is_refused(run_on_ranks: RunOnRanks) -> None:
+    """Nothing tells, in stage 0, of a backward within another before the first gradient of it."""
+    programs = ([[0], [1], 1],) * 2
+    for error in run_on_ranks.outcomes(2, gradients_of_programs, 0, programs):
+        assert isinstance(error, RankError) and "came once more, and first of all in a backward within" in str(error)
+    for pairs in run_on_ranks(2, gradients_of_programs, 1, programs):
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected)
+
+
+def retry_after_an_error(stage: int) -> None:
+    net = UsedUnequally(has_head=False)
+    model, _ = zeroopt.wrap(net, torch.optim.SGD(net.parameters()), stage=stage)
+    handle = net.layer.weight.register_hook(lambda _: 1 / 0)
+    for _ in range(2):
+        with suppress(ZeroDivisionError):
+            loss_of(model(inputs(0, 2, 8).requires_grad_(), 2, again=True)).backward()
+        handle.remove()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_that_has_raised_is_not_gone_on_with_by_the_next(run_on_ranks: RunOnRanks, stage: int) -> None:
+    for error in run_on_ranks.outcomes(2, retry_after_an_error, stage):
+        assert isinstance(error, RankError) and "arrived twice in one backward" in str(error)
+
+
+def gradient_with_a_late_hook(stage: int) -> tuple[Tensor | None, Tensor]:
+    """The gradient of a parameter of two reentrant segments, with a hook of the user's behind ours; and the mean that it should be."""
+    layer = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3))
+    _, optimizer = zeroopt.wrap(layer, torch.optim.SGD(layer.parameters()), stage=stage)
+
+    def double(param: Tensor) -> None:
+        assert param.grad is not None
+        param.grad.mul_(2.0)
+
+    layer.weight.register_post_accumulate_grad_hook(double)  # type: ignore[no-untyped-call]
+    x = torch.full((1, 3), 1.0 + dist.get_rank(), requires_grad=True)
+    checkpoint(layer, checkpoint(layer, x, use_reentrant=True), use_reentrant=True).sum().backward()
+    return optimizer.full_grad(layer.weight), torch.full((3, 3), 1.5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_hook_behind_ours_on_a_parameter_of_several_reentrant_segments(run_on_ranks: RunOnRanks, stage: int) -> None:
+    for found, once in run_on_ranks(2, gradient_with_a_late_hook, stage):
+        # Twice what comes first, which is there when the hook doubles what comes next.
+        assert found is not None and torch.equal(found, (2 * once + once) * 2)
 
 
 def gradients_after_backward(stage: int) -> tuple[list[Tensor | None], list[Tensor]]:

@@ -156,6 +156,27 @@ def test_nothing_is_written_while_other_ranks_read_it() -> None:
     assert transport.log[5:] == ["free", "allocate"]
 
 
+def test_ranks_hear_who_goes_on_until_nobody_does() -> None:
+    everyone, _ = ranks(2, 1)
+    for going_on in ((True, False), (True, True), (False, True), (False, False)):
+        for used, goes_on in zip(everyone, going_on, strict=True):
+            used.agree(bytearray([1]), 0, goes_on=goes_on)
+        for used in everyone:
+            used.hear()
+        assert [used.others_go_on for used in everyone] == [going_on[1] > going_on[0], going_on[0] > going_on[1]]
+
+
+def test_whoever_has_begun_the_next_backward_while_others_go_on_gives_up() -> None:
+    everyone, transports = ranks(2, 1)
+    for goes_on in (True, False):
+        for used, is_behind in zip(everyone, (False, True), strict=True):
+            used.agree(bytearray([1]), 0, goes_on=goes_on and not is_behind)
+    everyone[0].finish()
+    with pytest.raises(CollectiveError, match="another one went on with a backward"):
+        everyone[1].finish()
+    assert transports[1].log[-1] == "ranks have diverged"
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [((0, 1), (1, 1)), ((3, 1), (3, 2)), ((2, 2), (3, 1))],

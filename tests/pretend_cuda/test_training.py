@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -89,3 +90,18 @@ def test_trains_as_on_the_cpu_in_any_order(
     for params in result["params"]:
         for param, other in zip(params, expected[0], strict=True):
             torch.testing.assert_close(param, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_ranks_that_recompute_unequally_often_wait_for_each_other(
+    stage: int, on_pretend_cuda: PretendProcess, run_on_ranks: RunOnRanks
+) -> None:
+    loop = Loop({"stage": stage}, recomputed=True, optimizer=partial(torch.optim.SGD, lr=0.1))
+    expected = run_on_ranks(2, train_on_cpu, loop)
+    result = on_pretend_cuda(train_here, loop, 20)
+    assert (result["races"], result["wrong orders"]) == ([], {})
+    for params in result["params"]:
+        for param, other in zip(
+            params, expected[0], strict=True
+        ):  # there what comes once more is added in another order
+            torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import zeroopt
 
@@ -38,6 +39,7 @@ class Loop:
             "average" an average of the parameters that is taken after each step. On a device.
         device: "current", or the "other" one of a rank.
         across_slices: whole parameters are to lie across slices; see `no_padding`.
+        recomputed: backward recomputes layers, by checkpoints with use_reentrant, of which each rank has one more than the one before.
         ranks: that train together.
         shard_ranks: of a shard group, neighbours; 0: there is none.
     """
@@ -55,6 +57,7 @@ class Loop:
     device: str = "current"
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
     across_slices: bool = False
+    recomputed: bool = False
     ranks: int = 2
     shard_ranks: int = 0
 
@@ -65,6 +68,8 @@ class Loop:
         for param in model.parameters():
             nn.init.normal_(param.data, std=0.3, generator=generator)
         model.to(device)
+        if self.recomputed:
+            model.segments = 1 + dist.get_rank()
         options = {"bucket_mb": 0.0005, "transport": "torch", **self.options}
         if self.shard_ranks:
             options["shard_group"] = neighbours(self.shard_ranks)
@@ -82,9 +87,11 @@ class Model(nn.Module):
 
     Attributes:
         branch: the context of the first layer.
+        segments: of checkpointing that a layer is used in; 0: it is used without.
     """
 
     branch: AbstractContextManager[None] = nullcontext()
+    segments = 0
 
     def __init__(self, depth: int, width: int = WIDTH) -> None:
         super().__init__()
@@ -99,7 +106,9 @@ class Model(nn.Module):
             with self.branch if number == 0 else nullcontext():
                 if x.is_cuda:  # as a user has to say of what another stream has made
                     x.record_stream(torch.cuda.current_stream())
-                x = torch.relu(layer(x))
+                for _ in range(self.segments):
+                    x = checkpoint(layer, x, use_reentrant=True)
+                x = torch.relu(x if self.segments else layer(x))
         return self.head(self.norm(x))
 
 

@@ -21,18 +21,20 @@ from ..untraced import untraced_hook
 class BackwardEnd:
     """Calls something once, when the backward that runs now is through, with those around it. Made while it runs.
 
-    Where the node that runs a backward within another has no node behind it, the end of the inner one counts.
+    Autograd keeps it until then, and drops it when that backward raises. Where the node that runs a backward within another has no node
+    behind it, the end of the inner one counts.
 
     Args:
         call: what is called.
         ended_within: called when the backward in which this was made is through, and one around it is not.
     """
 
-    __slots__ = ("_call", "_ended_within", "_handles")
+    __slots__ = ("__weakref__", "_backward", "_call", "_ended_within", "_handles")
 
     def __init__(self, call: Callable[[], None], ended_within: Callable[[], None] | None = None) -> None:
         self._call, self._ended_within = call, ended_within
         self._handles: list[Any] = []
+        self._backward = -1  # autograd's number of the one whose end will be told, while it is known
         self._ask()
 
     def forget(self) -> None:
@@ -41,7 +43,12 @@ class BackwardEnd:
             handle.remove()
         self._handles.clear()
 
+    def runs_within(self) -> bool:
+        """Whether the backward that runs now is within the one whose end will be told, or is one of several within it."""
+        return torch._C._current_graph_task_id() != self._backward
+
     def _ask(self) -> None:
+        self._backward = torch._C._current_graph_task_id()
         torch.autograd.Variable._execution_engine.queue_callback(self._told)
 
     @untraced_hook
@@ -51,6 +58,7 @@ class BackwardEnd:
         if not following:
             self._call()
             return
+        self._backward = -1
         self._handles = [node.register_prehook(self._ask_again) for node in following]
         if self._ended_within is not None:
             self._ended_within()

@@ -8,6 +8,7 @@ this rank did not use) counts as zero, and the remaining buckets start.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 
@@ -100,7 +101,12 @@ class GradientReducer:
         self._all_cleared = True  # and features have heard of it
         self._first_left = -1  # index of the parameter whose gradient came first in it
         self._running = False  # between the first hook of a backward and its end
-        self._is_within = False  # another one: the one that has come to its first hook is through
+        self._is_within = (
+            False  # it is known to run others within it, whose gradients come one backward after the other
+        )
+        self._end_awaited: Callable[[], BackwardEnd | None] = lambda: None  # gone where it has raised
+        self._hears = True  # at the end of a backward, whether others go on: in the first one, and where any has
+        self._edited: ManagedParam | None = None  # whose gradient was, after it had been taken up
         self._local_end_awaited: BackwardEnd | None = None  # of one under no_sync(), where somebody hears of its end
         self._later: list[int] = []  # of gradients that are taken up when backward is through
 
@@ -326,6 +332,13 @@ class GradientReducer:
             StateError: the last backward raised before it was through.
             CollectiveError: another rank did not do its part.
         """
+        self.finish_started()
+        while self._used.others_go_on:
+            self._follow_others()
+            self.finish_started()
+
+    def finish_started(self) -> None:
+        """Likewise, of those gradients that this rank has produced: it takes no part in what others go on with. Raises likewise."""
         if self._running:
             self._transport.give_up("its backward raised")
             raise StateError(
@@ -339,6 +352,23 @@ class GradientReducer:
         elif self._finished is not None:  # on another stream, perhaps
             self._finished.wait()
         self._used.finish()
+
+    def take_part(self) -> None:
+        """Be through with the last backward on all ranks, before something else is collective. Collective itself, where another rank goes
+        on with it: parameters had gradients there in more backward passes within it than here."""
+        if (
+            self._buckets[0].device.type == "cpu"
+        ):  # else the host would wait, and a rank that may be behind has heard at the end
+            self._used.finish()
+        self._follow_others()
+
+    @torch.no_grad()
+    def _follow_others(self) -> None:
+        """Have no gradients in what others go on with, until nobody does."""
+        while self._used.others_go_on:
+            self._start_backward()
+            self._end()
+            self._used.hear()
 
     def clear_unused(self, active: Sequence[int]) -> None:
         """Where gradients travel as codes, what had been left out of them travels with no gradient, too: it belongs to no step, and to
@@ -434,7 +464,7 @@ class GradientReducer:
             self.untrained.clear(all_of_them=True)
         self._start_backward()
         self._end()
-        self._used.finish()
+        self._used.hear()
         if not self._used.had_gradients:
             self.num_backwards -= 1
 
@@ -453,6 +483,8 @@ class GradientReducer:
 
     def complete(self, bucket: int) -> None:
         """The last gradient of a bucket has come."""
+        if self._has_to_note_within:
+            self._look_within()
         if self._filling.packs_together and self._sequence[self._next] != bucket:
             self._pack_early(bucket)
         self._start_complete()
@@ -470,9 +502,10 @@ class GradientReducer:
         if grad is None:  # a hook of the user's has cleared it
             return False
         if filling.arrivals.arrived[index]:
-            if not (self._is_within and self.adds_within):
-                self._refuse_second(managed)
+            self._check_comes_again(managed)
             self._begin_again(managed)
+        elif self._has_to_note_within:
+            self._look_within()
         bucket = filling.arrivals.bucket_of[index]
         full = None
         if not filling.packs_together:
@@ -501,12 +534,32 @@ class GradientReducer:
         for local_backward_ended in self._events["local_backward_ended"]:
             local_backward_ended()
 
-    def _refuse_second(self, managed: ManagedParam) -> None:
-        self._transport.give_up("its backward raised")
-        raise StateError(
-            f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
-            "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
-        )
+    @property
+    def _has_to_note_within(self) -> bool:
+        """Whether it matters that backward passes run within one: autograd would add to what was packed; or the host, which does not
+        wait for a device otherwise, has to hear whether others go on."""
+        return self.view.is_plain or self._filling.packs_together
+
+    def _look_within(self) -> None:
+        end = self._end_awaited()
+        if not self._is_within and end is not None and end.runs_within():
+            self._note_within()
+
+    def _check_comes_again(self, managed: ManagedParam) -> None:
+        """Raise StateError where a gradient has come once more that cannot be added to what came before. In one backward autograd yields
+        it once: it is of another one, within this one or around it, or this one has raised."""
+        if not self.adds_within or self._end_awaited() is None:
+            self._transport.give_up("its backward raised")
+            raise StateError(
+                f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
+                "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
+            )
+        if self.view.is_plain and not self._is_within and self._filling.packed[managed.index]:
+            self._transport.give_up("its backward raised")
+            raise StateError(
+                f"the gradient of {managed.name!r} came once more, and first of all in a backward within this one, such as checkpoints "
+                "with use_reentrant=True run: with stage=0 it was on its way already. Wrap with stage 1 or 2, or pass use_reentrant=False"
+            )
 
     def _begin_synchronised(self) -> None:
         if self.sync and not self._running:
@@ -519,11 +572,12 @@ class GradientReducer:
                 "(DistributedDataParallel refuses it, too): call backward() without it. torch.compile of the model, or of a function "
                 "that calls backward(), compiles the backward as well"
             )
+        self.take_part()
         self._start_backward()
-        BackwardEnd(self._end, self._note_within)
+        self._end_awaited = weakref.ref(BackwardEnd(self._end_all, self._note_within))
 
     def _note_within(self) -> None:
-        """A backward within another is through. What comes next may use the same parameters."""
+        """Backward passes run within the one that has begun. What comes next may use the same parameters."""
         self._is_within = True
         self.view.hide(self._filling.packed)
 
@@ -536,7 +590,7 @@ class GradientReducer:
         """
         is_packed = self._filling.packed[managed.index]
         grad = self.view.take_hidden(managed) if is_packed else torch.zeros_like(managed.local)
-        self._end()
+        self._end(goes_on=True)
         self._start_backward()
         self._note_within()
         if managed.param.grad is None:
@@ -639,20 +693,40 @@ class GradientReducer:
         if self._in_flight.most == 0:
             self._in_flight.finish_sums()
 
-    def _end(self) -> None:
-        """Backward is through."""
+    def _end_all(self) -> None:
+        """Backward is through, and those around it."""
+        hears = self._hears or self._is_within
+        self._end()
+        if hears and not is_capturing(self._buckets[0].device):
+            self._used.hear()  # other ranks may have used parameters more often
+        self._follow_others()
+        self._hears = self._used.has_gone_on
+        edited, self._edited = self._edited, None
+        # A mistake of the user's is told at the very end: other ranks wait for this one's part of all that comes before.
+        if edited is not None:
+            raise StateError(
+                f"the gradient of {edited.name!r} was changed while backward ran, after it had been taken up; change gradients "
+                "when backward is through, or in a hook on the parameter itself"
+            )
+
+    def _end(self, *, goes_on: bool = False) -> None:
+        """Gradients have come, once each.
+
+        Args:
+            goes_on: with this backward, by `_start_backward`.
+        """
         for index in self._later:
-            if self._filling.params[index].param.grad is not None:
+            # It has arrived where it came once more, in another backward within this one, with the hook in its new place.
+            if not self._filling.arrivals.arrived[index] and self._filling.params[index].param.grad is not None:
                 self.take_up(index)
         while self._next < len(self._buckets):
             self._start_next()
         filling, view = self._filling, self.view
         with named_range("agree_on_used"):
-            self._used.agree(filling.packed, self.num_steps)
+            self._used.agree(filling.packed, self.num_steps, goes_on=goes_on)
         if self.buffer_sync is not None:
             self.buffer_sync.send(self._turnout.source)
-        # A mistake of the user's is told at the very end: other ranks wait for this one's part of all that follows.
-        edited = view.take_edited(filling.packed)
+        self._edited = view.take_edited(filling.packed) or self._edited
         everything = all(filling.packed)
         filling.reset()
         self._next = 0
@@ -660,17 +734,12 @@ class GradientReducer:
         self._left_local = False
         self._transport.progress()
         if view.waits or is_capturing(self._buckets[0].device):  # a CUDA graph ends with all that was started in it
-            self.finish()
+            self.finish_started()
         elif not everything:
             self._used.finish()
         # Others may have gradients that this rank has not: all must show the same ones.
         if view.waits or not everything:
             view.show_used(self._used.flags)
         if self.untrained:
-            self.finish()
+            self.finish_started()
             self.untrained.average(filling.scale)
-        if edited is not None:
-            raise StateError(
-                f"the gradient of {edited.name!r} was changed while backward ran, after it had been taken up; change gradients "
-                "when backward is through, or in a hook on the parameter itself"
-            )

@@ -1,16 +1,17 @@
 """Which parameters had a gradient on any rank: those without stay untouched by the step.
 
-As under DistributedDataParallel with `find_unused_parameters`. One small collective a backward tells it, and whether all ranks
-are at the same place of the training loop.
+As under DistributedDataParallel with `find_unused_parameters`. One small collective a backward tells it, whether all ranks are at the
+same place of the training loop, and whether some rank goes on with this backward.
 
 On a device, the host hears of it when it has to: a rank that had all gradients itself knows that they are all used, and looks at
-what the others have said one backward later, when it has long arrived.
+what the others have said one backward later, when it has long arrived. Where it has to know whether others go on, `hear` waits.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,12 +25,30 @@ from ..transfers import Download, upload_into
 from .lockstep import Lockstep
 
 
+@dataclass
+class _Round:
+    """What one backward was agreed on by.
+
+    Attributes:
+        has_all: this rank had all gradients.
+        goes_on: this rank goes on with that backward.
+        agreed: what all have said, once it is there.
+    """
+
+    has_all: bool
+    goes_on: bool
+    agreed: Tensor
+    pending: PendingCollective
+
+
 class UsedParams:
     """What ranks agree on at the end of each backward.
 
     Attributes:
         flags: uint8 [number of parameters]: 1 where any rank had a gradient since it was cleared. Valid after `finish`.
         had_gradients: any rank, in the last backward. Valid after `finish`.
+        has_gone_on: some rank, with some backward, as far as it has been heard of.
+        others_go_on: with the last backward, and this rank does not. Valid after `hear`, on the CPU after `finish`.
         first_bucket: how messages call the model's first one.
     """
 
@@ -38,11 +57,13 @@ class UsedParams:
         self._lockstep = Lockstep(transport.control.rank, transport.control.size)
         self.flags = torch.zeros(0, dtype=torch.uint8)
         self.had_gradients = False
+        self.has_gone_on = False
+        self.others_go_on = False
         self.first_bucket = ""
         self._said: Tensor | None = None
-        self._before: PendingCollective | None = None
-        self._pending: list[tuple[bool, Tensor, PendingCollective]] = []  # and whether this rank had all gradients
-        self._unread: deque[Download] = deque()  # in the order of the backward passes
+        self._last: _Round | None = None
+        self._pending: list[_Round] = []
+        self._unread: deque[tuple[_Round, Download]] = deque()  # in the order of the backward passes
 
     def extend(self, count: int, device: torch.device) -> None:
         """There are so many parameters more. Collective."""
@@ -63,32 +84,36 @@ class UsedParams:
 
     def _allocate(self, device: torch.device) -> None:
         if self._said is not None:
-            if self._before is not None:
-                self._before.wait_until_read()
-                self._before = None
+            if self._last is not None:
+                self._last.pending.wait_until_read()
+                self._last = None
             self._transport.free(self._said)
-        self._said = self._transport.allocate(len(self.flags) + self._lockstep.num_bytes, torch.uint8, device)
+        self._said = self._transport.allocate(len(self.flags) + self._lockstep.num_bytes + 1, torch.uint8, device)
 
-    def agree(self, came: bytearray, num_steps: int) -> None:
+    def agree(self, came: bytearray, num_steps: int, *, goes_on: bool = False) -> None:
         """Start to tell, and to hear, which parameters had a gradient in a backward. Collective.
 
         Args:
             came: [number of parameters], 1 for those that had one on this rank.
             num_steps: that have been taken before it.
+            goes_on: this rank calls it once more for the same backward, so all others have to.
         """
-        if self._before is not None:
-            self._before.finish()
-            self._before.wait_until_read()  # other ranks read what is about to be written
+        if self._last is not None:
+            self._last.pending.finish()
+            self._last.pending.wait_until_read()  # other ranks read what is about to be written
         assert self._said is not None
-        said = torch.frombuffer(came + self._lockstep.note_backward(num_steps), dtype=torch.uint8)
+        self.others_go_on = False
+        told = came + self._lockstep.note_backward(num_steps) + bytes([goes_on])
+        said = torch.frombuffer(told, dtype=torch.uint8)
         if is_capturing(self._said.device):
             self._check_may_be_captured(came)
             self._said.fill_(1)  # the counts of now would be those of every replay
         else:
             upload_into(self._said, said)
         agreed = torch.empty_like(self._said)
-        self._before = self._transport.start_max(self._said, agreed, label="used parameters")
-        self._pending.append((all(came), agreed, self._before))
+        pending = self._transport.start_max(self._said, agreed, label="used parameters")
+        self._last = _Round(all(came), goes_on, agreed, pending)
+        self._pending.append(self._last)
 
     def finish(self) -> None:
         """Hear of all backward passes.
@@ -96,15 +121,15 @@ class UsedParams:
         Raises:
             CollectiveError: ranks have diverged, or another one did not do its part.
         """
-        for has_all, agreed, pending in self._pending:
+        for each in self._pending:
             with named_range("wait_for_used"):
-                pending.finish()
-            if is_capturing(agreed.device):  # what a replay gives nobody reads
+                each.pending.finish()
+            if is_capturing(each.agreed.device):  # what a replay gives nobody reads
                 self.had_gradients = True
                 self.flags.fill_(1)
                 continue
-            self._unread.append(Download(agreed))
-            if has_all and not agreed.is_cpu:
+            self._unread.append((each, Download(each.agreed)))
+            if each.has_all and not each.agreed.is_cpu:
                 self._read_all_but(1)
                 self.had_gradients = True
                 self.flags.fill_(1)
@@ -113,6 +138,11 @@ class UsedParams:
                 self.had_gradients = bool(used.any())
                 self.flags |= used
         self._pending.clear()
+
+    def hear(self) -> None:
+        """As `finish`, and of the last backward too where it can be told without: whether others go on with it. Raises likewise."""
+        self.finish()
+        self._read_all_but(0)
 
     def _check_may_be_captured(self, came: bytearray) -> None:
         if not all(came):
@@ -126,16 +156,27 @@ class UsedParams:
         """Read what ranks have said, but for the last so many backward passes. Returns the flags of the last one that was read."""
         used = self.flags
         while len(self._unread) > count:
-            agreed = self._unread.popleft().read()
-            used = agreed[: -self._lockstep.num_bytes]
-            self._check_lockstep(agreed[len(used) :].tolist())
+            each, download = self._unread.popleft()
+            agreed, num_bytes = download.read(), self._lockstep.num_bytes
+            used, counts, goes_on = torch.split(agreed, [len(agreed) - num_bytes - 1, num_bytes, 1])
+            self._check_lockstep(counts.tolist())
+            self.has_gone_on |= bool(goes_on)
+            self.others_go_on = bool(goes_on) and not each.goes_on
+            if self.others_go_on and each is not self._last:
+                raise self._diverged(
+                    "another one went on with a backward, in which backward passes within it had used a parameter more often than here, "
+                    "when this one had begun the next. Where ranks checkpoint activations with use_reentrant=True, let all of them do so"
+                )
         return used
 
     def _check_lockstep(self, agreed: Sequence[int]) -> None:
         difference = self._lockstep.difference(agreed)
         if difference is not None:
-            self._transport.give_up("ranks have diverged")
-            raise CollectiveError(
-                f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
-                f"{self.first_bucket} and all that follow belong to different steps. {ADVICE}"
-            )
+            raise self._diverged(difference)
+
+    def _diverged(self, difference: str) -> CollectiveError:
+        self._transport.give_up("ranks have diverged")
+        return CollectiveError(
+            f"transport {self._transport.name}: the ranks have diverged: {difference}. So the gradients of "
+            f"{self.first_bucket} and all that follow belong to different steps. {ADVICE}"
+        )
