@@ -24,6 +24,11 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requiremen
 
 COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
 
+# Hundreds of processes import the package: each would compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
+# More threads than cores: those that wait for others would keep the cores busy.
+bench-smoke test test-quick: export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: help venv demo recipes bench bench-smoke gpu test test-quick fuzz fuzz-coverage sanitize soak matrix docs wheels lint types format clean
 
 help: ## Show this list

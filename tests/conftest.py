@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import pytest
@@ -13,6 +14,17 @@ settings.register_profile("any machine, however busy", deadline=None)
 settings.register_profile("few", deadline=None, max_examples=10)  # of `make matrix`
 settings.register_profile("deep", deadline=None, max_examples=5000)  # of `make fuzz`
 settings.load_profile("any machine, however busy")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected stays to the end: nobody looks through it for garbage, neither meanwhile nor in tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
