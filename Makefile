@@ -22,8 +22,6 @@ CPP_FILES := $(shell find csrc tests/support/cuda_on_cpu tests/support/on_arm te
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt requirements-dev.txt \
 	$(wildcard cmake/*.cmake) $(shell find csrc -type f)
 
-COMPARE_SMOKE := $(VENV)/bin/python -m bench.compare --model tiny --vocabulary 256 --tokens 8 --rounds 1 --steps 1 --out runs/smoke
-
 # Hundreds of processes import the package: each would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 # More threads than cores: those that wait for others would keep the cores busy.
@@ -45,25 +43,8 @@ recipes: $(READY) ## Train each recipe small, with DDP and with zeroopt (under 1
 bench: $(READY) ## Compare with DDP, FSDP, ZeroRedundancyOptimizer and what else is installed (needs an idle machine)
 	$(VENV)/bin/python -m bench.compare
 
-bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 3 minutes)
-	$(COMPARE_SMOKE)/results.json
-	$(COMPARE_SMOKE)/half.json --precision bfloat16 --accumulation 2 --world-sizes 1 3 --methods "zeroopt stage 2" "no masters" remainders
-	$(COMPARE_SMOKE)/largest.json --budget-mb 2 --methods "DDP, bucket views, fused AdamW" "zeroopt stage 2"
-	$(VENV)/bin/python -m bench.report runs/smoke/results.json
-	$(VENV)/bin/python -m bench.steps --layers 1 --width 64 --tokens 16 --rounds 1 --steps 1
-	$(VENV)/bin/python -m bench.memory --models gpt-tiny --steps 1 --methods DDP "stage 2" --out runs/smoke/memory.json
-	$(VENV)/bin/python -m bench.planner runs/smoke/memory.json
-	$(VENV)/bin/python -m bench.checkpoint --layers 1 --width 64 --tokens 16 --rounds 1 --methods "(the files alone)" "stage 2"
-	$(VENV)/bin/python -m bench.collectives --mb 1 --turns 1
-	$(VENV)/bin/python -m bench.network --smoke --methods "no communication" DDP "zeroopt stage 2" --out runs/smoke/network.json
-	$(VENV)/bin/python -m bench.simulator --layers 1 --width 64 --tokens 16 --steps 1 --windows 1 --world-sizes 2 --links --methods DDP "zeroopt stage 2"
-	$(VENV)/bin/python -m bench.scale --models "1.5 B" --gpus 8 64 --buckets-mb 100
-	$(VENV)/bin/python -m bench.ranks --world-sizes 2 --layers 2 --steps 2
-	$(VENV)/bin/python -m bench.kernels --gib 0.001 --rounds 2 --threads 1
-	$(VENV)/bin/python -m bench.kills --kills 10
-	$(VENV)/bin/python -m bench.kills --kills 10 --without-disk --any-ranks
-	$(VENV)/bin/python -m bench.soak --minutes 0.3
-	$(VENV)/bin/python -m bench.gpu --rehearse --out runs/smoke/gpu
+bench-smoke: $(READY) ## Run every benchmark with next to nothing to do, to see that they work (about 2 minutes)
+	$(VENV)/bin/python -m bench.smoke
 
 gpu: ## Build, test and measure on the GPU at hand, with what is installed (some 8 minutes; needs no network)
 	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m bench.gpu
