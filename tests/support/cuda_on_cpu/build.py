@@ -50,9 +50,7 @@ def build(folder: Path, sources: list[Path], root: Path = CSRC, objects: list[Pa
 
 def build_kernels() -> Path:
     """All kernels, in a folder with their objects: for all who ask, built once for each state of the sources."""
-    files = [
-        path for root in (CSRC, SHIM) for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".pyc"
-    ]
+    files = [path for root in (CSRC, SHIM) for path in sources_in(root)]
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
     sources = [*kernels, SHIM / "grid.cpp", SHIM / "module.cpp"]
     return build_once(KEPT / f"kernels-{digest(files)}", lambda folder: build(folder, sources))
@@ -67,6 +65,11 @@ def build_once(folder: Path, fill: Callable[[Path], Path]) -> Path:
         if not done.exists():
             done.write_text(fill(folder).name)
     return folder / done.read_text()
+
+
+def sources_in(folder: Path) -> list[Path]:
+    """All files in it and below, but for bytecode, which comes and goes as other processes import."""
+    return [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts and path.is_file()]
 
 
 def digest(files: Iterable[Path]) -> str:

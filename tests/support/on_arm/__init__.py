@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_on_cpu.build import CSRC, build_once, digest
+from cuda_on_cpu.build import CSRC, build_once, digest, sources_in
 from paths import ROOT
 
 HERE = Path(__file__).parent
@@ -46,14 +46,14 @@ def run(command: Sequence[str | Path], **environment: str) -> str:
 
 def build(name: str, options: Sequence[str]) -> Path:
     """The program of kernel_digests.cpp: built once for each state of the sources."""
-    sources = [path for root in (HERE, CSRC, ROOT / "cmake") for path in sorted(root.rglob("*")) if path.is_file()]
+    sources = [path for root in (HERE, CSRC, ROOT / "cmake") for path in sources_in(root)]
 
     def fill(folder: Path) -> Path:
         run(["cmake", "-S", HERE, "-B", folder, *options])
         run(["cmake", "--build", folder, "--parallel", "2"])
         return folder / "kernel_digests"
 
-    return build_once(KEPT / f"{name}-{digest(path for path in sources if path.suffix != '.pyc')}", fill)
+    return build_once(KEPT / f"{name}-{digest(sources)}", fill)
 
 
 @dataclass(frozen=True)
