@@ -94,10 +94,12 @@ def vit(
     size: int,
     norm: Norm,
     *,
+    convolved: bool = False,
     recomputed: bool = False,
 ) -> nn.Module:
     """It has norms of its own."""
-    return Classifier(ViT(size, patch, layers, width, heads, channels=channels, recomputed=recomputed), classes)
+    trunk = ViT(size, patch, layers, width, heads, channels=channels, convolved=convolved, recomputed=recomputed)
+    return Classifier(trunk, classes)
 
 
 def of_imagenet(make: MakeModel, *, sgd: bool, batch: int = 1024, epochs: int = 90) -> Preset:
@@ -117,7 +119,9 @@ def of_imagenet(make: MakeModel, *, sgd: bool, batch: int = 1024, epochs: int = 
 RESNET_TINY = Preset(
     partial(resnet, Basic, (2, 2, 2, 2), width=16), 8, 64, 200, rate=0.1, decay=5e-4, sgd=True, average=0.9, fused=False
 )
-VIT_TINY = Preset(partial(vit, 2, 4, 64, 4), 8, 64, 400, rate=2e-3, decay=0.05, sgd=False, average=0.9, fused=False)
+VIT_TINY = Preset(
+    partial(vit, 2, 4, 64, 4, convolved=True), 8, 64, 500, rate=2e-3, decay=0.05, sgd=False, average=0.9, fused=False
+)
 RESNET_18 = of_imagenet(partial(resnet, Basic, (2, 2, 2, 2)), sgd=True)
 RESNET_34 = of_imagenet(partial(resnet, Basic, (3, 4, 6, 3)), sgd=True)
 RESNET_50 = of_imagenet(partial(resnet, Bottleneck, (3, 4, 6, 3)), sgd=True)
