@@ -15,6 +15,12 @@ import zeroopt.checkpoint
 
 METHODS = {"ddp": "DDP", "zeroopt": "zeroopt"}
 
+SAME_BITS: dict[str, Any] = {"fused": False}
+"""Options of `zeroopt.wrap`: torch's own step, by which two ranks on CPUs have DDP's very bits, step after step."""
+
+BFLOAT16: dict[str, Any] = {"param_dtype": torch.bfloat16, "master_weights": "remainder"}
+"""Likewise: parameters are bfloat16, and of those that a rank steps, 16 bits more complete each to its float32."""
+
 
 def prepare(
     method: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, some_unused: bool = False, **options: Any

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recipes.generate.model import GPT
+from recipes.method import BFLOAT16
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ class Preset:
 
     def options(self) -> dict[str, Any]:
         """Of `zeroopt.wrap`."""
-        if not self.bfloat16:
-            return {}
-        return {"param_dtype": torch.bfloat16, "master_weights": "remainder"}
+        return BFLOAT16 if self.bfloat16 else {}
 
 
 GPT_1M = Preset(4, 128, 4, 64, 2048, batch=32, steps=160, answer_steps=60, lr=3e-3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recipes.many_tasks.model import ManyHeads
+from recipes.method import BFLOAT16, SAME_BITS
 from recipes.vit import ViT
 
 
@@ -56,9 +57,7 @@ class Preset:
 
     def options(self) -> dict[str, Any]:
         """Of `zeroopt.wrap`."""
-        if not self.bfloat16:
-            return {"fused": False}  # torch's own step: two ranks on CPUs have DDP's very bits, step after step
-        return {"param_dtype": torch.bfloat16, "master_weights": "remainder"}
+        return BFLOAT16 if self.bfloat16 else SAME_BITS
 
     def __call__(self) -> tuple[ManyHeads, tuple[Tensor, str]]:
         return self.make(), (torch.zeros(self.rank_batch, 1, self.size, self.size), "restore")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipes.method import BFLOAT16, SAME_BITS
 from recipes.see_and_read.model import CoCa
 from recipes.see_and_read.scenes import LENGTH, WORDS
 from recipes.vit import ViT
@@ -66,9 +67,7 @@ class Preset:
 
     def options(self) -> dict[str, Any]:
         """Of `zeroopt.wrap`."""
-        if not self.bfloat16:
-            return {"fused": False}  # torch's own step: two ranks on CPUs have DDP's very bits, step after step
-        return {"param_dtype": torch.bfloat16, "master_weights": "remainder"}
+        return BFLOAT16 if self.bfloat16 else SAME_BITS
 
     def __call__(self) -> tuple[CoCa, tuple[Tensor, Tensor]]:
         pictures = torch.zeros(self.rank_batch, 1, self.size, self.size)
