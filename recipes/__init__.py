@@ -17,6 +17,7 @@ docs/recipes/ has a page of each. In reading order:
     digits        handwritten digits, and pictures of them
     vit           a vision transformer
     generate      a GPT that writes, and answers questions
+    understand    masked words, and then a domain with few labels
     adapt         a GPT that stays as it is learns to answer, and what is preferred, by adapters
     many_tasks    one trunk, several heads
     see           what is in an image
