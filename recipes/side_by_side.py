@@ -105,6 +105,7 @@ def make_table(recipe: str, launch: Launch, by_method: dict[str, Outcome]) -> Ta
         title=f"{title}: {some.parameters / 1e6:.2f} M parameters, {where}",
         caption="losses: means of the last steps. step: median. peak, held: of a rank, beyond what it held before the model.",
         box=box.SIMPLE,
+        pad_edge=False,
     )
     table.add_column("\nmethod", no_wrap=True)
     headings = [f"loss,\n{phase}" for phase in some.losses] + [f"\n{figure.name}" for figure in some.figures]
