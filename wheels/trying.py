@@ -31,7 +31,7 @@ def try_wheel(wheel: Path, interpreter: Interpreter, work: Path, torch: str | No
     """Install a wheel and run its kernels; returns what was found well.
 
     Without torch, every kernel must give the bits that the build gives that the tests ran on. With torch, a small training
-    must give the bits that plain torch gives.
+    must give what plain torch gives.
 
     Args:
         torch: what pip is to install as torch; None for none.
