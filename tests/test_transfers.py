@@ -19,7 +19,7 @@ def test_torch_pins_for_cuda_and_newer_ones_for_their_accelerator(
 ) -> None:
     """None: torch has no such module."""
     module = None if accelerator is None else Mock(is_available=lambda: accelerator)
-    with patch.object(torch, "accelerator", module):
+    with patch.object(torch, "accelerator", module, create=True):
         assert pins_for(torch.device(device)) is expected
 
 

@@ -73,7 +73,7 @@ def test_a_large_model_has_its_values_beside_it(tmp_path: Path, monkeypatch: pyt
 
     torch.manual_seed(3)
     model = nn.Linear(64, 8)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "run", no_dist=True)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "run")
     monkeypatch.setattr(exporting_onnx, "ONE_FILE_BYTES", 100)
     export_onnx(tmp_path / "run", tmp_path / "model.onnx", lambda: (nn.Linear(64, 8), {"input": torch.zeros(3, 64)}))
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data", "run"]
@@ -87,7 +87,7 @@ def test_a_large_model_has_its_values_beside_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_values_of_another_model_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    dcp.save({"model": nn.Linear(4, 3).state_dict()}, checkpoint_id=tmp_path / "run", no_dist=True)
+    dcp.save({"model": nn.Linear(4, 3).state_dict()}, checkpoint_id=tmp_path / "run")
     for model, message in [
         (nn.Linear(4, 3, bias=False), "it lacks nothing, and the model lacks 'bias'"),
         (nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "it lacks '0.weight' and 6 more"),
@@ -103,7 +103,7 @@ def test_values_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(3)
     saved, model = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
     saved(torch.randn(4, 5))
-    dcp.save({"model": saved.state_dict()}, checkpoint_id=tmp_path / "run", no_dist=True)
+    dcp.save({"model": saved.state_dict()}, checkpoint_id=tmp_path / "run")
     read_model(open_saved(tmp_path / "run", model), model)
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
 

@@ -183,7 +183,7 @@ class CoupledLater(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         self.calls += 1
-        norm = nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]])
+        norm = torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm()
         for group in self.param_groups:
             group["k"] += 1
             for param in group["params"]:
@@ -508,7 +508,11 @@ def test_whole_parameters(name: str) -> None:
         (partial(OwnDict, key=str), "OwnDict keeps tensors for parameters in its attribute 'moments'"),
         (OwnList, "OwnList keeps references to parameters in its attribute 'mine'"),
         (GlobalState, "GlobalState keeps state under 'k', which is no parameter"),
-        (KeepsQuantised, "KeepsQuantised keeps state in tensors of the class Quantised"),
+        pytest.param(
+            KeepsQuantised,
+            "KeepsQuantised keeps state in tensors of the class Quantised",
+            marks=pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch before 2.6 cannot step it"),
+        ),
         (Lookahead, "Lookahead keeps another optimizer, AdamW, in its attribute 'base'"),
         (Langevin, "Langevin draws random numbers in its step"),
     ],

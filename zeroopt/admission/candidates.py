@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, NotSupportedError
 from ..gradients.sharded_tensor import ShardedGradient
@@ -159,7 +160,7 @@ def _managed_params(
 
 
 def _check_param(name: str, param: nn.Parameter) -> None:
-    if isinstance(param, nn.UninitializedParameter):
+    if is_lazy(param):  # to torch 2.4, tensors of other subclasses are UninitializedParameters, too
         raise ConfigError(f"parameter {name!r} is not initialised yet; run the model once before wrapping")
     if param.is_meta:
         raise ConfigError(f"parameter {name!r} is on the meta device; materialise the model (to_empty) before wrapping")

@@ -86,7 +86,8 @@ def device_for(model: nn.Module, device: torch.device | str | None) -> torch.dev
         chosen = torch.device(device)
     else:
         placed = (param.device for param in model.parameters() if not param.is_meta)
-        chosen = next(placed, torch.get_default_device())
+        # Of 2.6 and older, torch.get_default_device() does not see `with torch.device(...)`.
+        chosen = next(placed, None) or torch.empty(0).device
     if chosen.type == "meta":
         raise ConfigError(
             "expected a device to make the model on, got the meta device: pass zeroopt.wrap(..., device=...), outside of "
