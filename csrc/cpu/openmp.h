@@ -1,6 +1,6 @@
 // The threads of kernels are those that torch's own operations run on. The OpenMP runtime is looked up in the process,
-// not linked: torch's wheels bring one, some under a name of their own (libgomp-a34b3233.so.1), beside which one that
-// is linked would be a second, with a second set of threads for the same cores.
+// not linked: a wheel that links one has to carry a copy, with a second set of threads for the same cores, or cannot be
+// imported where the system has none; and torch may have been built with another runtime than the compiler's.
 #pragma once
 
 #include <string>
