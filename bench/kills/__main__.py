@@ -42,7 +42,7 @@ def main() -> int:
 
 def kill(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What came of a kind of training."""
-    draws, tally, kind = random.Random(args.seed), Tally(), KINDS[name].by(args.transport)
+    draws, tally, kind = random.Random(f"{name} {args.seed}"), Tally(), KINDS[name].by(args.transport)
     plan = Plan(max(args.world_size, kind.least_ranks), threads=1, timeout_s=LIMIT_S, quiet=True)
     options = {"without_disk": args.without_disk, "hosts": args.hosts, "any_ranks": draws if args.any_ranks else None}
     expected = Run(plan, kind, tally, **options).to_its_end([])

@@ -87,6 +87,18 @@ def test_training_goes_on_as_if_nothing_had_happened(
         assert_same(mine, its)
 
 
+def go_on_in_shard_groups(memory: Path, cuts: list[int]) -> Any:
+    shard_group, _ = dist.new_subgroups(2)
+    return go_on(memory, {"shard_group": shard_group}, cuts)
+
+
+def test_shard_groups_go_on_as_if_nothing_had_happened(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    expected = run_on_ranks(4, go_on_in_shard_groups, tmp_path / "whole", [4])
+    found = run_on_ranks(4, go_on_in_shard_groups, tmp_path / "cut", [2, 4])
+    for mine, its in zip(found, expected, strict=True):
+        assert_same(mine, its)
+
+
 def test_any_number_of_ranks_goes_on_and_copies_anew(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
     (_, expected, _), *_ = run_on_ranks(2, train_under_guard, tmp_path, "mlp", {}, 4)
     assert_all_same([values for _, values, *_ in run_on_ranks(3, restored, tmp_path, "mlp", {})], expected)
