@@ -1,1 +1,6 @@
-"""Scripts that nobody runs: mypy and pyright, both strict, find nothing to say of them (`make lint`, `make types`)."""
+"""Scripts of users: mypy and pyright, both strict, find nothing to say of them (`make lint`, `make types`), and nobody runs them.
+
+user_script       every public name in its place
+framework_script  those of the integrations
+completeness      names whose types pyright does not know
+"""
