@@ -65,7 +65,12 @@ add_library(cuda_kernels OBJECT
   csrc/cuda/norm.cu
   csrc/cuda/quantize.cu
   csrc/cuda/wire_code.cu)
-set_target_properties(cuda_kernels PROPERTIES CUDA_ARCHITECTURES "${ZEROOPT_CUDA_ARCHS}")
+zeroopt_generate_code("${ZEROOPT_CUDA_ARCHS}" code)
+if(code)
+  target_compile_options(cuda_kernels PRIVATE ${code})
+else()
+  set_target_properties(cuda_kernels PROPERTIES CUDA_ARCHITECTURES "${ZEROOPT_CUDA_ARCHS}")
+endif()
 target_include_directories(cuda_kernels PRIVATE csrc)
 # -fmad=false: the same roundings as on the CPU.
 target_compile_options(cuda_kernels PRIVATE -fmad=false --threads=2 -Xcompiler=${warnings}

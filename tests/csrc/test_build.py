@@ -197,6 +197,28 @@ def test_architectures_that_are_asked_for(environment: dict[str, str], expected:
 
 
 @needs_cmake
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        ("90-real", ["compute_90,code=[sm_90]"]),
+        (
+            "75-real;80-real;86-real;90-real;100-real;120",
+            ["compute_75,code=[sm_75,sm_80,sm_86,sm_90]", "compute_100,code=[sm_100,sm_120,compute_100]"],
+        ),
+        ("90;80", ["compute_80,code=[sm_80,compute_80,sm_90]"]),
+        ("80-virtual;90a-real;90", ["compute_80,code=[compute_80,sm_90]", "compute_90a,code=[sm_90a]"]),
+        ("native", []),
+    ],
+)
+def test_ptx_is_made_once_for_gpus_that_have_it_alike(archs: str, expected: list[str], tmp_path: Path) -> None:
+    call = f'zeroopt_generate_code("{archs}" code)\nmessage("${{code}}.")\n'
+    script = f"cmake_minimum_required(VERSION 3.24)\ninclude({CMAKE_FOLDER}/cuda_archs.cmake)\n{call}"
+    (tmp_path / "script.cmake").write_text(script)
+    result = run_cmake(tmp_path, "-P", "script.cmake")
+    assert result.stderr.strip() == ";".join(f"--generate-code=arch={one}" for one in expected) + ".", result
+
+
+@needs_cmake
 def test_an_architecture_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "script.cmake").write_text(f"include({CMAKE_FOLDER}/cuda_archs.cmake)\nzeroopt_asked_archs(archs)\n")
     result = run_cmake(tmp_path, "-P", "script.cmake", TORCH_CUDA_ARCH_LIST="Hopper")
