@@ -1,7 +1,8 @@
 // How many steps each segment has taken: a whole number below 2^48, kept exactly as the sum of two float32.
 //
 // The first of the two is that number rounded to float32, which torch's optimizers show; torch adds 1 to it, and so
-// stops at 2^24. The second is what the first lacks, 0 up to there.
+// stops at 2^24. The second is what the first lacks, and counts from there on only: whoever sets what is shown to a
+// small number, or to 0, begins anew.
 #pragma once
 
 #include "common/host_device.h"
@@ -10,7 +11,9 @@
 namespace zeroopt {
 
 ZEROOPT_INLINE double steps_taken(const SegmentTable& table, int64_t segment) {
-  return static_cast<double>(table.steps[segment]) + static_cast<double>(table.steps[table.count + segment]);
+  const float shown = table.steps[segment];
+  const float rest = shown < 16777216.0f ? 0.0f : table.steps[table.count + segment]; // 2^24
+  return static_cast<double>(shown) + static_cast<double>(rest);
 }
 
 /// Takes one more into account, and returns how many there are now.

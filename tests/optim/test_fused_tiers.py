@@ -333,3 +333,19 @@ def test_rounding_differs_from_step_to_step_beyond_those_that_float32_counts() -
         results.append(param.detach().clone())
     assert not any(torch.equal(a, b) for a, b in combinations(results, 2))
     assert optimizer.state[param]["step"] == 2**24 + 4  # of 2**24 + 3 the nearest float32
+
+
+def test_counting_begins_anew_where_step_is_set_back() -> None:
+    """What float32 lacks of 2**24 + 3 is no part of the next count: -1 + 1 steps would be divided by."""
+    param = nn.Parameter(torch.zeros(10))
+    param.grad = torch.ones(10)
+    optimizer = FusedAdamW([param])
+    optimizer.step()
+    step = optimizer.state[param]["step"]
+    step.fill_(2.0**24)
+    for _ in range(3):
+        optimizer.step()
+    step.zero_()
+    optimizer.step()
+    assert step == 1
+    assert bool(param.isfinite().all())
