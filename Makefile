@@ -75,7 +75,7 @@ soak: $(READY) ## Train, save, load and lose ranks for half an hour, without gro
 	$(VENV)/bin/python -m bench.soak --minutes 30
 
 matrix: $(READY) ## Run a quick suite with each torch and each Python that is tried (over an hour; 15 GB of room; installs uv)
-	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt uv
 	$(VENV)/bin/python -m tests.matrix
 
 docs: $(VENV)/.docs ## Build the documentation's site into site/; a link or a name that leads nowhere is an error
@@ -91,7 +91,7 @@ lint: $(READY) ## Check style and types
 	$(VENV)/bin/mypy zeroopt bench examples recipes wheels tests/typed
 
 types: $(READY) ## Check users' scripts by pyright, too, and that it knows the types of all names (installs pyright)
-	$(VENV)/bin/python -m pip install --quiet pyright
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt pyright
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --project tests/typed
 	$(VENV)/bin/python -m tests.typed.completeness
 
