@@ -1,6 +1,6 @@
 """Build wheels, look into them, and try each: `make wheels`, or
 
-python -m wheels --pythons 3.10 3.14 --flavours cpu --torch 3.11=torch==2.13.0
+python -m wheels --pythons 3.11 3.13 --flavours cpu --torch 3.11=torch==2.13.0
 """
 
 from __future__ import annotations

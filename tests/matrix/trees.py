@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.matrix.uv import Uv
 from tests.support.paths import ROOT
 
-_LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "runs", "site", "shared")
+_LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "runs", "site")
 
 
 class Trees:

@@ -1,4 +1,4 @@
-"""What people write with zeroopt, each public name in its place."""
+"""What people write with zeroopt: most of its public functions and classes, each in its place."""
 
 from __future__ import annotations
 

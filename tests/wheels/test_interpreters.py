@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from wheels.interpreters import find_interpreter, supported_versions
+from wheels.interpreters import ROOT, find_interpreter, supported_versions
 
 
 def write_python(path: Path, version: str, status: int = 0) -> Path:
@@ -29,6 +31,12 @@ def pyenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_supported_ones_are_those_of_the_metadata() -> None:
     versions = supported_versions()
     assert versions[0] == "3.10" and f"{sys.version_info[0]}.{sys.version_info[1]}" in versions
+
+
+def test_cibuildwheel_builds_for_the_supported_ones() -> None:
+    (asked,) = re.findall(r'^build = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    built = [minor for minor in range(8, 30) if fnmatch(f"cp3{minor}-manylinux_x86_64", asked)]
+    assert [f"3.{minor}" for minor in built] == supported_versions()
 
 
 def test_what_path_has_comes_first(pyenv: Path, tmp_path: Path) -> None:
