@@ -275,6 +275,27 @@ def test_ranks_may_use_a_parameter_in_unequally_many_reentrant_segments(
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def collectives_behind_backward(stages: Sequence[int]) -> list[float]:
+    """A collective of the user's right behind each backward, of which the second is the first in which ranks use the layer unequally often."""
+    sums = []
+    for stage in stages:
+        net = UsedUnequally(has_head=True)
+        model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), stage=stage, bucket_mb=1e-4)
+        for uses in (1, 1 + 2 * dist.get_rank(), 1):
+            loss_of(model(inputs(0, 2, 8).requires_grad_(), uses, again=True)).backward()
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            sums.append(total.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return sums
+
+
+def test_a_backward_ends_when_all_ranks_are_through_with_their_segments(run_on_ranks: RunOnRanks) -> None:
+    """Whoever went on to the next collective would wait there for those that go on with the backward, and they for it."""
+    assert run_on_ranks(2, collectives_behind_backward, STAGES) == [[2.0] * 9] * 2
+
+
 Program = list[Any]
 """Numbers of layers that are used one after the other, and programs in a segment of their own."""
 

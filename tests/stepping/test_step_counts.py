@@ -39,10 +39,12 @@ def test_a_count_that_is_shown_can_be_found(count: int) -> None:
 
 def test_what_somebody_writes_in_its_place_counts() -> None:
     steps = torch.zeros(2, 1)
-    put_count(steps, 0, FAR)
+    put_count(steps, 0, FARTHER)
     shown = show_count(steps, 0)
-    shown.fill_(7.0)
-    assert count_of(shown) == 7
+    for count in (7, MOST_EXACT - 1):
+        shown.fill_(float(count))
+        assert count_of(shown) == count
+        assert with_exact_counts({"a": {"step": shown}})["a"]["step"] is shown
 
 
 def test_counts_of_others_are_what_they_say() -> None:

@@ -483,8 +483,7 @@ class GradientReducer:
 
     def complete(self, bucket: int) -> None:
         """The last gradient of a bucket has come."""
-        if self._has_to_note_within:
-            self._look_within()
+        self._look_within()
         if self._filling.packs_together and self._sequence[self._next] != bucket:
             self._pack_early(bucket)
         self._start_complete()
@@ -504,7 +503,7 @@ class GradientReducer:
         if filling.arrivals.arrived[index]:
             self._check_comes_again(managed)
             self._begin_again(managed)
-        elif self._has_to_note_within:
+        else:
             self._look_within()
         bucket = filling.arrivals.bucket_of[index]
         full = None
@@ -534,13 +533,9 @@ class GradientReducer:
         for local_backward_ended in self._events["local_backward_ended"]:
             local_backward_ended()
 
-    @property
-    def _has_to_note_within(self) -> bool:
-        """Whether it matters that backward passes run within one: autograd would add to what was packed; or the host, which does not
-        wait for a device otherwise, has to hear whether others go on."""
-        return self.view.is_plain or self._filling.packs_together
-
     def _look_within(self) -> None:
+        """Where backward passes run within one, autograd would add to what was packed, and others may go on: this rank has to hear of that
+        before the user's own next collective, in which it would wait for them, and they for it."""
         end = self._end_awaited()
         if not self._is_within and end is not None and end.runs_within():
             self._note_within()

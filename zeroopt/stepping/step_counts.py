@@ -71,7 +71,8 @@ def with_exact_counts(state: Mapping[_Key, ParamState]) -> dict[_Key, ParamState
             continue
         steps, number = place
         if id(steps) not in counts:
-            counts[id(steps)] = steps.to("cpu", torch.float64).sum(0).tolist()
+            first, rest = steps.to("cpu", torch.float64)
+            counts[id(steps)] = torch.where(first < MOST_EXACT, first, first + rest).tolist()
         count = counts[id(steps)][number]
         if count > MOST_EXACT:
             made[key] = {**entry, "step": count_tensor(count).to(step.device)}
