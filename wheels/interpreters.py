@@ -32,16 +32,17 @@ def find_interpreter(asked: str) -> Interpreter | None:
     Args:
         asked: a version, or the path of an interpreter, which is taken as it is.
     """
-    for candidate in [Path(asked)] if os.sep in asked else _candidates(asked):
+    is_path = os.sep in asked
+    for candidate in [Path(asked)] if is_path else _candidates(asked):
         version = _version_of(candidate)
-        if version is not None:
+        if version is not None and (is_path or version == asked):
             return Interpreter(version, candidate)
     return None
 
 
 def _candidates(version: str) -> Iterator[Path]:
-    if found := shutil.which(f"python{version}"):  # of pyenv's, a script that may know of no such version
-        yield Path(found)
+    # Of pyenv's folder of scripts, one that refuses where its version is not switched on.
+    yield from (Path(folder, f"python{version}") for folder in os.environ.get("PATH", "").split(os.pathsep) if folder)
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     yield from sorted(pyenv.glob(f"versions/{version}.*/bin/python"))
 

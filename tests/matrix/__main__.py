@@ -10,12 +10,12 @@ from itertools import groupby
 from pathlib import Path
 
 from tests.matrix.cells import PYTHONS, TORCHES, Cell, cells
-from tests.matrix.interpreters import interpreter
 from tests.matrix.suite import Outcome, run_cell
 from tests.matrix.table import table
 from tests.matrix.trees import Trees
 from tests.matrix.uv import Uv
 from tests.support.paths import ROOT
+from wheels.interpreters import find_interpreter
 
 
 def main() -> int:
@@ -34,9 +34,9 @@ def main() -> int:
 
 def try_all(chosen: list[Cell], folder: Path) -> dict[Cell, Outcome]:
     """What has come of the cells whose Python is on this machine."""
-    pythons = {version: interpreter(version) for version in sorted({cell.python for cell in chosen})}
+    pythons = {version: find_interpreter(version) for version in sorted({cell.python for cell in chosen})}
     for version in [version for version, found in pythons.items() if found is None]:
-        print(f"Python {version} is left out: there is no python{version} on PATH", flush=True)
+        print(f"Python {version} is left out: there is no python{version}, neither on PATH nor of pyenv's", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder / "cache"
     trees = Trees(folder)
@@ -47,7 +47,7 @@ def try_all(chosen: list[Cell], folder: Path) -> dict[Cell, Outcome]:
             if python is not None:
                 log = folder / f"{cell}.log"
                 log.unlink(missing_ok=True)
-                outcomes[cell] = run_cell(cell, python, folder, Uv(cache, log), trees)
+                outcomes[cell] = run_cell(cell, python.path, folder, Uv(cache, log), trees)
                 print(f"torch {cell.torch:8} Python {cell.python:6} {outcomes[cell]} ({log})", flush=True)
         shutil.rmtree(cache, ignore_errors=True)  # gigabytes for each torch
     return outcomes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from fnmatch import fnmatch
@@ -51,6 +52,17 @@ def test_one_on_path_that_does_not_run_is_passed_over(pyenv: Path, tmp_path: Pat
     path = write_python(pyenv / "3.12.1" / "bin" / "python", "3.12")
     found = find_interpreter("3.12")
     assert found is not None and found.path == path
+
+
+def test_behind_one_that_does_not_run_the_next_on_path_is_taken(
+    pyenv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = write_python(tmp_path / "shims" / "python3.12", "", status=127)
+    another = write_python(tmp_path / "renamed" / "python3.12", "3.11")
+    runs = write_python(tmp_path / "bin" / "python3.12", "3.12")
+    monkeypatch.setenv("PATH", os.pathsep.join(str(path.parent) for path in (refuses, another, runs)))
+    found = find_interpreter("3.12")
+    assert found is not None and found.path == runs
 
 
 def test_a_path_is_taken_as_it_is(pyenv: Path, tmp_path: Path) -> None:
