@@ -119,9 +119,8 @@ class Guard:
         self._group = begin(model, None)
         self._control = ControlGroup(self._group)
         replica = model.replica
-        self._is_whole = (
-            not replica.mesh_groups and replica.transport.control.size == self._control.size
-        )  # on each rank
+        # Whether each rank has all of the model.
+        self._is_whole = not replica.mesh_groups and replica.transport.control.size == self._control.size
         self._check_supported()
         self._hosts = ranks_by_host(self._control)
         self._check_names()

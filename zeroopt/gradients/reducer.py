@@ -101,9 +101,7 @@ class GradientReducer:
         self._all_cleared = True  # and features have heard of it
         self._first_left = -1  # index of the parameter whose gradient came first in it
         self._running = False  # between the first hook of a backward and its end
-        self._is_within = (
-            False  # it is known to run others within it, whose gradients come one backward after the other
-        )
+        self._is_within = False  # others are known to run within it, whose gradients come one backward after the other
         self._end_awaited: Callable[[], BackwardEnd | None] = lambda: None  # gone where it has raised
         self._hears = True  # at the end of a backward, whether others go on: in the first one, and where any has
         self._edited: ManagedParam | None = None  # whose gradient was, after it had been taken up
@@ -356,9 +354,8 @@ class GradientReducer:
     def take_part(self) -> None:
         """Be through with the last backward on all ranks, before something else is collective. Collective itself, where another rank goes
         on with it: parameters had gradients there in more backward passes within it than here."""
-        if (
-            self._buckets[0].device.type == "cpu"
-        ):  # else the host would wait, and a rank that may be behind has heard at the end
+        # On a device the host would wait, and a rank that may be behind has heard at the end.
+        if self._buckets[0].device.type == "cpu":
             self._used.finish()
         self._follow_others()
 
