@@ -74,8 +74,8 @@ sanitize: $(READY) ## Run the kernels and the planner under ASan and UBSan, and 
 soak: $(READY) ## Train, save, load and lose ranks for half an hour, without growing
 	$(VENV)/bin/python -m bench.soak --minutes 30
 
-matrix: $(READY) ## Run a quick suite with each torch and each Python that is tried (over an hour; 15 GB of room; installs uv)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt uv
+matrix: $(READY) ## Run a quick suite with each torch and each Python that is tried (over an hour; 15 GB of room; installs uv and CMake)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt uv cmake ninja
 	$(VENV)/bin/python -m tests.matrix
 
 docs: $(VENV)/.docs ## Build the documentation's site into site/; a link or a name that leads nowhere is an error

@@ -16,9 +16,22 @@ from tests.support.paths import ROOT
 TOOLS = ("numpy", "expecttest", "hypothesis", "pytest", "pytest-timeout")
 # They ask for more packages, or, as csrc and fuzz, for no torch.
 OTHERS = ("bench", "csrc", "docs", "examples", "fuzz", "integrations", "matrix", "pretend_cuda", "recipes")
-# Half of the time, and of the kernels' arithmetic, which no torch and no Python changes.
-ARITHMETIC = ("ops/test_steps_layouts.py", "ops/test_steps_control.py", "optim/test_fused_tiers.py")
-ONE_PROCESS = ("tests", *(f"--ignore=tests/{path}" for path in (*OTHERS, *ARITHMETIC)), "-m", "not ranks and not slow")
+# What no torch and no Python changes: the arithmetic of kernels, numbers alone, and the sources.
+UNCHANGED = (
+    "ops/test_move.py",
+    "ops/test_quantize.py",
+    "ops/test_steps.py",
+    "ops/test_steps_control.py",
+    "ops/test_steps_layouts.py",
+    "ops/test_steps_norms.py",
+    "ops/test_storage.py",
+    "ops/test_wire_code.py",
+    "optim/test_fused_tiers.py",
+    "collectives/test_levels.py",
+    "collectives/test_rounds.py",
+    "test_imports.py",
+)
+ONE_PROCESS = ("tests", *(f"--ignore=tests/{path}" for path in (*OTHERS, *UNCHANGED)))
 RANKS = (
     "tests/training/test_parity.py::test_own_step_follows_ddp_bit_for_bit",
     "tests/training/test_parity.py::test_convolutions_and_batch_norm_follow_ddp_bit_for_bit",
@@ -27,7 +40,7 @@ RANKS = (
     "tests/state/test_dicts.py::test_saving",
     "tests/checkpoint/wrapped/test_resuming.py",
 )
-SUITE = {"one process": ONE_PROCESS, "ranks": RANKS}
+SUITE = {"one process": (*ONE_PROCESS, "-m", "not ranks and not slow"), "ranks": (*RANKS, "-m", "ranks")}
 TIMEOUT_S = 600
 
 

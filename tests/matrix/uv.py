@@ -23,6 +23,16 @@ def run(command: list[str], log: Path, cwd: Path | None = None, **variables: str
         ).returncode
 
 
+def run_or_fail(what: str, command: list[str], log: Path, **variables: str) -> None:
+    """As `run`.
+
+    Raises:
+        CommandError: it has failed; the message names `what`.
+    """
+    if run(command, log, **variables) != 0:
+        raise CommandError(f"{what} failed")
+
+
 class Uv:
     """uv with a cache of its own, and what it prints in `log`."""
 
@@ -48,5 +58,4 @@ class Uv:
 
     def _run(self, *arguments: str, **variables: str) -> None:
         command = [sys.executable, "-m", "uv", "--quiet", "--cache-dir", str(self._cache), *arguments]
-        if run(command, self.log, **variables) != 0:
-            raise CommandError(f"uv {arguments[0]} failed")
+        run_or_fail(f"uv {arguments[0]}", command, self.log, **variables)
