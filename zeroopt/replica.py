@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,9 @@ from .storage.masters import Master
 from .storage.segment import BySegments, Segment
 from .storage.slice_sums import SliceSums
 from .weak_methods import weak_method
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What is going on, for messages.
 _TAKING_IN = "averaging the gradients of parameters that are taken in"
@@ -90,10 +94,10 @@ class Replica:
         self.config = config
         self.transport = transport
         self.group = group
-        self.control = ControlGroup(group)
-        self.mesh = find_mesh(module, group)
-        self.mesh_groups = mesh_groups(self.mesh)
-        self.norm_groups = NormGroups(
+        self.control: ControlGroup = ControlGroup(group)
+        self.mesh: DeviceMesh | None = find_mesh(module, group)
+        self.mesh_groups: list[ControlGroup] = mesh_groups(self.mesh)
+        self.norm_groups: NormGroups = NormGroups(
             [*self.mesh_groups, *([ControlGroup(config.norm_group)] if config.norm_group is not None else [])]
         )
         self.params: list[ManagedParam] = []
@@ -101,17 +105,17 @@ class Replica:
         self.dtypes: dict[Tensor, torch.dtype] = {param: param.dtype for param in module.parameters()}
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []  # which have this
         placement = config.placement
-        self.ownership = Ownership(
+        self.ownership: Ownership = Ownership(
             transport.num_slices, transport.slice_index, by_slices=placement.shard_state, replica=transport.replica
         )
         sharded = self._make_sharded_view(features, check_outside) if placement.shard_state else None
         on_the_way = _most_over(self.mesh_groups, _bytes_on_the_way(module, config))
-        self.bucket_bytes = choose_bucket_bytes(config.bucket_mb, on_the_way, transport.hops)
+        self.bucket_bytes: int = choose_bucket_bytes(config.bucket_mb, on_the_way, transport.hops)
         pool = BufferPool(config, self.bucket_bytes, transport) if placement.shard_gradient else None
         self._pool = pool
-        self.slice_sums = SliceSums()
+        self.slice_sums: SliceSums = SliceSums()
         view: GradientView = WholeView(transport) if sharded is None else sharded
-        self.reducer = GradientReducer(
+        self.reducer: GradientReducer = GradientReducer(
             module,
             transport,
             view,
@@ -124,9 +128,9 @@ class Replica:
         )
         if sharded is not None:
             sharded.wait_by(self.reducer.finish)
-        self.seed = _agree_on_seed([self.control, *self.mesh_groups])
-        self.rounding = RoundingNumbers(self.seed, weak_method(self.reducer.count))
-        self.gathers = (
+        self.seed: int = _agree_on_seed([self.control, *self.mesh_groups])
+        self.rounding: RoundingNumbers = RoundingNumbers(self.seed, weak_method(self.reducer.count))
+        self.gathers: NoGathers | ParamGathers = (
             NoGathers(module, transport, lazy=False)
             if self.ownership.has_all
             else ParamGathers(module, transport, lazy=config.overlap, rounding=self.rounding)

@@ -55,13 +55,13 @@ class Transport(ABC):
     is_local = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.control = ControlGroup(group)
-        self.slice_index = self.control.rank
-        self.num_slices = self.control.size
+        self.control: ControlGroup = ControlGroup(group)
+        self.slice_index: int = self.control.rank
+        self.num_slices: int = self.control.size
         self.replica = 0
         self.writers: Sequence[int] = range(self.control.size)
         self.sent_bytes = 0
-        self.exchanged_bytes = 0
+        self.exchanged_bytes: int = 0
         self._exchange: Exchange | None = None
 
     @property

@@ -48,8 +48,8 @@ class ControlGroup:
 
     def __init__(self, group: dist.ProcessGroup, *, advice: str = "") -> None:
         self.group = group
-        self.rank = group.rank()
-        self.size = group.size()
+        self.rank: int = group.rank()
+        self.size: int = group.size()
         self._advice = advice
 
     @property

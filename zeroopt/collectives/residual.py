@@ -28,7 +28,7 @@ class Residual:
 
     def __init__(self, first: int, num_slices: int, lengths: Sequence[int], device: torch.device) -> None:
         self.first = first
-        self.numel = num_slices * sum(lengths)
+        self.numel: int = num_slices * sum(lengths)
         self._num_slices, self._lengths, self._device = num_slices, list(lengths), device
         self._parts: list[Tensor] = []
         self._turns = cycle(range(len(lengths)))

@@ -71,15 +71,15 @@ class GradientReducer:
         overlap: bool,
         bucket_buffers: int,
     ) -> None:
-        self.guard = StepGuard()
+        self.guard: StepGuard = StepGuard()
         self.view = view
         self.stores: list[GradientStore] = []
         self.buffer_sync: BufferSync | None = None
-        self.untrained = UntrainedGradients(module, transport, self._begin_synchronised)
-        self.is_zeroed = False
-        self.num_steps = 0
-        self.num_backwards = 0
-        self.num_backwards_stepped = 0
+        self.untrained: UntrainedGradients = UntrainedGradients(module, transport, self._begin_synchronised)
+        self.is_zeroed: bool = False
+        self.num_steps: int = 0
+        self.num_backwards: int = 0
+        self.num_backwards_stepped: int = 0
         self.adds_within = True
         self._transport = transport
         self._make_store = make_store

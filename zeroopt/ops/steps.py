@@ -101,7 +101,7 @@ class StepKernel:
             _run(kernel, table, active, steps, groups, control, squares)
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, StepKernel] = {
     name: StepKernel(
         name,
         tuple(facts["kernels"]),
@@ -114,11 +114,11 @@ OPTIMIZERS = {
 }
 """All optimizers of csrc/ops, by name."""
 
-adamw = OPTIMIZERS["adamw"]
-sgd = OPTIMIZERS["sgd"]
-adagrad = OPTIMIZERS["adagrad"]
-lion = OPTIMIZERS["lion"]
-lamb = OPTIMIZERS["lamb"]
+adamw: StepKernel = OPTIMIZERS["adamw"]
+sgd: StepKernel = OPTIMIZERS["sgd"]
+adagrad: StepKernel = OPTIMIZERS["adagrad"]
+lion: StepKernel = OPTIMIZERS["lion"]
+lamb: StepKernel = OPTIMIZERS["lamb"]
 
 MOMENTS = tuple(dict.fromkeys(name for kernel in OPTIMIZERS.values() for name in kernel.states))
 """Arrays of state that kernels may keep in 8 bits."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ..stepping.rules import AdagradRule
+from ..stepping.rules import AdagradRule, FusedRule
 from .fused import FusedOptimizer
 
 
 class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
     """`torch.optim.Adagrad` (Duchi et al. 2011) in one fused kernel: its arguments, and those of `FusedOptimizer`."""
 
-    fused_rule = AdagradRule()
+    fused_rule: ClassVar[FusedRule] = AdagradRule()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

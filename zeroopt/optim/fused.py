@@ -46,7 +46,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     fused_rule: ClassVar[FusedRule]
-    derived_attributes: ClassVar = frozenset({"_batches"})  # made anew from what is in the groups and in `state`
+    # Made anew from what is in the groups and in `state`.
+    derived_attributes: ClassVar[frozenset[str]] = frozenset({"_batches"})
     _step_supports_amp_scaling = True
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import ops
 from ..stepping.rules import FusedRule
@@ -30,7 +30,7 @@ class FusedLAMB(FusedOptimizer):
         ConfigError: a value out of range.
     """
 
-    fused_rule = FusedRule(ops.lamb)
+    fused_rule: ClassVar[FusedRule] = FusedRule(ops.lamb)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import ops
 from ..errors import ConfigError
@@ -29,7 +29,7 @@ class FusedLion(FusedOptimizer):
         ConfigError: a value out of range.
     """
 
-    fused_rule = FusedRule(ops.lion)
+    fused_rule: ClassVar[FusedRule] = FusedRule(ops.lion)
 
     def __init__(
         self,

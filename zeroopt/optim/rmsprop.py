@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from .. import ops
@@ -16,4 +18,4 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
     nothing of it: keep such state in float32, or `eps` large.
     """
 
-    fused_rule = FusedRule(ops.OPTIMIZERS["rmsprop"])
+    fused_rule: ClassVar[FusedRule] = FusedRule(ops.OPTIMIZERS["rmsprop"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from .. import ops
@@ -12,4 +14,4 @@ from .fused import FusedOptimizer
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
     """`torch.optim.SGD` in one fused kernel: its arguments, and those of `FusedOptimizer`."""
 
-    fused_rule = FusedRule(ops.sgd, has_step=False)
+    fused_rule: ClassVar[FusedRule] = FusedRule(ops.sgd, has_step=False)

@@ -21,7 +21,7 @@ from ..plan.ownership import Ownership
 from ..plan.params import ManagedParam
 from ..plan.redistribution import Redistribution
 from ..streams import has_streams
-from .masters import make_master
+from .masters import Master, make_master
 from .segment import Segment, view_of
 
 # Elements that are rounded at once: what that takes besides, about 16 bytes each, is then small beside a bucket.
@@ -65,25 +65,25 @@ class Bucket:
         self.index = index
         self.moves = moves
         self.precision = precision
-        self.padded_numel = layout.padded_numel
-        self.params = [params[i] for i in layout.params]
-        self.dtype = precision.stored_dtype(self.params[0].param.dtype)
-        self.device = self.params[0].param.device
-        self.home = self.device if home is None else home
-        self.norm_weight = 1.0 / self.params[0].copies
+        self.padded_numel: int = layout.padded_numel
+        self.params: list[ManagedParam] = [params[i] for i in layout.params]
+        self.dtype: torch.dtype = precision.stored_dtype(self.params[0].param.dtype)
+        self.device: torch.device = self.params[0].param.device
+        self.home: torch.device = self.device if home is None else home
+        self.norm_weight: float = 1.0 / self.params[0].copies
         self._offset_of = dict(zip(self.params, layout.offsets, strict=True))
-        self.gaps = self._find_gaps()
-        self.name = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
+        self.gaps: list[tuple[int, int]] = self._find_gaps()
+        self.name: str = f"bucket {self.index} ({self.params[0].name} … {self.params[-1].name})"
         self.own_range = own_range
         self._pieces = [(params[piece.param], piece) for piece in pieces]
         self._state_dtype = precision.sum_dtype(self.dtype, by_slices=True)
         self._lie_in(torch.empty(self.padded_numel, dtype=self.dtype, device="meta"), home=None)
 
     def _lie_in(self, flat_param: Tensor, home: torch.device | None) -> None:
-        self.flat_param = flat_param
-        self.own_param = self.within_own_range(flat_param)
-        self.master = make_master(self.own_param, self.precision, home)
-        self.segments = [
+        self.flat_param: Tensor = flat_param
+        self.own_param: Tensor = self.within_own_range(flat_param)
+        self.master: Master = make_master(self.own_param, self.precision, home)
+        self.segments: list[Segment] = [
             Segment(owner, piece.start, piece.offset, piece.numel, self._shard_of(owner, piece), self._state_dtype)
             for owner, piece in self._pieces
         ]

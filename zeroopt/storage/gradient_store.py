@@ -39,7 +39,7 @@ from .buffer_pool import BufferPool
 from .segment import Segment
 from .slice_sums import SliceSums
 from .square_table import SquareTable
-from .stripe import cut_in_stripes
+from .stripe import Stripe, cut_in_stripes
 
 _SUM = "sum"  # its name among what moves with a segment
 
@@ -78,8 +78,8 @@ class GradientStore:
     ) -> None:
         self._bucket = bucket
         self._slice_sums = slice_sums or SliceSums()
-        self.label = bucket.name
-        self.norm_weight = bucket.norm_weight
+        self.label: str = bucket.name
+        self.norm_weight: float = bucket.norm_weight
         self._pool = pool
         self._wire = wire
         self._dtype = wire.dtype or bucket.dtype
@@ -88,24 +88,26 @@ class GradientStore:
         self._in_slice: Tensor | None = None  # the sum of this rank's slice, before it goes to those who step it
         plain_sum = self._dtype is sum_dtype and wire.backend_sums
         self._sums_apart = pool is not None or not plain_sum or self._moves is not None
-        self.sum_is_spread = not ownership.by_slices
+        self.sum_is_spread: bool = not ownership.by_slices
         numel = bucket.padded_numel
-        self.stripes = cut_in_stripes(numel, transport.num_slices, numel) if pool is None else pool.stripes(bucket)
-        self.is_striped = len(self.stripes) > 1
+        self.stripes: list[Stripe] = (
+            cut_in_stripes(numel, transport.num_slices, numel) if pool is None else pool.stripes(bucket)
+        )
+        self.is_striped: bool = len(self.stripes) > 1
         self._turns = cycle(self.stripes)
-        self.stripe = next(self._turns)
+        self.stripe: Stripe = next(self._turns)
         # Reduces in the order of their start, with their full buffers, until those have been read; the first so many are through.
         self._pending: deque[tuple[PendingCollective, Tensor]] = deque()
         self._num_finished = 0
-        self.holds_sum = False
+        self.holds_sum: bool = False
         self._is_zero = False  # and nobody has been given parts of it to change since
         self._adds_zero = False  # the next reduce does
-        self.is_open = False
-        self.is_reducing = False
+        self.is_open: bool = False
+        self.is_reducing: bool = False
         self.norm: tuple[float, Tensor] | None = None
-        self.storage = bucket.precision.storage(bucket.dtype, sum_dtype)
+        self.storage: ops.Storage | None = bucket.precision.storage(bucket.dtype, sum_dtype)
         self.squares: SquareTable | None = None
-        self.read_by_graphs = ReadByGraphs()
+        self.read_by_graphs: ReadByGraphs = ReadByGraphs()
         self.factor: Tensor | None = None
         self.base: Tensor | None = None
         self.full: Tensor | None = None

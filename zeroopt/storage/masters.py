@@ -48,9 +48,9 @@ class Master(ABC):
 
     def __init__(self, in_bucket: Tensor, home: torch.device, dtype: torch.dtype | None = None) -> None:
         self._in_bucket = in_bucket
-        self.param = in_bucket if home == in_bucket.device else paged_zeros_like(in_bucket, device=home)
-        self.array = None if dtype is None else paged_zeros_like(self.param, dtype)
-        self.is_away = self.param is not in_bucket
+        self.param: Tensor = in_bucket if home == in_bucket.device else paged_zeros_like(in_bucket, device=home)
+        self.array: Tensor | None = None if dtype is None else paged_zeros_like(self.param, dtype)
+        self.is_away: bool = self.param is not in_bucket
 
     @property
     def home(self) -> torch.device:
