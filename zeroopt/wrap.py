@@ -134,10 +134,12 @@ def wrap(
         fused: "auto" steps with a fused kernel where there is one for this optimizer, dtype and device (AdamW, Adam, SGD, Adagrad and
             RMSprop, and all of `zeroopt.optim`, in float32 or with `param_dtype`) and with the optimizer's own `step`
             otherwise; True insists on the kernel, as do the last two options, False on the own step.
-        transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "all_to_all" (the backend moves slices,
-            which are summed here, in an order and a precision that do not depend on it), "torch" (the backend's own collectives), or
-            "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the first two. Or a function that takes a process group and a device and returns a
-            `zeroopt.collectives.Transport` of one's own; all ranks call it, with the model's first optimizer.
+        transport: "shm" (memory that the ranks of one host share), "pairwise" (Gloo's messages), "tree" (the same in rounds, for many
+            ranks), "all_to_all" (the backend moves slices, which are summed here, in an order and a precision that do not depend on
+            it), "hierarchy" (that within each host, then among hosts), "torch" (the backend's own collectives), or
+            "auto" to choose by backend, device and hosts; on several hosts of CPU ranks it combines the first two. Or a function that
+            takes a process group and a device and returns a `zeroopt.collectives.Transport` of one's own; all ranks call it, with the
+            model's first optimizer. docs/transports.md says more of each.
         overlap: let a bucket travel while backward fills the next; False waits for each.
         broadcast_buffers: all ranks use the buffers of rank 0; see `ZeroDataParallel.forward`.
         sync_module_states: all ranks start from the parameters and buffers of rank 0.
