@@ -1,3 +1,5 @@
+set(ZEROOPT_OLDEST_CUDA 11.8) # of cudaLaunchKernelEx
+
 # Sets result to why the compiler that enable_language(CUDA) would take cannot be used, or to nothing. A project of its own
 # finds out, for where enable_language fails it ends the project that asked.
 function(zeroopt_try_cuda result)
@@ -12,6 +14,13 @@ function(zeroopt_try_cuda result)
   set(attempt "${compiler} ${CMAKE_CUDA_HOST_COMPILER} ${CMAKE_CUDA_FLAGS}")
   set(${result} "" PARENT_SCOPE)
   if(attempt STREQUAL "${ZEROOPT_CUDA_WORKS}")
+    return()
+  endif()
+
+  zeroopt_command_of("${compiler}" command)
+  execute_process(COMMAND ${command} --version OUTPUT_VARIABLE told ERROR_QUIET)
+  if(told MATCHES "release ([0-9.]+)" AND CMAKE_MATCH_1 VERSION_LESS ZEROOPT_OLDEST_CUDA)
+    set(${result} "${compiler} is of CUDA ${CMAKE_MATCH_1}, and kernels need ${ZEROOPT_OLDEST_CUDA} or newer" PARENT_SCOPE)
     return()
   endif()
 
@@ -37,13 +46,19 @@ function(zeroopt_try_cuda result)
   set(${result} "${compiler} does not work: ${words} (what CMake says is in ${folder}/output.txt)" PARENT_SCOPE)
 endfunction()
 
+# A compiler as the beginning of a command, for it may have options behind it.
+function(zeroopt_command_of compiler result)
+  set(command "${compiler}")
+  if(NOT EXISTS "${compiler}") # else it is a path, which may have spaces
+    separate_arguments(command UNIX_COMMAND "${compiler}")
+  endif()
+  set(${result} "${command}" PARENT_SCOPE)
+endfunction()
+
 # What a compiler says that has been given a file without anything in it: its first line about an error.
 function(zeroopt_words_of compiler folder result)
   file(WRITE ${folder}/nothing.cu "")
-  set(command "${compiler}")
-  if(NOT EXISTS "${compiler}") # with options behind it; a path may have spaces
-    separate_arguments(command UNIX_COMMAND "${compiler}")
-  endif()
+  zeroopt_command_of("${compiler}" command)
   if(CMAKE_CUDA_HOST_COMPILER)
     list(APPEND command -ccbin ${CMAKE_CUDA_HOST_COMPILER})
   endif()

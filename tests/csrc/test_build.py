@@ -169,6 +169,14 @@ class TestBrokenCudaCompiler:
         assert result.returncode == 0, result.stderr
         assert "CPU kernels only: /nowhere/nvcc does not work: No such file or directory" in result.stdout
 
+    def test_one_of_an_old_cuda_is_not_tried(self, tmp_path: Path) -> None:
+        result = self.configure(tmp_path, "echo 'Cuda compilation tools, release 11.5, V11.5.119'")
+        problem = f"{tmp_path}/bin/nvcc is of CUDA 11.5, and kernels need 11.8 or newer"
+        assert result.returncode == 0, result.stderr
+        assert f"CPU kernels only: {problem}" in result.stdout
+        assert f"problem: when it was built, {problem}." in result.stdout
+        assert "Trying the CUDA compiler" not in result.stdout
+
     def test_off_looks_for_none(self, tmp_path: Path) -> None:
         result = self.configure(tmp_path, "touch called; exit 1", ZEROOPT_CUDA="off")
         assert result.returncode == 0 and not (tmp_path / "called").exists()
