@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import sys
 import traceback
@@ -24,11 +25,16 @@ def serve(connection: Connection) -> None:
     ranks.install()
     Kernels().install(zeroopt._C)
     connection.send_bytes(pickle.dumps(("value", None)))
+    modules = 0
     while True:
         try:
             function, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        if len(sys.modules) > modules:
+            modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()  # leaves what was imported, which is much, out of every later collection
         try:
             answer = ("value", function(*args))
         except Exception:  # noqa: BLE001 - whatever it is, it is the caller's
