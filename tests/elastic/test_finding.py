@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from zeroopt.elastic.finding import Lost, OnHost, choose, find, forget_all_but
 from zeroopt.elastic.place import FileName
 from zeroopt.elastic.slots import NOT_WHOLE, Slots
@@ -68,6 +70,12 @@ def test_of_several_runs_that_which_began_last_counts() -> None:
     assert (only.step, only.run, only.has_earlier) == (9, RUN - 1, False)
     being_made = on_host(a=(NOT_WHOLE, NOT_WHOLE), b=(NOT_WHOLE, NOT_WHOLE))
     assert choose([being_made, earlier], [[0], [1]]).step is None, "that run had been given up"
+
+
+def test_what_others_may_have_put_there_is_not_looked_at(tmp_path: Path) -> None:
+    tmp_path.chmod(0o770)
+    with pytest.raises(PermissionError):
+        find(tmp_path)
 
 
 def test_what_is_forgotten_is_there_and_of_no_step(tmp_path: Path) -> None:

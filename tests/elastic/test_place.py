@@ -15,10 +15,12 @@ from zeroopt.elastic.place import (
     FileName,
     bytes_in,
     bytes_of,
+    check_private,
     directory_of,
     files_in,
     job_of_agent,
     jobs,
+    make_directory,
     remove_all_but,
     remove_ended,
 )
@@ -79,3 +81,32 @@ def test_all_goes_but_what_is_named(tmp_path: Path) -> None:
     assert bytes_of("a", tmp_path) == bytes_in(directory)
     remove_all_but(directory, [kept])
     assert [path.name for path in directory.iterdir()] == [str(kept)]
+
+
+def test_what_is_made_is_of_its_user_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "memory" / "job"
+    check_private(directory)  # it is not there: nobody has part in it
+    for _ in range(2):
+        make_directory(directory)
+        assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_others_have_part_in_is_refused(tmp_path: Path) -> None:
+    own, open_to_others, link = (tmp_path / name for name in ("own", "open", "link"))
+    own.mkdir(mode=0o700)
+    link.symlink_to(own)
+    open_to_others.mkdir()
+    open_to_others.chmod(0o750)
+    for directory in (link, open_to_others):
+        with pytest.raises(
+            PermissionError, match=f"{directory.name} is to be a directory of user {os.geteuid()} alone"
+        ):
+            make_directory(directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_what_another_user_has_made_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    os.chown(tmp_path, 65534, -1)
+    with pytest.raises(PermissionError, match="got one of user 65534 with the mode drwx------"):
+        check_private(tmp_path)

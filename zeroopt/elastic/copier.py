@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from .contents import Entries, Places, copy_into, kept_views, put_values, shapes_of
+from .place import make_directory
 from .slots import Slots
 
 
@@ -33,7 +34,7 @@ class Copier:
     def __init__(self, path: Path, places: Places, metadata: Metadata | None, entries: Entries) -> None:
         self._places, self.alike_end = places, places.alike_end
         self._signature = entries.signature
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path.parent)
         self.slots = Slots.make(path, self._places.table(metadata, path.name), self._places.slot_bytes)
         slots = [self.slots.bytes_of(number) for number in (0, 1)]
         self._targets = [self._places.views(slot) for slot in slots]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .place import FileName, files_in
+from .place import FileName, check_private, files_in
 from .slots import NOT_WHOLE, Slots
 
 
@@ -51,7 +51,8 @@ class Found:
 
 
 def find(directory: Path) -> dict[FileName, OnHost]:
-    """The files on this host. Raises OSError where one cannot be read."""
+    """The files on this host. Raises OSError where one cannot be read, or others may have put it there."""
+    check_private(directory)
     found = {}
     for name in files_in(directory):
         slots = Slots.open(directory / str(name))

@@ -37,7 +37,17 @@ from .contents import Entries, Places, checksum_of, pack, shapes_of, take_out
 from .copier import Copier
 from .finding import Found, choose, find, forget_all_but
 from .neighbours import Fetch, Neighbours, Ring
-from .place import MEMORY, FileName, directory_of, files_in, job_of_agent, remove_all_but, remove_ended, remove_job
+from .place import (
+    MEMORY,
+    FileName,
+    directory_of,
+    files_in,
+    job_of_agent,
+    make_directory,
+    remove_all_but,
+    remove_ended,
+    remove_job,
+)
 from .slots import Slots
 from .stored import StoredCheckpoint
 
@@ -354,7 +364,7 @@ class Guard:
         def look() -> None:
             needed = found.room.get(rank, 0)
             if needed:
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_directory(directory)
                 free = shutil.disk_usage(directory).free
                 if needed > free:
                     raise CheckpointError(

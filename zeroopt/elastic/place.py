@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _JOB = re.compile(r"[A-Za-z0-9._-]+")
 _FILE = re.compile(r"(?P<run>[0-9a-f]{16})-(?P<layout>[0-9]{8})-of-(?P<ranks>[0-9]+)-rank-(?P<rank>[0-9]+)")
 _OF_PROCESS = re.compile(r"of-process-(?P<namespace>[0-9]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)")
 _BLOCK_BYTES = 512  # of `st_blocks`, whatever blocks the file system has
+_OF_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _START_FIELD = 19  # of /proc/PID/stat, counted from behind the name of the program
 
 
@@ -62,6 +64,34 @@ def directory_of(job: str, memory: str | os.PathLike[str] = MEMORY) -> Path:
     if not _JOB.fullmatch(job):
         raise ConfigError(f"a job's name may have letters, digits and . _ - in it, got {job!r}")
     return Path(memory) / f"{_prefix()}{job}"
+
+
+def make_directory(directory: Path) -> None:
+    """Make that of a job, if it is not there.
+
+    Raises:
+        OSError: it cannot be made, or others have part in it.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(directory)
+
+
+def check_private(directory: Path) -> None:
+    """Who can guess a job's name can make its directory first: read what is put there, or put values of their own there.
+
+    Raises:
+        PermissionError: it is there, and another user's, open to others, or no directory.
+    """
+    try:
+        facts = os.lstat(directory)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & _OF_OTHERS:
+        return
+    raise PermissionError(
+        f"{directory} is to be a directory of user {os.geteuid()} alone, got one of user {facts.st_uid} with the mode "
+        f"{stat.filemode(facts.st_mode)}: remove it, or choose another job= or memory="
+    )
 
 
 def files_in(directory: Path) -> list[FileName]:
