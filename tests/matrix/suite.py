@@ -13,7 +13,8 @@ from tests.matrix.trees import Trees
 from tests.matrix.uv import CommandError, Uv, run
 from tests.support.paths import ROOT
 
-TOOLS = ("numpy", "expecttest", "hypothesis", "pytest", "pytest-timeout")
+# The last two are for torch's own tables of optimizers.
+TOOLS = ("numpy", "hypothesis", "pytest", "pytest-timeout", "expecttest", "setuptools")
 # They ask for more packages, or, as csrc and fuzz, for no torch.
 OTHERS = ("bench", "csrc", "docs", "examples", "fuzz", "integrations", "matrix", "pretend_cuda", "recipes")
 # What no torch and no Python changes: the arithmetic of kernels, numbers alone, and the sources.
@@ -92,12 +93,14 @@ def _run_tests(environment: Path, tree: Path, log: Path, what: str, tests: Seque
     options = (
         f"--timeout={TIMEOUT_S}",
         "--quiet",
+        "--continue-on-collection-errors",
         "--hypothesis-profile=few",
         "-p",
         "no:cacheprovider",
         f"--junit-xml={report}",
     )
-    status = run([str(environment / "bin" / "python"), "-m", "pytest", *tests, *options], log, cwd=tree)
+    command = [str(environment / "bin" / "python"), "-m", "pytest", *tests, *options]
+    status = run(command, log, cwd=tree, OMP_WAIT_POLICY="PASSIVE")  # as `make test`
     outcome = read_report(report) if report.exists() else Outcome()
     return outcome if status == 0 or outcome.failed else outcome._replace(trouble=f"pytest ended with {status}")
 
