@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TORCHES = {  # each with the Pythons that it has wheels for
     "2.4.1": ("3.10", "3.11", "3.12"),
-    "2.6.0": PYTHONS,
+    "2.6.0": ("3.10", "3.11", "3.12", "3.13"),
     "2.9.1": PYTHONS,
     "2.13.0": PYTHONS,
 }
