@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+# No bytecode: of most of what is installed, nothing is ever imported.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 TEST_TIMEOUT ?= 600
 # Ranks wait for each other a third of their time: three processes keep two cores busy.
 TEST_PROCESSES ?= 3
@@ -103,16 +105,19 @@ format: $(READY) ## Rewrite the sources in the project's style
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist site *.egg-info zeroopt/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-# Editable, so that a changed Python file needs no installation; a changed C++ file is rebuilt by the next target.
+# Editable, so that a changed Python file needs no installation; a changed C++ file is rebuilt by the next target. While that is compiled,
+# other packages come over the network, those that zeroopt itself needs among them.
 $(READY): $(BUILD_FILES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt --editable .
+	$(INSTALL) --no-deps --editable . & built=$$!; \
+	$(INSTALL) --requirement requirements-dev.txt; installed=$$?; \
+	wait $$built && exit $$installed
 	touch $@
 
 # Names are read out of the sources, not imported: the site needs no build of the package.
 $(VENV)/.docs: requirements-docs.txt constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-docs.txt
+	$(INSTALL) --requirement requirements-docs.txt
 	touch $@
 
 $(VENV)/.wheels: requirements-wheels.txt constraints.txt $(READY)
