@@ -148,6 +148,7 @@ class TestBrokenCudaCompiler:
         [
             (REFUSING, "error: unsupported GNU version"),
             ("exit 3", "it ends with code 3"),
+            ("echo 'sh: 1: ptxas: not found' >&2; exit 127", "it ends with code 127: sh: 1: ptxas: not found"),
             ("exit 0", "it compiles, but not what CMake tries"),
         ],
     )
