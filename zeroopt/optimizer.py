@@ -389,6 +389,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             result = result if changed is None else changed
         return result
 
+    @torch.inference_mode(mode=False)  # state that is read there could not be stepped
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
         """Load state: on every rank, after the model's own state dict.

@@ -51,15 +51,18 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "clone": lambda value: value.clone(),
     "deepcopy": copy.deepcopy,
     "to": lambda value: value.to("cpu", copy=True),
+    "detached": lambda value: value.detach().to("cpu", copy=True),
     "channels_last": lambda value: value.clone(memory_format=torch.preserve_format),
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", COPIES)
-def test_copies_have_memory_of_their_own(name: str) -> None:
+def test_copies_have_memory_of_their_own(name: str, inference: bool) -> None:
     one = shard()
     for kind in (one, OwnTensor(torch.arange(6).view(2, 3))):
-        copied = COPIES[name](kind)
+        with torch.inference_mode(inference):
+            copied = COPIES[name](kind)
         assert type(copied) is type(kind) and copied.shape == kind.shape
         assert copied.start == kind.start and copied.flat_layout == kind.flat_layout
         assert torch.equal(copied.local, kind.local)

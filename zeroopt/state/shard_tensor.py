@@ -60,9 +60,10 @@ class ShardTensor(Tensor, *_protocol()):  # type: ignore[misc]
             read: gives elements [begin, end) of `local`, 1-D, computed when they are asked for.
             dtype: of what it gives, where that is another one.
         """
-        made: ShardTensor = Tensor._make_wrapper_subclass(
-            cls, layout.full_shape, dtype=dtype or local.dtype, device=local.device
-        )
+        with torch.inference_mode(mode=False):  # whose tensors torch cannot detach where a class answers for them
+            made: ShardTensor = Tensor._make_wrapper_subclass(
+                cls, layout.full_shape, dtype=dtype or local.dtype, device=local.device
+            )
         made.flat_layout, made.start, made._local, made._read = layout, start, local, read
         return made
 
@@ -105,9 +106,14 @@ class ShardTensor(Tensor, *_protocol()):  # type: ignore[misc]
         options = {name: value for name, value in (kwargs or {}).items() if name != "memory_format"}
         if op is aten.new_empty.default and tuple(args[1]) == tuple(shard.shape):
             return shard._with(op(shard.local, shard.local.shape, **options))
-        if op not in _COPIES:
+        if op in _COPIES:
+            return shard._with(op(shard.local, *args[1:], **options))
+        made = op.decompose(
+            *args, **(kwargs or {})
+        )  # in inference mode `to` comes as itself, and consists of such copies
+        if made is NotImplemented:
             _refuse(str(op))
-        return shard._with(op(shard.local, *args[1:], **options))
+        return made
 
     def _with(self, local: Tensor) -> ShardTensor:
         """The same elements of another tensor."""
@@ -174,7 +180,8 @@ class OwnTensor(ShardTensor):
     @staticmethod
     def __new__(cls, own: Tensor) -> OwnTensor:  # noqa: PYI034
         """Make one of a tensor of any shape."""
-        made: OwnTensor = Tensor._make_wrapper_subclass(cls, [1], dtype=own.dtype, device=own.device)
+        with torch.inference_mode(mode=False):
+            made: OwnTensor = Tensor._make_wrapper_subclass(cls, [1], dtype=own.dtype, device=own.device)
         made.flat_layout, made.start, made._local, made._read = cls._ELEMENT, 0, own, None
         return made
 
