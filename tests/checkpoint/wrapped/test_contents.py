@@ -22,6 +22,7 @@ from checkpoints import (
 )
 from remembered import remembered_grains
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import loss_of
 from whole_optimizers import OPTIMIZERS as WHOLE_OPTIMIZERS
 from whole_optimizers import build as build_whole
@@ -191,14 +192,42 @@ class Notes(nn.Module):
         self.calls = state["calls"]
 
 
+class Tally(nn.Module):
+    """Saves what is neither a parameter nor a buffer by ways of its own, and an extra state of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum, self.sizes = torch.zeros(9), list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sum = self.sum + x.detach().sum(0)
+        self.sizes.append(len(x))
+        return x
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {f"{prefix}sum": self.sum.clone(), f"{prefix}sizes": list(self.sizes)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.sum, self.sizes = (state_dict.pop(prefix + name) for name in ("sum", "sizes"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        raise AssertionError("nothing was saved")
+
+
 class Odd(nn.Module):
-    """A frozen layer, one that is never used, a compiled one, no elements, one element, buffers, and an extra state."""
+    """A frozen layer, one that is never used, a compiled one, no elements, one element, buffers, and whatever else modules save."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 9, 3).to(memory_format=torch.channels_last)
         self.norm = nn.BatchNorm2d(9)
-        self.notes = Notes()
+        self.notes = checkpoint_wrapper(Notes())
+        self.tally = Tally()
         self.inner = torch.compile(nn.Linear(9, 9), backend="eager")
         self.frozen, self.never = nn.Linear(9, 9).requires_grad_(False), nn.Linear(9, 4)
         self.empty, self.scale = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.tensor(1.5))
@@ -206,6 +235,7 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.notes(self.norm(self.conv(x)).mean(dim=(2, 3)))
+        x = self.tally(x)
         return (self.inner(x) + self.frozen(x)) * self.scale + self.empty.sum()
 
 
@@ -313,8 +343,11 @@ def load_kinds(path: Path, options: dict[str, Any]) -> dict[str, Any]:
         check_memory_formats(optimizers)
         before = all_of(model, optimizers)
         if isinstance(model.module, Odd):
-            assert model.module.notes.calls == 2
-            assert not any("_orig_mod" in key for key in open_checkpoint(path / kind).metadata.state_dict_metadata)
+            assert model.module.notes.calls == 2 * 2  # backward calls it again
+            tally = model.module.tally
+            assert tally.sizes == [4, 4] and tally.sum.any()
+            keys = open_checkpoint(path / kind).metadata.state_dict_metadata
+            assert not any("_orig_mod" in key or "_checkpoint_wrapped" in key for key in keys)
         step_kind(model, optimizers, 2)
         loaded[kind] = before, all_of(model, optimizers)
     return loaded

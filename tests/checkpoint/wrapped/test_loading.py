@@ -24,6 +24,7 @@ from checkpoints import (
     wrapped,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import StepLR
 from training import Mlp
@@ -357,3 +358,58 @@ def load_the_model_alone(path: Path, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("tier", ["float32", "remainder"])
 def test_the_model_alone(run_on_ranks: RunOnRanks, tmp_path: Path, tier: str) -> None:
     run_on_ranks(2, load_the_model_alone, tmp_path, TIERS[tier])
+
+
+def load_in_inference_mode(path: Path) -> None:
+    """As whoever saves and loads beside an evaluation: what is loaded has to be stepped afterwards."""
+
+    def plain() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = Mlp()
+        return net, [torch.optim.Adam(net.parameters(), lr=0.01)]
+
+    model, (optimizer,) = wrap_all(plain, fused=False)
+    train(model, optimizer, "mlp", range(2))
+    with torch.inference_mode():
+        zeroopt.checkpoint.save(path / "at once", model, optimizer)
+        zeroopt.checkpoint.async_save(path / "in the background", model, optimizer).result()
+        state = optimizer.state_dict()
+    train(model, optimizer, "mlp", range(2, 3))
+    expected = all_of(model, [optimizer])
+    for name in ("at once", "in the background"):
+        with torch.inference_mode():
+            zeroopt.checkpoint.load(path / name, model, optimizer)
+        train(model, optimizer, "mlp", range(2, 3))
+        assert_same(all_of(model, [optimizer]), expected)
+    with torch.inference_mode():
+        optimizer.load_state_dict(state)
+    train(model, optimizer, "mlp", range(1))
+
+
+def test_inference_mode(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, load_in_inference_mode, tmp_path)
+
+
+def load_without_activation_checkpointing(path: Path) -> None:
+    """It puts something around modules, whose names are not to be in checkpoints."""
+
+    def checkpointed() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = nn.Sequential(checkpoint_wrapper(nn.Linear(5, 5)), nn.Linear(5, 1))
+        return net, sgd(net)
+
+    def plain() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 1))
+        return net, sgd(net)
+
+    for there, here in ((checkpointed, plain), (plain, checkpointed)):
+        model, (optimizer,) = wrap_all(there)
+        model(torch.ones(2, 5)).sum().backward()
+        optimizer.step()
+        zeroopt.checkpoint.save(path, model, optimizer)
+        other, (its_optimizer,) = wrap_all(here)
+        zeroopt.checkpoint.load(path, other, its_optimizer)
+        assert_same([p.detach() for p in other.parameters()], [p.detach() for p in model.parameters()])
+        assert_same(whole_state(its_optimizer), whole_state(optimizer))
+
+
+def test_activation_checkpointing_may_change(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    run_on_ranks(2, load_without_activation_checkpointing, tmp_path / "saved")

@@ -30,10 +30,15 @@ from ...storage.bucket import Bucket
 from ...storage.masters import MASTER_NAMES
 from ...storage.segment import Segment
 
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what torch.compile has put into it, as torch's own checkpoints have it."""
-    return name.replace("_orig_mod.", "")
+    """A parameter's name without what torch.compile and torch's wrapper for activation checkpointing have put into it, as torch's own
+    checkpoints have it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def model_contents(model: ZeroDataParallel, *, trained_only: bool = False, frozen: bool = True) -> dict[str, Any]:

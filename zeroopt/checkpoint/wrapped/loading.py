@@ -26,7 +26,7 @@ from .groups import has_positions, match_groups, read_groups
 from .lineage import goes_on
 from .residuals import Order, checked_residuals, planned_like, residual_file, restore_residuals, sends_codes
 from .saving import Optimizers, begin, check_group, optimizers_of
-from .targets import Names, check_names, model_names, model_target, state_target
+from .targets import Kind, Names, check_names, model_entries, model_target, state_target
 
 
 def load(
@@ -157,6 +157,7 @@ class Source:
         return names
 
 
+@torch.inference_mode(mode=False)  # state that is read there could not be stepped
 @torch.no_grad()
 def load_source(
     source: Source,
@@ -181,12 +182,12 @@ def load_source(
         check_group(model, group)
         identity = source.open(with_optimizer=bool(optimizers))
         is_first = model.replica.transport.control.rank == 0
-        names = model_names(model, source.model, trained_only=trained_only, frozen=frozen) if is_first else ()
-        return _Opened(identity, list(names))
+        entries = model_entries(model, source.model, trained_only=trained_only, frozen=frozen) if is_first else {}
+        return _Opened(identity, {key: entry.kind for key, entry in entries.items()})
 
     def compare(opened: list[_Opened]) -> list[None]:
         _check_same([one.identity for one in opened])
-        wanted = {name for one in opened for name in one.names}
+        wanted = {key: kind for one in opened for key, kind in one.kinds.items()}
         check_names(wanted, source.model, strict=strict, has_more=trained_only)
         return [None] * len(opened)
 
@@ -233,11 +234,11 @@ class _Opened(NamedTuple):
 
     Attributes:
         identity: what tells it from others.
-        names: of the model, as keys of the checkpoint; from the first rank of those that hold it.
+        kinds: of the model's entries, by the checkpoint's keys; from the first rank of those that hold it.
     """
 
     identity: tuple[str, int]
-    names: list[str]
+    kinds: dict[str, Kind]
 
 
 def _check_same(identities: list[tuple[str, int]]) -> list[None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ from ...optimizer import ZeroOptimizer
 from ...pages import paged_zeros
 from ...plan.dtensors import local_of
 from ...plan.regions import FlatLayout
-from ...state.entries import block_of
+from ...state.entries import block_of, map_leaves
 from ...state.shard_tensor import ShardTensor
 from ...storage.bucket import Bucket
 from ...storage.segment import Segment
 from .contents import clean_name
-
-_EXTRA = "_extra_state"  # torch's name for what a module's get_extra_state() gives
 
 Commit = Callable[[Mapping[str, Any]], None]
 
@@ -38,7 +36,7 @@ class Target:
     Attributes:
         entries: tensors to be filled, and None for other values.
         trained: what lets the values of trained parameters be the model's, once all ranks have theirs.
-        rest: the same for buffers, frozen parameters, and what modules save besides.
+        rest: the same for buffers, frozen parameters, and what modules make to be saved.
     """
 
     entries: dict[str, Any] = field(default_factory=dict)
@@ -93,38 +91,66 @@ class Names:
         return key in self._saved
 
 
-def model_names(
+class Kind(Enum):
+    """Of a value in a model's state dict."""
+
+    HELD = "a parameter or buffer"
+    MADE = "made to be saved, such as an extra state; containers of values lie under names of their own"
+    EMPTY = "made, and without any value, which leaves no trace"
+
+
+class ModelEntry(NamedTuple):
+    """Name and live value of an entry of a model's state dict."""
+
+    name: str
+    value: Any
+    kind: Kind
+
+
+def model_entries(
     model: ZeroDataParallel, names: Names, *, trained_only: bool, frozen: bool = True
-) -> dict[str, tuple[str, Any]]:
-    """What a model's state dict has, by the checkpoint's keys: name and live value.
+) -> dict[str, ModelEntry]:
+    """What a model's state dict has, by the checkpoint's keys.
 
     Args:
         trained_only: only parameters that optimizers train.
         frozen: parameters that they do not train, too.
     """
     trained = {managed.param for managed in model.replica.params}
+    held: set[Tensor] = {*model.module.parameters(), *model.module.buffers()}
 
     def is_wanted(value: Any) -> bool:
         if isinstance(value, nn.Parameter):
             return value in trained or (frozen and not trained_only)
         return not trained_only
 
+    def kind_of(value: Any) -> Kind:
+        if isinstance(value, Tensor):
+            return Kind.HELD if value in held else Kind.MADE
+        return Kind.MADE if _has_values(value) else Kind.EMPTY
+
     return {
-        f"{names.prefix}.{clean_name(name)}": (name, value)
+        f"{names.prefix}.{clean_name(name)}": ModelEntry(name, value, kind_of(value))
         for name, value in model.module.state_dict(keep_vars=True).items()
         if is_wanted(value)
     }
 
 
-def check_names(wanted: AbstractSet[str], names: Names, *, strict: bool, has_more: bool = False) -> None:
+def _has_values(value: Any) -> bool:
+    found: list[Any] = []
+    map_leaves(value, lambda _, leaf: found.append(leaf))
+    return bool(found)
+
+
+def check_names(wanted: Mapping[str, Kind], names: Names, *, strict: bool, has_more: bool = False) -> None:
     """Raise CheckpointError for names that only the model, in all its parts, or only the checkpoint has; when not strict, where
     they have none in common.
 
     Args:
         has_more: the checkpoint may have more names.
     """
-    known = {key: _saved_as(key, names) for key in wanted}
-    missing = sorted(key for key, saved in known.items() if not saved)
+    known = {key: _saved_as(key, kind, names) for key, kind in wanted.items()}
+    missing = sorted(key for key, saved in known.items() if not saved and wanted[key] is not Kind.EMPTY)
     expected = {key for saved in known.values() for key in saved}
     unexpected = [] if has_more else [key for key, _ in names.below() if key not in expected]
     if missing and len(missing) == len(known):
@@ -139,18 +165,19 @@ def check_names(wanted: AbstractSet[str], names: Names, *, strict: bool, has_mor
         )
 
 
-def _saved_as(key: str, names: Names) -> list[str]:
-    """The keys of one entry of the model's state dict: of the extra state of a module, which may be a dict, several."""
-    path = key.removeprefix(names.prefix + ".")
-    return [key] if key in names else [below for below, _ in names.below(path)] if path.endswith(_EXTRA) else []
+def _saved_as(key: str, kind: Kind, names: Names) -> list[str]:
+    """The keys of one entry of the model's state dict: of what is made, which may be a container, several."""
+    if key in names:
+        return [key]
+    return [] if kind is Kind.HELD else [below for below, _ in names.below(key.removeprefix(names.prefix + "."))]
 
 
 def model_target(model: ZeroDataParallel, names: Names, *, trained_only: bool, frozen: bool = True) -> Target:
     """The model's part, as far as the checkpoint has it."""
     target = Target()
-    wanted = model_names(model, names, trained_only=trained_only, frozen=frozen)
+    wanted = model_entries(model, names, trained_only=trained_only, frozen=frozen)
     aliases: dict[nn.Parameter, list[str]] = {}
-    for key, (_, value) in wanted.items():
+    for key, (_, value, _) in wanted.items():
         if isinstance(value, nn.Parameter):
             aliases.setdefault(value, []).append(key)
     for bucket in model.replica.buckets:
@@ -158,9 +185,10 @@ def model_target(model: ZeroDataParallel, names: Names, *, trained_only: bool, f
             for key in [key for key in aliases.get(segment.owner.param, []) if key in names][:1]:
                 _target_param(target, key, bucket, segment)
     trained = {managed.param for managed in model.replica.params}
-    for key, (name, value) in wanted.items():
-        if _saved_as(key, names) and not (isinstance(value, nn.Parameter) and value in trained):
-            _target_value(target, key, name, value, names, model)
+    for key, (_, value, kind) in wanted.items():
+        if kind is Kind.HELD and key in names and value not in trained:
+            _target_value(target, key, value)
+    _target_made(target, {key: entry for key, entry in wanted.items() if entry.kind is not Kind.HELD}, names, model)
     return target
 
 
@@ -180,27 +208,39 @@ def _target_param(target: Target, key: str, bucket: Bucket, segment: Segment) ->
     target.trained.append(commit)
 
 
-def _target_value(target: Target, key: str, name: str, value: Any, names: Names, model: ZeroDataParallel) -> None:
-    """What every rank has: buffers, frozen parameters, and what modules save besides."""
-    if not name.endswith(_EXTRA):
-        copied = target.entries[key] = torch.empty_like(value.detach())
+def _target_value(target: Target, key: str, value: Tensor) -> None:
+    """What every rank has: a buffer or a frozen parameter."""
+    copied = target.entries[key] = torch.empty_like(value.detach())
 
-        def commit(read: Mapping[str, Any]) -> None:
-            local_of(value.detach()).copy_(local_of(copied))
-
-    else:
-        module = model.module.get_submodule(name.removesuffix(_EXTRA).rstrip("."))
-        places = {saved: names.path(saved, saved.removeprefix(key)[1:]) for saved in _saved_as(key, names)}
-        memory = {saved: names.memory(saved) for saved in places}
-        target.entries |= memory
-
-        def commit(read: Mapping[str, Any]) -> None:
-            state: dict[str, Any] = {}
-            for saved, path in places.items():
-                put(state, ["", *path] if saved != key else [""], {**memory, **read}[saved])
-            module.set_extra_state(state[""])
+    def commit(read: Mapping[str, Any]) -> None:
+        local_of(value.detach()).copy_(local_of(copied))
 
     target.rest.append(commit)
+
+
+def _target_made(target: Target, made: Mapping[str, ModelEntry], names: Names, model: ZeroDataParallel) -> None:
+    """What modules make to be saved: nobody but them knows where it belongs, so they take it as out of any state dict."""
+    places = {entry.name: _places_in(key, entry.kind, names) for key, entry in made.items()}
+    memory = {saved: names.memory(saved) for within in places.values() for saved in within}
+    target.entries |= memory
+
+    def commit(read: Mapping[str, Any]) -> None:
+        state: dict[str, Any] = {}
+        for name, within in places.items():
+            for saved, path in within.items():
+                put(state, [name, *path], {**memory, **read}[saved])
+        model.module.load_state_dict(state, strict=False)
+
+    if memory:
+        target.rest.append(commit)
+
+
+def _places_in(key: str, kind: Kind, names: Names) -> dict[str, list[str | int]]:
+    """For each key of a value that is made, where in that it lies."""
+    return {
+        saved: [] if saved == key else names.path(saved, saved.removeprefix(f"{key}."))
+        for saved in _saved_as(key, kind, names)
+    }
 
 
 @dataclass
