@@ -99,6 +99,24 @@ def test_a_model_stays_as_it_is(device: str) -> None:
     assert all(param.grad is None and not param._backward_hooks for param in net.parameters())
 
 
+class Caches(nn.Linear):
+    """Keeps what its first forward has made, as tables of positions are kept."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(4.0)
+        return super().forward(x + self.table)
+
+
+def test_a_model_that_keeps_something_of_a_forward_trains_afterwards() -> None:
+    net = Caches(4, 4)
+    trace_activations(net, torch.empty(8, 4))
+    loss = net(torch.ones(8, 4)).sum()
+    assert type(loss) is Tensor and loss.isfinite()
+
+
 def test_16_bit_parameters_make_16_bit_activations() -> None:
     net, x = Net(), torch.randn(BATCH, WIDTH)
     whole = trace_activations(net, x)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
+from zeroopt.errors import ConfigError
 from zeroopt.planner.transformer import transformer_of
 from zeroopt.simulator.workload import Load, Workload, count_operations
 
@@ -25,6 +26,25 @@ def test_operations_are_those_of_products() -> None:
     forward = sum(by_weight.values())
     # Nobody asks for the gradient of the input.
     assert counted.backward_factor == pytest.approx((2 * forward - by_weight["0.weight"]) / forward)
+
+
+class Shifted(nn.Linear):
+    """Has a tensor that is no buffer, and counts."""
+
+    calls = 0
+    shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x + self.shift)
+
+
+def test_a_model_that_needs_a_tensor_with_values_is_refused_and_stays_as_it_is() -> None:
+    model = Shifted(8, 4)
+    model.shift = torch.ones(8)
+    with pytest.raises(ConfigError, match="cannot be run on the meta device.*register tensors"):
+        count_operations(model, torch.empty(10, 8))
+    assert model.calls == 0
 
 
 @pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch before 2.6 checkpoints nothing on the meta device")

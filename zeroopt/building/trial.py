@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from .call import Call, Needed
 from .functions import Init, in_order_of_construction, reset_parameters
 from .saved import Saved, readings
+from .unchanged import unchanged
 from .unmade import Unmade, meta_attributes
 
 # In-place operators that read nothing of the tensor that they write.
@@ -151,17 +152,12 @@ def _memory(tensor: Tensor) -> int:
 @contextmanager
 def _as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put back what was replaced in modules within it, and the states of random generators."""
-    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
-    parts = [(held, dict(held)) for module in model.modules() for held in (module._parameters, module._buffers)]
     python_state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with unchanged(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python_state)
-        for there, before in (*modules, *parts):
-            there.clear()
-            there.update(before)
 
 
 def _keep_first(calls: Sequence[Call], unmade: Mapping[Tensor, Unmade]) -> None:

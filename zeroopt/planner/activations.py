@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..building.unchanged import unchanged
 from ..errors import ConfigError
 from .live_bytes import LiveBytes
 
@@ -72,7 +73,7 @@ def trace_activations(
         ConfigError: the model can be traced neither without values nor with them, or returns no loss.
     """
     try:
-        with _quiet():
+        with _quiet(), unchanged(model):
             return _trace(model, sample, loss, _Fakes(param_dtype, param_dtype if cast_inputs else None, device))
     except ConfigError:
         raise
@@ -83,7 +84,7 @@ def trace_activations(
                 f"the model cannot be traced without values ({type(error).__name__}: {error}): build it and the sample on the CPU, "
                 "where one pass is then run; or leave the sample out, and have everything else estimated"
             ) from error
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), unchanged(model):
             return _trace(model, sample, loss, _Copies(param_dtype, param_dtype if cast_inputs else None))
 
 

@@ -11,8 +11,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..building.unchanged import unchanged
 from ..diagnosis.footprint import footprint
-from ..errors import NotSupportedError
+from ..errors import ConfigError, NotSupportedError
 from ..options.config import Config
 from ..planner.activations import LossOf, Sample, arguments_of, loss_of
 from ..planner.estimator import Estimator
@@ -89,7 +90,24 @@ class Operations:
 
 
 def count_operations(model: nn.Module, sample: Sample, loss: LossOf | None = None) -> Operations:
-    """Go through a forward and a backward on the meta device. The model stays as it is. Not collective."""
+    """Go through a forward and a backward on the meta device. The model stays as it is. Not collective.
+
+    Raises:
+        ConfigError: it cannot be run there, or returns no loss.
+    """
+    try:
+        with unchanged(model):
+            return _count(model, sample, loss)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the model cannot be run on the meta device, where operations are counted ({type(error).__name__}: {error}): register tensors "
+            "that modules keep as plain attributes as buffers, and let nothing depend on values"
+        ) from error
+
+
+def _count(model: nn.Module, sample: Sample, loss: LossOf | None) -> Operations:
     names = [*model.named_parameters(), *model.named_buffers()]
     stand_ins = {name: _on_meta(value).requires_grad_(value.requires_grad) for name, value in names}
     args, kwargs = arguments_of(tree_map(lambda x: _on_meta(x) if isinstance(x, Tensor) else x, sample))
