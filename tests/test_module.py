@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from training import MODELS, batch, build, loss_of, optimizer_for, snapshot
 from worker_pool import RunOnRanks
@@ -74,6 +75,34 @@ def test_masters_take_what_parameters_cannot_hold(run_on_ranks: RunOnRanks, weig
             for value, kept, before, after in zip(values, exact, loaded, stepped, strict=True):
                 assert torch.equal(kept, value)
                 assert torch.equal(before, after), "ranks have rounded alike"
+
+
+class Tied(nn.Module):
+    """One weight by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+def load_by_other_names(weights: str) -> None:
+    """State dicts have other names than `named_parameters`."""
+    for net, name in ((checkpoint_wrapper(nn.Linear(5, 5)), "weight"), (Tied(), "second.weight")):
+        optimizer: Any = torch.optim.AdamW(net.parameters())
+        model, optimizer = zeroopt.wrap(net, optimizer, param_dtype=torch.bfloat16, master_weights=weights)
+        value = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+        model.load_state_dict({name: value}, strict=False)
+        assert torch.equal(optimizer.full_parameter(next(net.parameters())), value), name
+
+
+@pytest.mark.parametrize("weights", ["float32", "remainder"])
+def test_masters_take_values_by_whatever_name(run_on_ranks: RunOnRanks, weights: str) -> None:
+    run_on_ranks(2, load_by_other_names, weights)
 
 
 def train_a_copy(options: dict[str, Any]) -> list[Tensor]:

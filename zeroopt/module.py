@@ -23,6 +23,7 @@ from .parameters.arriving import remove_idle_hooks
 from .parameters.buffers import BufferSync
 from .plan.params import ManagedParam
 from .replica import Replica
+from .storage.bucket import Bucket
 from .untraced import untraced, untraced_frame
 
 if TYPE_CHECKING:
@@ -344,28 +345,32 @@ class ZeroDataParallel(nn.Module):
 
     def _round_exact(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """Those float32 values whose parameters are completed by masters, rounded as the step rounds them."""
-        completed = {
-            m.param: (m, bucket.master)
-            for bucket in self._replica.buckets
-            if bucket.master.completes
-            for m in bucket.params
-        }
-        rounded = {}
-        for name, param in self.module.named_parameters(remove_duplicate=False):
-            managed, master = completed.get(param, (None, None))
-            value = state_dict.get(name)
-            if managed is not None and master is not None and _is_exact(value, managed):
-                rounded[name] = master.round(value)
-        return rounded
+        return {name: bucket.master.round(value) for name, bucket, _, value in self._exact_values(state_dict)}
 
     def _complete_exact(self, state_dict: Mapping[str, Any]) -> None:
         """Let this rank's masters and remainders be those of float32 values that have been loaded."""
-        for bucket in self._replica.buckets:
-            for segment in bucket.segments if bucket.master.completes else ():
-                owner, value = segment.owner, state_dict.get(segment.owner.name)
-                if _is_exact(value, owner):
-                    flat = owner.flatten(value.to(bucket.device))
-                    bucket.master.write(*segment.range, flat[segment.start : segment.start + segment.numel])
+        segments = {segment.owner: segment for bucket in self._replica.buckets for segment in bucket.segments}
+        for _, bucket, managed, value in self._exact_values(state_dict):
+            segment = segments.get(managed)
+            if segment is not None:
+                flat = managed.flatten(value.to(bucket.device))
+                bucket.master.write(*segment.range, flat[segment.start : segment.start + segment.numel])
+
+    def _exact_values(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Bucket, ManagedParam, Tensor]]:
+        """The float32 values in a state dict of parameters that masters complete, by the names that they have there, which are not
+        always those of `named_parameters`."""
+        completed = {
+            managed.param: (bucket, managed)
+            for bucket in self._replica.buckets
+            if bucket.master.completes
+            for managed in bucket.params
+        }
+        for name, param in self.module.state_dict(keep_vars=True).items() if completed else ():
+            value = state_dict.get(name)
+            if isinstance(param, nn.Parameter) and param in completed:
+                bucket, managed = completed[param]
+                if _is_exact(value, managed):
+                    yield name, bucket, managed, value
 
     def _note_writing(self) -> None:
         for optimizer in self._optimizers:
