@@ -296,6 +296,10 @@ def test_saving_and_loading_take_what_is_written_and_read() -> None:
     assert parts(variant, "saving")["scratch"] == 4 * LAYER // 2
     assert parts(variant, "saving in the background")["scratch"] == 12 * own
     assert parts(variant, "loading")["scratch"] == 12 * own
+    # 8-bit moments are written, and read, as float32, with a scale for each 256.
+    coded = asked(2, state_dtype=torch.int8)
+    for name in ("saving in the background", "loading"):
+        assert parts(coded, name)["scratch"] == 12 * own + 2 * 4 * own // 256
     # In stage 0 all ranks have the same, of which each writes a share and reads all.
     replicated = asked(2, stage=0)
     assert parts(replicated, "saving in the background")["scratch"] == 12 * own

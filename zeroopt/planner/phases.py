@@ -366,21 +366,26 @@ class _Course:
     def _written(self) -> int:
         """This rank's part, copied. Where ranks have the same, each writes a share."""
         ranks = 1 if self.config.placement.shard_state else self.setting.cluster.world_size
-        return (self._exact() + self.held.moments + self._outer_whole()) // ranks
+        return (self._exact() + self._moments_decoded + self._outer_whole()) // ranks
 
     def _copies(self) -> int:
-        """Two of what this rank would write, in memory of the host, and with several hosts of what one of another would; 8-bit moments
-        as float32. What codes make a rank keep is its own."""
+        """Two of what this rank would write, in memory of the host, and with several hosts of what one of another would. What codes make
+        a rank keep is its own."""
         if not self.setting.copies or not self.is_lazy:
             return 0
-        moments = self.held.moments
-        if self.config.precision.state_dtype is torch.int8:
-            scale = torch.float32.itemsize
-            moments = moments * (ops.QUANT_BLOCK * torch.float32.itemsize + scale) // (ops.QUANT_BLOCK + scale)
         cluster = self.setting.cluster
         ranks = 1 if self.config.placement.shard_state else cluster.world_size
         slots = 4 if cluster.world_size > cluster.host_ranks else 2
-        return slots * ((self._exact() + moments) // ranks + self.held.residuals + self._followed())
+        return slots * ((self._exact() + self._moments_decoded) // ranks + self.held.residuals + self._followed())
+
+    @property
+    def _moments_decoded(self) -> int:
+        """As they are copied and read: 8-bit ones as float32, and their scales."""
+        moments = self.held.moments
+        if self.config.precision.state_dtype is not torch.int8:
+            return moments
+        scale = torch.float32.itemsize
+        return moments * (ops.QUANT_BLOCK * torch.float32.itemsize + scale) // (ops.QUANT_BLOCK + scale)
 
     def _followed(self) -> int:
         """What models have of the parameters that this rank steps, where it lags behind the exact values."""
@@ -390,7 +395,7 @@ class _Course:
 
     def _read(self) -> int:
         """All that this rank steps, beside what it holds, until all ranks have theirs."""
-        return self._exact() + self.held.moments + self._outer_whole() + self.rest
+        return self._exact() + self._moments_decoded + self._outer_whole() + self.rest
 
     def _outer_whole(self) -> int:
         """Anchors, and the outer optimizer's arrays as they are gathered from all groups."""
