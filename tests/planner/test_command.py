@@ -97,6 +97,18 @@ def test_the_exit_code_says_whether_it_fits(
         ((*TINY, "--option", "stage=5"), "expected stage to be one of"),
         (("--params", "many", "--world-size", 4), "expected a number such as"),
         ((*TINY, "--memory", "much"), "expected a number such as"),
+        ((*TINY, "--memory", "nan"), "expected a number such as"),
+        ((*TINY, "--width", -64), "expected --width to be positive, got -64"),
+        ((*TINY, "--tokens", -1), "expected tokens and batch to be positive, got -1 and 1"),
+        ((*TINY, "--option", "transport=foo"), "expected transport to be one of 'auto', 'torch'"),
+        ((*TINY, "--option", "norm_group=1"), "can be given as text (stage, "),
+        ((*TINY, "--option", "tokens=8"), "got 'tokens'"),
+        ((*TINY, "--optimizer", "lr_scheduler"), "expected --optimizer to be a class"),
+        ((*TINY, "--optimizer", "Optimizer"), "--optimizer Optimizer makes none of all parameters alone (TypeError"),
+        (
+            (*TINY, "--optimizer", "builtins:list"),
+            "expected optimizer to make an optimizer of a list of parameters, got a list",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(

@@ -40,6 +40,12 @@ def test_what_describes_no_machine_is_refused(tmp_path: Path, given: dict[str, o
         read_machine(tmp_path / "machine.json")
 
 
+def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="attributes by name, got a list"):
+        read_machine(tmp_path / "list.json")
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a machine \(h100\) or a file"):
         read_machine(tmp_path / "none.json")

@@ -53,15 +53,19 @@ _log = logging.getLogger("zeroopt")
 
 def check_transport(choice: str | TransportFactory, group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise ConfigError when there is no such transport, or it cannot serve that backend or device. Not collective."""
+    check_transport_at(choice, Site(group, device))
+
+
+def check_transport_at(choice: str | TransportFactory, site: Site) -> None:
+    """Likewise, for ranks that need not be there yet."""
     if callable(choice):
         return
     check_one_of("transport", choice, ("auto", *TRANSPORTS))
-    if choice == "auto" or is_lone(group) or not TRANSPORTS[choice].needs_gloo_on_cpu:
+    if choice == "auto" or is_lone(site.group) or not TRANSPORTS[choice].needs_gloo_on_cpu:
         return
-    site = Site(group, device)
     if not site.has_gloo_on_cpu:
         raise ConfigError(
-            f"transport={choice!r} needs CPU parameters and the Gloo backend, got {device.type} parameters and "
+            f"transport={choice!r} needs CPU parameters and the Gloo backend, got {site.device.type} parameters and "
             f"{site.backend}; use transport='auto'"
         )
 

@@ -191,7 +191,13 @@ class _Taken:
 
 def tokens_sample(model: nn.Module, tokens: int, batch: int = 1) -> Mapping[str, Tensor]:
     """Integers of shape [batch, tokens] for each argument that a language model's forward requires, and for `input_ids` and
-    `labels` where it has these."""
+    `labels` where it has these.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if tokens < 1 or batch < 1:
+        raise ConfigError(f"expected tokens and batch to be positive, got {tokens} and {batch}")
     parameters = inspect.signature(model.forward).parameters
     known = [name for name in ("input_ids", "labels") if name in parameters]
     required = [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
+from collections.abc import Iterable
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,17 @@ from .. import optim
 from ..errors import ConfigError
 from ..named_function import find_function
 from ..options.precision import CODE_BITS
+from ..wrap import wrap
 from .estimate import MemoryEstimate, estimate_memory
+from .estimator import MakeOptimizer
 from .tiers import Options
 from .transformer import transformer_of
+
+_OBJECTS = {
+    *("model", "optimizer", "process_group", "norm_group", "average_group", "shard_group", "wire", "features", "init"),
+    "device",
+}
+_OPTIONS = [name for name in inspect.signature(wrap).parameters if name not in _OBJECTS]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
@@ -59,6 +70,10 @@ def make_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     if arguments.model is None:
         if arguments.params is None and (arguments.layers is None or arguments.width is None):
             raise ConfigError("expected --model, --params, or --layers and --width: there is no model to estimate")
+        for name in ("layers", "width", "vocabulary"):
+            value = getattr(arguments, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"expected --{name} to be positive, got {value}")
         parameters = 0.0 if arguments.params is None else _number(arguments.params)
         model = transformer_of(
             parameters,
@@ -76,13 +91,35 @@ def make_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     return model, sample
 
 
-def make_optimizer(name: str, option: str = "--optimizer") -> Any:
+def make_optimizer(name: str) -> MakeOptimizer:
+    """What makes the optimizer of a model's parameters.
+
+    Raises:
+        ConfigError: there is nothing of that name; when it is called, it cannot make one.
+    """
+    found = find_optimizer(name, "--optimizer")
+
+    def make(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            made: torch.optim.Optimizer = found(params)
+        except Exception as error:  # whatever it asks of parameters or options
+            raise ConfigError(
+                f"--optimizer {name} makes none of all parameters alone ({type(error).__name__}: {error}): name a function that does, as "
+                "module:function"
+            ) from error
+        return made
+
+    return make
+
+
+def find_optimizer(name: str, option: str) -> Any:
     """A class of torch.optim or zeroopt.optim, or a function as `module:function`."""
     if ":" in name:
         return find_function(option, name)
     for module in (torch.optim, optim):
-        if hasattr(module, name):
-            return getattr(module, name)
+        found = getattr(module, name, None)
+        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+            return found
     raise ConfigError(
         f"expected {option} to be a class of torch.optim or zeroopt.optim, or module:function, got {name!r}"
     )
@@ -95,13 +132,17 @@ def parse_options(given: list[str]) -> Options:
         name, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"expected an option as name=value, got {text!r}")
+        if name not in _OPTIONS:
+            raise ConfigError(
+                f"expected an option of zeroopt.wrap that can be given as text ({', '.join(_OPTIONS)}), got {name!r}"
+            )
         options[name] = _value(name, value)
     return options
 
 
 def _value(name: str, text: str) -> Any:
     if name == "outer_optimizer":
-        return make_optimizer(text, "outer_optimizer")
+        return find_optimizer(text, "outer_optimizer")
     if name == "outer_dtype" and text in CODE_BITS:
         return text
     if name.endswith("dtype"):
@@ -118,9 +159,12 @@ def _number(text: str) -> float:
     """Such as 17e9, 1.5B or 350M."""
     factor = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}.get(text[-1:].upper())
     try:
-        return float(text) if factor is None else float(text[:-1]) * factor
+        number = float(text) if factor is None else float(text[:-1]) * factor
     except ValueError:
-        raise ConfigError(f"expected a number such as 17e9, 1.5B or 350M, got {text!r}") from None
+        number = nan
+    if not 0 < number < inf:
+        raise ConfigError(f"expected a number such as 17e9, 1.5B or 350M, got {text!r}")
+    return number
 
 
 def _size(text: str) -> float:

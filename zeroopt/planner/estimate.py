@@ -106,6 +106,8 @@ def estimate_memory(
     """
     if sum(given is not None for given in (tokens, sample, activations)) > 1:
         raise ConfigError("expected one of tokens, sample and activations, got several")
+    if memory is not None and not 0 < memory < float("inf"):
+        raise ConfigError(f"expected memory to be a positive number of bytes, got {memory}")
     if tokens is not None:
         sample = tokens_sample(model, tokens)
     ranks = default_host_ranks(world_size) if host_ranks is None else host_ranks

@@ -94,6 +94,10 @@ class Estimator:
     ) -> None:
         self._model, self._sample, self._loss, self._given = model, sample, loss, activations
         made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(list(model.parameters()))
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ConfigError(
+                f"expected optimizer to make an optimizer of a list of parameters, got a {type(made).__name__}"
+            )
         trainees = find_trainees(model, made)
         built = sum(param.nbytes for param in model.parameters())
         self.setting = Setting(

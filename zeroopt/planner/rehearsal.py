@@ -15,7 +15,7 @@ from ..collectives.all_to_all import AllToAllTransport
 from ..collectives.lone import lone_group
 from ..collectives.pending import Done
 from ..collectives.replicated import ReplicatedTransport
-from ..collectives.select import kind_for
+from ..collectives.select import check_transport_at, kind_for
 from ..collectives.site import Site
 from ..collectives.tree import messages_among
 from ..collectives.turnout import Turnout
@@ -285,8 +285,9 @@ class _PlannedSite(Site):
 def _kind_in(cluster: Cluster, config: Config) -> type[Transport]:
     if callable(config.transport):
         return Transport  # of which nothing is known
-    nests = config.wire is None or config.wire.nests
-    kind = kind_for(config.transport, _PlannedSite(cluster), nests=nests)
+    site, nests = _PlannedSite(cluster), config.wire is None or config.wire.nests
+    check_transport_at(config.transport, site)
+    kind = kind_for(config.transport, site, nests=nests)
     if config.share_parameters and not kind.shares_parameters:
         raise ConfigError(
             f"share_parameters=True needs ranks that share memory: transport {kind.name!r} of {cluster.host_ranks} ranks a host "

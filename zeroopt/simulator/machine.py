@@ -108,7 +108,9 @@ def _parse(path: Path) -> dict[str, Any]:
         if sys.version_info < (3, 11):
             raise ConfigError(f"reading {path} needs Python 3.11; write the same as JSON")
         return tomllib.loads(path.read_text())
-    parsed: dict[str, Any] = json.loads(path.read_text())
+    parsed = json.loads(path.read_text())
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"expected {path} to hold a machine's attributes by name, got a {type(parsed).__name__}")
     return parsed
 
 
