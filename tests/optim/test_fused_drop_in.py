@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from optim_cases import (
 )
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from worker_pool import RunOnRanks
 
 from zeroopt import ConfigError, NotSupportedError
 from zeroopt.optim import FusedAdamW, FusedLAMB, FusedOptimizer, FusedSGD
@@ -39,6 +41,20 @@ SCALED: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
     "sgd": (FusedSGD, {"lr": 1e-1, "momentum": 0.9}),
     "lamb": (FusedLAMB, {"lr": 1e-2}),
 }
+
+
+def step_dtensor() -> str:
+    """What the step of a plain parameter and a DTensor is refused with; the plain one stays as it was."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    mesh = tensor.init_device_mesh("cpu", (1,))
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(tensor.distribute_tensor(torch.ones(4), mesh))]
+    optimizer = FusedAdamW(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(NotSupportedError) as refused:
+        optimizer.step()
+    assert torch.equal(params[0].detach(), torch.ones(4))
+    return str(refused.value)
 
 
 class TestGradScaler:
@@ -276,6 +292,35 @@ class TestDropIn:
             train(optimizer, params, 2, 4)
         self.assert_together(pair, 4)
 
+    @pytest.mark.parametrize("edit", ["moved", "dropped group", "emptied group"])
+    def test_edited_groups(self, edit: str) -> None:
+        pair = self.pair()
+        for optimizer, params in pair:
+            groups = optimizer.param_groups
+            groups[0]["params"] = params[:3]
+            optimizer.add_param_group({"params": params[3:5], "lr": 0.05})
+            optimizer.add_param_group({"params": params[5:], "lr": 0.2})
+            train(optimizer, params, 0, 2)
+            if edit == "moved":
+                groups[0]["params"].append(groups[1]["params"].pop(0))
+            elif edit == "emptied group":
+                groups[1]["params"].clear()
+            else:
+                del groups[1]
+            train(optimizer, params, 2, 4)
+        self.assert_together(pair, 4)
+
+    def test_state_on_the_device_that_parameters_have_left_is_let_go(self) -> None:
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+        optimizer = FusedAdamW(params)
+        train(optimizer, params, 0, 1)
+        state = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+        for param in params:  # another dtype instead of another device, which the CPU has not
+            param.grad = None
+            param.data = param.data.to(BF16)
+        train(optimizer, params, 1, 2)
+        assert state() is None
+
     def test_state_that_was_cleared_or_replaced(self) -> None:
         pair = self.pair()
         for optimizer, params in pair:
@@ -428,6 +473,10 @@ class TestRefusals:
         with pytest.raises(NotSupportedError, match="sparse"):
             optimizer.step()
         assert_equal(params, before)
+
+    def test_dtensors_before_anything_is_changed(self, run_on_ranks: RunOnRanks) -> None:
+        (message,) = run_on_ranks(1, step_dtensor)
+        assert "parameter 1 is a DTensor" in message
 
     @pytest.mark.parametrize("gaps", ["columns", "expanded"])
     def test_parameters_with_gaps_in_memory_step_as_under_torch_or_are_refused(self, gaps: str) -> None:

@@ -14,6 +14,7 @@ from .. import ops
 from ..errors import ConfigError, NotSupportedError, ZeroOptError
 from ..ops.checks import is_dense
 from ..options.precision import MASTER_WEIGHTS
+from ..plan.dtensors import is_distributed
 from ..state.tiers import readable
 from ..state.torch_releases import options_of
 from ..stepping.rules import FusedRule
@@ -82,9 +83,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = self._places_with_gradients()
-        groups = torch.tensor([self.fused_rule.hyper_row(group) for group in self.param_groups], dtype=torch.float64)
-        for kind, with_gradients in places.items():
+        # As they are now: groups may have been edited since the last step.
+        params = [param for group in self.param_groups for param in group["params"]]
+        group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        kinds = _kinds_with_gradients(params, group_of)
+        for kind, held in list(self._batches.items()):
+            if kind not in kinds and not held.is_current(self, params, group_of):
+                del self._batches[kind]  # it would keep state that parameters have left behind
+        groups = torch.tensor(
+            [self.fused_rule.hyper_row(group) for group in self.param_groups], dtype=torch.float64, device="cpu"
+        )
+        for kind, with_gradients in kinds.items():
             # torch.amp.GradScaler sets these two for the duration of a step.
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             control = ops.StepControl(
@@ -92,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 found_inf=None if found_inf is None else found_inf.to(kind[0]),
                 seed=self.seed,
             )
-            self._batch(kind, with_gradients).step_gradients(groups, control)
+            self._batch(kind, with_gradients, params, group_of).step_gradients(groups, control)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -204,33 +213,38 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"there are no fused kernels for parameters of {param_dtype}; use torch.optim"
             ) from error
 
-    def _places_with_gradients(self) -> dict[_Kind, Places]:
-        """The parameters that have a gradient, by what can be stepped in one call."""
-        result: defaultdict[_Kind, Places] = defaultdict(dict)
-        position = 0
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                grad = param.grad
-                if grad is not None and param.numel():
-                    if grad.layout is not torch.strided:
-                        raise NotSupportedError(
-                            f"parameter {position} has a sparse gradient; fused kernels take dense ones"
-                        )
-                    result[param.device, param.dtype, grad.dtype][position] = (number, param)
-                position += 1
-        return result
-
-    def _batch(self, kind: _Kind, places: Places) -> FusedParams:
-        """The batch that steps these parameters, and perhaps others that have no gradient this time."""
+    def _batch(self, kind: _Kind, places: Places, params: Sequence[Tensor], group_of: Sequence[int]) -> FusedParams:
+        """The batch that steps the parameters in these places, and perhaps others that have no gradient this time."""
         batch = self._batches.get(kind)
-        if batch is not None and batch.is_current(self):
-            if batch.covers(places):
+        if batch is not None and batch.is_current(self, params, group_of):
+            if places.keys() <= batch.places.keys():
                 return batch
             places = {**batch.places, **places}
         _, param_dtype, grad_dtype = kind
         storage = self._storage(param_dtype, grad_dtype)
         batch = self._batches[kind] = FusedParams(self, self.fused_rule, storage, dict(sorted(places.items())))
         return batch
+
+
+def _kinds_with_gradients(params: Sequence[Tensor], group_of: Sequence[int]) -> dict[_Kind, Places]:
+    """The parameters that have a gradient, by what can be stepped in one call.
+
+    Args:
+        params, group_of: all parameters of an optimizer, and the group of each.
+    """
+    result: defaultdict[_Kind, Places] = defaultdict(dict)
+    for position, (param, number) in enumerate(zip(params, group_of, strict=True)):
+        grad = param.grad
+        if grad is not None and param.numel():
+            if type(grad) is not Tensor and is_distributed(grad):
+                raise NotSupportedError(
+                    f"parameter {position} is a DTensor, which fused kernels step where zeroopt.wrap trains it; use torch.optim "
+                    "for those of FSDP and fully_shard"
+                )
+            if grad.layout is not torch.strided:
+                raise NotSupportedError(f"parameter {position} has a sparse gradient; fused kernels take dense ones")
+            result[param.device, param.dtype, grad.dtype][position] = (number, param)
+    return result
 
 
 def _copy_to(name: str, value: Tensor, device: torch.device) -> Tensor:

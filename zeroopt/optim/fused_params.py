@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,20 +42,25 @@ class FusedParams(FusedSegments):
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedParams:
         return self  # a copied optimizer makes its own, for this one is not `is_current` there
 
-    def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this optimizer made it, and parameters and state are still where they were."""
-        in_place = all(p.data_ptr() == address for p, address in zip(self._params, self._addresses, strict=True))
-        return self._optimizer is optimizer and in_place and self.still_shows()
+    def is_current(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], group_of: Sequence[int]) -> bool:
+        """Whether this optimizer made it, and its parameters and their state are still where they were.
 
-    def covers(self, places: Places) -> bool:
-        """Whether it has all of these parameters."""
-        mine = self.places
-        return all(position in mine and mine[position][1] is param for position, (_, param) in places.items())
+        Args:
+            params, group_of: all parameters that the optimizer has now, and the group of each.
+        """
+        return (
+            self._optimizer is optimizer
+            and self._positions[-1] < len(params)
+            and all(map(operator.is_, self._params, (params[position] for position in self._positions)))
+            and [group_of[position] for position in self._positions] == list(self._group_of)
+            and list(map(Tensor.data_ptr, self._params)) == self._addresses
+            and self.still_shows()
+        )
 
     def step_gradients(self, groups: Tensor, control: ops.StepControl) -> None:
         """Step the parameters that have a gradient."""
         grads = [self._gradient(i) for i in range(len(self._params))]
-        active = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8)
+        active = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8, device="cpu")
         self._take_up_writes()
         self.step(active, groups, control, grads)
         for param, grad in zip(self._params, grads, strict=True):
