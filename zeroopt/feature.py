@@ -45,7 +45,7 @@ class Step:
     finish_reduces: Callable[[], Tensor]
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
-    active: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
+    active: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8, device="cpu"))
     is_skipped: bool = False
     changes_all: bool = False
     is_done: bool = False

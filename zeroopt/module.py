@@ -278,7 +278,7 @@ class ZeroDataParallel(nn.Module):
         """Look at gradients, and multiply them, as a GradScaler does on the ranks that still train. Collective."""
         view = self._reducer.view
         assert isinstance(view, ShardedView)  # of others, a GradScaler asks nothing
-        view.check_and_unscale(indices, torch.zeros(()), torch.tensor(inverse))
+        view.check_and_unscale(indices, torch.zeros((), device="cpu"), torch.tensor(inverse, device="cpu"))
 
     def _zero_grad_along(self, number: int | None, set_to_none: bool) -> None:
         (self if number is None else self._optimizers[number]).zero_grad(set_to_none)

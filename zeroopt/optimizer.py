@@ -821,7 +821,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if grad_scale is None:
             self.step()
             return
-        self.grad_scale, self.found_inf = torch.tensor(grad_scale, dtype=torch.float32), torch.tensor(0.0)
+        self.grad_scale = torch.tensor(grad_scale, dtype=torch.float32, device="cpu")
+        self.found_inf = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         try:
             self.step()
         finally:

@@ -181,7 +181,7 @@ class Trained:
                 bucket.master.catch_up()
             replica.gathers.start_written(bucket)
         replica.gathers.leave_to_readers()
-        self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8))
+        self.note_changes(torch.ones(len(replica.params), dtype=torch.uint8, device="cpu"))
 
 
 _TAKES_MANY = "Iterable" in str(torch.autograd.graph.increment_version.__annotations__)  # torch 2.6 and later

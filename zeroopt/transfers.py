@@ -83,7 +83,7 @@ class Download:
         if not pins_for(values.device):
             self._values = values.cpu()
         else:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu").copy_(
                 values, non_blocking=True
             )
             module = torch.get_device_module(values.device)

@@ -76,7 +76,7 @@ def _skeleton(checkpoint: Checkpoint, keys: dict[int, str]) -> dict[str, Any]:
     flat = checkpoint.read({key: None for key in entries if not checkpoint.is_tensor(key)})
     for key, entry in entries.items():
         if isinstance(entry, TensorStorageMetadata):
-            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
             keys[id(flat[key])] = key
     paths = checkpoint.metadata.planner_data or {}
     nested = unflatten_state_dict(flat, {key: paths.get(key, (key,)) for key in flat})

@@ -146,7 +146,9 @@ def _read_values(checkpoint: Checkpoint, report: Report) -> None:
     for key, value in report.values.items():
         _check_printable(key, value)
     scalars = {
-        t.key: torch.empty(t.shape, dtype=torch.float64) for t in report.tensors if _is_step(t.key) and not t.shape
+        t.key: torch.empty(t.shape, dtype=torch.float64, device="cpu")
+        for t in report.tensors
+        if _is_step(t.key) and not t.shape
     }
     checkpoint.read(scalars)
     numbers = {key: value for key, value in report.values.items() if _is_step(key) and isinstance(value, (int, float))}

@@ -25,7 +25,7 @@ class RandomState:
         _, key, place, has_normal, next_normal = np.random.get_state()
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
-            "python": torch.tensor(words),
+            "python": torch.tensor(words, device="cpu"),
             "python_normal": normal,
             "numpy": torch.from_numpy(np.asarray(key).astype(np.int64)),
             "numpy_place": (int(place), int(has_normal), float(next_normal)),

@@ -85,7 +85,7 @@ class _SavedFile(Saved):
             into.copy_(value)
             return
         if value.stride() != into.stride():
-            value = torch.empty_strided(into.shape, into.stride(), dtype=value.dtype).copy_(value)
+            value = torch.empty_strided(into.shape, into.stride(), dtype=value.dtype, device="cpu").copy_(value)
         flat, values = (tensor.as_strided((into.numel(),), (1,)) for tensor in (into, value))
         flat[begin:end].copy_(values[begin:end])
 

@@ -55,7 +55,7 @@ class Arena:
         self._index = members.index(control.rank)
         self._returns = returns
         wanted = addresses_of_a_rank(len(members)) if piece_bytes is None else piece_bytes
-        self._piece_bytes = -int(control.largest(torch.tensor(-wanted), "sharing memory"))
+        self._piece_bytes = -int(control.largest(torch.tensor(-wanted, device="cpu"), "sharing memory"))
         self._pieces: list[memoryview] = []
         self._begin = 0
         self._map(self._piece_bytes)

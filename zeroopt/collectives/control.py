@@ -114,14 +114,14 @@ class ControlGroup:
     def _send_pickled(self, values: Mapping[int, object], what: str) -> None:
         """Send a value to each of some ranks, which receive it by `_receive_pickled`."""
         messages = {rank: pickled(value, what) for rank, value in values.items()}
-        lengths = {rank: torch.tensor(message.numel()) for rank, message in messages.items()}
+        lengths = {rank: torch.tensor(message.numel(), device="cpu") for rank, message in messages.items()}
         sent = [(rank, part) for parts in (lengths, messages) for rank, part in parts.items()]
         works = [(rank, start_message(self.group.send, _as_bytes(part), rank, _TAG)) for rank, part in sent]
         self._pending(what, works, sent, _CPU).finish()
 
     def _receive_pickled(self, sources: Sequence[int], what: str) -> dict[int, Any]:
-        lengths = self._receive_each({rank: torch.tensor(0) for rank in sources}, what)
-        messages = {rank: torch.empty(int(length), dtype=torch.uint8) for rank, length in lengths.items()}
+        lengths = self._receive_each({rank: torch.tensor(0, device="cpu") for rank in sources}, what)
+        messages = {rank: torch.empty(int(length), dtype=torch.uint8, device="cpu") for rank, length in lengths.items()}
         return {rank: unpickled(message) for rank, message in self._receive_each(messages, what).items()}
 
     def _receive_each(self, tensors: dict[int, Tensor], what: str) -> dict[int, Tensor]:

@@ -234,7 +234,7 @@ class _Probes:
         for rank in _connected.get(group, range(group.size())) if has_gloo(group) else ():
             if rank != group.rank():
                 try:
-                    self._works.append(group.recv([torch.empty(1, dtype=torch.uint8)], rank, _TAG))
+                    self._works.append(group.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], rank, _TAG))
                 except RuntimeError:
                     self.broken.add(rank)
 

@@ -143,7 +143,7 @@ class PairwiseTransport(Transport):
         """Let these members fail in what they wait for."""
         # A receive that times out breaks the connection, of which the peer hears at once.
         for peer in peers:
-            nothing = torch.empty(1, dtype=torch.uint8)
+            nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
             works = self.receive({peer: nothing}, self.take_tags(1, GATHER, 0))
             PendingWork("giving up", works, (nothing,)).abandon()
 
@@ -297,7 +297,7 @@ class StagingPool:
                 return self._free.pop(i)
         if self._free:  # too small for this bucket: replace it rather than keep both
             self._free.pop()
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def give_back(self, buffer: Tensor) -> None:
         self._free.append(buffer)

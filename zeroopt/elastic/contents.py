@@ -187,7 +187,7 @@ def view(slot: NDArray[np.uint8], begin: int, sizes: Sequence[int], dtype: torch
     """A tensor in a slot."""
     num_bytes = math.prod(sizes) * dtype.itemsize
     if not num_bytes:
-        return torch.empty(tuple(sizes), dtype=dtype)
+        return torch.empty(tuple(sizes), dtype=dtype, device="cpu")
     return torch.from_numpy(slot[begin : begin + num_bytes]).view(dtype).view(tuple(sizes))
 
 

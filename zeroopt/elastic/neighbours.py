@@ -164,7 +164,7 @@ class Fetch:
 
     def hear(self) -> None:
         """Find out what there is to fetch. Raises CollectiveError where one of the ranks is gone."""
-        sizes = torch.tensor([len(self._table), self._slot_bytes])
+        sizes = torch.tensor([len(self._table), self._slot_bytes], device="cpu")
         self._pass_on(sizes)
         table = _array(self._table) if self._is_source else np.zeros(int(sizes[0]), dtype=np.uint8)
         self._pass_on(_bytes(table))

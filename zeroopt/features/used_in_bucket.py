@@ -27,7 +27,7 @@ class UsedInBucket:
         self._room = 0
         self._turns: deque[tuple[Tensor, PendingCollective]] = deque()
         self._pending: PendingCollective = Done()
-        self._heard = torch.zeros(0, dtype=torch.uint8)
+        self._heard = torch.zeros(0, dtype=torch.uint8, device="cpu")
         self._has_all = False
 
     def fit(self, count: int, device: torch.device) -> None:

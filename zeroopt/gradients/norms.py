@@ -44,7 +44,7 @@ def norm_of_shards(
 
 def norm_of_whole(params: Sequence[tuple[ManagedParam, GradientStore]], beyond: NormGroups, norm_type: float) -> Tensor:
     """The norm of gradients that every data-parallel rank has whole, 0-dim float64. Collective with the groups `beyond` them."""
-    norms = [torch.zeros((), dtype=torch.float64)]
+    norms = [torch.zeros((), dtype=torch.float64, device="cpu")]
     for managed, store in params:
         grad = managed.local_grad()
         if grad is not None and grad.numel():

@@ -196,7 +196,7 @@ class ShardedView(GradientView):
 
     def take(self) -> Tensor:
         if all(map(operator.is_, [leaf.grad for leaf in self._leaves], self._objects)):  # as in nearly every step
-            return torch.ones(len(self._params), dtype=torch.uint8)
+            return torch.ones(len(self._params), dtype=torch.uint8, device="cpu")
         flags = bytearray(len(self._params))
         for managed in self._params:
             grad = managed.param.grad

@@ -73,7 +73,7 @@ def _divide(gradients: ShardedView, indices: Sequence[int], divisor: Tensor | fl
 
 def _number(value: Tensor | float) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     scalar = value if value.dim() == 0 else value.reshape(())  # the same object where it can be: it may come again
     return scalar if scalar.is_floating_point() else scalar.double()  # a mask, say
 

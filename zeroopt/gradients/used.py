@@ -55,7 +55,7 @@ class UsedParams:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._lockstep = Lockstep(transport.control.rank, transport.control.size)
-        self.flags = torch.zeros(0, dtype=torch.uint8)
+        self.flags = torch.zeros(0, dtype=torch.uint8, device="cpu")
         self.had_gradients = False
         self.has_gone_on = False
         self.others_go_on = False
@@ -67,7 +67,7 @@ class UsedParams:
 
     def extend(self, count: int, device: torch.device) -> None:
         """There are so many parameters more. Collective."""
-        self.flags = torch.cat([self.flags, torch.zeros(count, dtype=torch.uint8)])
+        self.flags = torch.cat([self.flags, torch.zeros(count, dtype=torch.uint8, device="cpu")])
         self._allocate(device)
 
     def forget(self, indices: Collection[int]) -> None:

@@ -36,7 +36,7 @@ def sum_in_parts(values: Tensor, *, scale: Tensor, squared: bool, rounders: Sequ
     require(len(rounders) == SUM_PARTS, f"expected {SUM_PARTS} rounders, got {len(rounders)}")
     if not values.is_cpu or values.dtype is not torch.float32:
         return by_torch.sum_in_parts(values, scale, rounders, squared=squared)
-    sums = torch.empty(SUM_PARTS, dtype=torch.float64)
+    sums = torch.empty(SUM_PARTS, dtype=torch.float64, device="cpu")
     threads = torch.get_num_threads()
     _C.sum_in_parts(values.data_ptr(), values.numel(), scale.item(), squared, list(rounders), sums.data_ptr(), threads)
     return sums

@@ -80,7 +80,7 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
         return
     first_src, first_dst = pairs[0]
     src_code, dst_code = dtype_code("sources[0]", first_src), dtype_code("targets[0]", first_dst)
-    rows = torch.zeros(len(pairs), ROW_COLUMNS, dtype=torch.int64)
+    rows = torch.zeros(len(pairs), ROW_COLUMNS, dtype=torch.int64, device="cpu")
     table = rows.numpy()
     for number, (src, dst) in enumerate(pairs):
         if src.dtype is not first_src.dtype or dst.dtype is not first_dst.dtype or src.numel() != dst.numel():
@@ -99,7 +99,7 @@ def pack_segments(sources: Sequence[Tensor], targets: Sequence[Tensor], *, scale
         for number, (src, dst) in enumerate(pairs)
         for tensor in ((src,) if src.data_ptr() == dst.data_ptr() and src_code == dst_code else (src, dst))
     )
-    active = torch.ones(len(pairs), dtype=torch.uint8)
+    active = torch.ones(len(pairs), dtype=torch.uint8, device="cpu")
     arguments = (rows.data_ptr(), active.data_ptr(), len(pairs), src_code, dst_code, scale)
     if first_src.is_cpu:
         _C.pack_segments(*arguments, torch.get_num_threads())

@@ -93,7 +93,7 @@ class SegmentTable:
             self._check(f"segments[{number}]", segment)
         self._check_disjoint()
         require_kernels(self.device)
-        self._host = torch.zeros(len(self.segments), ROW_COLUMNS, dtype=torch.int64)
+        self._host = torch.zeros(len(self.segments), ROW_COLUMNS, dtype=torch.int64, device="cpu")
         self._table = self._host.numpy()
         for row, segment in zip(self._table, self.segments, strict=True):
             row[:] = _row(segment)

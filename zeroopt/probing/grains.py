@@ -256,7 +256,7 @@ class _Question:
     def _draw(self, shape: Shape, count: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         kind = self._kind
-        return [torch.randn(shape, generator=generator).to(kind.device, kind.dtype) for _ in range(count)]
+        return [torch.randn(shape, generator=generator, device="cpu").to(kind.device, kind.dtype) for _ in range(count)]
 
     @staticmethod
     def _cut(value: Tensor) -> list[Tensor]:

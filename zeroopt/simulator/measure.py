@@ -102,8 +102,8 @@ def _rank(rank: int, size: int, store: str, answer: Connection | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     flops, noise = measure_flops()
     memory = measure_memory()
-    small = _back_and_forth(torch.zeros(1), rank, _SMALL_MESSAGES)
-    large = _back_and_forth(torch.zeros(_MESSAGE_BYTES // 4), rank, _TURNS)
+    small = _back_and_forth(torch.zeros(1, device="cpu"), rank, _SMALL_MESSAGES)
+    large = _back_and_forth(torch.zeros(_MESSAGE_BYTES // 4, device="cpu"), rank, _TURNS)
     figures = Figures(flops, noise, memory, *small, *large, measure_bucket())
     if answer is not None:
         answer.send(figures)
@@ -115,7 +115,7 @@ def measure_flops() -> tuple[float, float]:
     """Operations a second of a small transformer's forward and backward, all that is not a product included; and the standard deviation of
     the logarithm of its time. Collective, as all of these are."""
     model = Transformer(_LAYERS, _WIDTH, _VOCABULARY)
-    tokens = torch.zeros(1, _TOKENS, dtype=torch.int64)
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device="cpu")
     counted = count_operations(model, tokens)
     operations = sum(counted.by_param.values()) * (1 + counted.backward_factor)
 
@@ -129,7 +129,7 @@ def measure_flops() -> tuple[float, float]:
 
 def measure_memory() -> float:
     """Bytes a second, read and written."""
-    source, target = torch.zeros(_COPIED_BYTES // 4), torch.zeros(_COPIED_BYTES // 4)
+    source, target = torch.zeros(_COPIED_BYTES // 4, device="cpu"), torch.zeros(_COPIED_BYTES // 4, device="cpu")
     return 2 * _COPIED_BYTES / median(seconds_of(lambda: ops.copy(source, target)))
 
 
@@ -143,7 +143,7 @@ def _make_step(bucket_mb: float) -> Callable[[], None]:
     """Of layers that lie in a bucket each, or all in one."""
     net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(_BUCKETS)))
     model, optimizer = wrap(net, torch.optim.AdamW(net.parameters()), stage=1, bucket_mb=bucket_mb)
-    x = torch.zeros(1, 8)
+    x = torch.zeros(1, 8, device="cpu")
 
     def step() -> None:
         model(x).sum().backward()

@@ -121,10 +121,10 @@ class _Array:
     def allocate(self, managed: ManagedParam) -> Tensor:
         """The whole, to be filled."""
         if self.start is None:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if self.block > 1:
-            return torch.empty(-(-managed.numel // self.block), dtype=self.dtype)
-        local = torch.empty(managed.numel, dtype=self.dtype).as_strided(managed.shape, managed.stride)
+            return torch.empty(-(-managed.numel // self.block), dtype=self.dtype, device="cpu")
+        local = torch.empty(managed.numel, dtype=self.dtype, device="cpu").as_strided(managed.shape, managed.stride)
         return managed.layout_like(local.to(managed.param.device)) if managed.flat_layout.is_part else local
 
     def put(self, piece: Tensor, whole: Tensor) -> None:

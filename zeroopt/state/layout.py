@@ -57,7 +57,7 @@ class ShardLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """Of a shard, as it is saved: plain values and one tensor."""
-        ranges = torch.tensor([[p, *r] for p, r in self.ranges.items()], dtype=torch.int64).reshape(-1, 3)
+        ranges = torch.tensor([[p, *r] for p, r in self.ranges.items()], dtype=torch.int64, device="cpu").reshape(-1, 3)
         return {
             "format": FORMAT,
             **self.facts,

@@ -42,7 +42,9 @@ class BucketKernel(FusedSegments):
         for factor, shards in self._by_factor():
             active = [flags[segment.owner.index] if shard in shards else 0 for shard, segment in self._segments]
             clip_coef = None if factor is None else factor.to(self._device, torch.float32)
-            self.step(torch.tensor(active, dtype=torch.uint8), groups, replace(control, clip_coef=clip_coef))
+            self.step(
+                torch.tensor(active, dtype=torch.uint8, device="cpu"), groups, replace(control, clip_coef=clip_coef)
+            )
         for shard in self._shards:
             shard.publish()
 

@@ -38,7 +38,7 @@ def show_count(steps: Tensor, number: int) -> Tensor:
 
 def put_count(steps: Tensor, number: int, count: float) -> None:
     """Let a count be this whole number."""
-    rounded = torch.tensor(count, dtype=torch.float32).item()
+    rounded = torch.tensor(count, dtype=torch.float32, device="cpu").item()
     steps[0, number], steps[1, number] = rounded, count - rounded
 
 
@@ -54,7 +54,7 @@ def count_of(step: Any) -> float:
 
 def count_tensor(count: float) -> Tensor:
     """A count as torch's optimizers keep it, 0-dim on the CPU, in memory of its own: float32 while that can be the count."""
-    return torch.tensor(count, dtype=torch.float32 if count <= MOST_EXACT else torch.float64)
+    return torch.tensor(count, dtype=torch.float32 if count <= MOST_EXACT else torch.float64, device="cpu")
 
 
 def with_exact_counts(state: Mapping[_Key, ParamState]) -> dict[_Key, ParamState]:

@@ -113,7 +113,9 @@ class ShardStepper:
         return self._kernels
 
     def _hyper_table(self, rule: FusedRule) -> Tensor:
-        return torch.tensor([rule.hyper_row(group) for group in self._optimizer.param_groups], dtype=torch.float64)
+        return torch.tensor(
+            [rule.hyper_row(group) for group in self._optimizer.param_groups], dtype=torch.float64, device="cpu"
+        )
 
     def _step_kernel(self, kernel: BucketKernel, flags: Sequence[int], groups: Tensor) -> None:
         first, *others = kernel.buckets

@@ -150,7 +150,7 @@ def _find(entries: dict[str, Any], index: MetadataIndex) -> Any:
 def _with_elements(value: Any) -> Any:
     """The value; a plain tensor instead of a shard of a tensor without elements, of which no rank has a part."""
     if isinstance(value, ShardTensor) and value.numel() == 0:
-        return torch.empty(value.shape, dtype=value.dtype)
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu")
     return value
 
 

@@ -85,7 +85,7 @@ class Names:
     def memory(self, key: str) -> Tensor | None:
         """Memory for all of a tensor; None for other values."""
         saved = self.tensor(key)
-        return None if saved is None else torch.empty(saved.size, dtype=saved.properties.dtype)
+        return None if saved is None else torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
     def __contains__(self, key: str) -> bool:
         return key in self._saved

@@ -205,7 +205,7 @@ class Anchor:
         for segment, piece in pieces.items():
             for name, value in piece.items():
                 if isinstance(value, dict):
-                    state[name] = torch.tensor(value["number"], dtype=getattr(torch, value["dtype"]))
+                    state[name] = torch.tensor(value["number"], dtype=getattr(torch, value["dtype"]), device="cpu")
                 elif not isinstance(value, Tensor):
                     state[name] = value
                 else:

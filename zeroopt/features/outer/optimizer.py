@@ -44,7 +44,7 @@ def make_outer(factory: OuterFactory, params: list[nn.Parameter]) -> torch.optim
 
 def make_tried(factory: OuterFactory) -> torch.optim.Optimizer:
     """The outer optimizer of a small parameter, on which it is tried."""
-    return make_outer(factory, [nn.Parameter(torch.zeros(_TRIED_NUMEL))])
+    return make_outer(factory, [nn.Parameter(torch.zeros(_TRIED_NUMEL, device="cpu"))])
 
 
 def inspect_outer(factory: OuterFactory) -> list[str]:

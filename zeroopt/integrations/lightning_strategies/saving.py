@@ -168,7 +168,7 @@ def _read_model(opened: Checkpoint) -> dict[str, Any]:
     for key in keys:
         entry = saved[key]
         if isinstance(entry, TensorStorageMetadata):
-            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     flat.update(opened.read(flat))
     return unflatten_state_dict(flat, {key: paths[key][1:] for key in keys})
 
