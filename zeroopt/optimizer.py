@@ -136,8 +136,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if average is not None:
             self._features.add(self._outer or Averaging(trained, average))
         self._features.add(self._replanning, on=may_replan)
-        if of_model.step_in_backward is not None:
-            of_model.step_in_backward.take_up(
+        self._step_in_backward = of_model.step_in_backward
+        if self._step_in_backward is not None:
+            self._step_in_backward.take_up(
                 trained, weak_method(self._growth.is_edited), weak_method(self._check_ready)
             )
 
@@ -712,9 +713,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
-        zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
+        zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other; where one has
+        stepped its buckets, it may have left none."""
         reducer = self._reducer
         reducer.take_part()
+        if self._step_in_backward is not None and self._step_in_backward.is_due(self.number):
+            return
         if self._transport.control.size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
         if reducer.is_cleared(self._trained.params):

@@ -30,8 +30,9 @@ STAGES = (0, 1, 2)
 
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 @given(st.binary(min_size=8, max_size=96), st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64]))
-def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch.dtype) -> None:
-    values = torch.frombuffer(bytearray(data[: len(data) // 8 * 8]), dtype=dtype)
+def test_digest_is_the_sum_it_claims_to_be_and_leaves_values_alone(chunk: int, data: bytes, dtype: torch.dtype) -> None:
+    memory = bytearray(data[: len(data) // 8 * 8])
+    values = torch.frombuffer(memory, dtype=dtype)
     size, expected = dtype.itemsize, 0
     for first in range(0, len(values), chunk):
         expected *= 0x9E3779B97F4A7C15
@@ -40,6 +41,7 @@ def test_digest_is_the_sum_it_claims_to_be(chunk: int, data: bytes, dtype: torch
             expected += int.from_bytes(data[begin : begin + size], "little", signed=True) * (2 * i + 1)
     with patch.object(audit, "_CHUNK_NUMEL", chunk):
         assert int(audit.digest(values)) % 2**64 == expected % 2**64
+    assert memory == data[: len(memory)]
 
 
 @given(st.integers(1, 300), st.data())

@@ -255,6 +255,37 @@ def test_two_optimizers(run_on_ranks: RunOnRanks) -> None:
     assert_same_on_ranks(run_on_ranks(2, train_with_two_both))
 
 
+def train_halves_with_two(options: dict[str, Any]) -> list[list[Tensor]]:
+    """In each backward, all ranks use the parameters of one of two optimizers, or none does."""
+    torch.manual_seed(0)
+    net = Halves()
+    model: nn.Module = net
+    optimizers = []
+    for half in (net.up, net.down):
+        model, optimizer = zeroopt.wrap(model, torch.optim.AdamW(half.parameters(), lr=0.1), stage=2, **options)
+        optimizers.append(optimizer)
+    history = []
+    for step in range(5):
+        x = torch.randn(3, 7, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        x[0, 0] = 1.0 if step % 2 else -1.0
+        if step != 2:
+            model(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        history.append(snapshot(net))
+    return history
+
+
+def train_halves_with_two_both() -> list[list[list[Tensor]]]:
+    return [train_halves_with_two(options) for options in ({}, SIB)]
+
+
+def test_an_optimizer_whose_parameters_were_not_used(run_on_ranks: RunOnRanks) -> None:
+    assert_same_on_ranks(run_on_ranks(2, train_halves_with_two_both))
+
+
 def train_and_unfreeze(options: dict[str, Any]) -> Result:
     net = build("mlp")
     frozen = list(net.parameters())[:2]

@@ -174,7 +174,7 @@ def digest(values: Tensor) -> Tensor:
     factors = torch.arange(1, 2 * min(_CHUNK_NUMEL, max(1, bits.numel())), 2, dtype=torch.int64, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for chunk in torch.split(bits, _CHUNK_NUMEL):
-        total = total * _CHUNK_FACTOR + chunk.to(torch.int64).mul_(factors[: chunk.numel()]).sum()
+        total = total * _CHUNK_FACTOR + (chunk * factors[: chunk.numel()]).sum()
     return total
 
 

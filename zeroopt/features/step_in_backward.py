@@ -80,6 +80,10 @@ class StepInBackward(Feature):
         """Step what one more optimizer trains, too."""
         self._optimizers.append(_Stepped(trained, is_edited, check_ready))
 
+    def is_due(self, optimizer: int) -> bool:
+        """Whether a backward has stepped the buckets of the optimizer of that number, and its `step()` has yet to be called."""
+        return self._optimizers[optimizer].is_due
+
     def check_not_due(self, what: str) -> None:
         """Raise StateError between a backward and its `step()`."""
         if any(each.is_due for each in self._optimizers):
