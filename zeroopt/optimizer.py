@@ -138,9 +138,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._features.add(self._replanning, on=may_replan)
         self._step_in_backward = of_model.step_in_backward
         if self._step_in_backward is not None:
-            self._step_in_backward.take_up(
-                trained, weak_method(self._growth.is_edited), weak_method(self._check_ready)
-            )
+            self._step_in_backward.take_up(trained, weak_method(self._growth.is_edited), weak_method(self._check_ready))
 
     def _follow_growth(self) -> None:
         self._clipping.forget_model()
@@ -713,17 +711,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _take_part(self) -> None:
         """A rank that has run no backward since the last step, of whichever optimizer, takes part in that of the others, with
-        zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other; where one has
-        stepped its buckets, it may have left none."""
+        zeros. Where this optimizer still has gradients of an earlier backward, all ranks have them, and there was no other."""
         reducer = self._reducer
         reducer.take_part()
-        if self._step_in_backward is not None and self._step_in_backward.is_due(self.number):
-            return
         if self._transport.control.size == 1 or reducer.num_backwards_stepped != reducer.num_backwards:
             return
-        if reducer.is_cleared(self._trained.params):
+        if reducer.is_cleared(self._trained.params) and not self._has_to_step_first():
             reducer.mirror_backward()
             reducer.take_part()
+
+    def _has_to_step_first(self) -> bool:
+        """Whether every rank would refuse another backward before this step, though the last one may have left this optimizer no
+        gradients."""
+        if self._step_in_backward is not None:
+            return self._step_in_backward.is_due(self.number)
+        return self._config.micro_batches is not None and self._reducer.view.shows_sums
 
     def agree_on_overflow(self, found: bool) -> None:
         """Take part in the step of a GradScaler of the ranks that still train, when this one has left `join()`. Collective."""

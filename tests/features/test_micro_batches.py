@@ -233,6 +233,29 @@ def test_two_optimizers_of_a_model_do(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(2, train_by_two)[0] == run_on_ranks(1, train_by_two)[0]
 
 
+def train_one_of_two(stage: int) -> bool:
+    """Of two optimizers of one model, the second of which trains what nobody uses. Whether that stays."""
+    net = Halves()
+    before = net.never.weight.detach().clone()
+    options: dict[str, Any] = {"stage": stage, "micro_batches": 2}
+    model, first = zeroopt.wrap(net, torch.optim.AdamW(net.up.parameters()), **options)
+    model, second = zeroopt.wrap(model, torch.optim.AdamW(net.never.parameters()), **options)
+    for step in range(2):
+        for local in (True, False):
+            with model.no_sync() if local else nullcontext():
+                model.up(inputs(step, dist.get_rank())).square().mean().backward()
+        for optimizer in (first, second):
+            optimizer.step()
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+    return torch.equal(net.never.weight, before)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_optimizer_whose_parameters_were_not_used(run_on_ranks: RunOnRanks, stage: int) -> None:
+    assert all(run_on_ranks(2, train_one_of_two, stage))
+
+
 def test_two_optimizers_begin_a_step_anew() -> None:
     net = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
     model, first = zeroopt.wrap(net, torch.optim.SGD(net[0].parameters(), lr=0.1), micro_batches=2)

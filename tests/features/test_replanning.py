@@ -146,7 +146,19 @@ def test_a_new_plan_is_told(caplog: pytest.LogCaptureFixture) -> None:
         scene.backward_in([1, 3, 0, 2])
         scene.begin_step()
     (line,) = (line for line in caplog.messages if "planned anew" in line)
-    assert "bucket 0 was of 3." in line and "and will be of 1." in line
+    assert "the first was of 3." in line and "and will be of 1." in line
+
+
+def test_a_bucket_that_all_parameters_have_left_goes() -> None:
+    scene = Scene()
+    gone = set(scene.net[3].parameters())
+    for group in scene.optimizer.param_groups:
+        group["params"] = [param for param in group["params"] if param not in gone]
+    scene.optimizer.take_up_groups()
+    assert not scene.replica.buckets[0].params
+    scene.backward_in([1, 3, 0, 2])
+    scene.begin_step()
+    assert all(bucket.params for bucket in scene.replica.buckets) and scene.layers() == ["1", "0", "2"]
 
 
 def layout_of(scene: Scene, order: list[list[int]]) -> ShardLayout:

@@ -208,9 +208,10 @@ def _groups_of(buckets: Sequence[Bucket]) -> list[set[int]]:
 def _log_new_plan(before: Sequence[Bucket], after: Sequence[Bucket], transport: Transport) -> None:
     """Say on rank 0, with level DEBUG, what changes."""
     if transport.control.rank == 0:
-        was, is_to_be = before[0].params, after[0].params
+        # Of those that parameters have left, some are empty.
+        was, is_to_be = (next(b.params for b in buckets if b.params) for buckets in (before, after))
         _log.debug(
-            "%d buckets are planned anew, as %d, in the order in which gradients arrive: bucket 0 was of %s … %s, and will be of "
+            "%d buckets are planned anew, as %d, in the order in which gradients arrive: the first was of %s … %s, and will be of "
             "%s … %s",
             len(before),
             len(after),
