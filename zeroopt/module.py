@@ -121,7 +121,10 @@ class ZeroDataParallel(nn.Module):
         self._replica.take_up_unfrozen()
         buffers, join = self._buffer_sync, self._join
         follows = buffers is not None and buffers.is_due
-        if join.is_on and (follows or join.throws):
+        announces = join.is_on and (follows or join.throws)
+        if follows or announces:
+            self._reducer.take_part()
+        if announces:
             join.announce(Phase.FORWARD)
         if follows:
             self._take_over_buffers()

@@ -275,14 +275,19 @@ def test_ranks_may_use_a_parameter_in_unequally_many_reentrant_segments(
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def collectives_behind_backward(stages: Sequence[int]) -> list[float]:
-    """A collective of the user's right behind each backward, of which the second is the first in which ranks use the layer unequally often."""
+def collectives_behind_backward(stages: Sequence[int], *, plainly: bool) -> list[float]:
+    """A collective of the user's right behind each backward, of which the second is the first in which ranks use the layer unequally often.
+
+    Args:
+        plainly: the last rank computes nothing again in it.
+    """
     sums = []
     for stage in stages:
         net = UsedUnequally(has_head=True)
         model, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters(), lr=0.1), stage=stage, bucket_mb=1e-4)
-        for uses in (1, 1 + 2 * dist.get_rank(), 1):
-            loss_of(model(inputs(0, 2, 8).requires_grad_(), uses, again=True)).backward()
+        is_first = dist.get_rank() == 0
+        for uses, again in ((1, True), (1 + 2 * is_first, is_first or not plainly), (1, not plainly)):
+            loss_of(model(inputs(0, 2, 8).requires_grad_(), uses, again=again)).backward()
             total = torch.ones(1)
             dist.all_reduce(total)
             sums.append(total.item())
@@ -291,9 +296,41 @@ def collectives_behind_backward(stages: Sequence[int]) -> list[float]:
     return sums
 
 
-def test_a_backward_ends_when_all_ranks_are_through_with_their_segments(run_on_ranks: RunOnRanks) -> None:
+@pytest.mark.parametrize("plainly", [False, True])
+def test_a_backward_ends_when_all_ranks_are_through_with_their_segments(
+    run_on_ranks: RunOnRanks, plainly: bool
+) -> None:
     """Whoever went on to the next collective would wait there for those that go on with the backward, and they for it."""
-    assert run_on_ranks(2, collectives_behind_backward, STAGES) == [[2.0] * 9] * 2
+    assert run_on_ranks(2, collectives_behind_backward, STAGES, plainly=plainly) == [[2.0] * 9] * 2
+
+
+def forwards_behind_backward(joins: bool) -> list[list[Tensor]]:
+    """Between two backward passes of a step, a forward that takes buffers over. In the first one of the last step the last rank computes nothing
+    again, other than the first rank, and before it nobody has. By DDP, then in each stage."""
+    is_last = dist.get_rank() == 1
+    ends = []
+    for stage in (None, *STAGES):
+        torch.manual_seed(0)
+        net = UsedUnequally(has_head=True)
+        net.register_buffer("seen", torch.zeros(1))
+        options = None if stage is None else {"stage": stage, "bucket_mb": 1e-4}
+        model, optimizer = prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), options)
+        with model.join() if joins and options else nullcontext():
+            for uses, again in ((1, False), (3 - 2 * is_last, not is_last)):
+                for number in range(2):
+                    x = inputs(number, 2, 8).requires_grad_()
+                    loss_of(model(x, uses, again=options is not None and again and number == 0)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(snapshot(net))
+    return ends
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_forward_that_takes_buffers_over_waits_for_others_segments(run_on_ranks: RunOnRanks, joins: bool) -> None:
+    for expected, *found in run_on_ranks(2, forwards_behind_backward, joins):
+        for end in found:
+            torch.testing.assert_close(end, expected)
 
 
 Program = list[Any]
@@ -311,14 +348,23 @@ def run_program(layers: nn.ModuleList, program: Program, x: Tensor, *, again: bo
     return x
 
 
-def gradients_of_programs(stage: int, programs: Sequence[Program]) -> list[tuple[Tensor | None, Tensor]]:
-    """Each rank has a program of its own: what the gradients of two layers are, and have to be."""
+def gradients_of_programs(
+    stage: int, programs: Sequence[Program], before: Program = ()
+) -> list[tuple[Tensor | None, Tensor]]:
+    """Each rank has a program of its own: what the gradients of two layers are, and have to be.
+
+    Args:
+        before: what all ranks have trained by.
+    """
     torch.manual_seed(0)
     net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     reference = deepcopy(net)
     _, optimizer = zeroopt.wrap(net, torch.optim.SGD(net.parameters()), stage=stage, bucket_mb=1e-5)
+    x = inputs(0, 2, 4).requires_grad_()
+    if before:
+        loss_of(run_program(net, before, x, again=True)).backward()
+        optimizer.zero_grad()
     for layers in (reference, net):
-        x = inputs(0, 2, 4).requires_grad_()
         loss_of(run_program(layers, programs[dist.get_rank()], x, again=layers is net)).backward()
     found = []
     for param, twin in zip(net.parameters(), reference.parameters(), strict=True):
@@ -331,6 +377,7 @@ def gradients_of_programs(stage: int, programs: Sequence[Program]) -> list[tuple
 PROGRAMS = {
     "plainly and in a segment": ([1, [0], [1]], [[1], [0], 1]),
     "in segments within segments": ([[1, [1], 0]], [[[0, [1], 1], 0], [1, [1]], 0]),
+    "in a segment and plainly right behind it": ([[0], [1], 1], [[0], [1], 1]),
 }
 
 
@@ -343,13 +390,14 @@ def test_reentrant_segments_may_use_what_others_use(run_on_ranks: RunOnRanks, st
 
 
 def test_a_gradient_that_autograd_has_added_to_what_travels_is_refused(run_on_ranks: RunOnRanks) -> None:
-    """Nothing tells, in stage 0, of a backward within another before the first gradient of it."""
-    programs = ([[0], [1], 1],) * 2
-    for error in run_on_ranks.outcomes(2, gradients_of_programs, 0, programs):
+    """Nothing tells, in stage 0, of a backward within another before the first gradient of it, where there was none in those before."""
+    programs = (PROGRAMS["in a segment and plainly right behind it"][0],) * 2
+    for error in run_on_ranks.outcomes(2, gradients_of_programs, 0, programs, [0, 1]):
         assert isinstance(error, RankError) and "came once more, and first of all in a backward within" in str(error)
-    for pairs in run_on_ranks(2, gradients_of_programs, 1, programs):
-        for found, expected in pairs:
-            torch.testing.assert_close(found, expected)
+    for stage, before in ((0, [[0], 1]), (1, [0, 1])):
+        for pairs in run_on_ranks(2, gradients_of_programs, stage, programs, before):
+            for found, expected in pairs:
+                torch.testing.assert_close(found, expected)
 
 
 def retry_after_an_error(stage: int) -> None:

@@ -1,7 +1,7 @@
 """Which parameters had a gradient on any rank: those without stay untouched by the step.
 
 As under DistributedDataParallel with `find_unused_parameters`. One small collective a backward tells it, whether all ranks are at the
-same place of the training loop, and whether some rank goes on with this backward.
+same place of the training loop, and whether on some rank backward passes run within this one, and whether it goes on with it.
 
 On a device, the host hears of it when it has to: a rank that had all gradients itself knows that they are all used, and looks at
 what the others have said one backward later, when it has long arrived. Where it has to know whether others go on, `hear` waits.
@@ -23,6 +23,9 @@ from ..profiling import named_range
 from ..streams import is_capturing
 from ..transfers import Download, upload_into
 from .lockstep import Lockstep
+
+# What a rank says of its backward passes. The largest counts.
+_RUNS_WITHIN, _GOES_ON = 1, 2
 
 
 @dataclass
@@ -47,7 +50,7 @@ class UsedParams:
     Attributes:
         flags: uint8 [number of parameters]: 1 where any rank had a gradient since it was cleared. Valid after `finish`.
         had_gradients: any rank, in the last backward. Valid after `finish`.
-        has_gone_on: some rank, with some backward, as far as it has been heard of.
+        has_run_within: some backward within another one, on some rank, as far as it has been heard of.
         others_go_on: with the last backward, and this rank does not. Valid after `hear`, on the CPU after `finish`.
         first_bucket: how messages call the model's first one.
     """
@@ -57,7 +60,7 @@ class UsedParams:
         self._lockstep = Lockstep(transport.control.rank, transport.control.size)
         self.flags = torch.zeros(0, dtype=torch.uint8, device="cpu")
         self.had_gradients = False
-        self.has_gone_on = False
+        self.has_run_within = False
         self.others_go_on = False
         self.first_bucket = ""
         self._said: Tensor | None = None
@@ -90,12 +93,13 @@ class UsedParams:
             self._transport.free(self._said)
         self._said = self._transport.allocate(len(self.flags) + self._lockstep.num_bytes + 1, torch.uint8, device)
 
-    def agree(self, came: bytearray, num_steps: int, *, goes_on: bool = False) -> None:
+    def agree(self, came: bytearray, num_steps: int, *, runs_within: bool = False, goes_on: bool = False) -> None:
         """Start to tell, and to hear, which parameters had a gradient in a backward. Collective.
 
         Args:
             came: [number of parameters], 1 for those that had one on this rank.
             num_steps: that have been taken before it.
+            runs_within: on this rank, others have run within that backward.
             goes_on: this rank calls it once more for the same backward, so all others have to.
         """
         if self._last is not None:
@@ -103,7 +107,8 @@ class UsedParams:
             self._last.pending.wait_until_read()  # other ranks read what is about to be written
         assert self._said is not None
         self.others_go_on = False
-        told = came + self._lockstep.note_backward(num_steps) + bytes([goes_on])
+        passes = _GOES_ON if goes_on else _RUNS_WITHIN if runs_within else 0
+        told = came + self._lockstep.note_backward(num_steps) + bytes([passes])
         said = torch.frombuffer(told, dtype=torch.uint8)
         if is_capturing(self._said.device):
             self._check_may_be_captured(came)
@@ -158,10 +163,10 @@ class UsedParams:
         while len(self._unread) > count:
             each, download = self._unread.popleft()
             agreed, num_bytes = download.read(), self._lockstep.num_bytes
-            used, counts, goes_on = torch.split(agreed, [len(agreed) - num_bytes - 1, num_bytes, 1])
+            used, counts, passes = torch.split(agreed, [len(agreed) - num_bytes - 1, num_bytes, 1])
             self._check_lockstep(counts.tolist())
-            self.has_gone_on |= bool(goes_on)
-            self.others_go_on = bool(goes_on) and not each.goes_on
+            self.has_run_within |= int(passes) >= _RUNS_WITHIN
+            self.others_go_on = int(passes) == _GOES_ON and not each.goes_on
             if self.others_go_on and each is not self._last:
                 raise self._diverged(
                     "another one went on with a backward, in which backward passes within it had used a parameter more often than here, "
