@@ -9,6 +9,7 @@ import torch.distributed as dist
 from worker_pool import RunOnRanks
 
 from zeroopt import CollectiveError, StateError
+from zeroopt.collectives import lost
 from zeroopt.collectives.lost import named_failures, roll_call_s
 
 LOST = "Connection closed by peer"
@@ -40,3 +41,49 @@ def roll_calls(timeouts_s: list[float]) -> list[float]:
 
 def test_ranks_that_were_given_long_have_long_to_say_that_they_have_failed(run_on_ranks: RunOnRanks) -> None:
     assert run_on_ranks(1, roll_calls, [5.0, 120.0, 1800.0]) == [[1.0, 2.0, 10.0]]
+
+
+class Notes:
+    """Rank 1 says that it has failed when the roll call is over.
+
+    Args:
+        others: that say so at once.
+        lost: for want of whom rank 1 has failed, as it says at last; None: it waits for others to say so.
+    """
+
+    def __init__(self, others: set[int], lost: list[int] | None) -> None:
+        self._others, self._lost = others, lost
+        self._times_asked = 0
+
+    def say_here(self, rank: int) -> None:
+        pass
+
+    def say(self, rank: int, lost: list[int]) -> None:
+        pass
+
+    def is_here(self, rank: int) -> bool:
+        return rank in self._others or (rank == 1 and self._times_asked > 0)
+
+    def said(self, rank: int) -> list[int] | None:
+        self._times_asked += rank == 1
+        return self._lost if rank == 1 and self._times_asked > 5 else None
+
+
+def lost_behind_a_roll_call(others: set[int], of_the_late: list[int] | None) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lost, "_Notes", lambda group: Notes(others, of_the_late))
+        patch.setattr(lost, "_LIMIT_S", 0.0)
+        patch.setattr(lost, "_LEAST_ROLL_CALL_S", 4.0)
+        group = dist.new_group(timeout=timedelta(minutes=2))
+        return lost.name_lost(group, [None], "Timed out waiting 120000ms")
+
+
+# Whom rank 0 names: who comes late says for want of whom it has failed, or waits for others to say that, of whom one does not come at all.
+LATE = {"says": ({2, 3}, [2], [2]), "waits": ({2}, None, [3])}
+
+
+@pytest.mark.parametrize(("others", "of_the_late", "expected"), LATE.values(), ids=LATE)
+def test_who_comes_just_behind_a_roll_call_is_not_lost(
+    run_on_ranks: RunOnRanks, others: set[int], of_the_late: list[int] | None, expected: list[int]
+) -> None:
+    assert run_on_ranks(4, lost_behind_a_roll_call, others, of_the_late)[0] == expected

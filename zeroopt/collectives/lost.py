@@ -34,7 +34,7 @@ from ..errors import CollectiveError, ZeroOptError
 from .failure import describe_failure, is_timeout
 from .group_timeout import group_timeout
 
-# All of it is done in a thread, and given up after so long besides a roll call: with the rank that holds the store, the store may be lost.
+# All of it is done in a thread, and given up after so long besides what it waits for: with the rank that holds the store, the store may be lost.
 _LIMIT_S = 5.0
 # A suspect that has given up has mostly said so before; after a timeout, which breaks connections first, it may not have come to it.
 _GRACE_S = 0.5
@@ -120,7 +120,8 @@ def name_lost(group: dist.ProcessGroup | None, suspects: Suspects, reason: str) 
         found: list[list[int]] = []
         thread = Thread(target=lambda: found.append(_Inquiry(group, reason).lost(suspects)), daemon=True)
         thread.start()
-        thread.join(_LIMIT_S + roll_call_s(group))
+        # Who comes just behind a roll call, and is suspected, holds one of its own.
+        thread.join(_LIMIT_S + 2 * (roll_call_s(group) + _GRACE_S))
         if not found or not found[0]:
             return suspects
         _named[group] = found[0]
@@ -175,6 +176,7 @@ class _Inquiry:
         self._rank = group.rank()
         self._others = [rank for rank in range(group.size()) if rank != self._rank]
         self._is_timeout = is_timeout(reason)
+        self._has_called = False
         self._roll_call_s = roll_call_s(group)
         self._notes = _Notes(group)
         self._probes = _Probes(group)
@@ -199,24 +201,35 @@ class _Inquiry:
         until = time.monotonic() + self._roll_call_s
         silent = set(self._others)
         while silent and time.monotonic() < until:
-            silent = {rank for rank in silent if not self._notes.is_here(rank)}
+            silent -= self._here(silent)
             time.sleep(_LOOK_S)
+        self._has_called = True
         return silent if len(silent) < len(self._others) else set()
 
+    def _here(self, ranks: set[int]) -> set[int]:
+        return {rank for rank in ranks if self._notes.is_here(rank)}
+
     def _follow(self, suspects: set[int]) -> set[int]:
-        """Those for want of which the suspects have given up, and the suspects that have not said so."""
+        """Those for want of which the suspects have given up, and the suspects that have not said so.
+
+        Behind a roll call, those that come late, while others do not come at all, are none: they wait for what this rank says.
+        """
         until = time.monotonic() + _GRACE_S
-        until_found = (
-            until + self._roll_call_s + _GRACE_S
-        )  # which takes those as long that have failed, and are finding out themselves
+        # Which takes those as long that have failed, and are finding out themselves.
+        until_found = until + self._roll_call_s + _GRACE_S
         said: dict[int, list[int]] = {}
-        while len(said) < len(suspects):
-            said |= {rank: lost for rank in suspects - said.keys() if (lost := self._notes.said(rank)) is not None}
-            is_finding_out = any(self._notes.is_here(rank) for rank in suspects - said.keys())
-            if time.monotonic() > (until_found if is_finding_out else until):
+        unsaid = suspects
+        while unsaid:
+            said |= {rank: lost for rank in unsaid if (lost := self._notes.said(rank)) is not None}
+            unsaid = suspects - said.keys()
+            finding_out = self._here(unsaid)
+            if self._has_called and finding_out < unsaid and time.monotonic() > until:
+                unsaid = unsaid - finding_out
+                break
+            if time.monotonic() > (until_found if finding_out else until):
                 break
             time.sleep(_LOOK_S)
-        named = set().union(*said.values()) | (suspects - said.keys())
+        named = set().union(*said.values()) | unsaid
         # Who was late itself is lost to the others; for itself it is they that have given up.
         return named - {self._rank} or suspects
 
