@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,9 +17,17 @@ from torch import Tensor, nn
 from worker_pool import RunOnRanks
 
 import zeroopt
-from zeroopt import checkpoint
+from zeroopt import CheckpointError, RankMismatchError, StateError, checkpoint
 from zeroopt.optim import FusedAdamW
-from zeroopt.stepping.step_counts import MOST_EXACT, as_float32, count_of, put_count, show_count, with_exact_counts
+from zeroopt.stepping.step_counts import (
+    MOST_EXACT,
+    as_float32,
+    count_of,
+    problem_with_count,
+    put_count,
+    show_count,
+    with_exact_counts,
+)
 
 FAR = MOST_EXACT + 3  # no float32
 FARTHER = 2**40 + 12345
@@ -164,3 +173,77 @@ def test_ranks_count_on_through_whatever_keeps_or_moves_their_state(run_on_ranks
     with tempfile.TemporaryDirectory() as folder:
         for of_rank in run_on_ranks(2, counts_of_wrapped, stage, folder):
             assert all(counts and set(counts) == {FAR} for counts in of_rank), of_rank
+
+
+NO_COUNTS = [
+    (float("nan"), "nan"),
+    (torch.tensor(float("-inf")), "-inf"),
+    (-1, "-1"),
+    (torch.tensor([2.5]), "2.5"),
+    (torch.ones(2), "a tensor of shape [2]"),
+    (torch.ones(5), "a tensor of shape [5]"),
+    (torch.ones((), dtype=torch.complex64), "(1+0j)"),
+    ("3", "'3'"),
+    (None, "None"),
+]
+
+
+@pytest.mark.parametrize(
+    "count", [0, 7.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(2.0**40), torch.ones((), device="meta")]
+)
+def test_counts(count: Any) -> None:
+    assert problem_with_count(count) is None
+
+
+@pytest.mark.parametrize(("count", "told"), NO_COUNTS, ids=[told for _, told in NO_COUNTS])
+def test_what_is_no_count_is_refused_before_anything_is_changed(count: Any, told: str) -> None:
+    param, optimizer = far_on()
+    before = deepcopy(optimizer.state_dict())
+    damaged = deepcopy(before)
+    damaged["state"][0]["step"] = count
+    with pytest.raises(
+        StateError, match=re.escape(f"has, as the step count of parameter '0', {told}: expected a whole number")
+    ):
+        optimizer.load_state_dict(damaged)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+    optimizer.state[param]["step"] = count
+    with pytest.raises(
+        StateError, match=re.escape(f"FusedAdamW has, as the step count of parameter '0', {told}: expected")
+    ):
+        zeroopt.wrap(nn.ParameterList([param]), optimizer)
+
+
+def refusals(folder: str) -> list[str]:
+    """What loading says where one rank is given what is no count, or a checkpoint has it; all is as before."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model, optimizer = zeroopt.wrap(net, torch.optim.AdamW(net.parameters()))
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    before = [deepcopy(optimizer.state_dict()["state"]), [param.detach().clone() for param in net.parameters()]]
+
+    def refused(load: Callable[[], object]) -> str:
+        with pytest.raises((StateError, RankMismatchError, CheckpointError)) as raised:
+            load()
+        found = [optimizer.state_dict()["state"], list(net.parameters())]
+        torch.testing.assert_close(found, before, rtol=0, atol=0)
+        return f"{type(raised.value).__name__}: {raised.value}"
+
+    mine = deepcopy(optimizer.state_dict())
+    if dist.get_rank() == 1:
+        first = min(position for position, entry in mine["state"].items() if entry)
+        mine["state"][first]["step"] = torch.tensor(float("nan"))
+    told = [refused(lambda: optimizer.load_state_dict(mine))]
+    shown = [entry["step"] for entry in optimizer.state.values() if "step" in entry]
+    for step in shown:
+        step.fill_(-1)
+    checkpoint.save(Path(folder) / "a", model, optimizer)
+    for step in shown:
+        step.fill_(1)
+    return [*told, refused(lambda: checkpoint.load(Path(folder) / "a", model, optimizer))]
+
+
+def test_all_ranks_refuse_what_is_no_count_on_one_of_them(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for told in run_on_ranks(2, refusals, str(tmp_path)):
+        assert "the step count of parameter" in told[0] and ", nan: expected a whole number" in told[0]
+        assert "the step count of parameter" in told[1] and ", -1.0: expected a whole number" in told[1]

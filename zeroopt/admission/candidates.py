@@ -18,6 +18,7 @@ from ..plan.claims import check_unclaimed, claimed_params, is_claimed
 from ..plan.dtensors import check_state_parts, is_distributed, local_of, manage
 from ..plan.params import ManagedParam
 from ..probing.grains import find_grains
+from ..stepping.step_counts import check_count
 from .devices import check_device, check_stepped_on
 from .memory_overlap import check_expanded, check_overlaps
 
@@ -95,6 +96,8 @@ def inspect_further(
         check_overlaps(model, params)
         check_expanded(model)
         check_state_parts(params, optimizer.state)
+        for managed in params:
+            check_count(managed.name, optimizer.state.get(managed.param, {}), type(optimizer).__name__)
     fresh = range(len(optimizer.param_groups)) if fresh is None else fresh
     groups = sorted({*fresh, *(m.group for m in params)})
     grains = dict(zip(groups, find_grains(optimizer, groups, home), strict=True))

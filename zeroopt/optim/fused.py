@@ -18,7 +18,7 @@ from ..plan.dtensors import is_distributed
 from ..state.tiers import readable
 from ..state.torch_releases import options_of
 from ..stepping.rules import FusedRule
-from ..stepping.step_counts import with_exact_counts
+from ..stepping.step_counts import check_count, with_exact_counts
 from .fused_params import FusedParams, Places
 
 _Kind = tuple[torch.device, torch.dtype, torch.dtype]
@@ -135,11 +135,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the groups do not fit, as torch.
+            StateError: a step count is none. Nothing has been changed.
         """
         given = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, given)
             given = given if changed is None else changed
+        for key, entry in given["state"].items():
+            check_count(str(key), entry, "the state dict")
         with self._without_hooks("load_state_dict_pre", "load_state_dict_post"):
             super().load_state_dict({**given, "param_groups": self._groups_to_load(given["param_groups"])})
         params = [param for group in self.param_groups for param in group["params"]]

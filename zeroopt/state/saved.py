@@ -21,6 +21,7 @@ from ..plan.dtensors import is_distributed
 from ..plan.params import ManagedParam, ParamState
 from ..probing.probe import is_per_element
 from ..stepping.part_state import problem_with_parts
+from ..stepping.step_counts import check_count
 from ..storage.masters import MASTER_NAMES
 from ..storage.segment import Segment
 from .entries import OUTER, Path, block_of, map_leaves, map_tensors
@@ -90,6 +91,8 @@ class SavedState:
         positions = _positions(state_dict)
         entries = {positions.get(key, key): entry for key, entry in state_dict["state"].items()}
         beyond = {} if layout is None else layout.beyond_torch
+        self._check_counts(entries)
+        self._check_counts(beyond)
         if layout is None:
             for position, owner in self._params.items():  # those of other ranks too, so that all refuse the same
                 map_leaves(entries.get(position, {}), partial(_check_shape, owner))
@@ -137,6 +140,12 @@ class SavedState:
                     f"the state dicts hold elements {_shown(ordered)} of parameter {self._params[position].name!r} of "
                     f"{ordered[-1][0]}: they are not those of all ranks of one run; {_ADVICE}"
                 )
+
+    def _check_counts(self, entries: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Those of other ranks' parameters too, so that all refuse the same."""
+        for position in self._params.keys() | self._idle.keys():
+            name = self._params[position].name if position in self._params else str(position)
+            check_count(name, entries.get(position, {}), "the state dict")
 
     def _check_shapes(self, layout: ShardLayout) -> None:
         for position, shape in layout.shapes.items():

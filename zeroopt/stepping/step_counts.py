@@ -6,6 +6,7 @@ from what is shown, gets all of the count here, as float64, which torch's optimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import StateError
 from ..own_storage import with_own_storage
 from ..plan.params import ParamState
 
@@ -50,6 +52,36 @@ def count_of(step: Any) -> float:
         return first
     steps, number = place
     return first + float(steps[1, number])
+
+
+def problem_with_count(step: Any) -> str | None:
+    """What a step count of saved state is that no optimizer counts to; None for a whole number from 0 on, or a tensor that holds one."""
+    number = step
+    if isinstance(step, Tensor):
+        if step.is_meta:
+            return None
+        if step.numel() != 1:
+            return f"a tensor of shape {list(step.shape)}"
+        number = step.item()
+    if not isinstance(number, (int, float)):
+        return f"{number!r}"
+    is_count = math.isfinite(number) and number >= 0 and number == math.floor(number)
+    return None if is_count else f"{number}"
+
+
+def check_count(name: str, entry: Mapping[str, Any], where: str) -> None:
+    """Raise StateError where the step count of a parameter's state is none.
+
+    Args:
+        name: of the parameter.
+        where: who has the state, for the message.
+    """
+    problem = problem_with_count(entry["step"]) if "step" in entry else None
+    if problem is not None:
+        raise StateError(
+            f"{where} has, as the step count of parameter {name!r}, {problem}: expected a whole number of steps, 0 or more. The state was "
+            "damaged, or computed from something that was not finite: go on from one that was saved before"
+        )
 
 
 def count_tensor(count: float) -> Tensor:

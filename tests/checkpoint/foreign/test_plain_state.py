@@ -28,7 +28,7 @@ def grouped(*sizes: int) -> torch.optim.Optimizer:
 
 
 def state(value: float) -> dict[str, Any]:
-    return {"step": make_step(3), "exp_avg": torch.full((2,), value), "exp_avg_sq": torch.full((2,), value)}
+    return {"step": make_step(3, "a file"), "exp_avg": torch.full((2,), value), "exp_avg_sq": torch.full((2,), value)}
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,18 @@ def test_only_what_the_optimizer_knows_is_taken_over() -> None:
 
 @pytest.mark.parametrize("value", [3, 3.0, torch.tensor(3), torch.tensor([3.0], dtype=torch.float64)], ids=repr)
 def test_a_step_count_is_as_torch_keeps_it(value: Any) -> None:
-    step = make_step(value)
+    step = make_step(value, "a file")
     assert (step.shape, step.dtype, step.device.type, step.item()) == ((), torch.float32, "cpu", 3.0)
+
+
+def test_what_is_no_step_count_is_refused() -> None:
+    with pytest.raises(StateError, match="a file has, as a step count, nan: expected a whole number"):
+        make_step(float("nan"), "a file")
 
 
 def test_a_step_count_has_memory_of_its_own() -> None:
     value = torch.tensor(3.0)
-    make_step(value).add_(1)
+    make_step(value, "a file").add_(1)
     assert value == 3
 
 

@@ -194,7 +194,7 @@ class RankFiles:
                 self._check_same(key, group, values[0], value, rank)
         if is_partition:
             return self._join(name, values)
-        return make_step(values[0]) if key == "step" else values[0]
+        return make_step(values[0], self._ranks[0].path) if key == "step" else values[0]
 
     def _check_same(self, what: str, group: int, expected: Any, value: Any, rank: _RankFile) -> None:
         if not _is_same(value, expected):

@@ -60,7 +60,8 @@ class UniversalFiles:
             )
         paths = {key: self.folder / "zero" / name / f"{key}.pt" for key in keys}
         return {
-            key: make_step(load_inert(path)) if key == "step" else self._read(name, path) for key, path in paths.items()
+            key: make_step(load_inert(path), path) if key == "step" else self._read(name, path)
+            for key, path in paths.items()
         }
 
     def _keys(self, name: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import StateError
-from ...stepping.step_counts import count_tensor
+from ...stepping.step_counts import count_tensor, problem_with_count
 
 # What a param_group says of how, and not of what, an optimizer computes.
 _OWN_OPTIONS = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
@@ -45,8 +45,12 @@ def comparable_options(saved: Mapping[str, Any], own: Iterable[str]) -> dict[str
     return {name: value for name, value in saved.items() if name in known}
 
 
-def make_step(value: Any) -> Tensor:
-    """A step count as torch keeps it, 0-dim on the CPU, in memory of its own: optimizers add to it in place."""
+def make_step(value: Any, where: Any) -> Tensor:
+    """A step count as torch keeps it, 0-dim on the CPU, in memory of its own: optimizers add to it in place. Raises StateError where
+    it is none."""
+    problem = problem_with_count(value)
+    if problem is not None:
+        raise StateError(f"{where} has, as a step count, {problem}: expected a whole number of steps, 0 or more")
     return count_tensor(float(value))
 
 
