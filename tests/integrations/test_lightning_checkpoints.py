@@ -187,6 +187,40 @@ def test_what_cannot_be_saved_in_parts(run_on_ranks: RunOnRanks, tmp_path: Path)
     assert not (tmp_path / "refused.ckpt").exists()
 
 
+class Noting(Net):
+    """Makes something to be saved, each time anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(3)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"seen": self.seen.clone()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+def save_what_is_made(folder: Path) -> list[float]:
+    seen = []
+    with as_by_torchrun():
+        for epochs, path in ((1, None), (2, folder / "last.ckpt")):
+            options = {"callbacks": [keep_best_and_last(folder)]} if path is None else {}
+            trainer = trainer_of(PL, strategy_of(PARTS), max_epochs=epochs, **options)
+            module = module_of(PL, Noting)
+            trainer.fit(module, batches(), batches(), ckpt_path=path, weights_only=True)
+            seen.append(float(module.seen[0]))
+    return seen
+
+
+def test_what_modules_make_is_saved_in_parts(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    for first, second in run_on_ranks(2, save_what_is_made, tmp_path):
+        assert second == 2 * first > 0
+
+
 class Layers(Net):
     """Without what 16-bit parameters cannot feed on the CPU."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ...errors import CheckpointError, NotSupportedError
 from ...module import ZeroDataParallel
@@ -65,7 +65,7 @@ def save_parts(path: str | os.PathLike[str], content: Mapping[str, Any], model: 
     from ... import checkpoint  # imports DCP, which takes long
 
     own, given = model.state_dict(), content["state_dict"]
-    if own.keys() != given.keys() or any(_place(own[name]) != _place(given[name]) for name in own):
+    if own.keys() != given.keys() or not all(_is_same(own[name], given[name]) for name in own):
         raise NotSupportedError(
             "a hook (on_save_checkpoint) has changed the state_dict that is to be saved, and parts are saved of the model as it is: "
             'leave state_dict_type at "full"'
@@ -188,5 +188,16 @@ def _separate(optimizers: Mapping[str, Any], numbers_of_groups: Sequence[int]) -
     return separate
 
 
-def _place(value: Any) -> Any:
-    return (value.data_ptr(), value.shape) if isinstance(value, Tensor) else value
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether a value of a state dict is what it was: parameters and buffers by their place; what modules make to be saved is made anew
+    each time."""
+    values, others = tree_flatten(value), tree_flatten(other)
+    return values[1] == others[1] and all(map(_is_same_leaf, values[0], others[0]))
+
+
+def _is_same_leaf(value: Any, other: Any) -> bool:
+    if not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+        return type(value) is type(other) and bool(value == other)
+    if value.shape != other.shape or value.dtype != other.dtype:
+        return False
+    return value.data_ptr() == other.data_ptr() or torch.equal(value, other)
