@@ -14,6 +14,7 @@ from pathlib import Path
 from wheels.building import Flavour, build_kernels, build_sources, build_wheel, cpu_flavour, cuda_flavour, run
 from wheels.contents import problems_of
 from wheels.interpreters import ROOT, Interpreter, find_interpreter, supported_versions
+from wheels.sysroot import make_sysroot, toolchain
 from wheels.trying import try_wheel
 
 
@@ -27,12 +28,13 @@ def main() -> None:
     for folder in (work, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
 
+    compilers = {} if arguments.sysroot is None else _compilers_of(arguments.sysroot.resolve())
     sources = build_sources(arguments.out, work)
     rows = []
     for flavour in flavours:
-        kernels = build_kernels(sources, flavour, work)
+        kernels = build_kernels(sources, flavour, compilers, work)
         for interpreter in interpreters:
-            wheel = build_wheel(interpreter, sources, flavour, kernels, arguments.out, work)
+            wheel = build_wheel(interpreter, sources, flavour, compilers, kernels, arguments.out, work)
             if problems := problems_of(wheel):
                 raise SystemExit(f"{wheel}: " + "; ".join(problems))
             tried = try_wheel(wheel, interpreter, work, torches.get(interpreter.version))
@@ -61,7 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VERSION=REQUIREMENT",
         help="try that Python's wheels with this torch, too",
     )
+    parser.add_argument(
+        "--sysroot",
+        type=Path,
+        metavar="FOLDER",
+        help="compile with this folder's compiler and libc, for older Linuxes; made of Debian 11's when it is not there",
+    )
     return parser
+
+
+def _compilers_of(sysroot: Path) -> dict[str, str]:
+    if not sysroot.exists():
+        make_sysroot(sysroot)
+    return toolchain(sysroot)
 
 
 def _interpreters(asked: list[str] | None) -> tuple[list[Interpreter], list[str]]:

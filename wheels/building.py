@@ -42,7 +42,7 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def run(command: Sequence[str | Path], folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
-    """Run a command, showing what it says.
+    """Run a command, showing what it says. What PYTHONPATH adds to this process is not there, or pip would take it for installed.
 
     Args:
         environment: variables beside those of this process.
@@ -52,6 +52,7 @@ def run(command: Sequence[str | Path], folder: Path = ROOT, environment: Mapping
     """
     print("+", *command, flush=True)
     variables = {**os.environ, "PATH": PATH, **(environment or {})}
+    variables.pop("PYTHONPATH", None)
     subprocess.run([os.fspath(part) for part in command], cwd=folder, env=variables, check=True)
 
 
@@ -66,22 +67,32 @@ def build_sources(out: Path, work: Path) -> Path:
     return sources
 
 
-def build_kernels(sources: Path, flavour: Flavour, work: Path) -> Path:
-    """Compile what needs no Python; returns the folder."""
+def build_kernels(sources: Path, flavour: Flavour, toolchain: Mapping[str, str], work: Path) -> Path:
+    """Compile what needs no Python, by the compilers that variables name; returns the folder."""
     folder = work / flavour.name / "kernels"
-    run(["cmake", "-S", sources, "-B", folder, "-G", "Ninja", "-DZEROOPT_MODULE=OFF", *flavour.options])
+    run(
+        ["cmake", "-S", sources, "-B", folder, "-G", "Ninja", "-DZEROOPT_MODULE=OFF", *flavour.options],
+        environment=toolchain,
+    )
     jobs = os.environ.get("MAX_JOBS")
     run(["cmake", "--build", folder, *(["--parallel", jobs] if jobs else [])])
     return folder
 
 
 def build_wheel(
-    interpreter: Interpreter, sources: Path, flavour: Flavour, kernels: Path, out: Path, work: Path
+    interpreter: Interpreter,
+    sources: Path,
+    flavour: Flavour,
+    toolchain: Mapping[str, str],
+    kernels: Path,
+    out: Path,
+    work: Path,
 ) -> Path:
     """Compile the bindings for one Python, and write a wheel to `out` that says from which glibc on it runs; returns it."""
     folder = work / flavour.name / interpreter.version
     builder = make_environment(interpreter, folder / "builder")
     environment = {
+        **toolchain,
         "CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {shlex.quote(f'-DZEROOPT_KERNELS={kernels}')}",
         "ZEROOPT_LOCAL_VERSION": flavour.label,
     }
