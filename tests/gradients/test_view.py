@@ -41,6 +41,13 @@ def test_all_else_is_laid_out_anew(layout: str, dtype: torch.dtype) -> None:
         assert torch.equal(laid_out, grad)
 
 
+def test_a_gradient_whose_strides_differ_where_there_is_one_element_is_taken_as_it_is() -> None:
+    param = managed(torch.zeros(64, 3, 1, 1))
+    grad = torch.randn(64, 3, 1, 1).to(memory_format=torch.channels_last)
+    assert grad.stride() != param.stride
+    assert dense(param, grad) is grad
+
+
 def test_a_tensor_that_torch_only_calls_negative_is_made_so() -> None:
     values = torch.randn(3)
     grad = torch._neg_view(values)

@@ -21,6 +21,7 @@ from zeroopt.ops.checks import (
     check_table,
     dtype_code,
     is_dense,
+    lies_as,
     require,
 )
 
@@ -129,6 +130,23 @@ def test_what_has_no_gaps_is_dense(sizes: list[int], data: st.DataObject) -> Non
 )
 def test_dense(value: Tensor, dense: bool) -> None:
     assert is_dense(value) == dense
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "others", "expected"),
+    [
+        ((), (), (), True),
+        ((2, 3), (3, 1), (3, 1), True),
+        ((2, 3), (3, 1), (1, 2), False),
+        ((2, 1, 3), (1, 55, 2), (1, 7, 2), True),
+        ((2, 1, 3), (1, 7, 2), (3, 7, 1), False),
+        ((1,), (0,), (1,), True),
+    ],
+)
+def test_strides_of_one_element_say_nothing(
+    size: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...], expected: bool
+) -> None:
+    assert lies_as(MEMORY.as_strided(size, strides), others) == expected
 
 
 def test_tables() -> None:

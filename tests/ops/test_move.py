@@ -125,6 +125,12 @@ class TestPack:
 
 
 class TestPackSegments:
+    def test_strides_where_there_is_one_element_may_differ(self) -> None:
+        values, out = torch.randn(6), torch.zeros(6)
+        source, target = values.as_strided((2, 1, 3), (1, 55, 2)), out.as_strided((2, 1, 3), (1, 2, 2))
+        ops.pack_segments([source], [target])
+        assert torch.equal(out, values)
+
     @pytest.mark.parametrize("dst", DTYPES, ids=str)
     @pytest.mark.parametrize("src", DTYPES, ids=str)
     def test_equals_pack_of_each(self, src: torch.dtype, dst: torch.dtype) -> None:

@@ -50,6 +50,10 @@ def test_flattening_copies_only_where_it_has_to() -> None:
     assert one.flatten(value).data_ptr() == value.data_ptr()
     assert one.flatten(value.t().contiguous().t()).data_ptr() != value.data_ptr()
     assert one.flatten(value.long()).dtype is torch.int64
+    column = torch.arange(4.0).as_strided(
+        (4, 1), (1, 9)
+    )  # one element in its second dimension, whose stride says nothing
+    assert managed(torch.zeros(4, 1)).flatten(column).data_ptr() == column.data_ptr()
 
 
 def test_a_parameter_moves_and_changes_its_dtype_and_stays_the_same_object() -> None:

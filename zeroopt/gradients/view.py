@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
+from ..ops.checks import lies_as
 from ..plan.params import ManagedParam
 from ..storage.bucket import Bucket
 from ..storage.gradient_store import GradientStore
@@ -207,6 +208,6 @@ def dense(managed: ManagedParam, grad: Tensor) -> Tensor:
         )
     if grad.is_neg():
         grad = grad.resolve_neg()
-    if grad.stride() != managed.stride:
+    if not lies_as(grad, managed.stride):
         grad = torch.empty_like(managed.local, dtype=grad.dtype).copy_(grad)
     return grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -59,6 +59,14 @@ def check_disjoint(name: str, tensor: Tensor, other_name: str, other: Tensor) ->
     other_start, other_end = other.data_ptr(), other.data_ptr() + other.numel() * other.element_size()
     if start < other_end and other_start < end:
         raise ConfigError(f"expected {name} and {other_name} not to overlap in memory; clone one of them")
+
+
+def lies_as(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Whether the elements of a tensor lie in memory as those of one of its shape with these strides do. Where a dimension has one
+    element its stride says nothing, and on devices gradients of 1 x 1 convolutions may have others there than their weights."""
+    return tensor.stride() == strides or all(
+        size == 1 or one == other for size, one, other in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -24,6 +24,7 @@ from .checks import (
     current_stream,
     dtype_code,
     is_dense,
+    lies_as,
     require,
 )
 from .devices import has_kernels
@@ -234,7 +235,7 @@ def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
     """Whether walking both storages from the first element on visits the same elements in the same order."""
     if a.is_contiguous() and b.is_contiguous():
         return True
-    return a.shape == b.shape and a.stride() == b.stride() and is_dense(a)
+    return a.shape == b.shape and lies_as(a, b.stride()) and is_dense(a)
 
 
 def _resolved(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.checks import lies_as
 from ..options.precision import join_master, round_master, split_master
 from ..plan.params import ParamState
 from ..stepping.rules import FusedRule
@@ -83,7 +84,7 @@ class FusedParams(FusedSegments):
             return None
         if grad.is_neg():
             grad = grad.resolve_neg()
-        return grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        return grad if lies_as(grad, param.stride()) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
     def _arrays(self, i: int) -> ops.SegmentArrays:
         param = self._flatten(i, self._params[i].detach())
@@ -136,7 +137,7 @@ def _is_remainder(value: Any) -> bool:
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
     """Elements in the order in which the parameter's lie in memory, 1-D."""
-    if value.stride() != param.stride():
+    if not lies_as(value, param.stride()):
         value = torch.empty_like(param, dtype=value.dtype).copy_(value)
     return value.as_strided((param.numel(),), (1,))
 

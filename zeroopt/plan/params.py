@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import lies_as
 from ..own_storage import with_own_storage
 from .regions import FlatLayout
 
@@ -146,7 +147,7 @@ class ManagedParam:
 
     def flatten(self, value: Tensor) -> Tensor:
         """Elements of a tensor of the parameter's shape in the order in which they lie in the bucket, 1-D."""
-        if value.stride() != self.stride:
+        if not lies_as(value, self.stride):
             value = torch.empty_strided(self.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         return value.as_strided((self.numel,), (1,))
 
