@@ -40,7 +40,6 @@ PAGES = (
     "onnx.md",
     "moving/zero_redundancy.md",
     "optimizers.md",
-    "options.md",
     "parameter_compression.md",
     "planner.md",
     "recipes/many_tasks.md",
