@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lone_slice import LoneSlice, buckets_of, params_of, values
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from worker_pool import RunOnRanks, forget_compiled_code
 
 from zeroopt.collectives import PendingCollective
 from zeroopt.collectives.pending import Done
 from zeroopt.parameters.arriving import ArrivingParameter
-from zeroopt.parameters.compiled import CompiledCall, watch_compiler
+from zeroopt.parameters.compiled import CompiledCall, callees_compiler, watch_compiler
 from zeroopt.parameters.gathers import ParamGathers
 from zeroopt.plan.params import ManagedParam
 
@@ -285,3 +287,21 @@ def copy_and_unhook() -> None:
 
 def test_nothing_of_it_is_copied_or_left(run_on_ranks: RunOnRanks) -> None:
     run_on_ranks(1, copy_and_unhook)
+
+
+def test_asking_whether_frames_are_compiled_costs_torch_no_reference() -> None:
+    """Torch 2.6 tells what it does not own: each question freed its function a little more, and torch.compile crashed."""
+
+    def compiler(*args: object) -> None:
+        return None
+
+    kept = [compiler] * 1000  # it is not freed, whatever comes
+    before = eval_frame.set_eval_frame(compiler)
+    try:
+        count = sys.getrefcount(compiler)
+        for _ in range(100):
+            callees_compiler()
+        left = sys.getrefcount(compiler)
+    finally:
+        eval_frame.set_eval_frame(before)
+    assert left == count and len(kept) == 1000

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
+from torch.torch_version import TorchVersion
 
 from ..untraced import untraced_frame
 
@@ -47,8 +48,11 @@ def is_made_by_compiler(function: Any) -> bool:
     return hasattr(function, _MARK)
 
 
-# Whether frames that are called from here are compiled: None where they are not. (Releases before 2.6 do not tell.)
-callees_compiler: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: has_compiled() or None)
+# Whether frames that are called from here are compiled: None where they are not. Releases before 2.6 do not tell; 2.6 counts no reference
+# for whom it tells, so that its own function is freed after some questions. Those before 2.9 have not been tried, and are not asked.
+callees_compiler: Callable[[], Any] = (
+    eval_frame.get_eval_frame_callback if TorchVersion(torch.__version__) >= "2.9" else lambda: has_compiled() or None
+)
 
 
 class CompiledCall:
