@@ -120,6 +120,6 @@ def test_debug_lines_tell_of_buckets_and_the_new_plan(run_on_ranks: RunOnRanks) 
         )
     assert len(buckets) == LAYERS
     assert re.fullmatch(
-        r"6 buckets are planned anew, as 6, in the order .* bucket 0 was of 5.weight … 5.weight, and will be of 0.weight … 0.weight",
+        r"6 buckets are planned anew, as 6, in the order .* the first was of 5.weight … 5.weight, and will be of 0.weight … 0.weight",
         plan,
     )

@@ -95,7 +95,6 @@ def test_a_store_has_a_sum_where_a_gradient_was_set_by_hand() -> None:
 
 def test_what_was_edited_after_it_was_packed_is_named() -> None:
     scene = Scene()
-    scene.view.begin_backward()  # of a later one: what the first one has packed, it hides
     for managed in scene.params:
         scene.view.packed(managed)
     packed = bytearray([1] * len(scene.params))

@@ -102,7 +102,6 @@ class GradientReducer:
         self._first_left = -1  # index of the parameter whose gradient came first in it
         self._running = False  # between the first hook of a backward and its end
         self._is_within = False  # others are known to run within it, whose gradients come one backward after the other
-        self._is_hidden = False  # what has been packed, from autograd, which may add to it
         self._end_awaited: Callable[[], BackwardEnd | None] = lambda: None  # gone where it has raised
         self._is_first = True  # no backward has ended yet
         self._edited: ManagedParam | None = None  # whose gradient was, after it had been taken up
@@ -547,12 +546,11 @@ class GradientReducer:
                 f"the gradient of {managed.name!r} arrived twice in one backward; if an earlier backward raised, the "
                 "ranks no longer agree on what has been reduced: start the job again from a checkpoint"
             )
-        if self.view.is_plain and not self._is_hidden and self._filling.packed[managed.index]:
+        if self.view.is_plain and not self._is_within and self._filling.packed[managed.index]:
             self._transport.give_up("its backward raised")
             raise StateError(
                 f"the gradient of {managed.name!r} came once more, and first of all in a backward within this one, such as checkpoints "
-                "with use_reentrant=True run, where no rank had such in the backward passes before: with stage=0 it was on its way already. "
-                "Wrap with stage 1 or 2, pass use_reentrant=False, or use checkpoints from the first backward on"
+                "with use_reentrant=True run: with stage=0 it was on its way already. Wrap with stage 1 or 2, or pass use_reentrant=False"
             )
 
     def _begin_synchronised(self) -> None:
@@ -573,10 +571,6 @@ class GradientReducer:
     def _note_within(self) -> None:
         """Backward passes run within the one that has begun. What comes next may use the same parameters."""
         self._is_within = True
-        self._hide()
-
-    def _hide(self) -> None:
-        self._is_hidden = True
         self.view.hide(self._filling.packed)
 
     @torch.no_grad()
@@ -609,13 +603,11 @@ class GradientReducer:
         for backward_begins in self._events["backward_begins"]:
             backward_begins()
         self._running = True
-        self._is_within = self._is_hidden = False
+        self._is_within = False
         self.is_zeroed = False
         self.num_backwards += 1
         self._later.clear()
         self._filling.begin(1.0 / self._turnout.divisor)
-        if self._may_run_within:
-            self._hide()
 
     def _full_of(self, bucket: int) -> Tensor | None:
         store = self.stores[bucket]
@@ -693,14 +685,9 @@ class GradientReducer:
         if self._in_flight.most == 0:
             self._in_flight.finish_sums()
 
-    @property
-    def _may_run_within(self) -> bool:
-        """Whether others may be expected to run within a backward: nothing is known yet, or on some rank some have."""
-        return self._is_first or self._used.has_run_within
-
     def _end_all(self) -> None:
         """Backward is through, and those around it."""
-        hears = self._may_run_within or self._is_within
+        hears = self._is_first or self._is_within or self._used.has_run_within
         self._end()
         if hears and not is_capturing(self._buckets[0].device):
             self._used.hear()  # other ranks may have used parameters more often
