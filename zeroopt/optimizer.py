@@ -409,8 +409,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Collective: every rank of the process group, and of the mesh of DTensors, must call it. All ranks load, or none.
 
         Raises:
-            StateError: the state belongs to other parameters, some of it is missing, or its groups are of other sizes; or
-                within `join()`; or a CUDA graph of a step has been captured. Nothing has been changed.
+            StateError: the state belongs to other parameters, some of it is missing, a step count is none, or its groups are of other
+                sizes; or within `join()`; or a CUDA graph of a step has been captured. Nothing has been changed.
             RankMismatchError: so it is on another rank, or ranks were given different options. Nothing has been changed.
         """
         self._join.check_outside("load_state_dict()")

@@ -229,7 +229,8 @@ def wrap(
             changed.
         RankMismatchError: the ranks differ, or wrapping failed on another rank; the same text on all ranks. Nothing has
             been changed, but where memory gives out on a rank: see docs/failures.md.
-        StateError: there is no process group, though several processes were started, or this rank is not in it.
+        StateError: there is no process group, though several processes were started, or this rank is not in it; or the optimizer's
+            state has a step count that is none. Nothing has been changed.
         CollectiveError: a rank died or stopped meanwhile.
     """
     given_group = _resolve_group(process_group)

@@ -78,6 +78,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns:
             What the closure returned, else None.
+
+        Raises:
+            NotSupportedError: a gradient is sparse, or a DTensor. Nothing has been stepped.
         """
         loss = None
         if closure is not None:
