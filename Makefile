@@ -61,7 +61,7 @@ fuzz: $(READY) ## Read thousands of files that were damaged at random, and plan 
 	$(VENV)/bin/python -m pytest tests/checkpoint/test_damage.py tests/csrc/test_partition.py tests/csrc/test_fill_buckets.py tests/csrc/test_owners.py --hypothesis-profile=deep --timeout=3600
 
 fuzz-coverage: $(READY) ## Let a coverage-guided fuzzer attack readers, checks and the planner (12 times FUZZ_SECONDS; installs atheris)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt atheris
+	$(INSTALL) atheris
 	$(VENV)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 sanitize: $(READY) ## Run the kernels and the planner under ASan and UBSan, and the board of the shared memory under TSan
@@ -77,7 +77,7 @@ soak: $(READY) ## Train, save, load and lose ranks for half an hour, without gro
 	$(VENV)/bin/python -m bench.soak --minutes 30
 
 matrix: $(READY) ## Run a quick suite with each torch and each Python that is tried (over an hour; 15 GB of room; installs uv and CMake)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt uv cmake ninja
+	$(INSTALL) uv cmake ninja
 	$(VENV)/bin/python -m tests.matrix
 
 docs: $(VENV)/.docs ## Build the documentation's site into site/; a link or a name that leads nowhere is an error
@@ -93,7 +93,7 @@ lint: $(READY) ## Check style and types
 	$(VENV)/bin/mypy zeroopt bench examples recipes wheels tests/typed
 
 types: $(READY) ## Check users' scripts by pyright, too, and that it knows the types of all names (installs pyright)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt pyright
+	$(INSTALL) pyright
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --project tests/typed
 	$(VENV)/bin/python -m tests.typed.completeness
 
@@ -106,12 +106,13 @@ clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist site *.egg-info zeroopt/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # Editable, so that a changed Python file needs no installation; a changed C++ file is rebuilt by the next target. While that is compiled,
-# other packages come over the network, those that zeroopt itself needs among them.
+# other packages come over the network, those that zeroopt itself needs among them. They come behind `&`, where an interrupt is not heard
+# of, and are ended; a compiler would go on beside the one that the next make starts.
 $(READY): $(BUILD_FILES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --no-deps --editable . & built=$$!; \
-	$(INSTALL) --requirement requirements-dev.txt; installed=$$?; \
-	wait $$built && exit $$installed
+	$(INSTALL) --requirement requirements-dev.txt & others=$$!; trap "kill $$others" INT TERM; \
+	$(INSTALL) --no-deps --editable .; built=$$?; \
+	wait $$others && exit $$built
 	touch $@
 
 # Names are read out of the sources, not imported: the site needs no build of the package.
@@ -121,5 +122,5 @@ $(VENV)/.docs: requirements-docs.txt constraints.txt
 	touch $@
 
 $(VENV)/.wheels: requirements-wheels.txt constraints.txt $(READY)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-wheels.txt
+	$(INSTALL) --requirement requirements-wheels.txt
 	touch $@
