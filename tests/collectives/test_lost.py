@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -69,11 +70,41 @@ class Notes:
         return self._lost if rank == 1 and self._times_asked > 5 else None
 
 
+class Clock:
+    """Time goes on while somebody sleeps, and at no other time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Thread:
+    """Does all of it when it is waited for, which takes no longer than that by the clock."""
+
+    def __init__(self, clock: Clock, target: Callable[[], None]) -> None:
+        self._clock, self._target = clock, target
+
+    def start(self) -> None:
+        pass
+
+    def join(self, limit_s: float) -> None:
+        until = self._clock.now + limit_s
+        self._target()
+        assert self._clock.now <= until, "it would have been given up"
+
+
 def lost_behind_a_roll_call(others: set[int], of_the_late: list[int] | None) -> object:
+    clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lost, "time", clock)
+        patch.setattr(lost, "Thread", lambda target, daemon: Thread(clock, target))
         patch.setattr(lost, "_Notes", lambda group: Notes(others, of_the_late))
-        patch.setattr(lost, "_LIMIT_S", 0.0)
-        patch.setattr(lost, "_LEAST_ROLL_CALL_S", 4.0)
+        patch.setattr(lost, "_LIMIT_S", 0.0)  # besides what it waits for
         group = dist.new_group(timeout=timedelta(minutes=2))
         return lost.name_lost(group, [None], "Timed out waiting 120000ms")
 
