@@ -21,8 +21,8 @@ from zeroopt import CheckpointError
 from zeroopt.checkpoint import RandomState
 from zeroopt.elastic import Guard
 from zeroopt.elastic.finding import choose, find
-from zeroopt.elastic.place import MEMORY, directory_of, files_in
-from zeroopt.elastic.slots import Slots
+from zeroopt.elastic.place import MEMORY, FileName, directory_of, files_in
+from zeroopt.elastic.slots import NOT_WHOLE, Slots
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(("mlp", options) for options in TIERS.values()),
@@ -167,6 +167,28 @@ def test_a_run_that_does_not_restore_begins_anew(run_on_ranks: RunOnRanks, tmp_p
     after = run_on_ranks(2, restored, tmp_path, "mlp", {})
     assert [step for step, *_ in after] == [1, 1]
     assert_all_same([values for _, values, *_ in after], expected)
+
+
+def without_restoring_what_others_may_write(memory: Path) -> tuple[str, Any]:
+    model, optimizer = wrapped("mlp", "adamw", {})
+    directory = directory_of("job", memory)
+    directory.mkdir(mode=0o700)
+    (memory / "mine").mkdir()
+    slots = Slots.make(memory / "mine" / "copy", b"", 1)
+    slots.finish(0, 3)
+    (directory / str(FileName(1, 1, 1, 0))).symlink_to(slots.path)
+    directory.chmod(0o777)
+    guard = Guard(model, optimizer, job="job", memory=memory)
+    with pytest.raises(CheckpointError) as raised:
+        guard.step(1)
+    return str(raised.value), slots.steps
+
+
+def test_what_others_may_have_put_there_is_left_alone(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    """It may be links to what is the user's own, such as copies of another job."""
+    [(message, steps)] = run_on_ranks(1, without_restoring_what_others_may_write, tmp_path)
+    assert "is to be a directory of user" in message
+    assert steps == (3, NOT_WHOLE)
 
 
 def with_object(memory: Path) -> None:

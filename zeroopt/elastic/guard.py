@@ -40,6 +40,7 @@ from .neighbours import Fetch, Neighbours, Ring
 from .place import (
     MEMORY,
     FileName,
+    check_private,
     directory_of,
     files_in,
     job_of_agent,
@@ -521,6 +522,7 @@ class Guard:
 
         def forget_mine() -> None:
             if self._is_first_of_host:
+                check_private(self._directory)
                 forget_all_but(self._directory, names)
 
         def remove_mine() -> None:
