@@ -90,9 +90,16 @@ class Tied(nn.Module):
         return y
 
 
+def copying(net: nn.Module) -> nn.Module:
+    """Its state dict has copies, as where a hook brings all of it to the CPU."""
+    net._register_state_dict_hook(lambda _, state, *__: state.update({n: v.clone() for n, v in state.items()}))
+    return net
+
+
 def load_by_other_names(weights: str) -> None:
-    """State dicts have other names than `named_parameters`."""
-    for net, name in ((checkpoint_wrapper(nn.Linear(5, 5)), "weight"), (Tied(), "second.weight")):
+    """State dicts have other names than `named_parameters`, or other values."""
+    linears = (checkpoint_wrapper(nn.Linear(5, 5)), "weight"), (copying(nn.Linear(5, 5)), "weight")
+    for net, name in (*linears, (Tied(), "second.weight")):
         optimizer: Any = torch.optim.AdamW(net.parameters())
         model, optimizer = zeroopt.wrap(net, optimizer, param_dtype=torch.bfloat16, master_weights=weights)
         value = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))

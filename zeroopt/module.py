@@ -360,18 +360,22 @@ class ZeroDataParallel(nn.Module):
                 bucket.master.write(*segment.range, flat[segment.start : segment.start + segment.numel])
 
     def _exact_values(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Bucket, ManagedParam, Tensor]]:
-        """The float32 values in a state dict of parameters that masters complete, by the names that they have there, which are not
-        always those of `named_parameters`."""
+        """The float32 values in a state dict of parameters that masters complete, by the names that they have there: those of
+        `named_parameters`, or what hooks have made of these in the module's own state dict."""
         completed = {
             managed.param: (bucket, managed)
             for bucket in self._replica.buckets
             if bucket.master.completes
             for managed in bucket.params
         }
-        for name, param in self.module.state_dict(keep_vars=True).items() if completed else ():
+        if not completed:
+            return
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, param in {**named, **self.module.state_dict(keep_vars=True)}.items():
+            owner = param if isinstance(param, nn.Parameter) else named.get(name)  # a hook may have made a copy
             value = state_dict.get(name)
-            if isinstance(param, nn.Parameter) and param in completed:
-                bucket, managed = completed[param]
+            if owner is not None and owner in completed:
+                bucket, managed = completed[owner]
                 if _is_exact(value, managed):
                     yield name, bucket, managed, value
 
