@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -189,7 +190,11 @@ NO_COUNTS = [
 
 
 @pytest.mark.parametrize(
-    "count", [0, 7.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(2.0**40), torch.ones((), device="meta")]
+    "count",
+    [
+        *(0, 7.0, np.int64(3), np.float32(3.0)),
+        *(torch.tensor(3), torch.tensor([3.0]), torch.tensor(2.0**40), torch.ones((), device="meta")),
+    ],
 )
 def test_counts(count: Any) -> None:
     assert problem_with_count(count) is None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -63,7 +64,7 @@ def problem_with_count(step: Any) -> str | None:
         if step.numel() != 1:
             return f"a tensor of shape {list(step.shape)}"
         number = step.item()
-    if not isinstance(number, (int, float)):
+    if not isinstance(number, (int, float, np.integer, np.floating)):
         return f"{number!r}"
     is_count = math.isfinite(number) and number >= 0 and number == math.floor(number)
     return None if is_count else f"{number}"
