@@ -50,9 +50,7 @@ def test_flattening_copies_only_where_it_has_to() -> None:
     assert one.flatten(value).data_ptr() == value.data_ptr()
     assert one.flatten(value.t().contiguous().t()).data_ptr() != value.data_ptr()
     assert one.flatten(value.long()).dtype is torch.int64
-    column = torch.arange(4.0).as_strided(
-        (4, 1), (1, 9)
-    )  # one element in its second dimension, whose stride says nothing
+    column = torch.arange(4.0).as_strided((4, 1), (1, 9))  # its second stride, of one element, says nothing
     assert managed(torch.zeros(4, 1)).flatten(column).data_ptr() == column.data_ptr()
 
 

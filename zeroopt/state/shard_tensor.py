@@ -108,9 +108,8 @@ class ShardTensor(Tensor, *_protocol()):  # type: ignore[misc]
             return shard._with(op(shard.local, shard.local.shape, **options))
         if op in _COPIES:
             return shard._with(op(shard.local, *args[1:], **options))
-        made = op.decompose(
-            *args, **(kwargs or {})
-        )  # in inference mode `to` comes as itself, and consists of such copies
+        # In inference mode `to` comes as itself, and consists of such copies.
+        made = op.decompose(*args, **(kwargs or {}))
         if made is NotImplemented:
             _refuse(str(op))
         return made
