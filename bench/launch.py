@@ -33,7 +33,7 @@ import torch.distributed as dist
 from bench.machine import describe_machine
 
 HOST = "127.0.0.1"
-FAREWELL_S = 10.0  # what ranks get to end by themselves when all have returned
+FAREWELL_S = 10.0  # what ranks get to end by themselves when all have returned, or one has failed
 PRELOADED = ("torch._dynamo", "zeroopt", "rich.progress")  # the first is what a first optimizer imports
 
 
@@ -142,18 +142,25 @@ class Ranks:
         now = time.monotonic()
         if now > self.deadline:
             raise RankFailed(f"stopped after {self.plan.timeout_s:.0f} s")
-        failures = []
-        for connection in wait(list(self._waiting), min(within_s, self.deadline - now)):
-            assert isinstance(connection, Connection)
-            answer = self._receive(connection)
-            if isinstance(answer, Failure):
-                failures.append(answer)
-        if failures:
-            first = min(failures, key=lambda failure: failure.moment)
+        if failures := self._receive(min(within_s, self.deadline - now)):
+            first = min(failures + self._later_failures(), key=lambda failure: failure.moment)
             raise RankFailed(first.reason, first.traceback)
         return not self._waiting
 
-    def _receive(self, connection: Connection) -> Any:
+    def _later_failures(self) -> list[Failure]:
+        """A rank that is killed closes its connections one by one, and others may tell of theirs before its own end is heard of."""
+        until = time.monotonic() + FAREWELL_S
+        failures = []
+        while self._waiting and (left_s := until - time.monotonic()) > 0:
+            failures += self._receive(left_s)
+        return failures
+
+    def _receive(self, within_s: float) -> list[Failure]:
+        """Answers of ranks, of which it returns those that have failed."""
+        answers = [self._answer(connection) for connection in wait(list(self._waiting), within_s)]
+        return [answer for answer in answers if isinstance(answer, Failure)]
+
+    def _answer(self, connection: Any) -> Any:
         rank = self._waiting.pop(connection)
         try:
             self.answers[rank] = connection.recv()
