@@ -223,7 +223,7 @@ def stop_while_saving(path: Path, stopped: int) -> str:
 
     def stop_and_write(*args: Any) -> None:
         if rank == 1:
-            os.kill(stopped, signal.SIGSTOP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # the process, but this thread at once
         write(*args)
 
     with patch.object(saving, "write_checkpoint", stop_and_write), pytest.raises(zeroopt.CollectiveError) as raised:
