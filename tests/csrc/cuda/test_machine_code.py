@@ -87,11 +87,11 @@ def check_kernels(kernels: list[Kernel]) -> None:
                 bits = 64 if access == "STG" and writes_codes_alone else 128  # a lane has 8 of them, a byte each
                 found = re.search(rf"\b{access}\.E[.\w]*\.{bits}\b", kernel.text)
                 assert found, f"{kernel.name} has no {access} of {bits // 8} bytes"
-            sums_many = (
-                function in ("reduce_kernel", "sum_encoded_kernel") and "Li256E" in kernel.name
-            )  # in local memory
+            # Who sums many does so in local memory.
+            sums_many = function in ("reduce_kernel", "sum_encoded_kernel") and "Li256E" in kernel.name
+            most = SPILLS if "rmsprop" in kernel.name.lower() else 0
             spilled = re.findall(r" (?:STL|LDL)[^;]*", kernel.text)
-            assert sums_many or len(spilled) <= SPILLS, f"{kernel.name} uses local memory: {spilled[:3]}"
+            assert sums_many or len(spilled) <= most, f"{kernel.name} uses local memory: {spilled[:3]}"
     steps = [kernel.name.lower() for kernel in kernels if kernel.is_of("step_kernel")]
     for name in KERNELS:  # which is that of its op, in other letters
         assert any(name.replace("_", "") in step for step in steps), f"there is no step of {name}"
